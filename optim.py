@@ -223,6 +223,8 @@ class SGD(FlatOptimizer):
     buffer is b = momentum * b + g, Nesterov's direction g + momentum * b."""
 
     def __init__(self, params, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0):
+        if nesterov and not momentum:
+            raise UserError('nesterov needs momentum above 0')
         super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
     def slots(self, group):

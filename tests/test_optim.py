@@ -1,4 +1,4 @@
-"""Optimizers against torch.optim's trajectories, Muon against its definition, schedules against hand-computed values."""
+"""Optimizers against torch.optim's trajectories, Muon against its definition, schedules against values by hand."""
 import json
 import math
 import os
@@ -133,6 +133,8 @@ def test_what_is_flat():
         optimizer.step()
     with pytest.raises(UserError, match='bfloat16'):
         AdamW(Net(dtype=torch.bfloat16).named_parameters())
+    with pytest.raises(UserError, match='nesterov'):
+        SGD(Net().parameters(), momentum=0.0, nesterov=True)
     with pytest.raises(UserError, match='nothing to train'):
         AdamW([net.frozen])
 
@@ -259,7 +261,7 @@ def test_names_are_those_of_torch():
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
 def test_every_optimizer_steps_saves_and_resumes(name):
-    """Learns; after a round trip of its state it continues bit for bit; a state that does not fit is refused in one line."""
+    """Learns; after a round trip of its state it continues bit for bit; a state that does not fit is refused."""
     def run(net, optimizer, steps):
         for step in steps:
             optimizer.set_lr(0.01 / (step + 1))

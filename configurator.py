@@ -55,8 +55,8 @@ def entry_type(hint):
 
 def describe(hint):
     words = {list: 'list of ', dict: 'names of '}
-    return ' or '.join(words[typing.get_origin(kind)] + describe(entry_type(kind)) if entry_type(kind) else kind.__name__
-                       for kind in kinds(hint))
+    return ' or '.join(words[typing.get_origin(kind)] + describe(entry_type(kind)) if entry_type(kind)
+                       else kind.__name__ for kind in kinds(hint))
 
 
 def closest(word, known):
@@ -216,7 +216,7 @@ class Always:
 def command_line(cls, argv):
     """[[key, value]] in the order of the words, a list's value being its words with spaces between them.
 
-    Not argparse's own parsing: it cannot end a list or a switch before key=value or a file, nor keep the order of the words.
+    argparse lays out --help but cannot do this: end a list or a switch before key=value or a file, keep words in order.
     """
     table, found, takes = {**spellings(Always), **spellings(cls)}, [], ''
     hints = {**typing.get_type_hints(Always), **typing.get_type_hints(cls)}
@@ -270,7 +270,7 @@ def comments(cls):
 
 
 def help_page(cls):
-    """The text of --help, laid out by argparse: a group for each heading in the source, else each section of the paths."""
+    """The text of --help, laid out by argparse: a group for each heading in the source, else section of the paths."""
     parser = argparse.ArgumentParser(
         usage='%(prog)s [--setting=value] [section.setting=value] [file.yaml | file.py] ...', add_help=False,
         description=(sys.modules[cls.__module__].__doc__ or '').split('\n\n')[0].replace('%', '%%'),
@@ -358,7 +358,7 @@ def as_dict(cfg):
 
 
 def from_dict(cls, saved, cfg=None):
-    """The configuration that as_dict() wrote. To resume: fields typed in `cfg`, the one just parsed, come from there."""
+    """The configuration that as_dict() wrote. To resume: fields typed in `cfg`, the one just parsed, are kept."""
     result = cls()
     for key, value in flatten(saved):
         assign(result, key, value, 'saved configuration: ')
@@ -371,7 +371,7 @@ def from_dict(cls, saved, cfg=None):
 def launch(cfg, argv):
     """Start this command line again as the settings num_gpus and nohup say, where cfg has them, and exit; or return.
 
-    num_gpus  a process per GPU with torchrun's environment variables. Not through torchrun, which makes of every failure
+    num_gpus  a process per GPU with torchrun's environment variables. Not through torchrun, where every failure is
               exit status 1 and a traceback: here it is that of the first to fail, and stop signals are passed on.
     nohup     a detached process writes to logs/training_<date>_<time>.log, whose last line is the exit status.
     """
@@ -401,7 +401,7 @@ def launch(cfg, argv):
 
 
 def supervise(command, ranks):
-    """Run `command` in `ranks` processes. The exit status: 0, or that of the first to fail (128 + the signal, if killed)."""
+    """The exit status of `command` in `ranks` processes: 0, or the first to fail's (128 + signal, if killed)."""
     env, workers, stopped = {**os.environ, ROLE: 'worker'}, [], []
 
     def stop(signum, frame):

@@ -121,7 +121,8 @@ def mistake(capsys, cls, *argv):
     ('--batch_size=32 --learning-rate 3e-4', dict(batch_size=32, learning_rate=3e-4)),
     ('--gradient-accumulation_steps 1e2', dict(gradient_accumulation_steps=100)),
     ('--learning_rate -1e-5 --dataset -', dict(learning_rate=-1e-5, dataset='-')),
-    ('--dataset_list a b --dataset_sampling_probs 0.5 0.5', dict(dataset_list=['a', 'b'], dataset_sampling_probs=[0.5, 0.5])),
+    ('--dataset_list a b --dataset_sampling_probs 0.5 0.5',
+     dict(dataset_list=['a', 'b'], dataset_sampling_probs=[0.5, 0.5])),
     ('--dataset_list=a,b', dict(dataset_list=['a', 'b'])),
     ('dataset_list=[a,b] --decay_lr', dict(dataset_list=['a', 'b'], decay_lr=True)),
     ('--dataset_list a b batch_size=2', dict(dataset_list=['a', 'b'], batch_size=2)),
@@ -144,7 +145,7 @@ def test_flags(words, expected):
     assert {name: getattr(cfg, name) for name in expected} == expected
     assert all(type(getattr(cfg, name)) is type(value) for name, value in expected.items())
     assert cfg.typed == set(expected)
-    assert {name for name in vars(cfg) if name != 'typed' and getattr(cfg, name) != getattr(Gpt(), name)} <= set(expected)
+    assert {name for name, value in vars(Gpt()).items() if getattr(cfg, name) != value} <= set(expected)
 
 
 def test_a_list_in_one_word_and_defaults_are_copies():
@@ -155,8 +156,10 @@ def test_a_list_in_one_word_and_defaults_are_copies():
 
 def test_theta_and_dotted_spellings():
     cfg = parse(Sft, '--epochs 100 --batch-size 4 GPU_num=2 base_models.policy_0.path=org/m --checkpoint-dir models/t '
-                     '--max-seq-length 64 window.size=5 --model.use_lora --wandb.project x'.split() + ['wandb.project=my project'])
-    assert (cfg.num_train_epochs, cfg.batch_size, cfg.gpu_num, cfg.output_dir, cfg.max_length) == (100.0, 4, 2, 'models/t', 64)
+                     '--max-seq-length 64 window.size=5 --model.use_lora'.split()
+                + ['wandb.project=my project'])
+    assert (cfg.num_train_epochs, cfg.batch_size, cfg.gpu_num) == (100.0, 4, 2)
+    assert (cfg.output_dir, cfg.max_length) == ('models/t', 64)
     assert cfg.base_models == {'policy_0': Policy('org/m')} and cfg.window == Window(5)
     assert cfg.use_lora is True and cfg.wandb_project == 'my project' and 'base_models' in cfg.typed
 
@@ -173,7 +176,8 @@ def test_overrides_between_flags_and_precedence(recipe, tmp_path):
     second = tmp_path / 'second.yaml'
     second.write_text('data: {max_length: 9}\ntraining.output_dir: two\n')
     cfg = parse(Sft, ['training.learning_rate=5.0e-5', '--num-gpus', '1', 'data.datasets[1].name=x', '--recipe', recipe,
-                      'data.datasets.weight=0.5', str(second), '--output_dir', 'cli', 'wandb.enabled=false', 'data.datasets[2].name=y'])
+                      'data.datasets.weight=0.5', str(second), '--output_dir', 'cli', 'wandb.enabled=false',
+                      'data.datasets[2].name=y'])
     assert cfg.learning_rate == 5e-5 and cfg.max_length == 9 and cfg.output_dir == 'cli' and cfg.wandb is False
     assert cfg.datasets == [Dataset('first', weight=0.5), Dataset('x', weight=0.5), Dataset('y')]
 

@@ -240,7 +240,7 @@ def command_line(cls, argv):
             found.append(['recipe', word] if not re.match(r'[\w.[\]-]*=', word) else [name, value])
             takes = ''
         elif takes == 'list':
-            found[-1][1] = f'{found[-1][1] or ""} {word}'
+            found[-1][1] = f'{found[-1][1] or ""} {word}'.strip()
         elif positional:
             found.append([positional.pop(0), word])
         else:

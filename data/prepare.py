@@ -28,7 +28,8 @@ from tqdm import tqdm
 from configurator import UserError, run
 from data.encoders import bpe_encoder, byte_encoder, char_encoder, file_encoder, gpt2_encoder
 
-BLOCK = 1 << 20      # characters read, encoded and written at a time
+BLOCK = 1 << 16      # characters of a text file read at a time
+BATCH = 1 << 21      # characters encoded together, on all cores, and then written
 SAMPLE = 50 << 20    # characters of the training split that a BPE learns from, at most
 DATA = os.path.dirname(os.path.abspath(__file__))
 
@@ -212,7 +213,7 @@ def encoded(stream, encoder):
         if piece is not None:
             block.append(piece)
             size += len(piece[2])
-        if piece is None or size >= BLOCK:
+        if piece is None or size >= BATCH:
             for (split, new, text), ids in zip(block, encoder.encode([text for _, _, text in block])):
                 yield split, new, text, ids
             block, size = [], 0
@@ -319,7 +320,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([re.sub('^--[^=]+', alike, word) for word in argv])
 
     def error(self, message):
-        self.exit(2, f'{message} (--help lists the flags)\n')
+        self.exit(2, f'{self.prog}: error: {message} (--help lists the flags)\n')
 
 
 def main(args):

@@ -91,6 +91,7 @@ def test_bpe_is_the_same_in_another_process(tmp_path):
 
 def test_text_read_in_blocks_encodes_as_if_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'BLOCK', 50)
+    monkeypatch.setattr(prepare, 'BATCH', 200)
     text = play(5000) + HARD * 5
     directory = make(tmp_path, text, tokenizer='bpe', vocab_size=300)
     tokenizer = Tokenizer.from_file(f'{directory}/tokenizer.json')
@@ -200,7 +201,7 @@ def test_hub_documents_stream_until_the_limit(tmp_path, monkeypatch, small_gpt2)
         for i in range(1000):
             taken.append(i)
             yield {'text': 'x' * 10}
-    monkeypatch.setattr(prepare, 'BLOCK', 100)
+    monkeypatch.setattr(prepare, 'BATCH', 100)
     monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **options: rows())
     meta = hub.prepare_hub(str(tmp_path / 'a'), 'org/set', num_tokens=100, val_fraction=0.25)
     assert 100 <= meta['train_tokens'] + meta['val_tokens'] < 122 and len(taken) < 40

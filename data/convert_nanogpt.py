@@ -95,22 +95,25 @@ def encoder_of(folder, tokenizer):
     if meta.get('tiktoken_encoding', 'gpt2') != 'gpt2' or meta.get('tokenizer', 'tiktoken') != 'tiktoken':
         raise UserError(f"{path}: only character vocabularies and GPT-2's BPE are taken over, not {meta}"[:300])
     encoder = file_encoder(tokenizer) if tokenizer else gpt2_encoder()
+    if encoder.kind != 'gpt2':
+        raise UserError(f"--tokenizer={tokenizer} is not GPT-2's, which a folder without meta.pkl was encoded with")
     lengths = np.zeros(encoder.vocab_size, dtype=np.int64)
     symbols = set(byte_symbols())
     for token, i in encoder.tokenizer.get_vocab(with_added_tokens=False).items():
         lengths[i] = len(token) if set(token) <= symbols else 0    # byte-level: a symbol is a byte
-    lengths[encoder.separator] = 0
+    lengths[encoder.separator] = 0    # which is a token, but no text
     return encoder, lengths
 
 
 def convert(folder, directory, tokenizer=None):
     """Writes a nanoGPT data folder as a data set of ours and returns its meta."""
+    paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
+    for path in paths.values():
+        if not os.path.isfile(path) or not os.path.getsize(path) or os.path.getsize(path) % 2:
+            raise UserError(f'{path} is missing, empty or not of 16-bit ids: {folder} is not a data folder of nanoGPT')
     encoder, lengths = encoder_of(folder, tokenizer)
     with Writer(directory, encoder.vocab_size) as writer:
-        for split in ('train', 'val'):
-            path = os.path.join(folder, f'{split}.bin')
-            if not os.path.isfile(path) or not os.path.getsize(path) or os.path.getsize(path) % 2:
-                raise UserError(f'{path} is missing, empty or not of 16-bit ids: not a data folder of nanoGPT')
+        for split, path in paths.items():
             ids = np.memmap(path, dtype=np.uint16, mode='r')
             for start in range(0, len(ids), BLOCK):
                 block = np.asarray(ids[start:start + BLOCK])

@@ -3,6 +3,7 @@
     corpus = Corpus('shakespeare_char')                      # data/shakespeare_char/{train.bin,val.bin,meta.json}
     x, y = windows(corpus.tokens('train'), offsets, 64)      # (B, 64) each
 """
+import hashlib
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ class Corpus:
         self.name = os.path.basename(os.path.normpath(self.directory))
         self.meta = read_meta(self.directory)
         self._tokens = {split: self._open(split) for split in SPLITS}
+        self._check_tokenizer()
 
     def tokens(self, split):
         return self._tokens[split]
@@ -50,6 +52,14 @@ class Corpus:
             raise UserError(f'{path} holds the token id {highest} outside its vocabulary of {self.meta["vocab_size"]}: '
                             'prepare the data set again')
         return tokens
+
+    def _check_tokenizer(self):
+        path = os.path.join(self.directory, 'tokenizer.json')
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is missing: prepare the data set {self.name!r} again')
+        with open(path, 'rb') as file:
+            if hashlib.file_digest(file, 'sha256').hexdigest() != self.meta['tokenizer_sha256']:
+                raise UserError(f'{path} is not the tokenizer of the tokens: prepare {self.name!r} again')
 
     def check(self, block_size):
         """A window needs block_size tokens and the one after them."""

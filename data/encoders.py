@@ -4,6 +4,7 @@ Every encoder holds a Hugging Face tokenizer, which is what becomes tokenizer.js
 through `encode`, which gives the same ids faster (a table for characters and bytes, tiktoken for GPT-2). Text never
 turns into a special token: `<|endoftext|>` typed in a document is encoded as the ordinary characters that it is.
 """
+import json
 import os
 from typing import Callable, NamedTuple
 
@@ -129,6 +130,9 @@ def file_encoder(path):
         raise UserError(f'{file} is not a tokenizer.json that can be read: {e}')
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if os.path.isfile(beside := os.path.join(os.path.dirname(file), 'meta.json')):    # of another data set
+        with open(beside, encoding='utf-8') as meta:
+            return tokenizer_encoder(json.load(meta)['tokenizer'], tokenizer)
     is_gpt2 = tokenizer.token_to_id(SEPARATOR) == 50256 and tokenizer.token_to_id('\u0120the') == 262
     return tokenizer_encoder('gpt2' if is_gpt2 else 'file', tokenizer)
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configurator import UserError
-from data import convert_nanogpt, corpus, encoders, hub, prepare
+from data import convert_nanogpt, corpus, encoders, hub, prepare, texts
 from data.corpus import Corpus, windows
 from data.shakespeare_char import prepare as shakespeare
 from data.shakespeare_char.stand_in import play
@@ -90,7 +90,7 @@ def test_bpe_is_the_same_in_another_process(tmp_path):
 
 
 def test_text_read_in_blocks_encodes_as_if_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'BLOCK', 50)
+    monkeypatch.setattr(texts, 'BLOCK', 50)
     monkeypatch.setattr(prepare, 'BATCH', 200)
     text = play(5000) + HARD * 5
     directory = make(tmp_path, text, tokenizer='bpe', vocab_size=300)
@@ -135,9 +135,9 @@ def test_parquet_val_file_and_text_files_as_documents(tmp_path):
     ('', 'one\nmore\n\n\n\ntwo\r\n\r\nthree\n')])
 @pytest.mark.parametrize('block', [3, 1 << 20])
 def test_document_separator_line(tmp_path, monkeypatch, separator, text, block):
-    monkeypatch.setattr(prepare, 'BLOCK', block)
+    monkeypatch.setattr(texts, 'BLOCK', block)
     path = write(tmp_path / 'a.txt', text)
-    pieces = list(prepare.read_files([path], separator=separator))
+    pieces = list(texts.read_files([path], separator=separator))
     first = 'one\n\nmore' if separator else 'one\nmore'
     assert pieces == [(True, first), (True, 'two'), (True, 'three')]
 
@@ -304,6 +304,9 @@ def test_corpus_names_what_is_wrong(tmp_path):
     good = Corpus('data/set/', str(tmp_path))
     assert good.name == 'set' and good.directory == directory and Corpus(directory).meta == good.meta
     good.check(399)
+    write(tmp_path / 'set' / 'tokenizer.json', open(f'{directory}/tokenizer.json').read().replace('"a"', '"ä"'))
+    with pytest.raises(UserError, match='tokenizer.json is not the tokenizer'):
+        Corpus(directory)
     with pytest.raises(UserError, match=r"'set': 400 val tokens are too few for --block_size=400"):
         good.check(400)
     os.truncate(f'{directory}/val.bin', 799)
@@ -346,6 +349,7 @@ def test_data_sets_that_do_not_go_together(tmp_path):
         corpus.check_together([a, c])
     prepare.prepare_files(str(tmp_path / 'd'), [str(tmp_path / 'b.txt')], a.directory, 'x')    # the remedy it names
     corpus.check_together([a, Corpus(str(tmp_path / 'd'))])
+    assert Corpus(str(tmp_path / 'd')).meta['tokenizer'] == 'char'
     with pytest.raises(UserError, match='cannot spell'):
         prepare.prepare_files(str(tmp_path / 'e'), [write(tmp_path / 'e.txt', 'é' * 100)], a.directory, 'x')
 
@@ -436,7 +440,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, optio
         options = {'tokenizer': 'char', 'source': 'x', **options}
         prepare.prepare_files(str(tmp_path / 'out'), [str(tmp_path / name)], **options)
     assert '\n' not in str(e.value)
-    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_full_disk_keeps_the_old_data_set(tmp_path):

@@ -13,8 +13,9 @@ if __name__ == '__main__':    # run as a command: imports start at the root of t
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import run
-from data.prepare import prepare as write, prepare_files, split_at
+from data.prepare import prepare as write, prepare_files
 from data.shakespeare_char.stand_in import play
+from data.texts import split_at
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -24,7 +25,10 @@ STAND_IN = 'stand-in text written by nanoforge, NOT Shakespeare'
 
 
 def prepare(directory=None, tokenizer='char', text_directory=None):
-    """Writes the data set into `directory` (default: this folder) and returns its meta. input.txt lies in this folder."""
+    """Writes the data set into `directory` (default: this folder) and returns its meta.
+
+    text_directory holds input.txt, or takes the download (default: this folder, for data/shakespeare too).
+    """
     directory = directory or HERE
     path = os.path.join(text_directory or HERE, 'input.txt')
     if os.path.exists(path) or download(path):

@@ -1,495 +1,379 @@
-"""What every script needs around its loop, and no loop: the machine, counter-based seeds, checkpoints and resume, stop signals, the log.
+"""
+What every training script needs around its loop, and no loop: device, precision, ranks, seeds, stop signals, the log.
 
-A checkpoint is written under a temporary name, synced and renamed, so a folder called checkpoint-N is whole; its manifest holds
-sizes and hashes, so a damaged one is recognised and the one before is used.
+    run, stop = setup(cfg.device, cfg.dtype, cfg.matmul), Stop(run)
+    log = Log(run, cfg.out_dir, header, cfg.max_iters)
 """
 import contextlib
-import ctypes
-import errno
 import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shlex
-import shutil
 import signal
+import socket
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from tqdm import tqdm
 
+from checkpoint import write_text, writing
 from configurator import UserError
 
-# Dense bf16 peak, FLOP/s, from the makers' data sheets; the first name that the device's contains
-PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, '4090': 165e12, '3090': 71e12,
-              'V100': 125e12, 'T4': 65e12}
-OURS = ('run_config.json', 'config.json', 'generation_config.json', 'model.safetensors', 'model.safetensors.index.json', 'tokenizer.json',
-        'tokenizer_config.json', 'chat_template.jinja', 'log.jsonl', 'loss.png', 'samples.txt', 'last', 'best')
+DTYPES = {'float32': torch.float32, 'fp32': torch.float32, 'bfloat16': torch.bfloat16, 'bf16': torch.bfloat16,
+          'float16': torch.float16, 'fp16': torch.float16}
 
 
-# ---- the machine ------------------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """One process of a run: where it computes, in which precision, and which rank it is."""
+    device: torch.device
+    dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
+    matmul: str             # 'float32' or 'bf16': how a CPU multiplies matrices
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
 
-class Machine:
-    """This process's place among the ranks, its device and its precision."""
-
-    def __init__(self, device, dtype, matmul):
-        self.rank, self.local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
-        self.is_main = self.rank == 0
-        self.device, self.dtype, self.matmul = device, dtype, matmul
+    @property
+    def is_main(self):
+        return self.rank == 0
 
     def autocast(self):
-        """bf16 or fp16 on a GPU; nothing on a CPU, where the model's linear layers choose (GPT.set_matmul)."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        plain = self.dtype == torch.float32
+        return contextlib.nullcontext() if plain else torch.autocast(self.device.type, self.dtype)
 
     def sum(self, tensor):
-        """The sum over ranks, in place."""
+        """`tensor` summed over ranks, in place."""
         if self.world_size > 1:
-            if tensor.device.type != self.device.type:      # nccl reduces only what is on the GPU
-                tensor.copy_(self.sum(tensor.to(self.device)))
-            else:
-                dist.all_reduce(tensor)
+            dist.all_reduce(tensor)
         return tensor
 
+    def max(self, value):
+        """The largest of the ranks' whole numbers; by gloo, so that asking at every step never waits for a GPU."""
+        if self.world_size > 1:
+            tensor = torch.tensor(value, dtype=torch.int64)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            value = int(tensor)
+        return value
+
     def any(self, flag):
-        """Whether any rank says so: what all must do together."""
-        return bool(self.sum(torch.tensor(float(flag)))) if self.world_size > 1 else bool(flag)
+        """True on every rank where `flag` is true on one."""
+        return self.max(int(bool(flag))) > 0
 
     def barrier(self):
-        if self.world_size > 1:
-            self.sum(torch.zeros(1))
+        self.max(0)
 
-    def together(self, work):
-        """work() on the main rank while the others wait; its UserError is raised on all of them, so that none hangs."""
-        error = None
+    def on_main(self, work):
+        """work() on the main rank while the others wait; its result there. Where it raises, every rank does."""
+        result = failure = None
         if self.is_main:
             try:
-                work()
-            except UserError as e:
-                error = e
-        if self.any(error is not None):
-            raise error or UserError('stopped: the main rank failed (see its message)')
+                result = work()
+            except Exception as error:
+                failure = error
+        if self.any(failure):
+            raise failure or UserError('the main rank stopped; its message says why')
+        return result
 
     def say(self, text):
+        """Print on the main rank, above the progress bar."""
         if self.is_main:
-            print(text, flush=True)
-
-    def describe(self):
-        if self.device.type == 'cuda':
-            name, precision = torch.cuda.get_device_name(self.device), str(self.dtype).removeprefix('torch.')
-        else:
-            name = f'{self.device.type}, {torch.get_num_threads()} threads'
-            precision = f'{self.matmul} matrix products, float32 weights' if self.device.type == 'cpu' else 'float32'
-        return f'{name}, {precision}' + (f', {self.world_size} ranks' if self.world_size > 1 else '')
-
-    def peak_flops(self):
-        """Dense bf16 peak of the device in FLOP/s, None where it is not known."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else ''
-        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+            tqdm.write(text)
+            sys.stdout.flush()      # a log in a file is read while the run goes on
 
     def close(self):
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.destroy_process_group()
 
 
 def setup(device='auto', dtype='auto', matmul='auto'):
-    """The Machine of this process; joins the process group that torchrun's environment describes. UserError for what is not there."""
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise UserError(f'--device={device} is none: auto, cpu, cuda, cuda:1 or mps') from None
-    if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f'--device={device}: there {"is no such GPU" if torch.cuda.is_available() else "is no GPU that torch can use"} '
-                        'here; use --device=cpu or --device=auto')
-    if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']) if 'LOCAL_RANK' in os.environ else device.index or 0)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-        auto = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        kind = {'auto': auto, 'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(dtype, torch.float32)
-    else:
-        kind = torch.float32                                # as documented: mixed precision is for CUDA
-    fast = device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
-    machine = Machine(device, kind, {'auto': 'bf16' if fast else 'float32'}.get(matmul, matmul))
-    if device.type == 'cpu':
-        keep_freed_memory()
-    if machine.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return machine
+    """Choose device and precision, join the process group that torchrun's environment describes; returns a Run.
 
+    device  auto (cuda, then mps, then cpu), cpu, mps, cuda, cuda:1
+    dtype   auto (CUDA: bfloat16 where the card has it, else float16; elsewhere float32), float32, bfloat16, float16
+    matmul  auto, float32, bf16. On a CPU auto is bf16 where the processor multiplies it (AVX-512 bf16, AMX).
+            On CUDA it concerns what autocast leaves in float32: TF32, unless float32 is asked for.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    kind, _, index = device.partition(':')
+    for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')), ('dtype', dtype, ('auto', *DTYPES)),
+                               ('matmul', matmul, ('auto', 'float32', 'bf16'))):
+        if value not in known:
+            raise UserError(f"--{flag}: '{value}' is none of {', '.join(known)}")
+    has = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and world_size == 1}
+    if kind == 'auto':
+        kind = next(name for name in ('cuda', 'mps', 'cpu') if has[name])
+    if not has[kind]:
+        needs = {'cuda': 'an NVIDIA GPU and a CUDA build of PyTorch', 'mps': 'an Apple GPU and a single process'}[kind]
+        raise UserError(f'--device={device} needs {needs}, which are not here; use --device=auto or --device=cpu')
+    if kind == 'cuda':
+        index, count = local_rank if world_size > 1 else int(index or 0), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f'process {local_rank} needs GPU {index}, but there are {count}: start {count} processes')
+        torch.cuda.set_device(index)
 
-def keep_freed_memory():
-    """Asks glibc to keep freed blocks: else every large activation is mapped and faulted in anew, 5% of a small model's step."""
-    with contextlib.suppress(OSError, AttributeError):      # another C library: no such setting
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)                           # M_TRIM_THRESHOLD
+    notes, bf16_cuda = [], kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = DTYPES.get(dtype, torch.float32 if kind != 'cuda' else torch.bfloat16 if bf16_cuda else torch.float16)
+    if kind == 'cuda':
+        torch.set_float32_matmul_precision('highest' if matmul == 'float32' else 'high')
+        if amp == torch.bfloat16 and not bf16_cuda:
+            notes.append(f'{torch.cuda.get_device_name()} has no bf16 units: --dtype=float16 is faster')
+    if kind == 'cpu':
+        fast = any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+        if matmul == 'bf16' and not fast:
+            notes.append('--matmul=bf16: this processor has no bf16 instructions; --matmul=float32 is faster')
+        matmul = matmul if matmul != 'auto' else 'bf16' if fast else 'float32'
+        if amp != torch.float32:
+            notes.append(f'{dtype} on a CPU means float32, with matrix products in {matmul}')
+            amp = torch.float32
+
+    run = Run(torch.device(kind, index) if kind == 'cuda' else torch.device(kind), amp,
+              matmul if kind == 'cpu' else 'float32', rank, local_rank, world_size)
+    if world_size > 1:
+        local = os.environ.get('MASTER_ADDR') in ('127.0.0.1', 'localhost', '::1')
+        if local and 'lo' in dict(socket.if_nameindex()).values():
+            os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')       # which is there without a network, too
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo',
+                                device_id=run.device if kind == 'cuda' else None)
+    for note in notes:
+        run.say(note)
+    return run
 
 
 def seed_for(seed, *purpose):
-    """A 63-bit seed for (seed, purpose, counters ...): what is drawn does not depend on what was drawn before, nor on the ranks."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, 'little') >> 1
+    """A 63-bit seed for one purpose: seed_for(1337, 'data', step, index).
+
+    A hash, not a stream: what is drawn for step 900 depends neither on the steps before it nor on the number of ranks
+    nor on other purposes, so an exact resume needs no saved random state.
+    """
+    key = '|'.join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), 'little') >> 1
 
 
-class LossScaler:
-    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); a scale of 1 that never moves for other types."""
+def describe_device(run):
+    """One line: what computes, in which precision, in how many processes."""
+    if run.device.type == 'cuda':
+        card = torch.cuda.get_device_properties(run.device)
+        text = f'{card.name} ({card.total_memory / 2**30:.0f} GiB), {str(run.dtype)[6:]}'
+    else:
+        text = f'{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {str(run.dtype)[6:]}'
+    products = ', bf16 matrix products' if run.matmul == 'bf16' else ''
+    return text + products + (f', {run.world_size} processes' if run.world_size > 1 else '')
 
-    def __init__(self, dtype):
-        self.scale, self.good, self.active = (2.0 ** 16 if dtype == torch.float16 else 1.0), 0, dtype == torch.float16
 
-    def update(self, finite):
-        if self.active:
-            self.good = self.good + 1 if finite else 0
-            if not finite:
-                self.scale = max(self.scale / 2, 1.0)
-            elif self.good % 2000 == 0:
-                self.scale *= 2
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture papers; figures
+# printed "with sparsity" are halved. The first name found in the card's name counts.
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
+              'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 209.5e12,
+              'RTX 4090': 165.2e12, 'RTX 3090': 71e12}
+
+
+def device_peak_flops(device):
+    """Peak FLOP/s of a torch.device, or of a card by name, for model FLOPs utilisation; None where it is not known."""
+    if isinstance(device, torch.device):
+        device = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device)), None)
 
 
 @contextlib.contextmanager
-def out_of_memory_hint(flag):
-    """Running out of memory becomes one line that names the flag to lower."""
+def explain_out_of_memory(*flags):
+    """Running out of memory inside becomes one line that names the flags to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(f'out of memory: lower {flag}') from None
-    except RuntimeError as e:
-        if "can't allocate memory" in str(e):
-            raise UserError(f'out of memory: lower {flag}') from None
-        raise
-
-
-class StopSignals:
-    """SIGINT and SIGTERM ask the loop to stop at the end of the step; a second SIGINT ends at once."""
-
-    def __init__(self):
-        self.signum = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._note)
-
-    def _note(self, signum, frame):
-        if self.signum and signum == signal.SIGINT:
-            sys.exit(130)
-        self.signum = signum
-
-    def requested(self, machine):
-        """The signal that some rank received, else 0: all ranks agree."""
-        if machine.world_size == 1:
-            return self.signum
-        seen = torch.tensor([self.signum == signal.SIGINT, self.signum == signal.SIGTERM], dtype=torch.float32)
-        machine.sum(seen)
-        return signal.SIGTERM if seen[1] else signal.SIGINT if seen[0] else 0
-
-
-# ---- checkpoints ------------------------------------------------------------------------------------------------------------
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_json(path, value):
-    """Atomically: a reader sees the old file or the new one."""
-    with open(path + '.tmp', 'w') as f:
-        json.dump(value, f, indent=2)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
-
-
-def read_json(path):
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise UserError(f'no {path}') from None
-    except ValueError as e:
-        raise UserError(f'{path} is damaged ({e})') from None
-
-
-def check_checkpoint(directory):
-    """None when every file has the size and hash of the manifest, else what is wrong."""
-    try:
-        manifest = read_json(os.path.join(directory, 'manifest.json'))
-        for name, (size, digest) in manifest['files'].items():
-            path = os.path.join(directory, name)
-            if not os.path.exists(path):
-                return f'{name} is missing'
-            if os.path.getsize(path) != size:
-                return f'{name} is cut short' if os.path.getsize(path) < size else f'{name} has grown'
-            if sha256(path) != digest:
-                return f'{name} has changed'
-    except (UserError, KeyError, TypeError, ValueError) as e:
-        return f'no valid manifest.json ({e})'
-
-
-class Checkpoints:
-    """The checkpoint-N folders of one run, the links `last` and `best`, and the model to use in the root of out_dir."""
-
-    def __init__(self, out_dir, name='checkpoint-{step}'):
-        self.dir, self.name = out_dir, name
-
-    def path(self, step):
-        return os.path.join(self.dir, self.name.format(step=step))
-
-    def steps(self):
-        """Of the checkpoints on disk that nanoforge wrote, ascending."""
-        pattern = re.compile(re.escape(self.name).replace(re.escape('{step}'), r'(\d+)'))
-        names = os.listdir(self.dir) if os.path.isdir(self.dir) else []
-        found = [int(m[1]) for m in map(pattern.fullmatch, names) if m]
-        return sorted(s for s in found if os.path.exists(os.path.join(self.path(s), 'manifest.json')))
-
-    def latest(self, say=print):
-        """The newest whole checkpoint's directory; damaged ones are named and passed over. None when there is none."""
-        for step in reversed(self.steps()):
-            problem = check_checkpoint(self.path(step))
-            if problem is None:
-                return self.path(step)
-            say(f'{self.path(step)} is damaged: {problem}; going back to the one before')
-
-    def save(self, step, write_model, tensors, state, best=False, keep=None):
-        """Writes checkpoint-<step>: write_model(directory), optimizer.safetensors, trainer_state.json, the manifest; then the links.
-
-        best: it becomes `best`, and the root's model. keep: how many numbered ones stay besides best; None = all. A tensor that is
-        not finite is refused, so that a checkpoint never holds a NaN.
-        """
-        final, temporary = self.path(step), os.path.join(self.dir, f'.tmp-{os.path.basename(self.path(step))}')
-        try:
-            os.makedirs(self.dir, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-            write_model(temporary)
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, os.path.join(temporary, 'optimizer.safetensors'))
-            refuse_nan(temporary)
-            write_json(os.path.join(temporary, 'trainer_state.json'), state)
-            files = sorted(os.listdir(temporary))
-            for name in files:
-                sync(os.path.join(temporary, name))
-            manifest = {name: [os.path.getsize(os.path.join(temporary, name)), sha256(os.path.join(temporary, name))] for name in files}
-            write_json(os.path.join(temporary, 'manifest.json'), {'written_by': 'nanoforge', 'step': step, 'files': manifest})
-            sync(temporary)
-            shutil.rmtree(final, ignore_errors=True)        # a resumed run passes the same step again
-            os.rename(temporary, final)
-            sync(self.dir)
-            self.link('last', final)
-            if best or not os.path.lexists(os.path.join(self.dir, 'best')):
-                self.link('best', final)
-                self.publish(final)
-        except OSError as e:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f'{final} could not be written: {os.strerror(e.errno) if e.errno else e}; what was saved before is intact, '
-                            'free some space or use another --out_dir') from None
-        except Exception as e:                              # safetensors wraps a full disk in an error of its own
-            shutil.rmtree(temporary, ignore_errors=True)
-            if 'No space left' in str(e) or 'I/O error' in str(e):
-                raise UserError(f'{final} could not be written: {e}; what was saved before is intact') from None
+    except (RuntimeError, MemoryError) as error:    # torch.OutOfMemoryError is a RuntimeError; a CPU's has no class
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        if keep is not None:
-            spared = {os.path.realpath(os.path.join(self.dir, link)) for link in ('best', 'last')}
-            for old in self.steps()[:-keep or None]:
-                if os.path.realpath(self.path(old)) not in spared:
-                    shutil.rmtree(self.path(old))
-
-    def link(self, name, target):
-        temporary = os.path.join(self.dir, f'.tmp-{name}')
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        os.symlink(os.path.basename(target), temporary, target_is_directory=True)
-        os.replace(temporary, os.path.join(self.dir, name))
-
-    def publish(self, directory):
-        """Puts a checkpoint's model files into the root: hard links, or copies where those cannot be."""
-        for name in os.listdir(directory):
-            if name in ('manifest.json', 'trainer_state.json', 'optimizer.safetensors'):
-                continue
-            temporary = os.path.join(self.dir, f'.tmp-{name}')
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
-            try:
-                os.link(os.path.join(directory, name), temporary)
-            except OSError:
-                shutil.copyfile(os.path.join(directory, name), temporary)
-            os.replace(temporary, os.path.join(self.dir, name))
+        raise UserError(f'out of memory: lower {" or ".join(flags)}') from None
 
 
-def refuse_nan(directory):
-    """Reads back what was written: a value that is not finite is an error that names its tensor."""
-    for file in os.listdir(directory):
-        if file.endswith('.safetensors'):
-            with safe_open(os.path.join(directory, file), framework='pt') as f:
-                for name in f.keys():
-                    tensor = f.get_tensor(name)
-                    if tensor.is_floating_point() and not tensor.isfinite().all():
-                        raise UserError(f'refused to save: {name} has values that are not finite; the checkpoint before is intact')
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); 1 in every other precision.
+
+    (loss * scale.value).backward(); scale.unscale_(optimizer.grads); finite = norm.isfinite(); scale.update(finite)
+    The scale halves where a gradient overflowed and doubles after 2000 steps without; `state` goes into a checkpoint.
+    """
+
+    def __init__(self, dtype, state=None):
+        self.active = dtype == torch.float16
+        self.value, self.good_steps = (state or (2.0 ** 16, 0)) if self.active else (1.0, 0)
+
+    @property
+    def state(self):
+        return [self.value, self.good_steps]
+
+    def unscale_(self, grads):
+        if self.active:
+            torch._foreach_mul_(grads, 1 / self.value)
+
+    def update(self, finite):
+        """True where only the scale made the gradient overflow: skip the step, it is no fault of the model's."""
+        if not self.active or not finite and self.value <= 1:
+            return False
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite or self.good_steps % 2000 == 0:
+            self.value *= 2 if finite else 0.5
+        return not finite
 
 
-def load_checkpoint(directory):
-    """(optimizer tensors {name: tensor}, trainer state) of a checkpoint folder."""
-    with safe_open(os.path.join(directory, 'optimizer.safetensors'), framework='pt') as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
-    return tensors, read_json(os.path.join(directory, 'trainer_state.json'))
+class Stop:
+    """SIGINT and SIGTERM set a flag for the loop: `if stop.requested:` save, say resume_command(), sys.exit(stop.code).
+
+    `requested` is agreed over the ranks: all of them ask at the same points of the loop.
+    """
+
+    def __init__(self, run):
+        self.run, self.signum, self.when = run, 0, 0.0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum, frame):
+        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: within a second it is one.
+        if self.signum and signum == signal.SIGINT and time.monotonic() - self.when > 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        elif not self.signum:
+            self.signum, self.when = signum, time.monotonic()
+            if self.run.is_main:        # print() is not safe in here
+                os.write(2, f'\n{signal.Signals(signum).name}: stopping after this step (Ctrl-C: at once)\n'.encode())
+
+    @property
+    def requested(self):
+        self.signum = self.run.max(self.signum)
+        return self.signum > 0
+
+    @property
+    def code(self):
+        return 128 + self.signum        # 130 SIGINT, 143 SIGTERM
 
 
-def start_fresh(out_dir, say=print):
-    """Makes out_dir ready for a new run: what an earlier run of ours left there moves into earlier-K/. Nothing else is touched."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        probe = os.path.join(out_dir, '.tmp-probe')
-        with open(probe, 'w'):
-            pass
-        os.remove(probe)
-    except OSError as e:
-        raise UserError(f'--out_dir={out_dir} is not a folder that can be written: {os.strerror(e.errno)}') from None
-    if not os.path.exists(os.path.join(out_dir, 'run_config.json')):
-        return
-    checkpoints = [name for name in os.listdir(out_dir) if os.path.exists(os.path.join(out_dir, name, 'manifest.json'))
-                   and not os.path.islink(os.path.join(out_dir, name))]
-    k = 1
-    while os.path.exists(os.path.join(out_dir, f'earlier-{k}')):
-        k += 1
-    earlier = os.path.join(out_dir, f'earlier-{k}')
-    os.makedirs(earlier)
-    moved = [name for name in (*OURS, *checkpoints) if os.path.lexists(os.path.join(out_dir, name))]
-    for name in sorted(moved, key=lambda name: name == 'run_config.json'):      # last, so that a kill in between is seen again
-        os.rename(os.path.join(out_dir, name), os.path.join(earlier, name))
-    say(f'{out_dir} held an earlier run: its files are now in {earlier}')
+def resume_command(argv=None, flag='--resume'):
+    """This command line again, with `flag` ('--init_from=resume') in place of an earlier value of it."""
+    argv, name = list(sys.argv if argv is None else argv), flag.split('=')[0]
+    for i in reversed(range(1, len(argv))):
+        if argv[i].split('=')[0].replace('-', '_') == name.replace('-', '_'):
+            del argv[i:i + 1 + ('=' in flag and '=' not in argv[i])]        # its value may be the next word
+    ranks = os.environ.get('LOCAL_WORLD_SIZE')
+    return shlex.join([*(['torchrun', f'--nproc_per_node={ranks}'] if ranks else ['python']), *argv, flag])
 
 
-def resume_command(**flags):
-    """The command line that goes on with this run."""
-    return shlex.join(['python', os.path.basename(sys.argv[0]), *(f'--{k}={v}' for k, v in flags.items())])
-
-
-# ---- the log ----------------------------------------------------------------------------------------------------------------
-
-FORMATS = {'learning_rate': '{:.2e}', 'grad_norm': '{:.2f}', 'tokens_per_second': '{:,.0f}', 'mfu': '{:.1%}', 'epoch': '{:.2f}'}
-SHORT = {'learning_rate': 'lr', 'tokens_per_second': 'tok/s', 'grad_norm': 'grad_norm'}
+FIRST = ('epoch', 'loss', 'eval_loss', 'learning_rate', 'grad_norm')     # then a script's own, in its order
+LAST = ('num_tokens', 'tokens_per_second', 'mfu')
 
 
 class Log:
-    """One place for numbers: an aligned console line under a progress bar, log.jsonl, TensorBoard, wandb.
+    """One line per write() on the console and in out_dir/log.jsonl; scalars to TensorBoard (logs/<run>/) and wandb too.
 
-    run_name: the folder under logs/, kept over resumes. resume_step: lines and events after it are cut off.
+    log.jsonl begins with {"run": header}; then come lines with "step". With `resume_step` the lines after it are cut,
+    as their steps come again, and the TensorBoard run is continued. Only the main rank writes.
+
+    header       what the run is: script, data set, whether it is a stand-in, device ...
+    total_steps  for the ETA, in the progress bar on a terminal, else in the lines
+    wandb        name of a project
     """
 
-    def __init__(self, out_dir, run_name, header, total, resume_step=None, tensorboard=True, wandb=None, is_main=True):
-        from tqdm import tqdm
-        self.is_main, self.path, self.total, self.events, self.wandb = is_main, os.path.join(out_dir, 'log.jsonl'), total, None, None
-        if not is_main:
+    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None):
+        self.run, self.total, self.first_step, self.began = run, total_steps, resume_step or 0, time.monotonic()
+        self.path, self.widths, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), {}, None, None
+        if not run.is_main:
             return
-        if resume_step is not None and os.path.exists(self.path):
-            cut_log(self.path, resume_step)
-        self.file = open(self.path, 'a')
-        self._line({'run': run_name, **header})
+        name = f'{os.path.basename(os.path.abspath(out_dir))}-{time.strftime("%Y%m%d-%H%M%S")}'
+        with writing(self.path):
+            if resume_step is not None:
+                name = cut_log(self.path, resume_step) or name
+                header = {**header, 'resumed_at': resume_step}
+            self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._line({'run': {'name': name, **header}})
         if tensorboard:
-            self.events = Events(os.path.join('logs', run_name), resume_step)
+            try:
+                from torch.utils.tensorboard import SummaryWriter   # 0.1 s
+                self.board = SummaryWriter(os.path.join('logs', name), flush_secs=10,
+                                           purge_step=None if resume_step is None else resume_step + 1)
+            except ImportError:
+                run.say('no TensorBoard events: pip install tensorboard')
         if wandb:
             try:
-                import wandb as library
+                import wandb as client
             except ImportError:
-                raise UserError('--wandb_log needs the package wandb: pip install wandb, or leave the flag out') from None
-            self.wandb = library.init(config=header, resume='allow', **wandb)
-        self.bar = tqdm(total=total, initial=resume_step or 0, dynamic_ncols=True, disable=not sys.stderr.isatty(), unit='step')
-        self.started, self.first = time.time(), resume_step or 0
+                raise UserError('wandb is not installed: pip install wandb, or leave the wandb flag out') from None
+            self.wandb = client.init(project=wandb, name=name, id=name, resume='allow', config=header)
+        self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True, leave=False,
+                        disable=not sys.stderr.isatty())
 
-    def _line(self, record):
-        self.file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}) + '\n')
-        self.file.flush()
-
-    def say(self, text):
-        if self.is_main:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def write(self, step, metrics):
-        """Logs {name: number} everywhere and prints the line."""
-        if not self.is_main:
-            return
-        self._line({'step': step, **metrics})
-        if self.events:
-            self.events.scalars(step, metrics)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-        shown = [f'{SHORT.get(k, k)} {FORMATS.get(k, "{:.4f}" if isinstance(v, float) else "{:,}").format(v)}' for k, v in metrics.items()
-                 if k != 'num_tokens']
-        eta = ''
-        if self.bar.disable and step > self.first and 'loss' in metrics:
-            left = (time.time() - self.started) / (step - self.first) * (self.total - step)
-            eta = f'  eta {int(left // 60)}:{int(left % 60):02d}'
-        self.say(f'step {step:>{len(str(self.total))}}  ' + '  '.join(shown) + eta)
-
-    def text(self, step, name, text):
-        if self.is_main and self.events:
-            self.events.text(step, name, text)
-
-    def advance(self, step):
-        if self.is_main:
+    def progress(self, step):
+        """`step` steps are done: moves the bar. Call it at every step; it costs a microsecond."""
+        if self.run.is_main:
             self.bar.update(step - self.bar.n)
 
+    def write(self, step, metrics):
+        """metrics: {name: number or one-element tensor}; step: how many optimizer steps are done."""
+        if not self.run.is_main:
+            return
+        metrics = {key: value.item() if hasattr(value, 'item') else value for key, value in metrics.items()}
+        order = [*(key for key in FIRST if key in metrics),
+                 *(key for key in metrics if key not in FIRST + LAST), *(key for key in LAST if key in metrics)]
+        metrics = {key: metrics[key] for key in order}
+        self._line({'step': step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}})
+        parts = [f'step {step:>{len(str(self.total))}}/{self.total}']
+        for key, value in metrics.items():
+            text = short(value)
+            self.widths[key] = max(self.widths.get(key, 0), len(text))
+            parts.append(f'{key} {text:>{self.widths[key]}}')
+        if self.bar.disable and self.first_step < step < self.total:
+            left = (time.monotonic() - self.began) / (step - self.first_step) * (self.total - step)
+            parts.append(f'ETA {tqdm.format_interval(left)}')
+        elif 'tokens_per_second' in metrics:
+            self.bar.set_postfix_str(f'{metrics["tokens_per_second"]:,.0f} tokens/s', refresh=False)
+        self.run.say('  '.join(parts))
+        for key, value in metrics.items() if self.board else ():
+            self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def text(self, step, key, text):
+        """A sample of text, on the console and everywhere else."""
+        if not self.run.is_main:
+            return
+        self._line({'step': step, key: text})
+        self.run.say(f'--- {key} at step {step}\n{text}\n---')
+        if self.board:
+            self.board.add_text(key, text, step)
+
     def close(self):
-        if self.is_main:
+        if self.run.is_main:
             self.bar.close()
-            self.file.close()
-            if self.events:
-                self.events.writer.close()
+            os.close(self.file)
+            if self.board:
+                self.board.close()
             if self.wandb:
                 self.wandb.finish()
 
-
-class Events:
-    """TensorBoard's event files, by its own protobufs: the writer in torch.utils takes a second to import."""
-
-    def __init__(self, directory, resume_step=None):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
-        self.Event, self.Summary, self.Metadata, self.Tensor = Event, Summary, SummaryMetadata, TensorProto
-        self.writer = EventFileWriter(directory)
-        if resume_step is not None:         # TensorBoard drops what an earlier file holds from here on
-            self._add(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def _add(self, step, **content):
-        self.writer.add_event(self.Event(wall_time=time.time(), step=step, **content))
-
-    def scalars(self, step, metrics):
-        values = [self.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
-        self._add(step, summary=self.Summary(value=values))
-
-    def text(self, step, name, text):
-        metadata = self.Metadata(plugin_data=self.Metadata.PluginData(plugin_name='text'))
-        tensor = self.Tensor(dtype='DT_STRING', string_val=[f'```\n{text}\n```'.encode()])
-        self._add(step, summary=self.Summary(value=[self.Summary.Value(tag=name, metadata=metadata, tensor=tensor)]))
+    def _line(self, value):
+        with writing(self.path):    # one unbuffered write: a kill loses nothing
+            os.write(self.file, (json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n').encode())
 
 
 def cut_log(path, step):
-    """Drops the lines of log.jsonl after `step`, and a half-written last one."""
-    kept = []
-    with open(path) as f:
-        for line in f:
+    """Drop the lines of log.jsonl after `step`, and one that a kill cut short; returns the run's name."""
+    kept, name = [], None
+    with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
+        for line in file:
             with contextlib.suppress(ValueError):
-                if json.loads(line).get('step', 0) <= step:
-                    kept.append(line if line.endswith('\n') else line + '\n')
-    with open(path + '.tmp', 'w') as f:
-        f.writelines(kept)
-    os.replace(path + '.tmp', path)
+                value = json.loads(line)
+                name = name or value.get('run', {}).get('name')
+                if value.get('step', 0) <= step:
+                    kept.append(line.rstrip('\n') + '\n')
+    write_text(path, ''.join(kept))
+    return name
+
+
+def short(value):
+    """A number in few characters: 0.0012 as 1.20e-03, 1.8742, 12,345."""
+    if isinstance(value, int) or abs(value) >= 1e4 and math.isfinite(value):
+        return f'{value:,.0f}'
+    return f'{value:.4f}' if value == 0 or 1e-2 <= abs(value) else f'{value:.2e}'

@@ -1,0 +1,128 @@
+"""A prepared data set: token ids mapped from disk, never loaded, and checked before the first step.
+
+    corpus = Corpus('shakespeare_char')                      # data/shakespeare_char/{train.bin,val.bin,meta.json}
+    x, y = windows(corpus.tokens('train'), offsets, 64)      # (B, 64) each
+"""
+import importlib
+import json
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+DATA = os.path.dirname(os.path.abspath(__file__))
+SHIPPED = ('shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb')
+WHOLE = 50 << 20      # bytes up to which every id of a split is checked when it is opened; above, a sample
+SPLITS = ('train', 'val')
+
+
+class Corpus:
+    """name: a folder in `data_dir` (default: this folder), or the path of one. Raises UserError for anything wrong.
+
+    .name, .directory, .meta (meta.json: vocab_size, tokenizer, tokenizer_sha256, val_tokens, val_bytes, source,
+    stand_in, ...), .tokens(split) -> 1-D np.memmap of uint16 or uint32.
+    """
+
+    def __init__(self, name, data_dir=DATA):
+        self.directory = find(name, data_dir)
+        self.name = os.path.basename(os.path.normpath(self.directory))
+        self.meta = read_meta(self.directory)
+        self._tokens = {split: self._open(split) for split in SPLITS}
+
+    def tokens(self, split):
+        return self._tokens[split]
+
+    def _open(self, split):
+        path, dtype = os.path.join(self.directory, f'{split}.bin'), np.dtype(self.meta['dtype'])
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is missing: prepare the data set {self.name!r} again')
+        size = os.path.getsize(path)
+        if size != self.meta[f'{split}_tokens'] * dtype.itemsize:
+            raise UserError(f'{path} has {size:,} bytes, not those of {self.meta[f"{split}_tokens"]:,} tokens of {dtype} as its '
+                            'meta.json says: it is damaged, prepare the data set again')
+        if not size:
+            raise UserError(f'{path} is empty: prepare the data set {self.name!r} from more text')
+        tokens = np.memmap(path, dtype=dtype, mode='r')
+        part = tokens if size <= WHOLE else tokens[::len(tokens) // 10_000]
+        if (highest := int(part.max())) >= self.meta['vocab_size']:
+            raise UserError(f'{path} holds the token id {highest} outside its vocabulary of {self.meta["vocab_size"]}: '
+                            'prepare the data set again')
+        return tokens
+
+    def check(self, block_size):
+        """A window needs block_size tokens and the one after them."""
+        for split in SPLITS:
+            if len(self.tokens(split)) <= block_size:
+                raise UserError(f'data set {self.name!r}: {split} has {len(self.tokens(split)):,} tokens, too short for '
+                                f'--block_size={block_size}: lower it below that, or prepare more text')
+
+
+def find(name, data_dir=DATA):
+    """The folder of the data set `name`: in `data_dir`, else a path; UserError names what exists when there is none."""
+    for directory in (os.path.join(data_dir, name), name):
+        if name and os.path.isdir(directory) and any(os.path.exists(os.path.join(directory, file)) for file in ('meta.json', 'train.bin')):
+            return directory
+    folders = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+    prepared = [folder for folder in folders if os.path.exists(os.path.join(data_dir, folder, 'meta.json'))]
+    raise UserError(f'there is no data set {name!r}; prepared in {data_dir}: {", ".join(prepared) or "none"}; prepared on first '
+                    f'use: {", ".join(SHIPPED)}; your own text: python data/prepare.py {name or "NAME"} FILE')
+
+
+def read_meta(directory):
+    path = os.path.join(directory, 'meta.json')
+    try:
+        with open(path, encoding='utf-8') as file:
+            meta = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f'{directory} has no meta.json: prepare it again, or for a data set of nanoGPT: '
+                        f'python data/convert_nanogpt.py {directory} NAME')
+    except ValueError as e:
+        raise UserError(f'{path} is damaged ({e}): prepare the data set again')
+    wanted = {'vocab_size': int, 'dtype': str, 'tokenizer': str, 'tokenizer_sha256': str, 'source': str, 'stand_in': bool,
+              **{f'{split}_{what}': int for split in SPLITS for what in ('tokens', 'bytes')}}
+    wrong = [key for key, kind in wanted.items() if not isinstance(meta, dict) or not isinstance(meta.get(key), kind)]
+    if wrong or meta['dtype'] not in ('uint16', 'uint32'):
+        raise UserError(f'{path} lacks a valid {wrong[0] if wrong else "dtype"}: prepare the data set again')
+    return meta
+
+
+def prepare_missing(name, data_dir=DATA):
+    """Prepares a data set of ours on first use, and again when the real text has come to a stand-in. One process calls it."""
+    directory = os.path.join(data_dir, name)
+    if name in SHIPPED:
+        ready = os.path.exists(os.path.join(directory, 'meta.json'))
+        arrived = os.path.exists(os.path.join(DATA, 'shakespeare_char', 'input.txt'))
+        if not ready or arrived and read_meta(directory)['stand_in']:
+            importlib.import_module(f'data.{name}.prepare').prepare(directory)
+
+
+def check_together(corpora, streams=False):
+    """Data sets trained on together share a tokenizer or, as aligned `streams`, their lengths; else UserError says which."""
+    first = corpora[0]
+    for other in corpora[1:]:
+        if streams:
+            for split in SPLITS:
+                if len(other.tokens(split)) != len(first.tokens(split)):
+                    raise UserError(f'aligned streams must have equal lengths: {split} has {len(first.tokens(split)):,} tokens in '
+                                    f'{first.name!r} and {len(other.tokens(split)):,} in {other.name!r}')
+        elif other.meta['tokenizer_sha256'] != first.meta['tokenizer_sha256']:
+            raise UserError(f'{first.name!r} ({first.meta["tokenizer"]}, {first.meta["vocab_size"]} ids) and {other.name!r} '
+                            f'({other.meta["tokenizer"]}, {other.meta["vocab_size"]} ids) have different tokenizers: prepare one with '
+                            f'--tokenizer={first.directory}')
+
+
+def windows(tokens, offsets, block_size, device=None):
+    """Windows of a split at `offsets` (B,), each at most len(tokens) - block_size - 1: x (B, block_size) and the targets y, int64.
+
+    One gather whatever B is. On a CUDA device the copy runs beside the computation.
+    """
+    every = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), block_size + 1)    # a view, no copy
+    rows = torch.from_numpy(every[offsets].astype(np.int64))    # (B, block_size + 1)
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    if device is None or torch.device(device).type == 'cpu':
+        return x, y
+    if torch.device(device).type == 'cuda':
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)

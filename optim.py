@@ -1,0 +1,350 @@
+"""Optimizers and learning-rate schedules, written by hand.
+
+An optimizer keeps the parameters of a group in one flat tensor, of which the model's parameters become views; gradients
+and state likewise. A step is a handful of operations however many parameters there are, and clipping, zeroing and the
+all-reduce of data parallel are one call per buffer.
+
+torch is not imported here: optimizers call the methods of the tensors they are given. So a script can read OPTIMIZERS
+and SCHEDULES, and draw its learning-rate curve, before it pays for that import.
+"""
+import inspect
+import math
+
+from configurator import UserError
+
+# ours, then those of torch.optim that can take a plain step: LBFGS needs a closure, SparseAdam sparse gradients
+OPTIMIZERS = ('adamw', 'sgd', 'muon', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'asgd', 'nadam', 'radam',
+              'rmsprop', 'rprop')
+SCHEDULES = ('none', 'constant', 'cosine', 'exponential', 'linear', 'wsd', 'cosine_restarts', 'plateau')
+ALIGN = 16       # elements: every parameter starts on a cache line
+CHUNK = 2 ** 19  # elements of a CPU update: what it rereads stays in cache, and threads wake seldom enough
+
+
+def learning_rate(step, schedule, base_lr, min_lr, warmup_steps, decay_steps):
+    """The learning rate of optimizer step `step` (from 0) under one of SCHEDULES, a float.
+
+    Linear warm-up first: (step + 1) / (warmup_steps + 1) of base_lr. Then 'none', 'constant' and 'plateau' (whose
+    factor is Plateau.scale) stay; the others go from base_lr at warmup_steps to min_lr at decay_steps and stay there:
+      exponential      geometric, so min_lr must be positive
+      wsd              base_lr, then 1 - sqrt over the last fifth (Haegele et al. 2024, arXiv 2405.18392)
+      cosine_restarts  three cosine cycles, each twice as long as the one before (SGDR, arXiv 1608.03983)
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f'no learning-rate schedule {schedule!r}; there are {", ".join(SCHEDULES)}')
+    if schedule == 'exponential' and min_lr <= 0:
+        raise UserError(f'the exponential schedule is geometric: min_lr must be above 0, not {min_lr}')
+    if step < warmup_steps:
+        return base_lr * (step + 1) / (warmup_steps + 1)
+    if schedule in ('none', 'constant', 'plateau'):
+        return base_lr
+    if step >= decay_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (decay_steps - warmup_steps)  # [0, 1)
+    if schedule == 'exponential':
+        return base_lr * (min_lr / base_lr) ** progress
+    if schedule == 'linear':
+        share = 1 - progress
+    elif schedule == 'wsd':
+        share = 1 - math.sqrt(max(0.0, (progress - 0.8) / 0.2))
+    else:
+        if schedule == 'cosine_restarts':  # cycles of 1, 2 and 4 sevenths
+            progress = (1 + 7 * progress) / 2 ** int(math.log2(1 + 7 * progress)) - 1
+        share = (1 + math.cos(math.pi * progress)) / 2
+    return min_lr + share * (base_lr - min_lr)
+
+
+class Plateau:
+    """`scale` for the learning rate: times `factor` when more than `patience` evaluations in a row bring no loss below
+    the best by a ten-thousandth of it (as torch's ReduceLROnPlateau). A loss that is not finite is no improvement."""
+
+    def __init__(self, factor=0.5, patience=2):
+        self.factor, self.patience = factor, patience
+        self.load_state_dict({'scale': 1.0, 'best': None, 'stalled': 0})
+
+    def update(self, loss):
+        """Takes a validation loss, returns the scale from now on."""
+        better = math.isfinite(loss) and (self.best is None or loss < self.best * (1 - 1e-4))
+        self.best, self.stalled = (loss, 0) if better else (self.best, self.stalled + 1)
+        if self.stalled > self.patience:
+            self.scale, self.stalled = self.scale * self.factor, 0
+        return self.scale
+
+    def state_dict(self):
+        """For a JSON file."""
+        return {'scale': self.scale, 'best': self.best, 'stalled': self.stalled}
+
+    def load_state_dict(self, state):
+        self.scale, self.best, self.stalled = state['scale'], state['best'], state['stalled']
+
+
+class Flat:
+    """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into which
+    autograd accumulates), and for each name in `slots` a tensor of the same length."""
+
+    def __init__(self, group, names, params, slots):
+        self.group, self.names, self.params, self.starts = group, names, params, []
+        length = 0
+        for p in params:
+            self.starts.append(length)
+            length += -(-p.numel() // ALIGN) * ALIGN
+        self.data, self.grad = params[0].new_zeros(length), params[0].new_zeros(length)
+        self.state = {slot: params[0].new_zeros(length) for slot in slots}
+        self.grads = self.views(self.grad)
+        for p, view in zip(params, self.views(self.data)):
+            view.copy_(p.detach())
+            p.data = view
+        self.places = [p.data_ptr() for p in params]
+        size = CHUNK if self.data.device.type == 'cpu' else length
+        self.chunks = list(zip(*(t.split(size) for t in (self.data, self.grad, *self.state.values()))))
+        self.gather()
+
+    def views(self, flat):
+        """A flat tensor as tensors of the parameters' shapes."""
+        return [flat[start:start + p.numel()].view(p.shape) for start, p in zip(self.starts, self.params)]
+
+    def gather(self):
+        """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which is a
+        gradient of zero here, and the next backward then makes a new tensor."""
+        for p, grad, place in zip(self.params, self.grads, self.places):
+            if p.grad is not grad:
+                grad.zero_() if p.grad is None else grad.copy_(p.grad)
+                p.grad = grad
+            if p.data_ptr() != place:
+                raise RuntimeError('a parameter was moved or replaced after its optimizer was made: make it afterwards')
+
+
+class FlatOptimizer:
+    """What the optimizers below share. `params`: parameters, (name, parameter) pairs, or dicts with either under
+    'params' and settings of their own, as in torch. Frozen parameters, and tied ones after the first, are left out.
+    The next step reads its settings from the dicts in param_groups; set_lr sets 'lr' in all of them."""
+
+    def __init__(self, params, **defaults):
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{'params': params}]
+        self.steps, self.param_groups, self.flats = 0, [], []
+        seen = set()
+        for given in groups:
+            group, buckets = {**defaults, 'lr_scale': 1.0, **given, 'params': []}, {}
+            for item in given['params']:
+                name, p = item if isinstance(item, tuple) else (f'param.{len(seen)}', item)
+                if not p.requires_grad or id(p) in seen:
+                    continue
+                if str(p.dtype) not in ('torch.float32', 'torch.float64'):
+                    raise UserError(f'{name} is {p.dtype}: parameters that are trained must be float32')
+                seen.add(id(p))
+                group['params'].append(p)
+                buckets.setdefault((p.device, p.dtype), []).append((name, p))
+            if group['params']:
+                self.param_groups.append(group)
+                self.flats += [Flat(group, *zip(*bucket), self.slots(group)) for bucket in buckets.values()]
+        if not self.flats:
+            raise UserError('nothing to train: no parameter requires a gradient')
+
+    def slots(self, group):
+        return ()
+
+    @property
+    def grads(self):
+        """The flat gradients: what data parallel sums over ranks."""
+        for flat in self.flats:
+            flat.gather()
+        return [flat.grad for flat in self.flats]
+
+    def zero_grad(self):
+        for grad in self.grads:
+            grad.zero_()
+
+    def set_lr(self, lr):
+        for group in self.param_groups:
+            group['lr'] = lr * group['lr_scale']
+
+    def clip_grad_norm(self, max_norm):
+        """Scales the gradients so that their joint 2-norm is at most max_norm (0: never) and returns the norm before, a
+        tensor (). Where that is not finite the gradients stay as they are: the caller skips the step."""
+        grads = self.grads
+        norm = sum(part.dot(part).to(grads[0].device) for grad in grads for part in grad.split(2 ** 24)).sqrt()
+        if max_norm > 0:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
+            if scale.device.type != 'cpu' or scale < 1:  # a GPU would have to be waited for
+                for grad in grads:
+                    grad.mul_(scale.to(grad.device))
+        return norm
+
+    def step(self):
+        self.steps += 1
+        for flat in self.flats:
+            flat.gather()
+            self.update(flat)
+
+    def state_dict(self):
+        """{'step': int64 (), 'SLOT/PARAMETER': tensor}, the live state."""
+        state = {'step': self.flats[0].data.new_zeros(()).long().add_(self.steps)}
+        for flat in self.flats:
+            for slot, tensor in flat.state.items():
+                state.update((f'{slot}/{name}', view) for name, view in zip(flat.names, flat.views(tensor)))
+        return state
+
+    def load_state_dict(self, state):
+        """Copies what state_dict gave. UserError, and nothing changed, where a name or a shape differs."""
+        own = self.state_dict()
+        for key in sorted(own.keys() | state.keys()):
+            shapes = [tuple(s[key].shape) if key in s else 'nothing' for s in (own, state)]
+            if shapes[0] != shapes[1]:
+                raise UserError(f'optimizer state {key}: needed is {shapes[0]}, the checkpoint holds {shapes[1]}')
+        for key in own.keys() - {'step'}:
+            own[key].copy_(state[key])
+        self.steps = int(state['step'])
+
+
+class AdamW(FlatOptimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def slots(self, group):
+        return 'exp_avg', 'exp_avg_sq'
+
+    def update(self, flat):
+        lr, (beta1, beta2), eps, decay = (flat.group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
+        # m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the corrections moved from tensors to scalars
+        correction = math.sqrt(1 - beta2 ** self.steps)
+        rate = lr * correction / (1 - beta1 ** self.steps)
+        for p, grad, exp_avg, exp_avg_sq in flat.chunks:
+            exp_avg.lerp_(grad, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            if decay:
+                p.mul_(1 - lr * decay)
+            p.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps * correction), value=-rate)
+
+
+class SGD(FlatOptimizer):
+    """Gradient descent with torch's meaning of each setting: weight decay is added to the gradient g, the momentum
+    buffer is b = momentum * b + g, Nesterov's direction g + momentum * b."""
+
+    def __init__(self, params, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0):
+        if nesterov and not momentum:
+            raise UserError('nesterov needs momentum above 0')
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+
+    def slots(self, group):
+        return ('momentum_buffer',) if group['momentum'] else ()
+
+    def update(self, flat):
+        lr, momentum, decay = (flat.group[key] for key in ('lr', 'momentum', 'weight_decay'))
+        for p, grad, *buffer in flat.chunks:
+            if decay:
+                grad = grad.add(p, alpha=decay)
+            if momentum:
+                buffer[0].mul_(momentum).add_(grad)
+                grad = grad.add(buffer[0], alpha=momentum) if flat.group['nesterov'] else buffer[0]
+            p.add_(grad, alpha=-lr)
+
+
+def newton_schulz(x, steps=5):
+    """Matrices x (N, rows, columns) with their singular values brought near 1 (0.68 to 1.15), by the quintic of
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon, on the shorter side."""
+    if x.size(1) > x.size(2):
+        return newton_schulz(x.mT, steps).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = x.baddbmm(gram.baddbmm(gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+class Muon(AdamW):
+    """Orthogonalised Nesterov momentum for matrices, AdamW for groups with muon=False (embeddings, heads, vectors).
+
+    Steps are scaled by 0.2 * sqrt(max(rows, columns)), which makes their size, hence learning rate and weight decay,
+    AdamW's (Moonlight, arXiv 2502.16982, section 2.2). adam_lr: the rate of the AdamW groups if another. A weight that
+    stacks projections says so, weight.splits = (rows of each): each is orthogonalised alone. ns_dtype: the precision of
+    the Newton-Schulz products if not the parameters'.
+    """
+
+    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1, adam_lr=None, betas=(0.9, 0.95), eps=1e-8,
+                 ns_dtype=None):
+        FlatOptimizer.__init__(self, params, lr=lr, momentum=momentum, weight_decay=weight_decay, betas=betas, eps=eps,
+                               muon=True)
+        self.ns_dtype = ns_dtype
+        for flat in self.flats:
+            if not flat.group['muon'] and adam_lr is not None:
+                flat.group.update(lr=adam_lr, lr_scale=adam_lr / lr)
+            for name, p in zip(flat.names, flat.params):
+                if flat.group['muon'] and p.dim() != 2:
+                    raise UserError(f'{name} {tuple(p.shape)} is no matrix: its group needs muon=False')
+
+    def slots(self, group):
+        return ('momentum_buffer',) if group['muon'] else super().slots(group)
+
+    def update(self, flat):
+        if not flat.group['muon']:
+            return super().update(flat)
+        lr, momentum, decay = (flat.group[key] for key in ('lr', 'momentum', 'weight_decay'))
+        buffer = flat.state['momentum_buffer'].lerp_(flat.grad, 1 - momentum)
+        flat.data.mul_(1 - lr * decay)
+        same_shape = {}  # shape -> [(weight, direction)]
+        for p, direction in zip(flat.params, flat.views(flat.grad.lerp(buffer, momentum))):
+            rows = getattr(p, 'splits', p.size(0))
+            for pair in zip(p.detach().split(rows), direction.split(rows)):
+                same_shape.setdefault(pair[0].shape, []).append(pair)
+        for shape, pairs in same_shape.items():
+            x = buffer.new_empty((len(pairs), *shape), dtype=self.ns_dtype)
+            for row, (_, direction) in zip(x, pairs):
+                row.copy_(direction)
+            for row, (weight, _) in zip(newton_schulz(x), pairs):
+                weight.add_(row, alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+
+class TorchOptimizer(FlatOptimizer):
+    """An optimizer class of torch.optim behind the same methods."""
+
+    def __init__(self, params, kind, **settings):
+        super().__init__(params, **settings)
+        self.inner = kind(self.param_groups)
+
+    def step(self):
+        self.steps += 1
+        self.grads  # puts them back in place
+        self.inner.step()
+
+    def state_dict(self):
+        state = super().state_dict()
+        for name, p in ((name, p) for flat in self.flats for name, p in zip(flat.names, flat.params)):
+            state.update((f'{slot}/{name}', t) for slot, t in self.inner.state.get(p, {}).items() if t is not None)
+        return state
+
+    def load_state_dict(self, state):
+        if not self.inner.state and int(state.get('step', 1)):
+            before = [flat.data.clone() for flat in self.flats]
+            self.zero_grad()
+            self.inner.step()  # makes the state, which is then overwritten
+            for flat, data in zip(self.flats, before):
+                flat.data.copy_(data)
+        super().load_state_dict(state)
+
+
+def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentum=None, nesterov=False, adam_lr=None,
+                   ns_dtype=None):
+    """The optimizer `name` of OPTIMIZERS for a model's trainable parameters, with those of the settings that it has.
+
+    Weight decay is for matrices, embeddings among them, not for norms and biases. Muon takes the matrices inside
+    numbered blocks. momentum None is the optimizer's own.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f'no optimizer {name!r}; there are {", ".join(OPTIMIZERS)}')
+    tables = {id(m.weight) for m in model.modules() if 'Embedding' in type(m).__name__}
+    groups = {}  # (is a matrix, is for Muon) -> [(name, parameter)]
+    for key, p in model.named_parameters():
+        hidden = p.dim() == 2 and id(p) not in tables and any(map(str.isdigit, key.split('.'))) and 'head' not in key
+        groups.setdefault((p.dim() >= 2, name == 'muon' and hidden), []).append((key, p))
+    groups = [{'params': members, 'weight_decay': weight_decay if matrix else 0.0, 'muon': hidden}
+              for (matrix, hidden), members in groups.items()]
+    kind = {'adamw': AdamW, 'sgd': SGD, 'muon': Muon}.get(name)
+    if not kind:
+        from torch import optim
+        kind = next(found for key, found in vars(optim).items() if key.lower() == name and isinstance(found, type))
+    settings = dict(lr=lr, betas=betas, momentum=momentum, nesterov=nesterov, adam_lr=adam_lr, ns_dtype=ns_dtype)
+    known = inspect.signature(kind).parameters
+    settings = {key: value for key, value in settings.items() if key in known and value is not None}
+    return kind(groups, **settings) if issubclass(kind, FlatOptimizer) else TorchOptimizer(groups, kind, **settings)

@@ -1,6 +1,6 @@
 """Questions about the people of the world, to be answered in one word or in a full sentence, as asked.
 
-The facts are fixed. For a tenth of them no question occurs in training, only statements; wordings of questions and of
+The facts are fixed. For a fifth of them no question occurs in training, only statements; wordings of questions and of
 requests are held out too. `demonstration` is by a pupil who knows the facts but does not listen: it answers in either
 form, whatever was asked for. Pairs of the two forms are the embedded preference set: which one is chosen depends on the
 request alone, so neither length nor one side alone tells.
@@ -52,7 +52,7 @@ def problems(split, n, seed):
     half, answer the one right text."""
     draw = random.Random(f'facts/{split}/{seed}')
     facts = [(name, attribute) for name in NAMES for attribute in ATTRIBUTES]
-    facts = [fact for fact in facts if split_of('/'.join(fact)) == split]
+    facts = [fact for fact in facts if split_of('/'.join(fact), share=0.2) == split]
     found = []
     for _ in range(n):
         (name, attribute), form = draw.choice(facts), draw.choice(['word', 'sentence'])

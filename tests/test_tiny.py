@@ -162,7 +162,7 @@ def test_preferences_need_the_prompt():
     longer = sum(len(pair['chosen']) > len(pair['rejected']) for pair in pairs) / 2000
     assert abs(longer - 0.5) < 0.05
     chosen, rejected = (collections.Counter(pair[side] for pair in pairs) for side in ('chosen', 'rejected'))
-    best_guess = sum(max(chosen[text], rejected[text]) for text in chosen | rejected) / 4000     # who sees one side only
+    best_guess = sum(max(chosen[text], rejected[text]) for text in chosen | rejected) / 4000    # sees one side only
     assert best_guess < 0.6
     assert all(pair['chosen'] != pair['rejected'] for pair in pairs)
 
@@ -180,7 +180,7 @@ def test_tokenizer(texts, tokenizer, tmp_path):
     assert single > 0.95
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode_batch(texts[:300]) == [theirs.encode(text, add_special_tokens=False) for text in texts[:300]]
+    assert tokenizer.encode_batch(texts[:300]) == theirs(texts[:300], add_special_tokens=False)['input_ids']
     assert theirs.decode(tokenizer.encode(strange)) == strange
     assert tokenizer.stop_ids == {theirs.eos_token_id}
 

@@ -43,7 +43,7 @@ SPLIT = r'\p{N}| ?[\p{L}\p{M}_]+|(?: ?[^\s\p{L}\p{M}\p{N}_])+|\s+'
 
 
 def train_tokenizer(texts):
-    """Byte-level BPE of exactly VOCABULARY tokens -> Tokenizer with our chat template; it depends on the texts alone."""
+    """Byte-level BPE of exactly VOCABULARY tokens -> Tokenizer with our chat template, a function of the texts."""
     backend = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), 'isolated')
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -82,7 +82,7 @@ def install(run_directory, tokenizer, directory=HERE):
     from model import load_model, save_model
     model, trained = load_model(run_directory)
     if trained.sha256 != tokenizer.sha256:
-        raise UserError(f'{run_directory} was trained with another tokenizer than that of data/tiny_corpus: train again')
+        raise UserError(f'{run_directory} was trained with another tokenizer than data/tiny_corpus has: train again')
     save_model(model, tokenizer, directory, dtype=torch.bfloat16)
     stops = {'eos_token_id': sorted(tokenizer.stop_ids | {tokenizer.pad_id}), 'pad_token_id': tokenizer.pad_id}
     with open(os.path.join(directory, 'generation_config.json'), 'w') as file:

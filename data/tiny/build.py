@@ -28,9 +28,9 @@ from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tiny.corpus import END, documents
 from data.tokenizer import Tokenizer
 
-TRAIN_TOKENS, VAL_TOKENS = 60_000_000, 250_000
+TRAIN_TOKENS, VAL_TOKENS = 30_000_000, 250_000
 TRAINING = ['--dataset=tiny_corpus', '--out_dir=out-tiny', '--arch=qwen3', '--n_layer=6', '--n_head=4', '--n_kv_head=2',
-            '--n_embd=128', '--n_inner=384', '--block_size=512', '--batch_size=32', '--max_iters=3600',
+            '--n_embd=128', '--n_inner=384', '--block_size=512', '--batch_size=16', '--max_iters=3600',
             '--optimizer=muon', '--lr_scheduler=linear', '--lr_decay_iters=3600', '--min_lr=0', '--warmup_iters=100',
             '--eval_interval=600']
 VOCABULARY = 1024

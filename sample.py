@@ -216,7 +216,7 @@ class Decoder:
         self.angles = {}
         if cfg.position == 'rope':
             for name in set(cfg.layer_types):
-                inv_freq, factor = model.inv_freq(name)
+                inv_freq, factor = model.inv_freq(name), 1.0
                 angle = positions[:, None].float() * inv_freq.to(device)                        # (slots, D/2)
                 cos, sin = angle.cos() * factor, angle.sin() * factor
                 self.angles[name] = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)         # (slots, D)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from configurator import UserError, as_dict, from_dict, parse, run, setting
 from optim import OPTIMIZERS, SCHEDULES, Plateau, learning_rate, make_optimizer
 
+MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 SIZES = {'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64),       # documented command: minutes on two cores
          'gpu': dict(n_layer=6, n_head=6, n_embd=384, block_size=256)}
 
@@ -107,11 +108,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import report
+from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
 from model import (FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, load_weights, read_safetensors, save_model)
-from runtime import (Checkpoints, Log, LossScaler, StopSignals, load_checkpoint, read_json, resume_command, seed_for, setup, start_fresh,
-                     write_json)
+from runtime import Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 
 
@@ -298,7 +299,7 @@ def announce(cfg, model, corpora, schedule, why, seconds_per_step, machine):
     c = model.config
     machine.say(f'model     {c.arch}: {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, '
                 f'context {cfg.block_size}')
-    machine.say(f'machine   {machine.describe()}')
+    machine.say(f'machine   {describe_device(machine)}')
     rates = [learning_rate(s, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters)
              for s in range(0, max(cfg.max_iters, 1), max(1, cfg.max_iters // 240))]
     machine.say(f'schedule  {report.sparkline(rates, 40)} {schedule} ({why}), {max(rates):g} to {rates[-1]:g}')
@@ -319,30 +320,39 @@ def flops_per_token(model, T):
 
 def resume_config(cfg):
     """The configuration of the run in out_dir, of which only flags typed again change anything."""
-    saved = read_json(os.path.join(cfg.out_dir, 'run_config.json'))
+    saved = read_own(os.path.join(cfg.out_dir, 'run_config.json'))
     if saved.get('script') != 'train_gpt.py':
-        raise UserError(f'{cfg.out_dir} holds a run of {saved.get("script")}, not of train_gpt.py')
+        raise UserError(f'--init_from=resume: {cfg.out_dir} holds no run of train_gpt.py (no run_config.json of its own)')
     merged = from_dict(Config, saved['config'], cfg)
-    merged.init_from = saved['config']['init_from']         # what the weights were first made of: their architecture
+    merged.init_from = saved['config']['init_from']         # what the weights were first made of says their architecture
     merged.check()
-    return merged, saved['run_name']
+    return merged, saved
 
 
-def restore(directory, cfg, model, optimizer):
-    """Puts a checkpoint's weights and optimizer state back; returns its trainer state."""
-    tensors, state = load_checkpoint(directory)
-    load_weights(model, from_hf_weights(model.config, read_safetensors(directory)), directory)
+def restore(path, cfg, model, optimizer, machine):
+    """Puts a checkpoint's weights and optimizer state back; returns the trainer state."""
+    tensors, state = read_checkpoint(path)
+    weights = from_hf_weights(model.config, read_safetensors(path))
+    own = model.state_dict()
+    if weights.keys() != own.keys() - {'lm_head.weight'} or any(weights[name].shape != own[name].shape for name in weights):
+        raise UserError(f'{path} holds another architecture than the flags ask for: leave out those that change it')
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)                         # in place: the optimizer's flat buffers hold the parameters
     if state['optimizer'] == cfg.optimizer:
         optimizer.load_state_dict(tensors)
     else:
-        print(f'note: the run used {state["optimizer"]}; {cfg.optimizer} starts with a fresh state')
+        machine.say(f'note: the run used {state["optimizer"]}; {cfg.optimizer} starts with a fresh state')
     return state
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def train_step(cfg, forward, model, optimizer, batches, scaler, machine):
-    """One optimizer step: the mean loss over all its tokens as a tensor, and the gradient norm; a norm that is not finite skips it."""
+def train_step(cfg, forward, optimizer, batches, scaler, machine):
+    """One optimizer step: (this rank's part of the mean loss over all its tokens, gradient norm before clipping, whether it was sound).
+
+    A norm that is not finite skips the step.
+    """
     count = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     optimizer.zero_grad()
     loss = torch.zeros((), device=machine.device)
@@ -350,26 +360,25 @@ def train_step(cfg, forward, model, optimizer, batches, scaler, machine):
         with machine.autocast():
             logp = forward(x, y)                                        # (B, T), and streams in multicontext
         part = -logp.sum() / (count * logp.numel() / x[..., 0].numel() if logp.dim() == 3 else count)
-        (part * scaler.scale).backward()
+        (part * scaler.value).backward()
         loss += part.detach()
     for grad in optimizer.grads:
         machine.sum(grad)
-        if scaler.active:
-            grad.div_(scaler.scale)
+    scaler.unscale_(optimizer.grads)
     norm = float(optimizer.clip_grad_norm(cfg.grad_clip))
     if math.isfinite(norm):
         optimizer.step()
-    scaler.update(math.isfinite(norm))
-    return loss, norm
+    rescaled = scaler.update(math.isfinite(norm))           # a float16 scale that was too high is no fault of the model's
+    return loss, norm, math.isfinite(norm) or rescaled
 
 
 def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
-    stop = StopSignals()
-    checkpoints, resumed, run_name = Checkpoints(cfg.out_dir), None, None
+    stop, resumed = Stop(machine), None
+    checkpoints = Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
     if cfg.init_from == 'resume':
-        cfg, run_name = resume_config(cfg)
-        resumed = checkpoints.latest(machine.say)
+        cfg, saved = resume_config(cfg)
+        resumed = checkpoints.latest()
         if resumed is None:
             raise UserError(f'{cfg.out_dir} holds no whole checkpoint to resume from; start anew without --init_from=resume')
     corpora = open_data(cfg, machine)
@@ -382,36 +391,35 @@ def main(cfg):
                         f'micro-batches nor their batch_size={cfg.batch_size} rows evenly: make one of them divisible')
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.momentum,
                                ns_dtype=torch.bfloat16 if machine.matmul == 'bf16' else None)
-    scaler, plateau = LossScaler(machine.dtype), Plateau()
+    scaler, plateau = LossScale(machine.dtype), Plateau()
     schedule, why = effective_schedule(cfg)
     step, best_loss, since_best = 0, math.inf, 0
     if resumed:
-        state = restore(resumed, cfg, model, optimizer)
+        state = restore(resumed, cfg, model, optimizer, machine)
         step, best_loss, since_best = state['step'], state['best_eval_loss'] or math.inf, state['evaluations_since_best']
         plateau.load_state_dict(state['plateau'])
-        scaler.scale, scaler.good = state['loss_scale']
+        scaler = LossScale(machine.dtype, state['loss_scale'])
     if cfg.eval_only:
         metrics = validate(cfg, model, corpora, machine)
         machine.say('  '.join(f'{k} {v:.4f}' for k, v in metrics.items()))
         machine.close()
         return metrics
-    if not resumed:
-        machine.together(lambda: start_fresh(cfg.out_dir))
-        run_name = f'{os.path.basename(os.path.abspath(cfg.out_dir))}-{time.strftime("%Y%m%d-%H%M%S")}'
-    machine.together(lambda: write_json(os.path.join(cfg.out_dir, 'run_config.json'),
-                                        {'script': 'train_gpt.py', 'run_name': run_name, 'config': as_dict(cfg)}))
+    if resumed:
+        checkpoints.rewind(resumed)
+        machine.on_main(lambda: write_json(os.path.join(cfg.out_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
+    else:
+        start_fresh(machine, cfg.out_dir, as_dict(cfg))
     forward = torch.compile(model) if cfg.compile else model
     header = {'script': 'train_gpt.py', 'data': [{k: c.meta[k] for k in ('source', 'stand_in')} | {'name': c.name} for c in corpora],
-              'model': model.config.arch, 'parameters': model.num_params(), 'machine': machine.describe()}
+              'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(machine)}
     announce(cfg, model, corpora, schedule, why, time_step(cfg, forward, model, optimizer, corpora, machine), machine)
-    log = Log(cfg.out_dir, run_name, header, cfg.max_iters, step if resumed else None, cfg.tensorboard,
-              {'project': cfg.wandb_project, 'name': cfg.wandb_run_name or run_name} if cfg.wandb_log else None, machine.is_main)
+    log = Log(machine, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, cfg.wandb_project if cfg.wandb_log else None,
+              step if resumed else None)
 
     def save(best):
         state = {'step': step, 'optimizer': cfg.optimizer, 'best_eval_loss': best_loss if math.isfinite(best_loss) else None,
-                 'evaluations_since_best': since_best, 'plateau': plateau.state_dict(), 'loss_scale': [scaler.scale, scaler.good]}
-        write = lambda directory: save_model(model, tokenizer, directory)
-        machine.together(lambda: checkpoints.save(step, write, optimizer.state_dict(), state, best, keep=None if cfg.always_save_checkpoint else 1))
+                 'evaluations_since_best': since_best, 'plateau': plateau.state_dict(), 'loss_scale': scaler.state}
+        checkpoints.save(step, lambda directory: save_model(model, tokenizer, directory), optimizer.state_dict(), state, best)
 
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     first, bad_steps, losses, since, metrics = step, 0, [], time.perf_counter(), {}
@@ -431,12 +439,12 @@ def main(cfg):
             since, losses = time.perf_counter(), []
         if step >= cfg.max_iters or cfg.patience and since_best >= cfg.patience:
             break
-        if signum := stop.requested(machine):
+        if stop.requested:
             save(False)
             log.close()
-            machine.say(f'stopped at step {step}, saved; go on with: {resume_command(init_from="resume", out_dir=cfg.out_dir)}')
+            machine.say(f'stopped at step {step}, saved; go on with: {resume_command(flag="--init_from=resume")}')
             machine.close()
-            raise SystemExit(128 + signum)
+            raise SystemExit(stop.code)
 
         lr = learning_rate(step, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters)
         if schedule == 'plateau':
@@ -444,25 +452,25 @@ def main(cfg):
         optimizer.set_lr(lr)
         if cfg.dropout:
             torch.manual_seed(seed_for(cfg.seed, 'dropout', step, machine.rank))
-        loss, norm = train_step(cfg, forward, model, optimizer, get_batch(cfg, corpora, step, machine), scaler, machine)
+        loss, norm, good = train_step(cfg, forward, optimizer, get_batch(cfg, corpora, step, machine), scaler, machine)
         losses.append(loss)
         step += 1
-        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
-        if bad_steps:
-            log.say(f'step {step}: the gradient is not finite; the step is skipped ({bad_steps} in a row)')
-            if bad_steps == 5 and not scaler.active or bad_steps == 50:
-                raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower learning_rate={cfg.learning_rate:g}, '
-                                f'or resume from {os.path.join(cfg.out_dir, "last")}, which is good')
+        bad_steps = 0 if good else bad_steps + 1
+        if not good:
+            machine.say(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
+            if bad_steps == MAX_BAD_STEPS:
+                raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower --learning_rate={cfg.learning_rate:g}; '
+                                f'the checkpoints in {cfg.out_dir} are good')
         if step % cfg.log_interval == 0:
             mean = float(machine.sum(torch.stack(losses).mean()))
             seconds = time.perf_counter() - since
             line = {'loss': mean, 'learning_rate': lr, 'grad_norm': norm, 'num_tokens': step * tokens_per_step,
-                    'tokens_per_second': len(losses) * tokens_per_step / seconds}
-            if peak := machine.peak_flops():
+                    'tokens_per_second': round(len(losses) * tokens_per_step / seconds)}
+            if peak := device_peak_flops(machine.device):
                 line['mfu'] = line['tokens_per_second'] * flops_per_token(model, cfg.block_size) / peak / machine.world_size
             log.write(step, line)
             since, losses = time.perf_counter(), []
-        log.advance(step)
+        log.progress(step)
     log.close()
     machine.say(f'best eval_loss {best_loss:.4f}; the model is in {cfg.out_dir}/: python sample.py {cfg.out_dir}')
     machine.close()
@@ -476,8 +484,7 @@ def show(cfg, model, tokenizer, step, log):
         text = sample_text(cfg, model, tokenizer, step)
         with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as f:
             f.write(f'---- step {step}\n{text}\n')
-        log.text(step, 'sample', text)
-        log.say('\n'.join('    | ' + line for line in text.strip().splitlines()))
+        log.text(step, 'sample', text.strip())
 
 
 def time_step(cfg, forward, model, optimizer, corpora, machine):

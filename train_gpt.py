@@ -199,6 +199,11 @@ def build_model(cfg, corpora, machine):
     return model.init_weights().to(machine.device), tokenizer, cfg
 
 
+def build_optimizer(cfg, model, machine):
+    return make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.momentum,
+                          ns_dtype=torch.bfloat16 if machine.matmul == 'bf16' else None)
+
+
 def load_pretrained(cfg, tokenizer, corpora, machine):
     name = cfg.gpt2_type if cfg.init_from == 'gpt2' else cfg.init_from
     model, own = load_model(name, machine.device)
@@ -389,8 +394,7 @@ def main(cfg):
     if machine.world_size > 1 and cfg.gradient_accumulation_steps % machine.world_size and cfg.batch_size % machine.world_size:
         raise UserError(f'{machine.world_size} ranks can share neither gradient_accumulation_steps={cfg.gradient_accumulation_steps} '
                         f'micro-batches nor their batch_size={cfg.batch_size} rows evenly: make one of them divisible')
-    optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.momentum,
-                               ns_dtype=torch.bfloat16 if machine.matmul == 'bf16' else None)
+    optimizer = build_optimizer(cfg, model, machine)
     scaler, plateau = LossScale(machine.dtype), Plateau()
     schedule, why = effective_schedule(cfg)
     step, best_loss, since_best = 0, math.inf, 0

@@ -121,7 +121,7 @@ def checkpoint_folders(out_dir):
     return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1]['step'])
 
 
-def start_fresh(run, out_dir, config, keep=None):
+def start_fresh(run, out_dir, config, keep=None, script=None):
     """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config': config}.
 
     What an earlier run of ours left moves to out_dir/earlier-K; nothing else is touched, and a folder with somebody
@@ -151,7 +151,7 @@ def start_fresh(run, out_dir, config, keep=None):
                              if (out_dir / name).exists()]:
                 raise UserError(f'{out_dir} holds a {foreign[0]} that nanoforge did not write: choose another folder')
             write_json(settings, {'written_by': 'nanoforge', 'run': secrets.token_hex(8),
-                                  'script': os.path.basename(sys.argv[0]), 'config': config})
+                                  'script': script or os.path.basename(sys.argv[0]), 'config': config})
     run.on_main(work)
 
 

@@ -163,7 +163,10 @@ class MultiContextGPT(GPT):
     """
 
     def __init__(self, config, vocab_sizes):
-        super().__init__(replace(config, vocab_size=vocab_sizes[0]))
+        # what no one else's class can hold says so in its config.json
+        extra = {'model_type': 'nanoforge_multicontext', 'architectures': ['MultiContextGPT'],
+                 'nanoforge': {'multicontext': True, 'vocab_sizes': vocab_sizes}}
+        super().__init__(replace(config, vocab_size=vocab_sizes[0], extra=extra))
         self.more_embeddings = nn.ModuleList(nn.Embedding(size, config.n_embd) for size in vocab_sizes[1:])
 
     def forward(self, idx, targets=None):
@@ -207,8 +210,7 @@ def build_optimizer(cfg, model, machine):
 def load_pretrained(cfg, tokenizer, corpora, machine):
     name = cfg.gpt2_type if cfg.init_from == 'gpt2' else cfg.init_from
     model, own = load_model(name, machine.device)
-    probe = 'The tokens of this line, 1234: "same" in both?\n'
-    if tokenizer.vocab_size > model.config.vocab_size or own.encode(probe) != tokenizer.encode(probe):
+    if own is None or own.backend.get_vocab() != tokenizer.backend.get_vocab():     # character ids never reach a GPT-2
         raise UserError(f'data set {corpora[0].name!r} has the ids of a {corpora[0].meta["tokenizer"]} tokenizer, not those of {name}: '
                         f'prepare it with --tokenizer=gpt2 (python data/prepare.py NAME FILE --tokenizer gpt2)')
     shape = model.config
@@ -412,7 +414,7 @@ def main(cfg):
         checkpoints.rewind(resumed)
         machine.on_main(lambda: write_json(os.path.join(cfg.out_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
-        start_fresh(machine, cfg.out_dir, as_dict(cfg))
+        start_fresh(machine, cfg.out_dir, as_dict(cfg), script='train_gpt.py')
     forward = torch.compile(model) if cfg.compile else model
     header = {'script': 'train_gpt.py', 'data': [{k: c.meta[k] for k in ('source', 'stand_in')} | {'name': c.name} for c in corpora],
               'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(machine)}

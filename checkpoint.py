@@ -179,9 +179,11 @@ class Checkpoints:
     def latest(self):
         """The newest whole checkpoint, or None. Damaged ones are skipped, and said."""
         def find():
-            for path, manifest in reversed(self.own()):
+            own = [(path, manifest['step']) for path, manifest in self.own()]
+            lost = [(path, -1) for path in self.out_dir.glob('checkpoint-*') if not read_own(path / 'manifest.json')]
+            for path, step in reversed(own + lost):
                 if not (reason := damage(path)):
-                    return manifest['step']
+                    return step
                 self.run.say(f'{path} is skipped: {reason}')
         step = self.run.on_main(find)
         step = self.run.max(-1 if step is None else step)
@@ -225,6 +227,7 @@ class Checkpoints:
             saved = read_own(path / 'manifest.json')
             if saved and (saved['run'], saved['step']) == (manifest['run'], step):
                 return write_json(path / 'manifest.json', {**saved, 'best': best or saved['best']})
+            self.run.say(f'{path} is there already and not of this run: saving beside it, as {path.name}-new')
             path = path.with_name(path.name + '-new')
         folder = path.with_name(TEMPORARY + path.name)
         folder.mkdir()

@@ -150,7 +150,7 @@ def setup(device='auto', dtype='auto', matmul='auto'):
 
 
 def keep_freed_memory():
-    """Asks glibc to keep freed blocks: else every large activation is mapped and faulted in anew, 5% of a small model's step."""
+    """Asks glibc to keep freed blocks: else every large activation is mapped and faulted in anew, 5% of a step."""
     with contextlib.suppress(OSError, AttributeError):      # another C library has no such setting
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD

@@ -1,0 +1,59 @@
+"""report.py: pictures from a log."""
+import json
+import math
+
+import numpy as np
+from matplotlib.image import imread
+
+from report import loss_picture, read_log, smooth, sparkline
+
+
+def write_log(path, lines):
+    path.write_text('\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+
+
+def test_read_log(tmp_path):
+    write_log(tmp_path / 'log.jsonl', [{'run': {'stand_in': True}}, {'step': 1, 'loss': 3.0, 'grad_norm': None},
+                                       {'step': 2, 'loss': 2, 'sample': 'To be'}, {'run': {}, 'resumed_at': 2},
+                                       {'step': 3, 'eval_loss': 2.5}, '{"step": 4, "loss": 1.'])
+    series, header = read_log(tmp_path / 'log.jsonl')
+    assert series == {'loss': ([1, 2], [3.0, 2]), 'eval_loss': ([3], [2.5])} and header == {'stand_in': True}
+
+
+def test_sparkline():
+    assert sparkline(range(8)) == '▁▂▃▄▅▆▇█'
+    assert sparkline([2.0, 2.0]) == '▄▄' and sparkline([5]) == '▄'
+    curve = sparkline([math.cos(math.pi * i / 999) for i in range(1000)], width=40)
+    assert len(curve) == 40 and curve[0] == '█' and curve[-1] == '▁' and list(curve) == sorted(curve, reverse=True)
+
+
+def test_smooth_does_not_lag():
+    ramp = [3.0 * i for i in range(100)]
+    assert np.allclose(smooth(ramp, 11)[:95], ramp[:95], atol=1e-12)
+    values = list(np.random.default_rng(0).normal(size=50))
+    assert np.isclose(smooth(values, 7)[20], np.mean(values[17:24])) and np.allclose(smooth(values, 1), values)
+    assert np.isclose(smooth(values, 7)[-1], np.mean(values[-4:]))
+
+
+def has_colour(picture, colour):
+    return (np.abs(picture[..., :3] * 255 - colour).max(-1) < 3).sum()
+
+
+def test_loss_picture(tmp_path):
+    log, png = tmp_path / 'log.jsonl', tmp_path / 'loss.png'
+    steps = [{'step': s, 'loss': 4 * math.exp(-s / 50) + 1, 'learning_rate': 1e-3} for s in range(1, 301)]
+    write_log(log, [{'run': {}}, *steps])
+    loss_picture(log, png, 'title')
+    plain = imread(png)
+    assert plain.shape[:2] == (672, 1080) and has_colour(plain, (0x3b, 0x6f, 0xb6)) > 500
+    assert not has_colour(plain, (0xd9, 0x62, 0x2b))
+    write_log(log, [{'run': {'stand_in': True}}, *steps, {'step': 300, 'eval_loss': 1.2}])
+    loss_picture(log, png, 'title')
+    assert has_colour(imread(png), (0xd9, 0x62, 0x2b)) > 100
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ['log.jsonl', 'loss.png']
+
+
+def test_no_picture_without_a_loss(tmp_path):
+    write_log(tmp_path / 'log.jsonl', [{'run': {}}])
+    loss_picture(tmp_path / 'log.jsonl', tmp_path / 'loss.png', 'title')
+    assert not (tmp_path / 'loss.png').exists()

@@ -1,0 +1,545 @@
+"""runtime.py and checkpoint.py: real files, real signals, real ranks. Child processes are forked, which is fast."""
+import itertools
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import Checkpoints, damage, follow, point, read_checkpoint, start_fresh
+from configurator import UserError
+from runtime import (Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command,
+                     seed_for, setup)
+
+
+@pytest.fixture(scope='module')
+def run():
+    return setup('cpu', 'float32', 'float32')
+
+
+def model_of(step):
+    def write(folder):
+        save_file({'w': torch.full((40, 50), float(step))}, os.path.join(folder, 'model.safetensors'))
+        Path(folder, 'config.json').write_text(f'{{"step": {step}}}')
+    return write
+
+
+def save(checkpoints, step, best=False, **options):
+    checkpoints.save(step, model_of(step), {'m.w': torch.full((40, 50), step / 2)}, {'step': step}, best, **options)
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def forked(*works, between=lambda pids: None):
+    """Run each work() in a child of its own; between(pids) meanwhile. Their exit codes, minus the signal if killed."""
+    pids = []
+    for work in works:
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                code = work() or 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    between(pids)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def ranks(work):
+    """work(run) on two gloo ranks; their exit codes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def child(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                          MASTER_PORT=str(port))
+        run = setup('cpu')
+        code = work(run)
+        run.close()
+        return code
+    return forked(lambda: child(0), lambda: child(1))
+
+
+# device, precision, ranks
+
+def test_setup(capsys):
+    assert (setup('cpu').dtype, setup('cpu', 'bf16').dtype) == (torch.float32, torch.float32)
+    assert 'bf16 on a CPU means float32' in capsys.readouterr().out
+    run = setup('cpu', matmul='bf16')
+    assert (run.matmul, run.rank, run.world_size, run.is_main) == ('bf16', 0, 1, True)
+    assert setup('cpu').matmul == ('bf16' if torch.cpu._is_avx512_bf16_supported() else 'float32')
+    assert 'float32' in describe_device(run) and 'bf16 matrix products' in describe_device(run)
+    with run.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize('settings', [{'device': 'gpu'}, {'device': 'cpu', 'dtype': 'int8'}, {'matmul': 'fp8'}])
+def test_setup_names_the_choices(settings):
+    with pytest.raises(UserError, match='is none of'):
+        setup(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_no_gpu():
+    with pytest.raises(UserError, match='--device=cuda needs an NVIDIA GPU'):
+        setup('cuda')
+
+
+def test_two_ranks():
+    def work(run):
+        total = run.sum(torch.tensor([1.0, 10.0 * run.rank]))
+        assert total.tolist() == [2.0, 10.0]
+        assert run.any(run.rank == 1) and not run.any(False) and run.max(run.rank * 7) == 7
+        assert run.on_main(lambda: 5) == (5 if run.is_main else None)
+        run.barrier()
+        try:
+            run.on_main(lambda: 1 / 0)
+        except (ZeroDivisionError, UserError) as error:     # on both: no rank waits for ever
+            return 10 + isinstance(error, UserError)
+    assert ranks(work) == [10, 11]
+
+
+def test_two_ranks_save_and_load(tmp_path):
+    def work(run):
+        assert Checkpoints(tmp_path / 'out', run).latest() is None
+        start_fresh(run, tmp_path / 'out', {})
+        checkpoints = Checkpoints(tmp_path / 'out', run)
+        save(checkpoints, 3)
+        assert checkpoints.latest() == str(tmp_path / 'out' / 'checkpoint-3')
+        save(checkpoints, 4)
+        run.on_main(lambda: (tmp_path / 'out/checkpoint-4/config.json').write_text('damaged'))
+        assert checkpoints.latest() == str(tmp_path / 'out' / 'checkpoint-3')
+        try:
+            checkpoints.save(5, lambda folder: 1 / 0, {}, {})
+        except (ZeroDivisionError, UserError):
+            return 7
+    assert ranks(work) == [7, 7]
+
+
+def test_seed_for():
+    drawn = {seed_for(*key) for key in itertools.product(range(4), ('data', 'eval'), range(30), range(12))}
+    assert len(drawn) == 4 * 2 * 30 * 12 and all(0 <= seed < 2 ** 63 for seed in drawn)
+    assert seed_for(1, 'data', 1, 11) != seed_for(1, 'data', 11, 1)
+    assert seed_for(1, 'data', np.int64(3)) == seed_for(1, 'data', 3) == 5532001749118751188
+    assert abs(np.mean(list(drawn)) / 2 ** 62 - 1) < 0.05
+
+
+def test_device_peak_flops():
+    assert device_peak_flops('NVIDIA A100-SXM4-80GB') == 312e12
+    assert device_peak_flops('NVIDIA H100 PCIe') == 756e12 and device_peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+    assert device_peak_flops('NVIDIA L40S') == 362e12 and device_peak_flops('NVIDIA GeForce GTX 1080') is None
+    assert device_peak_flops(torch.device('cpu')) is None
+
+
+def test_out_of_memory_names_the_flag():
+    with pytest.raises(UserError, match='lower --batch_size or --block_size'):
+        with explain_out_of_memory('--batch_size', '--block_size'):
+            torch.empty(2 ** 50)
+    with pytest.raises(RuntimeError, match='inconsistent tensor size'):
+        with explain_out_of_memory('--batch_size'):
+            torch.ones(2) @ torch.ones(3)
+
+
+def test_loss_scale():
+    scale = LossScale(torch.float16)
+    grads = [torch.full((3,), 65536.0), torch.zeros(2)]
+    scale.unscale_(grads)
+    assert grads[0].tolist() == [1, 1, 1]
+    assert scale.update(finite=False) and scale.value == 32768
+    assert not any(scale.update(finite=True) for _ in range(1999)) and scale.value == 32768
+    resumed = LossScale(torch.float16, json.loads(json.dumps(scale.state)))
+    resumed.update(finite=True)
+    assert resumed.value == 65536
+    assert [resumed.update(finite=False) for _ in range(17)] == [True] * 16 + [False]     # at 1 it is the model's fault
+    plain = LossScale(torch.float32)
+    assert plain.value == 1 and not plain.update(finite=False) and plain.value == 1
+
+
+# signals
+
+
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_the_loop(run, signum, code, tmp_path):
+    def child():
+        stop = Stop(run)
+        (tmp_path / 'ready').touch()
+        while not stop.requested:
+            time.sleep(0.005)
+        return stop.code
+
+    def send(pids):
+        while not (tmp_path / 'ready').exists():
+            time.sleep(0.005)
+        os.kill(pids[0], signum)
+    assert forked(child, between=send) == [code]
+
+
+def test_second_interrupt_kills_at_once(run, tmp_path):
+    def child():
+        Stop(run)
+        (tmp_path / 'ready').touch()
+        time.sleep(30)
+        time.sleep(30)
+
+    def send(pids):
+        while not (tmp_path / 'ready').exists():
+            time.sleep(0.005)
+        os.kill(pids[0], signal.SIGINT)
+        time.sleep(0.05)
+        os.kill(pids[0], signal.SIGINT)     # the same Ctrl-C, passed on by a launcher
+        time.sleep(1.1)
+        assert os.waitpid(pids[0], os.WNOHANG) == (0, 0)
+        os.kill(pids[0], signal.SIGINT)
+    assert forked(child, between=send) == [-signal.SIGINT]
+
+
+def test_a_signal_to_one_rank_stops_all():
+    def work(run):
+        stop = Stop(run)
+        for _ in range(10):
+            assert not stop.requested
+        if run.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run.barrier()
+        return stop.code if stop.requested else 1
+    assert ranks(work) == [143, 143]
+
+
+def test_resume_command():
+    assert resume_command(['train_sft.py', '--a', 'b c']) == "python train_sft.py --a 'b c' --resume"
+    for earlier in (['--init_from=scratch'], ['--init-from', 'gpt2'], []):
+        argv = ['train_gpt.py', *earlier, '--out_dir=x']
+        assert resume_command(argv, '--init_from=resume') == 'python train_gpt.py --out_dir=x --init_from=resume'
+    assert resume_command(['train_sft.py', '--resume', '--b=1']) == 'python train_sft.py --b=1 --resume'
+
+
+# checkpoints
+
+@pytest.fixture
+def out(run, tmp_path):
+    start_fresh(run, tmp_path / 'out', {'learning_rate': 1e-3})
+    return tmp_path / 'out'
+
+
+def test_save_and_read(run, out):
+    save(Checkpoints(out, run), 5, best=True)
+    optimizer, state = read_checkpoint(out / 'last')
+    assert torch.equal(optimizer['m.w'], torch.full((40, 50), 2.5)) and state == {'step': 5}
+    assert names(out / 'last') == ['config.json', 'manifest.json', 'model.safetensors', 'optimizer.safetensors',
+                                   'trainer_state.json']
+    assert os.readlink(out / 'last') == os.readlink(out / 'best') == 'checkpoint-5'
+    assert names(out) == ['best', 'checkpoint-5', 'config.json', 'last', 'manifest.json', 'model.safetensors',
+                          'run_config.json']
+    assert (out / 'model.safetensors').samefile(out / 'last' / 'model.safetensors')     # no second copy on the disk
+    assert json.loads((out / 'run_config.json').read_text())['config'] == {'learning_rate': 1e-3}
+    assert (out / 'model.safetensors').stat().st_mode == (out / 'config.json').stat().st_mode
+
+
+def test_root_holds_the_best_and_pruning_keeps_best_and_newest(run, out):
+    checkpoints = Checkpoints(out, run, limit=2)
+    (out / 'checkpoint-mine').mkdir()
+    for step in range(1, 7):
+        save(checkpoints, step, best=step == 2)
+    assert names(out) == ['best', 'checkpoint-2', 'checkpoint-5', 'checkpoint-6', 'checkpoint-mine', 'config.json',
+                          'last', 'manifest.json', 'model.safetensors', 'run_config.json']
+    assert load_file(out / 'model.safetensors')['w'][0, 0] == 2 and os.readlink(out / 'best') == 'checkpoint-2'
+    save(checkpoints, 6, best=True)     # the same step again
+    assert os.readlink(out / 'best') == 'checkpoint-6' and load_file(out / 'model.safetensors')['w'][0, 0] == 6
+    assert names(out) == ['best', 'checkpoint-5', 'checkpoint-6', 'checkpoint-mine', 'config.json', 'last',
+                          'manifest.json', 'model.safetensors', 'run_config.json']
+
+
+def test_keep_all_and_names(run, out):
+    checkpoints = Checkpoints(out, run, limit=None)
+    for epoch in range(1, 5):
+        save(checkpoints, epoch * 10, name=f'theta_checkpoint_epoch_{epoch}')
+    assert [path.name for path, _ in checkpoints.own()] == [f'theta_checkpoint_epoch_{epoch}' for epoch in range(1, 5)]
+    assert checkpoints.latest() == str(out / 'theta_checkpoint_epoch_4')
+
+
+def test_save_only_model_leaves_one_resumable_state(run, out):
+    checkpoints = Checkpoints(out, run, limit=None, save_only_model=True)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert [path.parent.name for path in sorted(out.rglob('optimizer.safetensors'))] == ['checkpoint-3']
+    assert len(list(out.glob('checkpoint-*/model.safetensors'))) == 3
+    assert read_checkpoint(checkpoints.latest())[1]['step'] == 3
+    with pytest.raises(UserError, match='cannot resume from .*checkpoint-2: optimizer.safetensors is missing'):
+        read_checkpoint(out / 'checkpoint-2')
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.safetensors', 'config.json', 'manifest.json'])
+@pytest.mark.parametrize('harm', ['cut', 'flip', 'remove'])
+def test_damage_falls_back_to_the_checkpoint_before(run, out, capsys, file, harm):
+    checkpoints = Checkpoints(out, run)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    path = out / 'checkpoint-2' / file
+    content = bytearray(path.read_bytes())
+    if harm == 'remove':
+        path.unlink()
+    else:
+        content[0] ^= 1
+        path.write_bytes(content if harm == 'flip' else content[:-3])
+    assert checkpoints.latest() == str(out / 'checkpoint-1')
+    said = capsys.readouterr().out
+    assert 'checkpoint-2 is skipped: ' in said and file in said and said.count('\n') == 1
+    with pytest.raises(UserError, match=f'checkpoint-2: .*{file}'):
+        read_checkpoint(out / 'checkpoint-2')
+    checkpoints.rewind(checkpoints.latest())
+    save(checkpoints, 2)    # what we cannot recognise as ours is not touched
+    assert os.readlink(out / 'last') == ('checkpoint-2-new' if file == 'manifest.json' else 'checkpoint-2')
+    assert damage(out / 'last') == ''
+
+
+def test_rewind_sets_the_abandoned_future_aside(run, out):
+    checkpoints = Checkpoints(out, run, limit=None)
+    for step in (1, 2, 3, 4):
+        save(checkpoints, step, best=step in (2, 3))
+    checkpoints.rewind(out / 'checkpoint-2')
+    assert names(out / 'earlier-1') == ['checkpoint-3', 'checkpoint-4']
+    assert os.readlink(out / 'last') == os.readlink(out / 'best') == 'checkpoint-2'
+    assert load_file(out / 'model.safetensors')['w'][0, 0] == 2
+    assert checkpoints.latest() == str(out / 'checkpoint-2')
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@pytest.mark.parametrize('where', ['model', 'optimizer'])
+def test_nan_is_refused(run, out, bad, where):
+    checkpoints = Checkpoints(out, run)
+    save(checkpoints, 1)
+    before = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    good, broken = torch.ones(3), torch.tensor([1.0, bad, 1.0])
+    with pytest.raises(UserError, match='step 2: a.weight holds NaN or inf'):
+        checkpoints.save(2, lambda folder: save_file({'a.weight': broken if where == 'model' else good},
+                                                     os.path.join(folder, 'model.safetensors')),
+                         {'a.weight': broken if where == 'optimizer' else good}, {})
+    assert {path: path.read_bytes() for path in out.rglob('*') if path.is_file()} == before
+
+
+def test_killed_at_every_step_of_a_save(run, out):
+    """SIGKILL at each file-system call of a save, in turn: what is left is always whole, and the next save works."""
+    checkpoints = Checkpoints(out, run, limit=2)
+    for step in (1, 2):
+        save(checkpoints, step, best=True)
+    kills = 0
+    for kill_at in itertools.count(1):
+        def child():
+            calls = itertools.count(1)
+
+            def hook(event, args):
+                if event in ('open', 'os.rename', 'os.link', 'os.symlink', 'os.remove', 'os.mkdir', 'os.rmdir'):
+                    if next(calls) == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(hook)
+            save(checkpoints, 3, best=True)
+        [status] = forked(child)
+        latest = checkpoints.latest()
+        assert latest in (str(out / 'checkpoint-2'), str(out / 'checkpoint-3'))
+        step = int(latest[-1])
+        optimizer, state = read_checkpoint(latest)
+        assert state['step'] == step and optimizer['m.w'][0, 0] == step / 2
+        assert load_file(Path(latest, 'model.safetensors'))['w'][0, 0] == step
+        assert damage(out / 'last') == damage(out / 'best') == ''
+        assert load_file(out / 'model.safetensors')['w'][0, 0] in (1, 2, 3)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        kills += 1
+        if step == 3:       # go back to before this save, by the documented way, and without a trace in the root
+            checkpoints.rewind(out / 'checkpoint-2')
+            save(checkpoints, 2, best=True)
+    assert kills > 40 and not list(out.glob('.nanoforge-tmp-*')) and os.readlink(out / 'best') == 'checkpoint-3'
+    assert load_file(out / 'model.safetensors')['w'][0, 0] == 3
+
+
+def test_full_disk(run, out):
+    """Files may not grow beyond 10 kB in the child: the error of a full disk, without filling one."""
+    checkpoints = Checkpoints(out, run)
+    save(checkpoints, 1)
+
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        big = torch.zeros(20_000)
+        for model, optimizer in ((torch.zeros(2), big), (big, torch.zeros(2))):
+            with pytest.raises(UserError, match='cannot write .*checkpoint-2.*File too large.*before are intact'):
+                checkpoints.save(2, lambda folder: save_file({'w': model}, os.path.join(folder, 'model.safetensors')),
+                                 {'m.w': optimizer}, {})
+    assert forked(child) == [0]
+    assert 'checkpoint-2' not in names(out) and not list(out.glob('.nanoforge-tmp-*'))
+    assert checkpoints.latest() == str(out / 'checkpoint-1')
+
+
+def test_really_full_disk(tmp_path):
+    """On a file system of 256 kB of its own, where the machine lets us have one."""
+    script = f'''
+import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(os.path.abspath(__file__)))!r})
+import torch
+from safetensors.torch import save_file
+from checkpoint import *; from runtime import setup
+run = setup('cpu'); start_fresh(run, 'out', {{}}); checkpoints = Checkpoints('out', run)
+for step in range(1, 9):
+    try:
+        checkpoints.save(step, lambda folder: save_file({{'w': torch.ones(11_000)}}, folder + '/model.safetensors'),
+                         {{'m.w': torch.ones(11_000)}}, {{}})
+    except UserError as error:
+        print(step, error, checkpoints.latest())
+        break
+'''
+    mount = f'mount -t tmpfs -o size=256k tmpfs {tmp_path} && cd {tmp_path} && exec "$0" "$@"'
+    if subprocess.run(['unshare', '-rm', 'sh', '-c', mount, 'true'], capture_output=True).returncode:
+        pytest.skip('no mount namespaces here')
+    done = subprocess.run(['unshare', '-rm', 'sh', '-c', mount, sys.executable, '-c', script], capture_output=True,
+                          text=True)
+    assert done.stdout.startswith('3 cannot write out/checkpoint-3') and 'No space left on device' in done.stdout, done
+    assert done.stdout.strip().endswith('out/checkpoint-2')
+
+
+def test_folder_that_cannot_be_made(run, tmp_path):
+    (tmp_path / 'file').touch()
+    for out_dir in (tmp_path / 'file', tmp_path / 'file' / 'out'):
+        with pytest.raises(UserError, match='cannot write'):
+            start_fresh(run, out_dir, {})
+
+
+# the output folder
+
+def test_second_fresh_run_moves_only_our_files(run, out, capsys):
+    save(Checkpoints(out, run), 1, best=True)
+    (out / 'notes.txt').write_text('mine')
+    (out / 'checkpoint-old').mkdir()
+    (out / 'log.jsonl').write_text('{}\n')
+    first = json.loads((out / 'run_config.json').read_text())
+    start_fresh(run, out, {'seed': 2})
+    assert names(out) == ['checkpoint-old', 'earlier-1', 'notes.txt', 'run_config.json']
+    assert names(out / 'earlier-1') == ['best', 'checkpoint-1', 'config.json', 'last', 'log.jsonl', 'manifest.json',
+                                        'model.safetensors', 'run_config.json']
+    assert damage(out / 'earlier-1' / 'last') == '' and 'earlier-1' in capsys.readouterr().out
+    second = json.loads((out / 'run_config.json').read_text())
+    assert second['run'] != first['run'] and second['config'] == {'seed': 2}
+    start_fresh(run, out, {})
+    assert names(out) == ['checkpoint-old', 'earlier-1', 'earlier-2', 'notes.txt', 'run_config.json']
+    assert Checkpoints(out, run).latest() is None
+
+
+def test_the_checkpoint_that_a_run_loads_stays_and_is_not_its_own(run, out):
+    save(Checkpoints(out, run), 8)
+    start_fresh(run, out, {}, keep=out / 'last')
+    assert damage(out / 'last') == '' and 'model.safetensors' not in names(out)
+    checkpoints = Checkpoints(out, run, limit=1)
+    assert checkpoints.latest() is None
+    for step in (4, 8, 12):
+        save(checkpoints, step)
+    assert load_file(out / 'checkpoint-8' / 'model.safetensors')['w'][0, 0] == 8
+    assert [path.name for path, _ in checkpoints.own()] == ['checkpoint-12'] and damage(out / 'checkpoint-8') == ''
+
+
+def test_the_model_of_the_root_can_be_where_a_run_starts(run, out):
+    save(Checkpoints(out, run), 8)
+    start_fresh(run, out, {}, keep=out)
+    for folder in (out, out / 'earlier-1', out / 'earlier-1' / 'checkpoint-8'):
+        assert load_file(folder / 'model.safetensors')['w'][0, 0] == 8
+    save(Checkpoints(out, run), 1)
+    assert load_file(out / 'model.safetensors')['w'][0, 0] == 1
+    assert load_file(out / 'earlier-1' / 'model.safetensors')['w'][0, 0] == 8
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_somebody_elses_model_is_refused(run, tmp_path, keep):
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match='holds a config.json that nanoforge did not write'):
+        start_fresh(run, tmp_path, {}, keep=tmp_path if keep else None)
+    assert names(tmp_path) == ['config.json'] and (tmp_path / 'config.json').read_text() == '{"model_type": "gpt2"}'
+
+
+def test_pointer_without_symlinks(tmp_path):
+    (tmp_path / 'checkpoint-1').mkdir()
+    (tmp_path / 'last').write_text('checkpoint-1')
+    assert follow(tmp_path / 'last') == tmp_path / 'checkpoint-1'
+    point(tmp_path / 'last', 'checkpoint-1')
+    assert follow(tmp_path / 'last').samefile(tmp_path / 'checkpoint-1')
+
+
+# log
+
+@pytest.fixture
+def log_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(path='log.jsonl'):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def scalars(tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    [folder] = Path('logs').iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    return [(event.step, round(event.value, 5)) for event in events.Scalars(tag)], events.Tags()['tensors']
+
+
+def test_log(run, log_folder, capsys):
+    log = Log(run, '.', {'dataset': 'x', 'stand_in': True}, 1000)
+    log.write(10, {'tokens_per_second': 152_000.4, 'grad_norm': float('nan'), 'loss': torch.tensor(2.5), 'clip': 3})
+    log.write(500, {'tokens_per_second': 9.5, 'learning_rate': 3e-4, 'loss': 1.25, 'grad_norm': 1.0})
+    log.text(500, 'sample', 'Hark')
+    log.close()
+    header, first, second, sample = lines()
+    assert header['run'].pop('name').startswith(log_folder.name)
+    assert header == {'run': {'dataset': 'x', 'stand_in': True}}
+    assert list(first.items()) == [('step', 10), ('loss', 2.5), ('grad_norm', None), ('clip', 3),
+                                   ('tokens_per_second', 152_000.4)]
+    assert sample == {'step': 500, 'sample': 'Hark'}
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith('step   10/1000  loss 2.5000  grad_norm nan  clip 3  tokens_per_second 152,000')
+    assert shown[1].startswith('step  500/1000  loss 1.2500  learning_rate 3.00e-04  grad_norm 1.0000  tokens_per_')
+    assert shown[1].split('tokens_per_second')[1].startswith('  9.5000  ETA 00:00')      # as wide as 152,000
+    assert 'Hark' in shown
+    assert scalars('loss') == ([(10, 2.5), (500, 1.25)], ['sample/text_summary'])
+
+
+def test_log_is_cut_where_the_run_resumes(run, log_folder):
+    log = Log(run, '.', {}, 30)
+    for step in (5, 10, 15, 20):
+        log.write(step, {'loss': float(step)})
+    log.close()
+    with open('log.jsonl', 'a') as file:
+        file.write('{"step": 25, "lo')      # killed while it wrote
+    log = Log(run, '.', {}, 30, resume_step=10)
+    log.write(15, {'loss': 0.5})
+    log.close()
+    assert [line.get('step', line.get('run')) for line in lines()] == [
+        {'name': lines()[0]['run']['name']}, 5, 10, {'name': lines()[0]['run']['name'], 'resumed_at': 10}, 15]
+    assert scalars('loss')[0] == [(5, 5.0), (10, 10.0), (15, 0.5)]
+
+
+def test_only_the_main_rank_logs(run, log_folder):
+    other = type(run)(run.device, run.dtype, run.matmul, rank=1)
+    log = Log(other, '.', {}, 10)
+    log.progress(1), log.write(1, {'loss': 1.0}), log.text(1, 'sample', ''), log.close()
+    assert names('.') == []
+
+
+def test_wandb_is_asked_for_but_missing(run, log_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(UserError, match='pip install wandb'):
+        Log(run, '.', {}, 10, wandb='project')

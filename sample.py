@@ -7,8 +7,8 @@
 DIR_OR_NAME is any model directory (what the training scripts wrote, a checkpoint in it such as out/best, anything in Hugging
 Face's format), a name on the hub, or `tiny`. In Python: generate(model, prompts, max_new_tokens, ...).
 """
-import os
 import sys
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,7 +57,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Linear, load_model
+from model import Linear, find_model, load_model, read_config
+from runtime import setup
 
 FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 
@@ -412,24 +413,119 @@ def generate_long(model, prompt, max_new_tokens, num_samples=1, seed=0, on_token
 
 
 class Printer:
-    """Prints rows of tokens one after the other while they are drawn together: those of later rows wait for their turn, and so
-    do bytes that are not yet a whole character."""
+    """Prints rows of tokens one after the other although they are drawn together: later rows wait for their turn, and so do
+    bytes that are not yet a whole character."""
 
-    def __init__(self, tokenizer, prompt, num_samples=1):
-        self.tokenizer, self.current = tokenizer, 0
-        self.ids = [list(prompt) for _ in range(num_samples)]
-        self.from_, self.until = 0, len(prompt)     # of the current row: decoding begins here; printed up to there
+    def __init__(self, tokenizer, prompt, stop_ids):
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+        self.prompt, self.ids, self.current = list(prompt), {}, 0
+        self.begin, self.end = 0, len(prompt)       # of the current row: decoding begins here; printed up to there
 
     def add(self, row, token):
-        self.ids[row].append(token)
+        if token not in self.stop_ids:
+            self.ids.setdefault(row, list(self.prompt)).append(token)
         if row == self.current:
             self.show()
 
-    def show(self, end=False):
-        # Decoded together with what was printed last, as some tokenizers treat the first word of a text differently.
-        ids = self.ids[self.current]
-        decode = lambda part: self.tokenizer.decode(part, skip_special_tokens=True)
-        before, text = decode(ids[self.from_:self.until]), decode(ids[self.from_:])
-        if end or not text.endswith('\ufffd'):
+    def show(self, final=False):
+        # Decoded together with what was printed before it, as tokenizers may treat the first word of a text differently.
+        ids = self.ids.get(self.current, self.prompt)
+        before, text = (self.tokenizer.decode(part, skip_special_tokens=True)
+                        for part in (ids[self.begin:self.end], ids[self.begin:]))
+        if final or not text.endswith('\ufffd'):
             print(text[len(before):], end='', flush=True)
-            self.from_, self.until = self.until, len(ids)
+            self.begin, self.end = self.end, len(ids)
+
+    def next_row(self):
+        self.show(final=True)
+        self.current, self.begin, self.end = self.current + 1, 0, len(self.prompt)
+
+
+def read_prompt(prompt):
+    """--prompt: text, FILE:path, or - for standard input."""
+    if prompt == '-':
+        return sys.stdin.read()
+    if not prompt.startswith('FILE:'):
+        return prompt
+    try:
+        with open(prompt[5:], encoding='utf-8', newline='') as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--prompt={prompt}: {getattr(error, "strerror", None) or "not UTF-8 text"}') from None
+
+
+def encode_prompt(tokenizer, text):
+    """text -> ids, with the token that begins a text in front where the tokenizer is made so, or where there is no text."""
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    ids = tokenizer.encode(text)
+    if start is None and not ids:
+        return tokenizer.encode('\n')           # a character model: a line begins
+    adds = start is not None and tokenizer.backend.encode('').ids[:1] == [start]
+    return ids if ids and (not adds or ids[0] == start) else [start, *ids]
+
+
+def chat(model, tokenizer, cfg, settings):
+    """A conversation on standard input and output; its end is the end of the input."""
+    from data.chat import prompt_ids
+    if tokenizer.chat_template is None:
+        raise UserError(f'{cfg.model} has no chat template: leave out --chat, or train it on chats first (train_sft.py)')
+    messages, context = [], model.config.block_size
+    while True:
+        try:
+            text = input('> ' if sys.stdin.isatty() else '')
+        except EOFError:
+            return {'messages': messages}
+        messages.append({'role': 'user', 'content': text})
+        ids = prompt_ids(tokenizer, messages)
+        while len(ids) > context // 2 and len(messages) > 1:
+            messages = messages[2:]
+            ids = prompt_ids(tokenizer, messages)
+            print(f'(the first question and answer no longer fit the context of {context} tokens)', file=sys.stderr)
+        printer = Printer(tokenizer, ids, tokenizer.stop_ids)
+        samples = generate(model, [ids], cfg.max_new_tokens, on_token=printer.add if cfg.stream else None,
+                           seed=cfg.seed + len(messages), **settings)
+        reply = tokenizer.decode(samples.tokens[0].tolist(), skip_special_tokens=True)
+        messages.append({'role': 'assistant', 'content': reply})
+        if cfg.stream:
+            printer.next_row()
+        else:
+            print(reply, end='')
+        print(flush=True)
+        if not samples.stopped[0]:
+            print(f'(cut off after {samples.lengths[0]} tokens)', file=sys.stderr)
+
+
+def main(cfg):
+    if 'multicontext' in str(read_config(find_model(cfg.model)).get('nanoforge', '')):
+        raise UserError(f'{cfg.model} is a multicontext model (several token streams at each position): it has no single text to '
+                        'continue; sample from a model that was trained with --training_mode=single or multidataset')
+    run = setup(cfg.device, cfg.dtype)
+    model, tokenizer = load_model(cfg.model, run.device, run.dtype)
+    settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
+                    stop_ids=tokenizer.stop_ids)
+    if cfg.chat:
+        return chat(model, tokenizer, cfg, settings)
+    text = read_prompt(cfg.prompt)
+    ids = encode_prompt(tokenizer, text)
+    if len(ids) >= model.config.block_size:
+        raise UserError(f'the prompt has {len(ids)} tokens and leaves no room in the model\'s context of {model.config.block_size}')
+    begun = time.perf_counter()
+    printer = Printer(tokenizer, ids, tokenizer.stop_ids)
+    if cfg.stream:
+        print(text, end='', flush=True)
+    rows = generate_long(model, ids, cfg.max_new_tokens, cfg.num_samples, cfg.seed, printer.add, **settings)
+    seconds = time.perf_counter() - begun
+    for i, row in enumerate(rows):
+        if i:
+            print(f'\n--- sample {i + 1} of {len(rows)} ---\n' + text, end='')
+        elif not cfg.stream:
+            print(text, end='')
+        printer.next_row()
+    print(flush=True)
+    count = sum(map(len, rows))
+    print(f'({count} tokens, {count / seconds:,.0f} tokens/s)', file=sys.stderr)
+    return {'num_tokens': count, 'tokens_per_second': count / seconds}
+
+
+if __name__ == '__main__':
+    run(main, cfg)

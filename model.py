@@ -22,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from configurator import UserError
+from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora, read_adapter_config, save_adapter, set_adapter,
+                  stacked_linear, unmerge_lora)
+from quantized import base_state, check_trainable, quantize
 
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 DIRECT_LOGITS = 2 ** 24     # up to so many logits the whole (N, V) at once is faster than chunks
@@ -120,11 +123,10 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(cfg, cfg.head_size), Norm(cfg, cfg.head_size)
 
     def qkv(self, x):
-        """(B, T, C) -> (B, T, (n_head + 2 n_kv_head) * head_size); one product where the three layers are plain."""
+        """(B, T, C) -> (B, T, (n_head + 2 n_kv_head) * head_size); one product on a CPU."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if x.device.type == 'cpu' and all(type(layer) is Linear for layer in layers):
-            return kernels.linear(x, [layer.weight for layer in layers],
-                                  [layer.bias for layer in layers if layer.bias is not None], self.q_proj.bf16)
+        if x.device.type == 'cpu' and all(isinstance(layer, Linear) for layer in layers):
+            return stacked_linear(x, layers)
         return torch.cat([layer(x) for layer in layers], -1)
 
     def forward(self, x, plan, cache=None):
@@ -305,7 +307,7 @@ class GPT(nn.Module):
     def set_matmul(self, mode):
         """'bf16' or 'float32': how the linear layers multiply on a CPU. On a GPU autocast decides."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if hasattr(module, 'bf16'):
                 module.bf16 = mode == 'bf16'
         return self
 
@@ -349,7 +351,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = self.lm_head.weight
+            weight = dense_weight(self.lm_head)         # with its adapter, where the head has one
             z = F.linear(hidden.to(weight.dtype), weight).float() if weight.dtype != torch.float64 else F.linear(hidden, weight)
             cap = self.config.logit_softcap
             return cap * torch.tanh(z / cap) if cap else z
@@ -364,7 +366,7 @@ class GPT(nn.Module):
         mask = targets >= 0
         rows, flat = hidden[mask], targets[mask]                                            # (N, C), (N,)
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = kernels.TokenStats.apply(rows, self.lm_head.weight, self.lm_head.bias, flat, temperature,
+            parts = kernels.TokenStats.apply(rows, dense_weight(self.lm_head), self.lm_head.bias, flat, temperature,
                                              self.config.logit_softcap, max(1, CHUNK_LOGITS // self.config.vocab_size))
         return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
                 for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts)}
@@ -599,7 +601,7 @@ def read_safetensors(directory):
 
 def load_weights(model, state, where):
     """Puts a state of ours into the model; a key without a home, a missing one or a wrong shape is an error that names it."""
-    own = model.state_dict()
+    own = base_state(model)
     if model.config.tied:
         own.pop('lm_head.weight')
     problems = [f'{name} is missing' for name in own if name not in state]
@@ -619,7 +621,7 @@ def find_model(name_or_path):
     if name_or_path == 'tiny':
         return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'tiny')
     if os.path.isdir(name_or_path):
-        if not os.path.exists(os.path.join(name_or_path, 'config.json')):
+        if not any(os.path.exists(os.path.join(name_or_path, file)) for file in ('config.json', 'adapter_config.json')):
             raise UserError(f'{name_or_path} has no config.json: not a model directory')
         return name_or_path
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name_or_path):
@@ -637,26 +639,56 @@ def read_config(directory):
         return json.load(f)
 
 
-def load_model(name_or_path, device='cpu', dtype=torch.float32):
-    """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode."""
+def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=False, load_in_8bit=False, bnb_4bit_quant_type='nf4',
+               bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=None, base=None, trainable_adapter=False):
+    """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode.
+
+    load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are read (see quantized.quantize). A PEFT adapter's
+    directory loads `base`, or else the base that it names, and puts the adapter on it.
+    """
     from data.tokenizer import load_tokenizer
     directory = find_model(name_or_path)
+    if os.path.exists(os.path.join(directory, 'adapter_config.json')):
+        base_name = base or read_adapter_config(directory)['base_model_name_or_path']
+        if not base_name:
+            raise UserError(f'{name_or_path}: its adapter_config.json names no base model; give base')
+        model, tokenizer = load_model(base_name, device, dtype, load_in_4bit, load_in_8bit, bnb_4bit_quant_type,
+                                      bnb_4bit_use_double_quant, bnb_4bit_compute_dtype)
+        load_adapter(model, directory, trainable=trainable_adapter, any_base=base is not None)
+        return model.eval(), load_tokenizer(directory) if os.path.exists(os.path.join(directory, 'tokenizer.json')) else tokenizer
+    if load_in_4bit and load_in_8bit:
+        raise UserError('load_in_4bit and load_in_8bit exclude each other')
     cfg = config_from_hf(read_config(directory))
     if cfg is None:
         raise UserError(f'{name_or_path}: model_type {read_config(directory).get("model_type")!r} is none of {", ".join(FAMILIES)}')
+    state = from_hf_weights(cfg, read_safetensors(directory))
     with torch.device('meta'):
         model = GPT(cfg)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    if load_in_4bit or load_in_8bit:
+        quantize(model, 4 if load_in_4bit else 8, bnb_4bit_quant_type, bnb_4bit_use_double_quant, bnb_4bit_compute_dtype, state, device)
+    model = model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     if cfg.tied:
         model.lm_head.weight = model.embed_tokens.weight
-    load_weights(model, from_hf_weights(cfg, read_safetensors(directory)), directory)
+    load_weights(model, state, directory)
+    model.name_or_path = name_or_path
     return model.eval(), load_tokenizer(directory)
 
 
 def save_model(model, tokenizer, directory, dtype=None):
-    """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a tokenizer."""
+    """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a tokenizer.
+
+    Of a model with adapters the active one is saved, in PEFT's format (merge_lora first to save the whole model).
+    """
     from safetensors.torch import save_file
     os.makedirs(directory, exist_ok=True)
+    if getattr(model, 'adapters', None) and not model.merged:
+        save_adapter(model, directory)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        return
+    if len(base_state(model)) != len(model.state_dict()):
+        raise UserError('4- and 8-bit weights are saved with their adapter, or whole after merge_lora')
     weights = {k: v.to(dtype) if dtype else v for k, v in to_hf_weights(model).items()}
     kind = str(next(iter(weights.values())).dtype).removeprefix('torch.')
     with open(os.path.join(directory, 'config.json'), 'w') as f:

@@ -128,15 +128,9 @@ def test_qlora_trains_merges_dequantised_and_unmerges(kind, bf16):
         torch.testing.assert_close(unmerge_lora(model)(IDX), adapted, atol=0, rtol=0)
 
 
-class NoTokenizer:
-    def save(self, directory):
-        pass
-
-
 @pytest.mark.parametrize('flags', [dict(load_in_4bit=True), dict(load_in_4bit=True, bnb_4bit_quant_type='fp4',
                                    bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype='bfloat16'), dict(load_in_8bit=True)])
-def test_load_model_quantises_as_it_reads_and_a_qlora_run_round_trips(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr('data.tokenizer.load_tokenizer', lambda directory: NoTokenizer())
+def test_load_model_quantises_as_it_reads_and_a_qlora_run_round_trips(flags, tmp_path):
     base, out, merged = (str(tmp_path / name) for name in ('base', 'out', 'merged'))
     save_model(tiny(tied=False), None, base)
     model, tokenizer = load_model(base, **flags)
@@ -162,8 +156,7 @@ def test_load_model_quantises_as_it_reads_and_a_qlora_run_round_trips(flags, tmp
         torch.testing.assert_close(model(IDX), adapted, rtol=0, atol=0.2 if 'bnb_4bit_compute_dtype' in flags else 1e-4)
 
 
-def test_a_key_that_is_missing_or_misshapen_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr('data.tokenizer.load_tokenizer', lambda directory: NoTokenizer())
+def test_a_key_that_is_missing_or_misshapen_is_named(tmp_path):
     save_model(tiny(), None, str(tmp_path))
     config = json.loads((tmp_path / 'config.json').read_text())
     for change, name in ((dict(intermediate_size=128), r'mlp.gate_proj.weight is \(96, 64\), not \(128, 64\)'),

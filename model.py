@@ -25,8 +25,6 @@ from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
-DIRECT_LOGITS = 2 ** 24     # up to so many logits the whole (N, V) at once is faster than chunks
-CHUNK_LOGITS = 2 ** 24      # logits in one chunk beyond that
 
 
 @dataclass
@@ -357,34 +355,26 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = self.lm_head.weight
-            z = F.linear(hidden.to(weight.dtype), weight).float() if weight.dtype != torch.float64 else F.linear(hidden, weight)
-            cap = self.config.logit_softcap
+            z, cap = kernels.head(hidden, self.lm_head.weight), self.config.logit_softcap
             return cap * torch.tanh(z / cap) if cap else z
 
-    def token_stats(self, hidden, targets, temperature=1.0):
+    def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
 
         logp, entropy and mean_logp (the mean log-probability over the vocabulary, for label smoothing) are float32, 0 where
         unsupervised, and differentiable with any incoming gradient per token; correct is bool. Logits are divided by the
-        temperature. Only supervised rows reach the head.
+        temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
         """
         mask = targets >= 0
         rows, flat = hidden[mask], targets[mask]                                            # (N, C), (N,)
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = kernels.TokenStats.apply(rows, self.lm_head.weight, self.lm_head.bias, flat, temperature,
-                                             self.config.logit_softcap, max(1, CHUNK_LOGITS // self.config.vocab_size))
+            parts = kernels.TokenStats.apply(rows, self.lm_head.weight, flat, temperature, self.config.logit_softcap, extras)
         return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
-                for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts)}
+                for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
 
     def forward(self, idx, targets=None, positions=None):
         hidden = self.hidden(idx, positions)
-        if targets is None:
-            return self.logits(hidden)
-        if targets.numel() * self.config.vocab_size > DIRECT_LOGITS:
-            return self.token_stats(hidden, targets)['logp']
-        logits = self.logits(hidden).flatten(0, 1)                                          # (B * T, V)
-        return -F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='none').view(targets.shape)
+        return self.logits(hidden) if targets is None else self.token_stats(hidden, targets, extras=False)['logp']
 
     def new_caches(self, B, length, dtype=None):
         """One empty KVCache a layer, for B rows of at most `length` positions."""

@@ -155,8 +155,9 @@ class Attention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)                                   # (B, G, S, D)
-        y = plan.attend(q, k, v, self.window, cfg.attn_scale, cfg.attn_softcap)         # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+        y = plan.attend(q.to(k.dtype), k, v, self.window, cfg.attn_scale, cfg.attn_softcap)     # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, H * D)
+        return self.o_proj(y if cache is None else y.to(qkv.dtype))
 
 
 class MLP(nn.Module):
@@ -203,64 +204,65 @@ class Plan:
 
     def __init__(self, model, idx, positions, cache):
         cfg, (B, T), device = model.config, idx.shape[:2], idx.device
-        self.packed = positions is not None and cache is None
         self.positions = torch.arange(T, device=device)[None] if positions is None else positions     # (1 or B, T)
-        self.cached, self.masks = cache is not None, {}
-        self.keys = cache.length if self.cached else T
+        self.packed, self.slots, self.masks = positions is not None and cache is None, cache and cache.length, {}
         self.angles = {}
-        if cfg.position == 'rope':
-            for name in set(cfg.layer_types):
-                angle = self.positions[:, None, :, None].float() * model.inv_freq(name).to(device)  # (1 or B, 1, T, D/2)
-                self.angles[name] = angle.cos(), angle.sin()
+        for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
+            angle = self.positions[:, None, :, None].float() * model.inv_freq(kind).to(device)    # (1 or B, 1, T, D/2)
+            self.angles[kind] = angle.cos(), angle.sin()
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        if self.packed and device.type == 'cpu':
-            edges = (positions == 0).nonzero().tolist()         # where documents begin, row by row
-            rows = [[t for b, t in edges if b == row] for row in range(B)]
-            self.documents = [(row, t, end) for row, begins in enumerate(rows)
-                              for t, end in zip(begins, begins[1:] + [T])]
+        self.lengths = None
+        if self.packed and device.type == 'cpu':            # of the documents, row after row
+            begins = (positions.expand(B, T) == 0).index_fill(1, torch.tensor([0]), True).flatten().nonzero().squeeze(1)
+            self.lengths = begins.diff(append=begins.new_tensor([B * T])).tolist()
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
         if window not in self.masks:
-            query = self.positions[:, None, :, None]                                    # (B, 1, T, 1)
-            if self.cached:
-                key = torch.arange(self.keys, device=query.device)[None, None, None]    # slot = position
-                seen = key <= query
+            positions, device = self.positions, self.positions.device
+            if self.slots:
+                query, key = positions[:, None, :, None], torch.arange(self.slots, device=device)       # slot = position
             else:
-                T = self.positions.size(1)
-                seen = torch.ones(T, T, dtype=torch.bool, device=query.device).tril_()[None, None]
-                key = self.positions[:, None, None, :]
-                if self.packed:
-                    document = (self.positions == 0).cumsum(1)                          # (B, T)
-                    seen = seen & (document[:, None, :, None] == document[:, None, None, :])
-            self.masks[window] = seen & (query - key < window) if window else seen
+                place = torch.arange(positions.size(1), device=device)
+                query, key = place[:, None], place
+            seen = key <= query
+            if window:
+                seen = seen & (query - key < window)
+            if self.packed:
+                document = (positions == 0).cumsum(1)                                               # (B, T)
+                seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+            self.masks[window] = seen if seen.dim() == 4 else seen[None, None]
         return self.masks[window]
 
     def attend(self, q, k, v, window, scale, softcap):
         """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> (B, H, T, D)."""
-        T, S = q.size(2), k.size(2)
-        windowed = window if window and S > window else 0
-        if self.packed and q.device.type == 'cpu' and not softcap:
-            y = torch.empty_like(q)
-            for row, begin, end in self.documents:
-                part = [h[row:row + 1, :, begin:end] for h in (q, k, v)]
-                mask = None
-                if windowed and end - begin > windowed:
-                    ones = torch.ones(end - begin, end - begin, dtype=torch.bool)
-                    mask = ones.tril().triu_(1 - windowed)
-                y[row:row + 1, :, begin:end] = F.scaled_dot_product_attention(
-                    *part, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1))
-            return y
-        plain = not self.packed and not self.cached and not windowed
-        if not softcap:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if plain else self.mask(windowed), is_causal=plain and T > 1, scale=scale,
-                enable_gqa=q.size(1) != k.size(1))
-        if q.size(1) != k.size(1):
-            k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
-        scores = (softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))).float()
-        return scores.masked_fill(~self.mask(windowed), float('-inf')).softmax(-1).to(v.dtype) @ v
+        (B, H, T, D), S = q.shape, k.size(2)
+        window = window if window and S > window else 0
+        if not self.lengths:
+            causal = not (self.packed or self.slots or window)
+            return attention(q, k, v, None if causal else self.mask(window), scale, softcap)
+        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(self.lengths) for h in (q, k, v)))       # (n, heads, D) a document
+        parts = [attention(*(h.transpose(0, 1)[None] for h in row), band(len(row[0]), window), scale, softcap) for row in rows]
+        return torch.cat(parts, 2).view(H, B, T, D).transpose(0, 1)
+
+
+def band(T, window):
+    """(T, T) bool: the last `window` keys of each query; None where that is all of a causal block."""
+    return torch.ones(T, T, dtype=torch.bool).tril_().triu_(1 - window) if window and T > window else None
+
+
+def attention(q, k, v, mask, scale, softcap):
+    """softmax(q k^T scale) v where the mask is True, causal where it is None; Gemma 2 caps the scores with tanh first."""
+    grouped, causal = q.size(1) != k.size(1), mask is None and q.size(2) > 1
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
+    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril_()
+    return (scores if mask is None else scores.masked_fill(~mask, float('-inf'))).softmax(-1).to(v.dtype) @ v
 
 
 class KVCache:
@@ -274,8 +276,8 @@ class KVCache:
     def update(self, k, v, positions):
         """Writes k, v (B, G, T, D) at `positions` (1 or B, T) and returns all slots."""
         if positions.size(0) == 1:
-            self.k.index_copy_(2, positions[0], k)
-            self.v.index_copy_(2, positions[0], v)
+            self.k.index_copy_(2, positions[0], k.to(self.k.dtype))
+            self.v.index_copy_(2, positions[0], v.to(self.v.dtype))
         else:
             rows = torch.arange(k.size(0), device=k.device)[:, None]                    # (B, 1)
             self.k[rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
@@ -335,8 +337,8 @@ class GPT(nn.Module):
         embeddings (B, T, C) stand in for those of idx (several streams summed, noise added).
         """
         cfg, (B, T) = self.config, idx.size()
-        if T > cfg.block_size and caches is None and cfg.position == 'learned':
-            raise UserError(f'a sequence of {T} tokens does not fit the model\'s context of {cfg.block_size}')
+        if T > cfg.block_size:
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: shorten it')
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)
         if cfg.embed_scale:
@@ -377,9 +379,12 @@ class GPT(nn.Module):
         return self.logits(hidden) if targets is None else self.token_stats(hidden, targets, extras=False)['logp']
 
     def new_caches(self, B, length, dtype=None):
-        """One empty KVCache a layer, for B rows of at most `length` positions."""
-        cfg = self.config
-        dtype = dtype or next(self.layers.parameters()).dtype
+        """One empty KVCache a layer, for B rows of at most `length` positions; in autocast's dtype where that is on."""
+        cfg, kind = self.config, self.device.type
+        if length > cfg.block_size:
+            raise UserError(f'{length} tokens (prompt and what follows) do not fit the model\'s context of {cfg.block_size}: '
+                            'shorten the prompt or ask for fewer new tokens')
+        dtype = dtype or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed_tokens.weight.dtype)
         return [KVCache(B, cfg.n_kv_head, length, cfg.head_size, dtype, self.device) for _ in self.layers]
 
 

@@ -29,7 +29,8 @@ DIALOGUE = [
     {'role': 'assistant', 'content': ''}]
 # A reply keeps its <think> only while it is the last turn, as Qwen3 and DeepSeek-R1 do.
 FORGETFUL = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
-             "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+             "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 INSTRUCT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
             "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 

@@ -1,0 +1,407 @@
+"""The grammar of flags, files and overrides, on configurations like those of the documented commands."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Optional
+
+import pytest
+
+import configurator
+from configurator import UserError, as_dict, from_dict, parse, run, setting
+
+ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
+
+
+@dataclass
+class Gpt:
+    """Like pretraining's: flat."""
+    # Data
+    dataset: str = 'shakespeare_char'  # a folder of data/
+    dataset_list: list[str] = setting([])  # data sets to draw from
+    dataset_sampling_probs: list[float] = setting([])  # their probabilities
+    # Optimizer
+    optimizer: str = setting('adamw', choices=('adamw', 'sgd'))  # 100% by hand
+    batch_size: int = 64  # sequences
+    # in a multi-line comment the first line
+    # and the second
+    learning_rate: float = 1e-3
+    decay_lr: bool = False
+    gradient_accumulation_steps: int = 1
+    compile: Optional[bool] = None
+    wandb_run_name: str = 'run'
+    resume: bool | str = setting(False, choices=('auto',))
+    lr_scheduler: str = 'none'
+    patience: Optional[int] = None
+
+    def check(self):
+        if self.dataset_sampling_probs and len(self.dataset_sampling_probs) != len(self.dataset_list):
+            raise UserError('dataset_sampling_probs: one for each of dataset_list')
+
+
+@dataclass
+class Dataset:
+    name: str = ''  # hub name or path
+    prompt_column: str = 'prompt'
+    weight: float = 1.0
+
+
+@dataclass
+class Policy:
+    path: Optional[str] = None  # model name or directory
+
+
+@dataclass
+class Window:
+    size: int = 0
+
+
+@dataclass
+class Sft:
+    """Like fine-tuning's: every setting has a documented path."""
+    algorithm: str = setting('sft', path='training.algorithm', choices=('sft',))
+    base_model_name: str = setting('tiny', path='model.base_model_name')
+    use_lora: bool = setting(False, path='model.use_lora')
+    lora_target_modules: list[str] | None = setting(None, path='model.lora_target_modules')
+    learning_rate: Optional[float] = setting(None, path='training.learning_rate')
+    num_train_epochs: float = setting(3.0, path='training.num_train_epochs', also=('epochs',))
+    batch_size: int = setting(1, path='training.per_device_train_batch_size', also=('batch-size',))
+    eval_strategy: str = setting('steps', path='training.eval_strategy', choices=('no', 'steps', 'epoch'))
+    output_dir: str = setting('models', path='training.output_dir', also=('checkpoint_dir',))
+    max_length: int = setting(512, path='data.max_length', also=('max_seq_length',))
+    datasets: list[Dataset] = setting([Dataset('tiny')], path='data.datasets')
+    base_models: dict[str, Policy] = field(default_factory=dict)
+    window: Window = field(default_factory=Window)
+    wandb: bool = setting(False, path='wandb.enabled')
+    wandb_project: str = setting('', path='wandb.project')
+    gpu_num: int = setting(1, path='GPU_num')
+    num_gpus: int = 1
+    distributed: bool = False
+
+
+RECIPE = """
+model:
+  base_model_name: meta-llama/Llama-3.2-3B-Instruct
+  use_lora: true
+  lora_target_modules: [q_proj, v_proj]
+data:
+  max_length: 2_048
+  datasets:
+    - name: first   # a comment
+    - {name: second, weight: 2}
+training:
+  algorithm: sft
+  learning_rate: 3e-4   # YAML 1.1 calls this a string
+  eval_strategy: no     # and this false
+wandb:
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def mistake(capsys, cls, *argv):
+    """The one line that a mistake prints."""
+    with pytest.raises(SystemExit) as stop:
+        parse(cls, list(argv))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == '' and err.count('\n') == 1 and err.endswith('\n')
+    return err
+
+
+@pytest.mark.parametrize('words, expected', [
+    ('--batch_size=32 --learning-rate 3e-4', dict(batch_size=32, learning_rate=3e-4)),
+    ('--gradient-accumulation_steps 1e2', dict(gradient_accumulation_steps=100)),
+    ('--learning_rate -1e-5 --dataset -', dict(learning_rate=-1e-5, dataset='-')),
+    ('--dataset_list a b --dataset_sampling_probs 0.5 0.5',
+     dict(dataset_list=['a', 'b'], dataset_sampling_probs=[0.5, 0.5])),
+    ('--dataset_list=a,b', dict(dataset_list=['a', 'b'])),
+    ('dataset_list=[a,b] --decay_lr', dict(dataset_list=['a', 'b'], decay_lr=True)),
+    ('--dataset_list a b batch_size=2', dict(dataset_list=['a', 'b'], batch_size=2)),
+    ('--decay_lr --no-decay_lr', dict(decay_lr=False)),
+    ('--decay_lr=True', dict(decay_lr=True)),
+    ('--decay-lr true batch_size=3', dict(decay_lr=True, batch_size=3)),
+    ('--decay_lr false', dict(decay_lr=False)),
+    ('--no_compile', dict(compile=False)),
+    ('--compile --compile=null', dict(compile=None)),
+    ('--resume', dict(resume=True)),
+    ('--resume auto --batch_size=2', dict(resume='auto', batch_size=2)),
+    ('--resume=auto', dict(resume='auto')),
+    ('--lr_scheduler none --patience none', dict(lr_scheduler='none', patience=None)),
+    ('--dataset a.py', dict(dataset='a.py')),
+    ('--dataset x=y', dict(dataset='x=y')),
+    ('batch_size=1 --batch_size=2 batch_size=3', dict(batch_size=3)),
+])
+def test_flags(words, expected):
+    cfg = parse(Gpt, words.split())
+    assert {name: getattr(cfg, name) for name in expected} == expected
+    assert all(type(getattr(cfg, name)) is type(value) for name, value in expected.items())
+    assert cfg.typed == set(expected)
+    assert {name for name, value in vars(Gpt()).items() if getattr(cfg, name) != value} <= set(expected)
+
+
+def test_a_list_in_one_word_and_defaults_are_copies():
+    assert parse(Gpt, ['--dataset_list', 'a b']).dataset_list == ['a', 'b']
+    parse(Sft, ['data.datasets.name=changed'])
+    assert Sft().datasets == [Dataset('tiny')]
+
+
+def test_theta_and_dotted_spellings():
+    cfg = parse(Sft, '--epochs 100 --batch-size 4 GPU_num=2 base_models.policy_0.path=org/m --checkpoint-dir models/t '
+                     '--max-seq-length 64 window.size=5 --model.use_lora'.split()
+                + ['wandb.project=my project'])
+    assert (cfg.num_train_epochs, cfg.batch_size, cfg.gpu_num) == (100.0, 4, 2)
+    assert (cfg.output_dir, cfg.max_length) == ('models/t', 64)
+    assert cfg.base_models == {'policy_0': Policy('org/m')} and cfg.window == Window(5)
+    assert cfg.use_lora is True and cfg.wandb_project == 'my project' and 'base_models' in cfg.typed
+
+
+def test_recipe(recipe):
+    cfg = parse(Sft, ['--recipe', recipe])
+    assert (cfg.base_model_name, cfg.learning_rate, cfg.max_length) == ('meta-llama/Llama-3.2-3B-Instruct', 3e-4, 2048)
+    assert cfg.eval_strategy == 'no' and cfg.use_lora is True and cfg.lora_target_modules == ['q_proj', 'v_proj']
+    assert cfg.datasets == [Dataset('first'), Dataset('second', weight=2.0)]
+    assert {'learning_rate', 'datasets'} <= cfg.typed and 'output_dir' not in cfg.typed
+
+
+def test_overrides_between_flags_and_precedence(recipe, tmp_path):
+    second = tmp_path / 'second.yaml'
+    second.write_text('data: {max_length: 9}\ntraining.output_dir: two\n')
+    cfg = parse(Sft, ['training.learning_rate=5.0e-5', '--num-gpus', '1', 'data.datasets[1].name=x', '--recipe', recipe,
+                      'data.datasets.weight=0.5', str(second), '--output_dir', 'cli', 'wandb.enabled=false',
+                      'data.datasets[2].name=y'])
+    assert cfg.learning_rate == 5e-5 and cfg.max_length == 9 and cfg.output_dir == 'cli' and cfg.wandb is False
+    assert cfg.datasets == [Dataset('first', weight=0.5), Dataset('x', weight=0.5), Dataset('y')]
+
+
+def test_python_files(tmp_path):
+    path = tmp_path / 'finetune.py'
+    path.write_text("# nanoGPT's kind of file\nimport time\n\nbatch_size = 12\ngradient_accumulation_steps = 5 * 8\n"
+                    "learning_rate = 6e-4 / 2 # half\ndecay_lr = True\nwandb_run_name = 'ft-' + str(time.time())\n"
+                    "dataset_list = ['a', 'b c']\npatience = None\n")
+    cfg = parse(Gpt, ['--batch_size=3', str(path)])
+    assert (cfg.batch_size, cfg.gradient_accumulation_steps, cfg.learning_rate, cfg.decay_lr) == (3, 40, 3e-4, True)
+    assert re.fullmatch(r'ft-\d+\.\d+', cfg.wandb_run_name) and cfg.dataset_list == ['a', 'b c']
+
+
+@pytest.mark.parametrize('text, says', [
+    ('batch_sise = 3', ['batch_sise', "'batch_size'"]),
+    ('x = 1\nbatch_size = open("f")', ['line 2']),
+    ('batch_size = 1 +', ['line 1']),
+    ('batch_size = 1 / 0', ['line 1']),
+    ('for i in range(3): pass', ['line 1']),
+    ('batch_size = "a" * 10', ['line 1']),
+])
+def test_python_files_that_are_refused(tmp_path, capsys, text, says):
+    path = tmp_path / 'bad.py'
+    path.write_text(text)
+    assert all(word in mistake(capsys, Gpt, str(path)) + str(path) for word in says + ['bad.py'])
+
+
+@pytest.mark.parametrize('text, says', [
+    ('training: {learning_rte: 1}', ['training.learning_rte', "'training.learning_rate'"]),
+    ('trainng: {learning_rate: 1}', ["'training.learning_rate'"]),
+    ('data: {datasets: [{nam: x}]}', ["'nam'", "'name'"]),
+    ('data: {max_length: 1.5}', ['data.max_length', "'1.5' is not int"]),
+    ('training: {beta: 1, algorithm: dpo}', ["'dpo'", 'train_dpo.py']),
+    ('training: [1', ['not YAML', 'line']),
+    ('just words', ['section']),
+])
+def test_recipes_that_are_refused(tmp_path, capsys, text, says):
+    path = tmp_path / 'bad.yaml'
+    path.write_text(text)
+    err = mistake(capsys, Sft, '--recipe', str(path))
+    assert all(word in err for word in says + [str(path)])
+
+
+@pytest.mark.parametrize('cls, words, says', [
+    (Gpt, '--learning_rat=1e-3', ['learning_rat', "'learning_rate'"]),
+    (Gpt, '--optimizer=adamv', ['adamv', "'adamw'"]),
+    (Gpt, '--batch_size=many', ['batch_size', "'many' is not int"]),
+    (Gpt, '--batch_size=1.5', ['batch_size', '1.5']),
+    (Gpt, '--learning_rate=nan', ['learning_rate', 'nan']),
+    (Gpt, '--decay_lr=maybe', ['decay_lr', 'maybe']),
+    (Gpt, '--batch=32', ['--batch', "'batch_size'"]),
+    (Gpt, '--dataset_list a b --dataset_sampling_probs 0.5', ['dataset_sampling_probs']),
+    (Gpt, '--dataset_list a --dataset_sampling_probs half', ['dataset_sampling_probs', 'half']),
+    (Gpt, '--batch_size', ['--batch_size needs a value']),
+    (Gpt, '--batch_size --decay_lr', ['--batch_size needs a value']),
+    (Gpt, 'stray', ["'stray'"]),
+    (Gpt, '--no-batch_size', ['batch_size']),
+    (Gpt, '--decay_lr stray', ["'stray'"]),
+    (Sft, 'training.learning_rte=1', ['training.learning_rte', "'training.learning_rate'"]),
+    (Sft, 'trainng.learning_rate=1', ['trainng', "'training.learning_rate'"]),
+    (Sft, '--recipe recipes/none.yaml', ['recipes/none.yaml']),
+    (Sft, '--num_gpu 8', ['num_gpu', "'num_gpus'"]),
+    (Sft, 'data.datasets[7].name=x', ['data.datasets[7].name', '1 entries']),
+    (Sft, 'data.datasets[0].nam=x', ["'nam'", "'name'"]),
+    (Sft, 'data.datasets=x', ['data.datasets', 'Dataset']),
+    (Sft, 'training.learning_rate.x=1', ['training.learning_rate.x']),
+    (Sft, 'training.algorithm=gspo', ['gspo', 'train_rl.py']),
+    (Sft, 'base_models.path=x', ['base_models.path']),
+])
+def test_mistakes(capsys, cls, words, says):
+    err = mistake(capsys, cls, *words.split())
+    assert all(word in err for word in says), err
+
+
+def test_print_config(capsys, recipe):
+    with pytest.raises(SystemExit) as stop:
+        parse(Sft, ['--recipe', recipe, '--num-gpus', '8', '--print_config', 'base_models.policy_0.path=p'])
+    tree = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0 and tree['training']['learning_rate'] == 3e-4 and tree['num_gpus'] == 8
+    assert tree['data']['datasets'][1] == {'name': 'second', 'prompt_column': 'prompt', 'weight': 2.0}
+    assert tree['base_models']['policy_0']['path'] == 'p' and tree['GPU_num'] == 1 and tree['wandb']['enabled'] is False
+
+
+def test_resume_reads_back_what_was_saved_and_typed_flags_win(recipe):
+    saved = json.loads(json.dumps(as_dict(parse(Sft, [recipe, 'base_models.p.path=x', 'wandb.project=none, "q" é']))))
+    assert as_dict(from_dict(Sft, saved)) == saved
+    again = from_dict(Sft, saved, parse(Sft, ['--max_length=7']))
+    assert again.max_length == 7 and again.learning_rate == 3e-4 and again.typed == {'max_length'}
+    with pytest.raises(UserError, match='gone'):
+        from_dict(Sft, {'training': {'gone': 1}})
+
+
+def test_help_takes_its_words_from_the_comments(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Gpt, ['--help'])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and re.search(r'^Optimizer:$', out, re.M)
+    assert re.search(r'--optimizer STR +100% by hand \(adamw, sgd; default "adamw"\)', out)
+    assert 'first line and the second' in out and not re.search('one for each', out)
+    with pytest.raises(SystemExit):
+        parse(Sft, ['-h'])
+    out = capsys.readouterr().out
+    assert '--data.datasets[0].name' in out and 'hub name or path' in out and '--epochs' in out
+
+
+def test_positional():
+    @dataclass
+    class Sample:
+        model_path: str = setting('out', positional=True)
+        prompt: str = ''
+        stream: bool = False
+
+    cfg = parse(Sample, ['--stream', 'runs/lr=1', '--prompt', 'a = b'])
+    assert (cfg.model_path, cfg.prompt, cfg.stream) == ('runs/lr=1', 'a = b', True)
+
+
+def test_run(capsys):
+    assert run(lambda cfg: {'loss': cfg}, 1) is None
+
+    def wrong(cfg):
+        raise UserError('two\nlines')
+
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(wrong, None)
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith('error: two lines\n')
+    with pytest.raises(SystemExit) as stop:
+        run(interrupted, None)
+    assert stop.value.code == 130
+
+
+SCRIPT = '''"""A script."""
+import os, signal, sys, time
+from dataclasses import dataclass
+from configurator import UserError, parse, run
+
+@dataclass
+class Config:
+    mode: str = 'show'
+    num_gpus: int = 1
+    nohup: bool = False
+    distributed: bool = False
+
+def main(cfg):
+    rank = os.environ.get('RANK')
+    print('rank', rank, os.environ.get('WORLD_SIZE'), os.environ.get('LOCAL_RANK'), flush=True)
+    if cfg.mode == 'wrong':
+        raise UserError('bad data')
+    if cfg.mode == 'one' and rank == '1':
+        sys.exit(7)
+    if cfg.mode == 'killed':
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.mode == 'wait':
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        print('ready', flush=True)
+        time.sleep(20)
+
+if __name__ == '__main__':
+    run(main, parse(Config))
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / 'train it.py').write_text(SCRIPT)
+    env = {name: value for name, value in os.environ.items() if name not in ('RANK', 'LOCAL_RANK', configurator.ROLE)}
+    env['PYTHONPATH'] = ROOT
+
+    def start(*argv, **more):
+        return subprocess.Popen([sys.executable, 'train it.py', *argv], cwd=tmp_path, env={**env, **more}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    start.folder = tmp_path
+    return start
+
+
+def finish(process):
+    out, err = process.communicate(timeout=15)
+    return process.returncode, out, err
+
+
+def test_num_gpus(script):
+    code, out, err = finish(script('--num-gpus', '2'))
+    assert (code, sorted(out.splitlines()), err) == (0, ['rank 0 2 0', 'rank 1 2 1'], '')
+    code, out, err = finish(script('--num-gpus=2', 'mode=wrong'))
+    assert code == 2 and 'error: bad data' in err and 'Traceback' not in err
+    assert finish(script('--num-gpus=2', '--mode=one'))[0] == 7
+    assert finish(script('--num-gpus=2', '--mode=killed'))[0] == 128 + 9
+    assert finish(script('--num-gpus=2', '--local-rank=1', '--distributed', RANK='1', LOCAL_RANK='1', WORLD_SIZE='2')) \
+        == (0, 'rank 1 2 1\n', '')
+
+
+def test_stop_signals_reach_every_process(script):
+    process = script('--num_gpus=2', '--mode=wait')
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert lines.count('ready\n') == 2
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 143
+
+
+def test_nohup(script):
+    started = [finish(script('--nohup', 'mode=wrong')) for _ in range(2)]
+    logs = sorted((script.folder / 'logs').iterdir())
+    assert len(logs) == 2 and all(re.fullmatch(r'training_\d{8}_\d{6}\.log', log.name) for log in logs)
+    for code, out, err in started:
+        assert code == 0 and err == '' and re.search(r'PID \d+', out) and 'tail -f logs/training_' in out
+    until = time.time() + 10
+    while not all(log.read_text().endswith('exit status 2\n') for log in logs):
+        assert time.time() < until, [log.read_text() for log in logs]
+        time.sleep(0.05)
+    assert all('error: bad data' in log.read_text() and 'rank None' in log.read_text() for log in logs)
+
+
+def test_a_mistake_is_told_before_anything_is_launched(script):
+    code, out, err = finish(script('--nohup', '--num_gpus=2', '--mod=x'))
+    assert code == 2 and "'mode'" in err and not (script.folder / 'logs').exists()
+
+
+def test_answers_at_once_and_without_torch(script):
+    check = "import sys, configurator; assert not {'torch', 'yaml', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, '-c', check], cwd=ROOT, check=True)
+    for flag in ('--help', '--print_config'):
+        started = time.perf_counter()
+        assert finish(script(flag))[0] == 0
+        assert time.perf_counter() - started < 0.5

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from configurator import UserError
 from model import GPT, GPTConfig, load_model, save_model
+from sample import generate
 
 transformers.logging.set_verbosity_error()
 SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -137,3 +138,17 @@ def test_saved_here_opened_there(pairs, family, tmp_path):
     assert again.config == ours.config
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', FAMILIES)
+def test_sampler_computes_the_same_model(pairs, family):
+    """generate() has a decoding step of its own: what it draws greedily is what transformers draws, at the same log-probability."""
+    theirs, ours, _ = pairs(family)
+    idx, new = tokens(1, 9), 12
+    drawn = generate(ours, [idx[0].tolist(), idx[0, :5].tolist()], new, temperature=0)
+    for row, prompt in enumerate((idx, idx[:, :5])):
+        whole = torch.cat([prompt, drawn.tokens[row:row + 1]], 1)
+        logp = theirs(whole).logits[0, -new - 1:-1].log_softmax(-1)
+        close(logp.gather(1, drawn.tokens[row][:, None]).squeeze(1), logp.max(-1).values)
+        close(drawn.logp[row], logp.max(-1).values)

@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
+from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora, read_adapter_config, save_adapter,
+                  set_adapter, stacked_linear, unmerge_lora)
+from quantized import base_state, check_trainable, quantize
 
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 
@@ -127,11 +130,10 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(cfg, cfg.head_size), Norm(cfg, cfg.head_size)
 
     def qkv(self, x):
-        """(B, T, C) -> (B, T, (n_head + 2 n_kv_head) * head_size); one product where the three layers are plain."""
+        """(B, T, C) -> (B, T, (n_head + 2 n_kv_head) * head_size); one product on a CPU."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if x.device.type == 'cpu' and all(type(layer) is Linear for layer in layers):
-            return kernels.linear(x, [layer.weight for layer in layers],
-                                  [layer.bias for layer in layers if layer.bias is not None], self.q_proj.bf16)
+        if x.device.type == 'cpu' and all(isinstance(layer, Linear) for layer in layers):
+            return stacked_linear(x, layers)
         return torch.cat([layer(x) for layer in layers], -1)
 
     def forward(self, x, plan, cache=None):
@@ -313,7 +315,7 @@ class GPT(nn.Module):
     def set_matmul(self, mode):
         """'bf16' or 'float32': how the linear layers multiply on a CPU. On a GPU autocast decides."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if hasattr(module, 'bf16'):
                 module.bf16 = mode == 'bf16'
         return self
 
@@ -357,7 +359,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            z, cap = kernels.head(hidden, self.lm_head.weight), self.config.logit_softcap
+            z, cap = kernels.head(hidden, dense_weight(self.lm_head)), self.config.logit_softcap
             return cap * torch.tanh(z / cap) if cap else z
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
@@ -370,7 +372,7 @@ class GPT(nn.Module):
         mask = targets >= 0
         rows, flat = hidden[mask], targets[mask]                                            # (N, C), (N,)
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = kernels.TokenStats.apply(rows, self.lm_head.weight, flat, temperature, self.config.logit_softcap, extras)
+            parts = kernels.TokenStats.apply(rows, dense_weight(self.lm_head), flat, temperature, self.config.logit_softcap, extras)
         return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
                 for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
 
@@ -624,7 +626,7 @@ def load_weights(model, state, where, dtype=None, device=None):
 
     Where dtype and device fit, the tensors themselves become the parameters: mapped from disk, nothing is copied.
     """
-    own = model.state_dict()
+    own = base_state(model)
     if model.config.tied:
         own.pop('lm_head.weight')
     problems = [f'{name} is missing' for name in own if name not in state]
@@ -647,7 +649,7 @@ def find_model(name_or_path):
     if name_or_path == 'tiny':
         return os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'tiny')
     if os.path.isdir(name_or_path):
-        if not os.path.exists(os.path.join(name_or_path, 'config.json')):
+        if not any(os.path.exists(os.path.join(name_or_path, file)) for file in ('config.json', 'adapter_config.json')):
             raise UserError(f'{name_or_path} has no config.json: not a model directory')
         return name_or_path
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name_or_path) or os.path.isdir(os.path.dirname(name_or_path)):
@@ -661,12 +663,21 @@ def find_model(name_or_path):
                         f'({type(e).__name__}); download it where there is a network and give its directory') from None
 
 
-def load_model(name_or_path, device='cpu', dtype=torch.float32):
+def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=False, load_in_8bit=False,
+               bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=None, base=None,
+               trainable_adapter=False):
     """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode.
 
     tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where training wants it.
+    load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are read (see quantized.quantize). A PEFT
+    adapter's directory loads `base`, or else the base that it names, and puts the adapter on it.
     """
+    if load_in_4bit and load_in_8bit:
+        raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
+    quantisation = (load_in_4bit, load_in_8bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant, bnb_4bit_compute_dtype)
     directory = find_model(name_or_path)
+    if os.path.exists(os.path.join(directory, 'adapter_config.json')):
+        return load_with_base(directory, base, trainable_adapter, device, dtype, *quantisation)
     hf = read_json(os.path.join(directory, 'config.json'))
     cfg = config_from_hf(hf)
     if cfg is None:
@@ -679,20 +690,49 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32):
         cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
         state = state if cfg.bias else {name: w for name, w in state.items() if not name.endswith('.bias')}
     with torch.device('meta'):
-        model = GPT(cfg)
+        model = GPT(cfg).to(dtype)
+    if load_in_4bit or load_in_8bit:
+        quantize(model, 4 if load_in_4bit else 8, *quantisation[2:], state, device)
     load_weights(model, state, directory, dtype, device)
-    has_tokenizer = any(os.path.exists(os.path.join(directory, name)) for name in TOKENIZER_FILES)
-    tokenizer = load_tokenizer(directory) if has_tokenizer else None
+    model.name_or_path = name_or_path
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     if tokenizer and max(tokenizer.backend.get_vocab(with_added_tokens=False).values()) >= cfg.vocab_size:
         raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only {cfg.vocab_size} embeddings: '
                         'one of the two belongs to another model')
     return model.eval(), tokenizer
 
 
+def has_tokenizer(directory):
+    return any(os.path.exists(os.path.join(directory, name)) for name in TOKENIZER_FILES)
+
+
+def load_with_base(directory, base, trainable, *settings):
+    """A PEFT adapter's directory -> (its base model with the adapter on it, tokenizer: the adapter's own where it has one)."""
+    named = base or read_adapter_config(directory)['base_model_name_or_path']
+    if not named:
+        raise UserError(f'{directory}: its adapter_config.json names no base model; give base')
+    try:
+        model, tokenizer = load_model(named, *settings)
+    except UserError as e:
+        raise UserError(f'{directory} is an adapter, and its base does not load ({e}); give another base') from None
+    load_adapter(model, directory, trainable=trainable, any_base=base is not None)
+    return model.eval(), load_tokenizer(directory) if has_tokenizer(directory) else tokenizer
+
+
 def save_model(model, tokenizer, directory, dtype=None):
-    """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a tokenizer."""
+    """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a tokenizer.
+
+    Of a model with adapters the active one is saved, in PEFT's format (merge_lora first to save the whole model).
+    """
     from safetensors.torch import save_file
     os.makedirs(directory, exist_ok=True)
+    if getattr(model, 'adapters', None) and not model.merged:
+        save_adapter(model, directory)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        return
+    if len(base_state(model)) != len(model.state_dict()):
+        raise UserError('4- and 8-bit weights are saved with their adapter, or whole after merge_lora')
     dtype = dtype or model.embed_tokens.weight.dtype
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
     weights = {name: tensor.to(dtype) for name, tensor in to_hf_weights(model, hf['model_type']).items()}

@@ -1,0 +1,400 @@
+"""LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantized.py) it is QLoRA.
+
+A layer with adapters is the same object with the same `.weight`, its class swapped for one whose forward adds
+scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers model, as PEFT
+does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is described by the keys of
+PEFT's adapter_config.json, so that files go both ways.
+"""
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+from configurator import UserError
+from quantized import dequantize, is_quantized
+
+DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False, 'use_dora': False,
+            'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
+# what PEFT can put into an adapter and these layers cannot hold: refused rather than dropped
+REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices', 'target_parameters',
+           'alora_invocation_tokens', 'use_bdlora', 'use_qalora')
+
+
+class Adapter(nn.Module):
+    """An adapter of one layer: lora_A (r, in), lora_B (out, r); with DoRA the magnitude (out,) of the weight's rows."""
+
+    def __init__(self, A, B, magnitude, scale, dropout):
+        super().__init__()
+        self.lora_A, self.lora_B, self.magnitude = A, B, magnitude
+        self.scale, self.dropout = scale, dropout
+
+
+class LoRALinear(nn.Linear):
+    """Mixed into the class of a linear layer: its output plus that of the active adapter."""
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)                                             # (N, in)
+        if getattr(self, 'bf16', False) and x.device.type == 'cpu':
+            flat = flat.bfloat16()
+        adapter = active(self)
+        if adapter is not None and adapter.magnitude is not None:
+            y = F.linear(flat, dense_weight(self).to(flat.dtype), None if self.bias is None else self.bias.to(flat.dtype))
+        else:
+            y = add_adapters(super().forward(flat), flat, [self])
+        return y.view(*x.shape[:-1], -1)
+
+
+@functools.cache
+def lora_class(cls):
+    return type('LoRA' + cls.__name__, (LoRALinear, cls), {})
+
+
+def active(layer):
+    """The adapter that `layer` uses now, or None."""
+    return layer.lora[layer.active] if isinstance(layer, LoRALinear) and layer.active in layer.lora else None
+
+
+def add_adapters(y, x, layers):
+    """To y (N, sum of out), the outputs of `layers` side by side for x (N, in), each one's adapter is added, in place.
+
+    Two thin products whatever the number of layers: the A stacked, the scaled B on a block diagonal.
+    """
+    adapters = [active(layer) for layer in layers]
+    found = [adapter for adapter in adapters if adapter is not None]
+    if not found:
+        return y
+    if len(found) == len(layers) and all(adapter.lora_A is found[0].lora_A for adapter in found):
+        A, B = found[0].lora_A, torch.cat([adapter.lora_B for adapter in found]) * found[0].scale
+    else:
+        A = torch.cat([adapter.lora_A for adapter in found])
+        B = torch.block_diag(*(A.new_zeros(layer.out_features, 0) if adapter is None else adapter.lora_B * adapter.scale
+                               for layer, adapter in zip(layers, adapters)))
+    x = F.dropout(x.to(y.dtype), found[0].dropout, layers[0].training)
+    return y.addmm_(F.linear(x, A.to(y.dtype)), B.t().to(y.dtype))
+
+
+def stacked_linear(x, layers):
+    """x (..., in) through several of model.Linear's layers -> (..., sum of out), the base weights as one product."""
+    if any(adapter is not None and adapter.magnitude is not None for adapter in map(active, layers)):
+        return torch.cat([layer(x) for layer in layers], -1)
+    flat, bf16 = x.flatten(0, -2), layers[0].bf16
+    flat = flat.bfloat16() if bf16 else flat
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    y = kernels.linear(flat, [layer.weight for layer in layers], biases, bf16)
+    return add_adapters(y, flat, layers).view(*x.shape[:-1], -1)
+
+
+def base_weight(layer):
+    return dequantize(layer) if is_quantized(layer) else layer.weight
+
+
+def dense_weight(layer):
+    """The matrix (out, in) that any linear layer stands for: dequantised, its active adapter added, differentiable in that."""
+    weight, adapter = base_weight(layer), active(layer)
+    if adapter is None:
+        return weight
+    dense = torch.addmm(weight.to(adapter.lora_A.dtype), adapter.lora_B, adapter.lora_A, alpha=adapter.scale)
+    if adapter.magnitude is not None:       # DoRA (Liu et al. 2024, eq. 5); the norm has no gradient, as in their section 4.3
+        dense = dense * (adapter.magnitude / torch.linalg.norm(dense, dim=1).detach()).unsqueeze(1)
+    return dense.to(weight.dtype)
+
+
+# ---- which layers there are, under transformers' names ----------------------------------------------------------------------
+
+def hf_name(model, path):
+    """Our module's path -> its path in the transformers model, which a wrapper holds as its one submodule."""
+    from model import GPT, GPT2_NAMES
+    if not isinstance(model, GPT):
+        return path.partition('.')[2]
+    if path == 'lm_head' or model.config.arch != 'gpt2':
+        return path if path == 'lm_head' else 'model.' + path
+    layer, name = re.match(r'(layers\.\d+\.)?(.+)', path).groups('')
+    name = re.sub(r'self_attn\.[qkv]_proj', 'self_attn.c_attn', name)
+    return 'transformer.' + layer.replace('layers', 'h') + GPT2_NAMES[name].split('^')[0]
+
+
+def linear_groups(model):
+    """{transformers' path: [our layers that make it up]} of every linear layer."""
+    groups = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            groups.setdefault(hf_name(model, path), []).append(layer)
+    return groups
+
+
+def find_targets(model, target_modules):
+    """PEFT's target_modules -> paths: a list of names or ends of paths, one regular expression over paths, or 'all-linear'."""
+    groups, named = linear_groups(model), target_modules
+    if named is None:
+        named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
+    if named == 'all-linear' or list(named) == ['all-linear']:
+        head = model.lm_head if hasattr(model, 'lm_head') else next(model.children()).get_output_embeddings()
+        return [path for path, layers in groups.items() if head not in layers]
+    ends_in = lambda path, name: ('.' + path).endswith('.' + name)
+    if isinstance(named, str):
+        named, matches = [named], lambda path, name: re.fullmatch(name, path) or ends_in(path, name)
+    else:
+        matches = ends_in
+    unmatched = [name for name in named if not any(matches(path, name) for path in groups)]
+    if unmatched or not named:
+        there = ', '.join(sorted({path.rpartition('.')[2] for path in groups}))
+        raise UserError(f'target_modules: no module is called {", ".join(unmatched) or "nothing"}; this model has {there} '
+                        "(or say all-linear: all but the head)")
+    return [path for path in groups if any(matches(path, name) for name in named)]
+
+
+# ---- adding, choosing, switching off ----------------------------------------------------------------------------------------
+
+def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False, name='default'):
+    """Gives `model` a fresh adapter, makes it the active one and freezes the base; returns the model, changed by nothing yet.
+
+    The update is alpha / r (rslora: alpha / sqrt(r), Kalajdzievski 2023) * B A with A random and B zero; dropout: on the adapter's
+    input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None = PEFT's choice for the family. bias:
+    which biases train: 'none', 'all', 'lora_only' (those of adapted layers). UserError: a value out of range, no such target.
+    """
+    if r < 1 or alpha <= 0 or not 0 <= dropout < 1 or bias not in ('none', 'all', 'lora_only'):
+        raise UserError(f'LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; not r={r}, '
+                        f'alpha={alpha}, dropout={dropout}, bias={bias}')
+    config = dict(DEFAULTS, r=r, lora_alpha=alpha, lora_dropout=dropout, bias=bias, use_rslora=rslora, use_dora=dora)
+    attach(model, name, config, find_targets(model, target_modules), trainable=True)
+    return model
+
+
+def attach(model, name, config, paths, trainable):
+    """Puts adapter `name`, described by PEFT's `config`, on the layers at `paths` (transformers' names) and makes it active."""
+    adapters = getattr(model, 'adapters', {})       # name -> config, in the order in which they came
+    if getattr(model, 'merged', None):
+        raise UserError('an adapter is merged into the weights: unmerge_lora before adding another')
+    if name in adapters or not re.fullmatch(r'\w+', name) or hasattr(nn.ModuleDict, name):
+        raise UserError(f'adapter name {name!r} is ' + ('taken' if name in adapters else 'not a plain word'))
+    if adapters and any(c['bias'] != 'none' for c in (config, *adapters.values())):
+        raise UserError("several adapters would share the model's biases: use bias=none for each of them")
+    if config['use_dora'] and config['lora_dropout'] and trainable:
+        raise UserError('DoRA rescales the whole weight and is not built with dropout: set the LoRA dropout to 0')
+    if not adapters:
+        model.requires_grad_(False)
+    for path, layers in linear_groups(model).items():
+        if path not in paths:
+            continue
+        r, alpha = rank_alpha(config, path)
+        parameter = lambda tensor: nn.Parameter(tensor, requires_grad=trainable)
+        A = parameter(torch.empty(r, layers[0].in_features, device=layers[0].weight.device))
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))                         # as torch begins a linear layer
+        for layer in layers:
+            if not isinstance(layer, LoRALinear):
+                layer.__class__, layer.lora, layer.active = lora_class(type(layer)), nn.ModuleDict(), None
+            B = parameter(torch.zeros(layer.out_features, r, device=A.device))
+            magnitude = parameter(base_weight(layer).detach().float().norm(dim=1)) if config['use_dora'] else None
+            scale = alpha / (math.sqrt(r) if config['use_rslora'] else r)
+            layer.lora[name] = Adapter(A, B, magnitude, scale, config['lora_dropout'])
+    model.adapters, model.merged, model.base_biases = {**adapters, name: config}, None, {}
+    if config['bias'] != 'none':
+        for path, module in model.named_modules():
+            bias = getattr(module, 'bias', None)
+            if bias is not None and (config['bias'] == 'all' or isinstance(module, LoRALinear)):
+                model.base_biases[path] = bias.detach().clone()
+                bias.requires_grad_(trainable)
+    set_adapter(model, name)
+
+
+def rank_alpha(config, path):
+    """(r, alpha) at `path`; PEFT's patterns give single modules other values."""
+    return tuple(next((value for pattern, value in config[patterns].items() if re.fullmatch(rf'(.*\.)?({pattern})', path)), usual)
+                 for patterns, usual in (('rank_pattern', config['r']), ('alpha_pattern', config['lora_alpha'])))
+
+
+def lora_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+
+
+def set_adapter(model, name):
+    """Makes `name` the one adapter in use; the others are not in the graph and get no gradient. Never between a forward pass
+    and its backward: gradient checkpointing would recompute with another adapter than it ran with."""
+    if name not in getattr(model, 'adapters', {}):
+        raise UserError(f'no adapter {name!r}; there are: {", ".join(getattr(model, "adapters", {})) or "none"}')
+    model.active_adapter = name
+    for layer in lora_layers(model):
+        layer.active = name
+
+
+def remove_adapter(model, name):
+    """Takes adapter `name` off. Without a last one the layers are plain again; the base stays frozen."""
+    del model.adapters[name]
+    for layer in lora_layers(model):
+        layer.lora.pop(name) if name in layer.lora else None
+        if not layer.lora:
+            layer.__class__ = type(layer).__mro__[2]
+            del layer.lora, layer.active
+    if model.adapters and model.active_adapter == name:
+        set_adapter(model, next(reversed(model.adapters)))
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside, the model is its base: no adapter, and the biases as they were before training. Parameters stay the same objects.
+
+    A reference model only if training began from the base: to train an adapter on, load it twice, one frozen.
+    """
+    if not lora_layers(model):
+        raise UserError('adapters_off: the model has no adapter' + (
+            ' (it is merged: unmerge_lora first)' if getattr(model, 'merged', None) else ''))
+    biases = {path: model.get_submodule(path).bias for path in model.base_biases}
+    trained = {path: bias.data for path, bias in biases.items()}
+    try:
+        for layer in lora_layers(model):
+            layer.active = None
+        for path, bias in biases.items():
+            bias.data = model.base_biases[path].to(bias)
+        yield model
+    finally:
+        set_adapter(model, model.active_adapter)
+        for path, bias in biases.items():
+            bias.data = trained[path]
+
+
+# ---- folding into the weights and back --------------------------------------------------------------------------------------
+
+def merge_lora(model, keep=True):
+    """Folds the active adapter into the weights: the model is then plain, quantised layers dequantised. Returns the model.
+
+    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and makes every
+    parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
+    """
+    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear) or is_quantized(layer)]
+    if not found:
+        raise UserError('merge_lora: the model has no adapter' + (
+            ': it is merged already' if getattr(model, 'merged', None) else ''))
+    tied = next((path for path, layer in found if any(
+        layer.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding))), None)
+    if tied not in (None, 'lm_head'):
+        raise UserError(f'{tied} shares the embedding\'s matrix, so its adapter cannot be merged: keep the adapter beside the model')
+    for path, layer in found:
+        plain_class = next(cls for cls in (getattr(layer, 'plain_class', None), *type(layer).__mro__[2:]) if cls)
+        plain = plain_class(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
+        plain.weight, plain.bias = nn.Parameter(dense_weight(layer).detach(), requires_grad=False), layer.bias
+        plain.bf16 = getattr(layer, 'bf16', False)
+        model.set_submodule(path, plain)
+    model.merged = found
+    if tied:
+        model.config.tied = False
+    if not keep:
+        model.merged, model.adapters, model.base_biases = None, {}, {}
+        model.requires_grad_(True)
+    return model
+
+
+def unmerge_lora(model):
+    """Undoes merge_lora exactly: the layers from before are back, adapters, quantised weights and all. Returns the model."""
+    if not getattr(model, 'merged', None):
+        raise UserError('unmerge_lora: the model is not merged, or was with keep=False')
+    for path, layer in model.merged:
+        model.set_submodule(path, layer.train(model.training))
+        if path == 'lm_head' and layer.weight is model.embed_tokens.weight:
+            model.config.tied = True
+    model.merged = None
+    return model
+
+
+# ---- PEFT's files -----------------------------------------------------------------------------------------------------------
+
+def file_layout(model, name):
+    """{key in adapter_model.safetensors: [our parameters that make it up, one below the other]} of adapter `name`."""
+    layout, biases = {}, {}
+    for path, layers in linear_groups(model).items():
+        parts = [layer.lora[name] for layer in layers if isinstance(layer, LoRALinear) and name in layer.lora]
+        if parts:
+            layout[f'{path}.lora_A.weight'] = [parts[0].lora_A]
+            layout[f'{path}.lora_B.weight'] = [part.lora_B for part in parts]
+            if parts[0].magnitude is not None:
+                layout[f'{path}.lora_magnitude_vector'] = [part.magnitude for part in parts]
+    for path in model.base_biases:
+        module = model.get_submodule(path)
+        inside = '.base_layer' if isinstance(module, LoRALinear) else ''
+        biases.setdefault(f'{hf_name(model, path)}{inside}.bias', []).append(module.bias)
+    return {'base_model.model.' + key: parts for key, parts in {**layout, **biases}.items()}
+
+
+def save_adapter(model, directory, base_model_name=None, name=None):
+    """Writes adapter `name` (None: the active one) as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    base_model_name: what load_model and PEFT are to load underneath; None = what the model was loaded from.
+    """
+    from safetensors.torch import save_file
+    config, layout = model.adapters[name or model.active_adapter], file_layout(model, name or model.active_adapter)
+    paths = [key.removeprefix('base_model.model.').removesuffix('.lora_A.weight') for key in layout if key.endswith('.lora_A.weight')]
+    ends = sorted({path.rpartition('.')[2] for path in paths})
+    config = {**config, 'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True,
+              'base_model_name_or_path': base_model_name or getattr(model, 'name_or_path', None),
+              'fan_in_fan_out': any(path.endswith('.c_attn') for path in linear_groups(model)),
+              'target_modules': ends if set(find_targets(model, ends)) == set(paths) else paths}
+    os.makedirs(directory, exist_ok=True)
+    save_file({key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()},
+              os.path.join(directory, 'adapter_model.safetensors'), metadata={'format': 'pt'})
+    with open(os.path.join(directory, 'adapter_config.json'), 'w') as f:
+        json.dump(config, f, indent=2)
+
+
+def load_adapter(model, directory, name='default', trainable=False, any_base=False):
+    """Puts the PEFT adapter in `directory` on the model as `name` and makes it active; returns the model.
+
+    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are moved;
+    any_base=True waives this one) does not fit; or where it is not plain LoRA.
+    """
+    from safetensors.torch import load_file
+    config = read_adapter_config(directory)
+    theirs, ours = config['base_model_name_or_path'], getattr(model, 'name_or_path', None)
+    last = lambda path: os.path.basename(os.path.normpath(path)).lower()
+    if theirs and ours and last(theirs) != last(ours) and not any_base:
+        raise UserError(f'{directory} is an adapter for {theirs}, and the model is {ours}; if they are the same, say so with '
+                        'any_base=True (load_model: give base)')
+    file = os.path.join(directory, 'adapter_model.safetensors')
+    if not os.path.exists(file):
+        raise UserError(f'{directory} has no adapter_model.safetensors: save the adapter with a current PEFT')
+    weights = load_file(file)
+    head = getattr(getattr(model, 'lm_head', None), 'weight', None)
+    for key in [key for key in weights if key.endswith(('lm_head.base_layer.weight', 'lm_head.weight', 'embed_tokens.weight'))]:
+        if head is not None and weights[key].shape == head.shape and weights[key].to(head).equal(head):
+            del weights[key]                                    # PEFT adds an unchanged copy of a head that has an adapter
+    paths = [key.removeprefix('base_model.model.').removesuffix('.lora_A.weight') for key in weights if key.endswith('.lora_A.weight')]
+    other = f'{directory} is an adapter for another base{f" ({theirs})" if theirs else ""}: '
+    absent = [path for path in paths if path not in linear_groups(model)]
+    if absent or not paths:
+        raise UserError(other + f'the model has no {absent[0]}' if paths else f'{file} holds no LoRA weights')
+    before = getattr(model, 'active_adapter', None)
+    attach(model, name, config, paths, trainable)
+    layout = file_layout(model, name)
+    shapes = {key: (sum(part.size(0) for part in parts), *parts[0].shape[1:]) for key, parts in layout.items()}
+    wrong = [f'{key} is {tuple(w.shape)}, not {shapes.get(key, "in this model")}' for key, w in weights.items()
+             if shapes.get(key) != tuple(w.shape)]
+    wrong += [f'{key} is missing' for key in shapes if '.lora_' in key and key not in weights]
+    if wrong:
+        remove_adapter(model, name)
+        if before in model.adapters:
+            set_adapter(model, before)
+        raise UserError(other + wrong[0].removeprefix('base_model.model.'))
+    with torch.no_grad():
+        for key, w in weights.items():
+            for part, piece in zip(layout[key], w.split([part.size(0) for part in layout[key]])):
+                part.copy_(piece)
+    return model
+
+
+def read_adapter_config(directory):
+    """PEFT's adapter_config.json with defaults for what older versions left out; UserError for what is not plain LoRA."""
+    path = os.path.join(directory, 'adapter_config.json')
+    if not os.path.exists(path):
+        raise UserError(f'{directory} has no adapter_config.json: not an adapter')
+    with open(path) as f:
+        config = json.load(f)
+    kind, refused = config.get('peft_type'), [key for key in REFUSED if config.get(key)]
+    if kind != 'LORA' or refused:
+        raise UserError(f'{path}: ' + (f'{refused[0]} is set' if kind == 'LORA' else f'peft_type is {kind}') +
+                        ', which only PEFT runs; merge it there (merge_and_unload), save and load the result')
+    return {key: config.get(key, default) for key, default in DEFAULTS.items()}

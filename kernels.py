@@ -152,6 +152,14 @@ class ShortAttention(torch.autograd.Function):
         return out.view(B, T, 3 * H * D), None, None, dq_weight, dk_weight, None, None, None
 
 
+def document_lengths(positions):
+    """positions (B, T), each 0 beginning a packed document, as the start of a row does -> lengths of all documents, row after row."""
+    begins = (positions == 0).index_fill(1, torch.tensor([0], device=positions.device), True).flatten().nonzero().squeeze(1)
+    return begins.diff(append=begins.new_tensor([positions.numel()]))
+
+
+# ---- the head and what is read off it ---------------------------------------------------------------------------------------
+
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
 KEEP = 2 ** 27      # logits whose exponentials are kept for backward: at most 512 MB
 
@@ -163,6 +171,15 @@ def head(hidden, weight):
         return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
     kind = torch.promote_types(weight.dtype, torch.float32)
     return F.linear(hidden.to(kind), weight.to(kind))
+
+
+def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
+    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp, correct, 0 where
+    unsupervised; without `extras` logp alone. See TokenStats; only supervised rows get there."""
+    mask = targets >= 0
+    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras)
+    return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
+            for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
 
 
 class TokenStats(torch.autograd.Function):

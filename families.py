@@ -53,6 +53,7 @@ class GPTConfig:
         self.n_inner = self.n_inner or (-(-8 * self.n_embd // 96) * 32 if self.gated else 4 * self.n_embd)
         self.attn_scale = self.attn_scale or self.head_size ** -0.5
         self.layer_types = self.layer_types or ['sliding_attention' if self.sliding_window else 'full_attention'] * self.n_layer
+        self.sliding_window = self.sliding_window if 'sliding_attention' in self.layer_types else 0
         self.rope = {kind: {'rope_type': 'default', 'rope_theta': 10000.0, **self.rope.get(kind, {})}
                      for kind in sorted(set(self.layer_types)) if self.position == 'rope'}
 
@@ -185,6 +186,7 @@ def config_to_hf(cfg, dtype='float32'):
             hf['use_sliding_window'] = 'sliding_attention' in cfg.layer_types
         if arch.startswith('gemma'):
             hf['query_pre_attn_scalar'] = round(cfg.attn_scale ** -2)
+            hf['sliding_window'] = cfg.sliding_window or cfg.block_size     # its masks want a number even where no layer slides
         full = cfg.rope.get('full_attention') or next(iter(cfg.rope.values()), {})
         hf['rope_parameters'] = cfg.rope if arch == 'gemma3_text' else full
         hf['rope_theta'] = full.get('rope_theta')                       # where tools of the older generation look

@@ -346,6 +346,8 @@ def read_safetensors(directory):
     files = ['model.safetensors']
     if os.path.exists(index) and not os.path.exists(os.path.join(directory, files[0])):
         files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        if not files:
+            raise UserError(f'{index} names no file of weights; copy or download it again')
     weights = {}
     for file in files:
         path = os.path.join(directory, file)

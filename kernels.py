@@ -5,6 +5,7 @@ formula in tests/test_kernels.py. On a GPU torch's own kernels are used (model.p
 """
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def linear(x, weights, biases=(), bf16=False):
@@ -22,6 +23,8 @@ def linear(x, weights, biases=(), bf16=False):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
+    if x.dtype != weight.dtype or x.dtype.itemsize == 2 and x.device.type == 'cpu':         # rounded once, at the end
+        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
     return RMSNorm.apply(x, weight, eps) if x.device.type == 'cpu' else F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
@@ -43,11 +46,13 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
+        x = x.contiguous()          # the fused backward reads x and scale as rows
         out, scale = _rms_forward(x, weight, eps)
         ctx.save_for_backward(x, scale, weight)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale, weight = ctx.saved_tensors
         return *_rms_backward(grad.contiguous(), x, scale, weight), None
@@ -75,6 +80,7 @@ class Rotate(torch.autograd.Function):
         return _rotate(x, cos.to(x.dtype), sin.to(x.dtype), torch.empty_like(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos.to(grad.dtype), -sin.to(grad.dtype), torch.empty_like(grad)), None, None
@@ -115,6 +121,7 @@ class ShortAttention(torch.autograd.Function):
         return torch.bmm(p, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, p, q_weight, k_weight, cos, sin, *norms = ctx.saved_tensors
         (B, T, H, D), (q, k, v) = ctx.sizes, x.unbind(0)
@@ -145,66 +152,125 @@ class ShortAttention(torch.autograd.Function):
         return out.view(B, T, 3 * H * D), None, None, dq_weight, dk_weight, None, None, None
 
 
-class TokenStats(torch.autograd.Function):
-    """Log-probabilities and their kin from hidden states, a chunk of rows at a time; logits are recomputed in backward.
+def document_lengths(positions):
+    """positions (B, T), each 0 beginning a packed document, as the start of a row does -> lengths of all documents, row after row."""
+    begins = (positions == 0).index_fill(1, torch.tensor([0], device=positions.device), True).flatten().nonzero().squeeze(1)
+    return begins.diff(append=begins.new_tensor([positions.numel()]))
 
-    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 and correct (N,) bool. With z the
-    logits over temperature and p = softmax(z): logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes
-    its own incoming gradient per row. Peak memory is one chunk of logits, never (N, V).
+
+# ---- the head and what is read off it ---------------------------------------------------------------------------------------
+
+TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
+KEEP = 2 ** 27      # logits whose exponentials are kept for backward: at most 512 MB
+
+
+def head(hidden, weight):
+    """Logits hidden (..., C) times weight (V, C), transposed, in float32 (float64 from float64) from whatever precision."""
+    if weight.is_cuda and weight.dtype != torch.float32 and not torch.is_grad_enabled():    # no float32 copy of the weight
+        rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    return F.linear(hidden.to(kind), weight.to(kind))
+
+
+def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
+    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp, correct, 0 where
+    unsupervised; without `extras` logp alone. See TokenStats; only supervised rows get there."""
+    mask = targets >= 0
+    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras)
+    return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
+            for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
+
+
+class TokenStats(torch.autograd.Function):
+    """Log-probabilities and their kin from hidden states; (N, V) is never held.
+
+    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64) and correct (N,)
+    bool; the last three only with `extras`. With z the logits over temperature (soft-capped first) and p = softmax(z):
+    logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes its own incoming gradient per row.
+
+    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018, algorithm 3). Backward
+    makes the logits again, but for the first KEEP of them, whose exponentials are kept: all of a small vocabulary.
     """
 
     @staticmethod
-    def _logits(hidden, weight, bias, temperature, softcap):
-        z = F.linear(hidden.float() if hidden.dtype != torch.float64 else hidden, weight, bias)
-        if softcap:
-            z = z.div_(softcap).tanh_().mul_(softcap)
-        return z.div_(temperature) if temperature != 1.0 else z
+    def logits(ctx, x, weight, buffer):
+        """(N, n) for n rows of the head, in `buffer`; x is hidden times the scale that comes before the soft cap."""
+        z = torch.mm(x, weight.to(x.dtype).t(), out=buffer[:len(x) * len(weight)].view(len(x), len(weight)))
+        return z.tanh_().mul_(ctx.cap) if ctx.softcap else z
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, softcap, chunk):
-        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, entropy, mean_logp = (torch.empty(len(hidden), dtype=kind, device=hidden.device) for _ in range(3))
-        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        lse = torch.empty_like(logp)
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
-            z = TokenStats._logits(hidden[rows], weight, bias, temperature, softcap)
-            lse[rows] = z.logsumexp(-1)
-            logp[rows] = z.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-            mean_logp[rows] = z.mean(-1) - lse[rows]
-            correct[rows] = z.argmax(-1) == targets[rows]
-            p = (z - lse[rows, None]).exp_()
-            entropy[rows] = lse[rows] - torch.linalg.vecdot(p, z)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.settings = temperature, softcap, chunk
-        ctx.mark_non_differentiable(correct)
-        return logp, entropy, mean_logp, correct
+    def find(targets, tile):
+        """(N,) whether the target stands in the tile, and (N, 1) in which of its columns (any, where it does not)."""
+        return (targets >= tile.start) & (targets < tile.stop), (targets - tile.start).clamp_(0, tile.stop - tile.start - 1)[:, None]
 
     @staticmethod
-    def backward(ctx, dlogp, dentropy, dmean, _):
-        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        temperature, softcap, chunk = ctx.settings
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        dbias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        uses_entropy = bool(dentropy.any())
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
-            z = TokenStats._logits(hidden[rows], weight, bias, temperature, softcap)
-            slope = 1 - (z * temperature / softcap).square() if softcap else None       # derivative of the soft cap
-            if uses_entropy:
-                log_p = z.sub_(lse[rows, None])
-                p = log_p.exp()
-                dz = log_p.add_(entropy[rows, None]).mul_(p).mul_(-dentropy[rows, None])
-                dz.addcmul_(p, -(dlogp + dmean)[rows, None])
+    def forward(ctx, hidden, weight, targets, temperature, softcap, extras):
+        ctx.set_materialize_grads(False)
+        N, V = len(hidden), len(weight)
+        ctx.softcap, ctx.cap, ctx.scale = softcap, softcap / temperature, 1 / (softcap or temperature)
+        width = min(max(TILE // max(N, 1), 256), V)
+        ctx.tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
+        keeps = not softcap and any(ctx.needs_input_grad)
+        ctx.keep = sum(tile.stop * N <= KEEP for tile in ctx.tiles) if keeps else 0     # so many tiles are kept
+        x = hidden.to(torch.promote_types(weight.dtype, torch.float32)) * ctx.scale
+        top, (total, weighted, mean) = x.new_full((N,), float('-inf')), x.new_zeros(3, N)
+        best, chosen, kept, buffer = torch.zeros_like(targets), torch.zeros_like(top), [], x.new_empty(N * width)
+        for i, tile in enumerate(ctx.tiles):
+            z = TokenStats.logits(ctx, x, weight[tile], x.new_empty(N * width) if i < ctx.keep else buffer)
+            here, column = TokenStats.find(targets, tile)
+            chosen = torch.where(here, z.gather(1, column).squeeze(1), chosen)
+            peak, place = z.max(-1) if extras else (z.amax(-1), None)
+            last, top = top, torch.maximum(top, peak)
+            shrink = (last - top).exp_()
+            if extras:
+                best = torch.where(peak > last, place + tile.start, best)
+                mean += z.sum(-1).div_(V)
+                e = (z - top[:, None]).exp_()
+                weighted = weighted * shrink + torch.linalg.vecdot(e, z)
             else:
-                dz = z.sub_(lse[rows, None]).exp_().mul_(-(dlogp + dmean)[rows, None])
-            dz.add_(dmean[rows, None] / z.size(1))
-            dz.scatter_add_(1, targets[rows, None], dlogp[rows, None])
-            dz = dz.div_(temperature) if slope is None else dz.mul_(slope).div_(temperature)
-            dhidden[rows] = (dz @ weight).to(hidden.dtype)
+                e = z.sub_(top[:, None]).exp_()
+            total = total * shrink + e.sum(-1)
+            kept += [e, top] if i < ctx.keep else []
+        lse = top + total.log()
+        logp = chosen - lse
+        entropy = lse - weighted / total if extras else None
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, *kept)
+        if not extras:
+            return logp, None, None, None
+        correct = best == targets
+        ctx.mark_non_differentiable(correct)
+        return logp, entropy, mean - lse, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp, dentropy, dmean, _):
+        hidden, weight, targets, lse, entropy, *kept = ctx.saved_tensors
+        x = hidden.to(lse.dtype) * ctx.scale
+        dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
+        pull = -dlogp if dmean is None else -(dlogp + dmean)                        # each p's share: -sum of the gradients
+        dx, dweight = torch.zeros_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        buffer = x.new_empty(len(x) * ctx.tiles[0].stop)
+        for i, tile in enumerate(ctx.tiles):
+            if i < ctx.keep and dentropy is None:
+                e, top = kept[2 * i:2 * i + 2]
+                dz = torch.mul(e, (pull * (top - lse).exp_())[:, None], out=buffer[:e.numel()].view(e.shape))
+            else:
+                z = TokenStats.logits(ctx, x, weight[tile], buffer)
+                slope = 1 - (z / ctx.cap).square_() if ctx.softcap else None        # of the soft cap, less its factor
+                log_p = z.sub_(lse[:, None])
+                if dentropy is not None:
+                    p = log_p.exp()
+                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None]).add_(pull[:, None]).mul_(p)
+                else:
+                    dz = log_p.exp_().mul_(pull[:, None])
+            if dmean is not None:
+                dz += dmean[:, None] / len(weight)
+            here, column = TokenStats.find(targets, tile)
+            dz.scatter_add_(1, column, torch.where(here, dlogp, 0)[:, None])
+            if ctx.softcap:
+                dz.mul_(slope).mul_(ctx.cap)
+            dx.addmm_(dz, weight[tile].to(dz.dtype))
             if dweight is not None:
-                dweight.addmm_(dz.t(), hidden[rows].to(dz.dtype))
-            if dbias is not None:
-                dbias += dz.sum(0)
-        return dhidden, dweight, dbias, None, None, None, None
+                dweight[tile] = dz.t() @ x
+        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None

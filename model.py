@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -23,75 +22,12 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
+from families import FAMILIES, GPT2_NAMES, GPTConfig, config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
 from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora, read_adapter_config, save_adapter,
                   set_adapter, stacked_linear, unmerge_lora)
 from quantized import base_state, check_trainable, quantize
 
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
-DIRECT_LOGITS = 2 ** 24     # up to so many logits the whole (N, V) at once is faster than chunks
-CHUNK_LOGITS = 2 ** 24      # logits in one chunk beyond that
-
-
-@dataclass
-class GPTConfig:
-    arch: str = 'qwen3'                 # family: gpt2, llama, mistral, qwen2, qwen3, gemma2, gemma3_text
-    vocab_size: int = 50304
-    block_size: int = 1024              # longest context
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int = 0                  # key/value heads; 0 = n_head
-    n_embd: int = 768
-    head_size: int = 0                  # 0 = n_embd / n_head
-    n_inner: int = 0                    # width of the MLP; 0 = the family's usual
-    dropout: float = 0.0
-    bias: bool = False                  # biases in linear layers (and layer norms)
-    qkv_bias: bool = False              # biases of q, k, v alone (Qwen2)
-    o_bias: bool = False                # and of attention's output
-    norm: str = 'rmsnorm'               # rmsnorm, layernorm
-    norm_eps: float = 1e-6
-    norm_offset: bool = False           # Gemma stores each gain less one
-    position: str = 'rope'              # rope, learned
-    rope: dict = field(default_factory=dict)   # layer type -> Hugging Face's rope parameters (rope_theta, rope_type, factor, ...)
-    activation: str = 'silu'            # silu, gelu (exact), gelu_tanh
-    gated: bool = True                  # act(gate(x)) * up(x), else act(up(x))
-    qk_norm: bool = False               # RMS norm of each head of q and k
-    post_norms: bool = False            # Gemma: norms after attention and MLP too
-    tied: bool = True                   # head and embedding share one matrix
-    sliding_window: int = 0             # keys that a 'sliding_attention' layer sees; 0 = all
-    layer_types: list = field(default_factory=list)     # per layer: full_attention or sliding_attention; empty = full
-    attn_scale: float = 0.0             # 0 = head_size ** -0.5
-    attn_softcap: float = 0.0
-    logit_softcap: float = 0.0
-    embed_scale: bool = False           # Gemma multiplies embeddings by sqrt(n_embd)
-    extra: dict = field(default_factory=dict)   # other keys of a loaded config.json, kept for saving (token ids, ...)
-
-    def __post_init__(self):
-        if not self.head_size and self.n_embd % self.n_head:
-            raise UserError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
-        self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head % self.n_kv_head:
-            raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
-        self.head_size = self.head_size or self.n_embd // self.n_head
-        if self.position == 'rope' and self.head_size % 2:
-            raise UserError(f'rotary positions need an even head size, not {self.head_size} (n_embd / n_head)')
-        # Llama's rule for a gated MLP: two thirds of 4 * n_embd, rounded up to a multiple of 32
-        self.n_inner = self.n_inner or (-(-8 * self.n_embd // 96) * 32 if self.gated else 4 * self.n_embd)
-        self.attn_scale = self.attn_scale or self.head_size ** -0.5
-        self.layer_types = self.layer_types or ['sliding_attention' if self.sliding_window else 'full_attention'] * self.n_layer
-        self.rope = {kind: {'rope_type': 'default', 'rope_theta': 10000.0, **self.rope.get(kind, {})}
-                     for kind in sorted(set(self.layer_types)) if self.position == 'rope'}
-
-
-# What makes each family itself; sizes come from the flags or from the config.json that is loaded.
-FAMILIES = {
-    'gpt2': dict(norm='layernorm', norm_eps=1e-5, position='learned', activation='gelu_tanh', gated=False, bias=True),
-    'llama': dict(norm_eps=1e-5, tied=False),
-    'mistral': dict(norm_eps=1e-5, tied=False),
-    'qwen2': dict(qkv_bias=True),
-    'qwen3': dict(qk_norm=True),
-    'gemma2': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, attn_softcap=50.0, logit_softcap=30.0),
-    'gemma3_text': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, qk_norm=True),
-}
 
 
 class Linear(nn.Linear):
@@ -159,8 +95,9 @@ class Attention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)                                   # (B, G, S, D)
-        y = plan.attend(q, k, v, self.window, cfg.attn_scale, cfg.attn_softcap)         # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+        y = plan.attend(q.to(k.dtype), k, v, self.window, cfg.attn_scale, cfg.attn_softcap)     # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, H * D)
+        return self.o_proj(y if cache is None else y.to(qkv.dtype))
 
 
 class MLP(nn.Module):
@@ -207,64 +144,64 @@ class Plan:
 
     def __init__(self, model, idx, positions, cache):
         cfg, (B, T), device = model.config, idx.shape[:2], idx.device
-        self.packed = positions is not None and cache is None
         self.positions = torch.arange(T, device=device)[None] if positions is None else positions     # (1 or B, T)
-        self.cached, self.masks = cache is not None, {}
-        self.keys = cache.length if self.cached else T
+        self.packed, self.slots, self.masks = positions is not None and cache is None, cache and cache.length, {}
         self.angles = {}
-        if cfg.position == 'rope':
-            for name in set(cfg.layer_types):
-                angle = self.positions[:, None, :, None].float() * model.inv_freq(name).to(device)  # (1 or B, 1, T, D/2)
-                self.angles[name] = angle.cos(), angle.sin()
+        for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
+            angle = self.positions[:, None, :, None].float() * model.inv_freq(kind).to(device)    # (1 or B, 1, T, D/2)
+            self.angles[kind] = angle.cos(), angle.sin()
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        if self.packed and device.type == 'cpu':
-            edges = (positions == 0).nonzero().tolist()         # where documents begin, row by row
-            rows = [[t for b, t in edges if b == row] for row in range(B)]
-            self.documents = [(row, t, end) for row, begins in enumerate(rows)
-                              for t, end in zip(begins, begins[1:] + [T])]
+        self.lengths = None
+        if self.packed and device.type == 'cpu':            # of the documents, row after row
+            self.lengths = kernels.document_lengths(positions.expand(B, T)).tolist()
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
         if window not in self.masks:
-            query = self.positions[:, None, :, None]                                    # (B, 1, T, 1)
-            if self.cached:
-                key = torch.arange(self.keys, device=query.device)[None, None, None]    # slot = position
-                seen = key <= query
+            positions, device = self.positions, self.positions.device
+            if self.slots:
+                query, key = positions[:, None, :, None], torch.arange(self.slots, device=device)       # slot = position
             else:
-                T = self.positions.size(1)
-                seen = torch.ones(T, T, dtype=torch.bool, device=query.device).tril_()[None, None]
-                key = self.positions[:, None, None, :]
-                if self.packed:
-                    document = (self.positions == 0).cumsum(1)                          # (B, T)
-                    seen = seen & (document[:, None, :, None] == document[:, None, None, :])
-            self.masks[window] = seen & (query - key < window) if window else seen
+                place = torch.arange(positions.size(1), device=device)
+                query, key = place[:, None], place
+            seen = key <= query
+            if window:
+                seen = seen & (query - key < window)
+            if self.packed:
+                document = (positions == 0).cumsum(1)                                               # (B, T)
+                seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+            self.masks[window] = seen if seen.dim() == 4 else seen[None, None]
         return self.masks[window]
 
     def attend(self, q, k, v, window, scale, softcap):
         """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> (B, H, T, D)."""
-        T, S = q.size(2), k.size(2)
-        windowed = window if window and S > window else 0
-        if self.packed and q.device.type == 'cpu' and not softcap:
-            y = torch.empty_like(q)
-            for row, begin, end in self.documents:
-                part = [h[row:row + 1, :, begin:end] for h in (q, k, v)]
-                mask = None
-                if windowed and end - begin > windowed:
-                    ones = torch.ones(end - begin, end - begin, dtype=torch.bool)
-                    mask = ones.tril().triu_(1 - windowed)
-                y[row:row + 1, :, begin:end] = F.scaled_dot_product_attention(
-                    *part, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1))
-            return y
-        plain = not self.packed and not self.cached and not windowed
-        if not softcap:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if plain else self.mask(windowed), is_causal=plain and T > 1, scale=scale,
-                enable_gqa=q.size(1) != k.size(1))
-        if q.size(1) != k.size(1):
-            k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
-        scores = (softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))).float()
-        return scores.masked_fill(~self.mask(windowed), float('-inf')).softmax(-1).to(v.dtype) @ v
+        (B, H, T, D), S = q.shape, k.size(2)
+        window = window if window and S > window else 0
+        if not self.lengths:
+            causal = not (self.packed or self.slots or window)
+            return attention(q, k, v, None if causal else self.mask(window), scale, softcap)
+        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(self.lengths) for h in (q, k, v)))       # (n, heads, D) a document
+        parts = [attention(*(h.transpose(0, 1)[None] for h in row), band(len(row[0]), window), scale, softcap) for row in rows]
+        return torch.cat(parts, 2).view(H, B, T, D).transpose(0, 1)
+
+
+def band(T, window):
+    """(T, T) bool: the last `window` keys of each query; None where that is all of a causal block."""
+    return torch.ones(T, T, dtype=torch.bool).tril_().triu_(1 - window) if window and T > window else None
+
+
+def attention(q, k, v, mask, scale, softcap):
+    """softmax(q k^T scale) v where the mask is True, causal where it is None; Gemma 2 caps the scores with tanh first."""
+    grouped, causal = q.size(1) != k.size(1), mask is None and q.size(2) > 1
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
+    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril_()
+    return (scores if mask is None else scores.masked_fill(~mask, float('-inf'))).softmax(-1).to(v.dtype) @ v
 
 
 class KVCache:
@@ -278,8 +215,8 @@ class KVCache:
     def update(self, k, v, positions):
         """Writes k, v (B, G, T, D) at `positions` (1 or B, T) and returns all slots."""
         if positions.size(0) == 1:
-            self.k.index_copy_(2, positions[0], k)
-            self.v.index_copy_(2, positions[0], v)
+            self.k.index_copy_(2, positions[0], k.to(self.k.dtype))
+            self.v.index_copy_(2, positions[0], v.to(self.v.dtype))
         else:
             rows = torch.arange(k.size(0), device=k.device)[:, None]                    # (B, 1)
             self.k[rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
@@ -339,8 +276,8 @@ class GPT(nn.Module):
         embeddings (B, T, C) stand in for those of idx (several streams summed, noise added).
         """
         cfg, (B, T) = self.config, idx.size()
-        if T > cfg.block_size and caches is None and cfg.position == 'learned':
-            raise UserError(f'a sequence of {T} tokens does not fit the model\'s context of {cfg.block_size}')
+        if T > cfg.block_size:
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: shorten it')
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)
         if cfg.embed_scale:
@@ -359,45 +296,31 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = dense_weight(self.lm_head)         # with its adapter, where the head has one
-            z = F.linear(hidden.to(weight.dtype), weight).float() if weight.dtype != torch.float64 else F.linear(hidden, weight)
-            cap = self.config.logit_softcap
+            z, cap = kernels.head(hidden, dense_weight(self.lm_head)), self.config.logit_softcap
             return cap * torch.tanh(z / cap) if cap else z
 
-    def token_stats(self, hidden, targets, temperature=1.0):
+    def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
 
         logp, entropy and mean_logp (the mean log-probability over the vocabulary, for label smoothing) are float32, 0 where
         unsupervised, and differentiable with any incoming gradient per token; correct is bool. Logits are divided by the
-        temperature. Only supervised rows reach the head.
+        temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
         """
-        mask = targets >= 0
-        rows, flat = hidden[mask], targets[mask]                                            # (N, C), (N,)
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = kernels.TokenStats.apply(rows, dense_weight(self.lm_head), self.lm_head.bias, flat, temperature,
-                                             self.config.logit_softcap, max(1, CHUNK_LOGITS // self.config.vocab_size))
-        return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
-                for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts)}
+            return kernels.token_stats(hidden, dense_weight(self.lm_head), targets, temperature, self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):
         hidden = self.hidden(idx, positions)
-        if targets is None:
-            return self.logits(hidden)
-        if targets.numel() * self.config.vocab_size > DIRECT_LOGITS:
-            return self.token_stats(hidden, targets)['logp']
-        logits = self.logits(hidden).flatten(0, 1)                                          # (B * T, V)
-        return -F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='none').view(targets.shape)
+        return self.logits(hidden) if targets is None else self.token_stats(hidden, targets, extras=False)['logp']
 
     def new_caches(self, B, length, dtype=None):
-        """One empty KVCache a layer, for B rows of at most `length` positions."""
-        cfg = self.config
-        dtype = dtype or next(self.layers.parameters()).dtype
+        """One empty KVCache a layer, for B rows of at most `length` positions; in autocast's dtype where that is on."""
+        cfg, kind = self.config, self.device.type
+        if length > cfg.block_size:
+            raise UserError(f'{length} tokens (prompt and what follows) do not fit the model\'s context of {cfg.block_size}: '
+                            'shorten the prompt or ask for fewer new tokens')
+        dtype = dtype or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed_tokens.weight.dtype)
         return [KVCache(B, cfg.n_kv_head, length, cfg.head_size, dtype, self.device) for _ in self.layers]
-
-
-# kind of rotary scaling -> the settings that it needs
-ROPE_TYPES = {'default': (), 'linear': ('factor',),
-              'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 
 
 def rope_frequencies(cfg, layer_type):
@@ -416,195 +339,6 @@ def rope_frequencies(cfg, layer_type):
 
 # ---- Hugging Face's files ---------------------------------------------------------------------------------------------------
 
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
-           'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM', 'gemma3_text': 'Gemma3ForCausalLM'}
-# our field -> key of config.json, in GPT-2's words and in everyone else's
-GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd',
-             'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner', 'tied': 'tie_word_embeddings'}
-LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-              'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size', 'n_inner': 'intermediate_size',
-              'head_size': 'head_dim', 'norm_eps': 'rms_norm_eps', 'tied': 'tie_word_embeddings'}
-WINDOW_KEYS = {'sliding_window': 'sliding_window'}
-GEMMA_KEYS = {**WINDOW_KEYS, 'attn_softcap': 'attn_logit_softcapping', 'logit_softcap': 'final_logit_softcapping'}
-KEYS = {'gpt2': GPT2_KEYS, 'llama': LLAMA_KEYS, **{arch: LLAMA_KEYS | WINDOW_KEYS for arch in ('mistral', 'qwen2', 'qwen3')},
-        **{arch: LLAMA_KEYS | GEMMA_KEYS for arch in ('gemma2', 'gemma3_text')}}
-# What transformers takes where config.json says nothing (published files leave much out).
-_QWEN = dict(hidden_act='silu', max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
-_GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096,
-              query_pre_attn_scalar=256, tie_word_embeddings=True)
-UNSAID = {
-    'gpt2': dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, layer_norm_epsilon=1e-5,
-                 activation_function='gelu_new', tie_word_embeddings=True),
-    'llama': dict(hidden_act='silu', max_position_embeddings=2048),
-    'mistral': dict(hidden_act='silu', num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
-    'qwen2': _QWEN, 'qwen3': dict(_QWEN, head_dim=128),
-    'gemma2': dict(_GEMMA, vocab_size=256000, max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-    'gemma3_text': dict(_GEMMA, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4)}
-ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}
-
-
-def config_from_hf(hf):
-    """A config.json as dict -> GPTConfig, or None for an architecture outside our families."""
-    if hf.get('model_type') == 'nanoforge':
-        return GPTConfig(**hf['nanoforge'])
-    if hf.get('model_type') == 'gemma3':            # the language model of a picture model
-        hf = {'tie_word_embeddings': hf.get('tie_word_embeddings', True), **hf['text_config'], 'model_type': 'gemma3_text'}
-    arch = hf.get('model_type')
-    if arch not in FAMILIES:
-        return None
-    hf = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_activation': None, **UNSAID[arch], **hf}
-    values = dict(FAMILIES[arch], arch=arch, **{ours: hf.get(theirs) or 0 for ours, theirs in KEYS[arch].items()})
-    values['tied'] = bool(values['tied'])
-    values['activation'] = ACTIVATIONS.get(hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act'])
-    outside = [values['activation'] is None, hf.get('add_cross_attention'), hf.get('scale_attn_by_inverse_layer_idx'),
-               hf.get('scale_attn_weights') is False, hf.get('use_bidirectional_attention'), hf.get('quantization_config')]
-    if arch == 'gpt2':
-        values['bias'] = hf.get('nanoforge', {}).get('bias', True)
-    else:
-        values['bias'] = bool(hf.get('mlp_bias'))
-        values['o_bias'] = bool(hf.get('attention_bias'))
-        values['qkv_bias'] = values['o_bias'] or arch == 'qwen2'
-        values['layer_types'] = _layer_types(hf, arch)
-        values['rope'] = {kind: _rope(hf, kind) for kind in set(values['layer_types'])}
-        if arch.startswith('gemma'):
-            values['attn_scale'] = hf['query_pre_attn_scalar'] ** -0.5
-        outside += [values['bias'] and not values['o_bias'], hf.get('partial_rotary_factor', 1.0) != 1.0]
-        outside += [rope['rope_type'] not in ROPE_TYPES or rope.get('partial_rotary_factor', 1.0) != 1.0
-                    for rope in values['rope'].values()]
-    kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')
-    return None if any(outside) else GPTConfig(**values, extra={k: hf[k] for k in kept if hf.get(k) is not None})
-
-
-def _layer_types(hf, arch):
-    n = hf['num_hidden_layers']
-    if arch == 'llama' or not hf['sliding_window'] or arch.startswith('qwen') and not hf.get('use_sliding_window'):
-        return ['full_attention'] * n
-    if arch == 'mistral':
-        return ['sliding_attention'] * n
-    if hf.get('layer_types'):
-        return list(hf['layer_types'])
-    if arch.startswith('qwen'):
-        return ['full_attention' if i < hf['max_window_layers'] else 'sliding_attention' for i in range(n)]
-    pattern = hf.get('sliding_window_pattern', 6) if arch == 'gemma3_text' else 2
-    return ['sliding_attention' if (i + 1) % pattern else 'full_attention' for i in range(n)]
-
-
-def _rope(hf, layer_type):
-    """{rope_theta, rope_type, ...} of one layer type, from transformers 5's rope_parameters or the keys before it."""
-    local = layer_type == 'sliding_attention' and hf['model_type'] == 'gemma3_text'
-    rope = (hf.get('rope_scaling') if not local else None) or hf.get('rope_parameters') or {}
-    rope = rope.get(layer_type, rope)
-    theta = hf['rope_local_base_freq'] if local else hf.get('rope_theta', 10000.0)
-    rope = {'rope_theta': theta, 'original_max_position_embeddings': hf['max_position_embeddings'],
-            **{key: value for key, value in rope.items() if not isinstance(value, dict)}}
-    rope['rope_type'] = rope.get('rope_type') or rope.pop('type', None) or 'default'
-    return {key: rope[key] for key in ('rope_type', 'rope_theta', 'partial_rotary_factor', *ROPE_TYPES.get(rope['rope_type'], ()))
-            if key in rope}
-
-
-def config_to_hf(cfg, dtype='float32'):
-    """GPTConfig -> the config.json that transformers opens.
-
-    A combination that none of its classes computes (GPT-2 with a gated MLP, say) is called a nanoforge model there, so that
-    nothing opens it wrongly; load_model does.
-    """
-    arch = cfg.arch
-    hf = {'architectures': [CLASSES[arch]], 'model_type': arch, 'dtype': dtype, 'use_cache': True,
-          'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None,         # else the class's own would stand
-          **{theirs: getattr(cfg, ours) or None for ours, theirs in KEYS[arch].items()}, 'tie_word_embeddings': cfg.tied}
-    name = {ours: theirs for theirs, ours in ACTIVATIONS.items() if (theirs != 'gelu_new') or arch == 'gpt2'}[cfg.activation]
-    if arch == 'gpt2':
-        hf.update(activation_function=name, nanoforge={'bias': cfg.bias}, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
-                  attn_pdrop=0.0)
-    else:
-        hf['hidden_activation' if arch.startswith('gemma') else 'hidden_act'] = name
-        if arch in ('llama', 'qwen3', 'gemma2', 'gemma3_text'):
-            hf['attention_bias'] = cfg.bias or cfg.o_bias
-        if arch == 'llama':
-            hf['mlp_bias'] = cfg.bias
-        if arch.startswith(('qwen', 'gemma')):
-            hf['layer_types'] = cfg.layer_types
-        if arch.startswith('qwen'):
-            hf['use_sliding_window'] = 'sliding_attention' in cfg.layer_types
-        if arch.startswith('gemma'):
-            hf['query_pre_attn_scalar'] = round(cfg.attn_scale ** -2)
-        full = cfg.rope.get('full_attention') or next(iter(cfg.rope.values()), {})
-        hf['rope_parameters'] = cfg.rope if arch == 'gemma3_text' else full
-        hf['rope_theta'] = full.get('rope_theta')                       # where tools of the older generation look
-        if full.get('rope_type', 'default') != 'default':
-            hf['rope_scaling'] = full
-        if arch == 'gemma3_text':
-            hf['rope_local_base_freq'] = cfg.rope.get('sliding_attention', full).get('rope_theta')
-    back = config_from_hf(hf)
-    if back is None or replace(back, dropout=cfg.dropout, extra=cfg.extra) != cfg:
-        return {'architectures': ['GPT'], 'model_type': 'nanoforge', 'dtype': dtype, 'nanoforge': asdict(cfg)}
-    return {**hf, **cfg.extra}
-
-
-# our name -> GPT-2's; '^T' marks matrices that GPT-2 stores transposed (its Conv1D)
-GPT2_NAMES = {
-    'embed_tokens': 'wte', 'embed_positions': 'wpe', 'norm': 'ln_f', 'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
-    'self_attn.c_attn': 'attn.c_attn^T', 'self_attn.o_proj': 'attn.c_proj^T', 'mlp.up_proj': 'mlp.c_fc^T',
-    'mlp.down_proj': 'mlp.c_proj^T'}
-
-
-def to_hf_weights(model, kind):
-    """Our state as {name in a `kind` of model (config.json's model_type): tensor}, without copies where the layout is the same."""
-    cfg, state = model.config, model.state_dict()
-    if cfg.tied:
-        state.pop('lm_head.weight')
-    if kind == 'gpt2':
-        return {name: tensor.contiguous() for name, tensor in _to_gpt2(cfg, state)}
-    prefix = '' if kind == 'nanoforge' else 'model.'
-    return {name if name.startswith('lm_head') else prefix + name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def _to_gpt2(cfg, state):
-    for i in range(cfg.n_layer):
-        for part in ('weight', 'bias') if cfg.bias else ('weight',):
-            state[f'layers.{i}.self_attn.c_attn.{part}'] = torch.cat(
-                [state.pop(f'layers.{i}.self_attn.{name}_proj.{part}') for name in 'qkv'])
-    for name, tensor in state.items():
-        if name.startswith('lm_head'):
-            yield name, tensor
-            continue
-        layer, module, part = re.match(r'(?:layers\.(\d+)\.)?(.+)\.(weight|bias)$', name).groups()
-        theirs, _, transposed = GPT2_NAMES[module].partition('^')
-        theirs = f'transformer.h.{layer}.{theirs}' if layer else f'transformer.{theirs}'
-        yield f'{theirs}.{part}', tensor.t() if transposed and part == 'weight' else tensor
-        if not cfg.bias and not module.startswith('embed'):             # GPT-2 has all biases
-            yield f'{theirs}.bias', tensor.new_zeros(tensor.size(0))
-
-
-def from_hf_weights(cfg, weights):
-    """{Hugging Face name: tensor} -> {our name: tensor}; the inverse of to_hf_weights. A name that it cannot place stays."""
-    state = {}
-    for name, tensor in weights.items():
-        name = re.sub(r'^(language_model\.)?((model|transformer)\.)?(language_model\.)?', '', name)
-        if name.endswith(('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')):       # what old files carry besides
-            continue
-        if cfg.arch == 'gpt2':
-            state.update(_from_gpt2(name, tensor))
-        else:
-            state[name] = tensor
-    if cfg.tied:
-        state.pop('lm_head.weight', None)
-    return state
-
-
-def _from_gpt2(name, tensor):
-    match = re.match(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)$', name)
-    for ours, theirs in GPT2_NAMES.items():
-        theirs, _, transposed = theirs.partition('^')
-        if match and match[2] == theirs:
-            tensor = tensor.t() if transposed and match[3] == 'weight' else tensor
-            ours = f'layers.{match[1]}.{ours}' if match[1] else ours
-            if not ours.endswith('c_attn'):
-                return {f'{ours}.{match[3]}': tensor}
-            return {f'{ours[:-6]}{name}_proj.{match[3]}': part for name, part in zip('qkv', tensor.chunk(3))}
-    return {name: tensor}
-
-
 def read_safetensors(directory):
     """{name: tensor} of a single or sharded model, mapped from disk: private pages, so writing to one never reaches the file."""
     from safetensors import SafetensorError, safe_open
@@ -612,6 +346,8 @@ def read_safetensors(directory):
     files = ['model.safetensors']
     if os.path.exists(index) and not os.path.exists(os.path.join(directory, files[0])):
         files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        if not files:
+            raise UserError(f'{index} names no file of weights; copy or download it again')
     weights = {}
     for file in files:
         path = os.path.join(directory, file)
@@ -684,21 +420,29 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     if os.path.exists(os.path.join(directory, 'adapter_config.json')):
         return load_with_base(directory, base, trainable_adapter, device, dtype, *quantisation)
     hf = read_json(os.path.join(directory, 'config.json'))
-    cfg = config_from_hf(hf)
+    if hf.get('model_type') == 'nanoforge_multicontext':
+        raise UserError(f'{name_or_path} is a multicontext model of train_gpt.py (several token streams at each position): it has no '
+                        'single text to continue; use one trained with --training_mode=single or multidataset')
+    cfg, bits = config_from_hf(hf), 4 if load_in_4bit else 8 if load_in_8bit else None
     if cfg is None:
-        raise UserError(f'{name_or_path}: model_type {hf.get("model_type")!r} is none of {", ".join(FAMILIES)}')
-    weights = read_safetensors(directory)
-    if hf['model_type'] == 'gemma3':
-        weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal_projector', name)}
-    state = from_hf_weights(cfg, weights)
-    if cfg.arch == 'gpt2' and not cfg.bias:             # saved by us without biases: still so, or trained on elsewhere?
-        cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
-        state = state if cfg.bias else {name: w for name, w in state.items() if not name.endswith('.bias')}
-    with torch.device('meta'):
-        model = GPT(cfg).to(dtype)
-    if load_in_4bit or load_in_8bit:
-        quantize(model, 4 if load_in_4bit else 8, *quantisation[2:], state, device)
-    load_weights(model, state, directory, dtype, device)
+        from wrapped import load_wrapped
+        model = load_wrapped(directory, device, dtype)
+        if bits:
+            quantize(model, bits, *quantisation[2:])
+        cfg = model.config
+    else:
+        weights = read_safetensors(directory)
+        if hf['model_type'] == 'gemma3':
+            weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal_projector', name)}
+        state = from_hf_weights(cfg, weights)
+        if cfg.arch == 'gpt2' and not cfg.bias:             # saved by us without biases: still so, or trained on elsewhere?
+            cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
+            state = state if cfg.bias else {name: w for name, w in state.items() if not name.endswith('.bias')}
+        with torch.device('meta'):
+            model = GPT(cfg).to(dtype)
+        if bits:
+            quantize(model, bits, *quantisation[2:], state, device)
+        load_weights(model, state, directory, dtype, device)
     model.name_or_path = name_or_path
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     if tokenizer and max(tokenizer.backend.get_vocab(with_added_tokens=False).values()) >= cfg.vocab_size:
@@ -738,6 +482,11 @@ def save_model(model, tokenizer, directory, dtype=None):
         return
     if len(base_state(model)) != len(model.state_dict()):
         raise UserError('4- and 8-bit weights are saved with their adapter, or whole after merge_lora')
+    if not isinstance(model, GPT):
+        model.model.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        return
     dtype = dtype or model.embed_tokens.weight.dtype
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
     weights = {name: tensor.to(dtype) for name, tensor in to_hf_weights(model, hf['model_type']).items()}
@@ -751,3 +500,8 @@ def save_model(model, tokenizer, directory, dtype=None):
             'eos_token_id', ends[0] if len(ends) == 1 else ends)) if hf.get(key) is None and value not in (None, [])})
     with open(os.path.join(directory, 'config.json'), 'w') as f:
         json.dump(hf, f, indent=2)
+
+
+if __name__ == '__main__':
+    from bench.roundtrip import main        # which imports this file as `model`, as everything else does
+    main()

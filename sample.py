@@ -57,7 +57,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Linear, find_model, load_model, read_config
+import kernels
+from model import Linear, load_model
 from runtime import setup
 
 FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
@@ -217,9 +218,8 @@ class Decoder:
         self.angles = {}
         if cfg.position == 'rope':
             for name in set(cfg.layer_types):
-                inv_freq, factor = model.inv_freq(name), 1.0
-                angle = positions[:, None].float() * inv_freq.to(device)                        # (slots, D/2)
-                cos, sin = angle.cos() * factor, angle.sin() * factor
+                angle = positions[:, None].float() * model.inv_freq(name).to(device)            # (slots, D/2)
+                cos, sin = angle.cos(), angle.sin()
                 self.angles[name] = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)         # (slots, D)
 
     def prepare(self, layer):
@@ -271,8 +271,8 @@ class Decoder:
         cfg, model, n = self.cfg, self.model, len(token)
         position = self.position[:n]
         x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
-        if cfg.embed_scale != 1.0:
-            x = x * torch.tensor(cfg.embed_scale, dtype=x.dtype)
+        if cfg.embed_scale:
+            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
         if cfg.position == 'learned':
             x = x + F.embedding(position, model.embed_positions.weight)
         angles = {name: (cos[position][:, None], sin[position][:, None]) for name, (cos, sin) in self.angles.items()}
@@ -325,9 +325,11 @@ class Decoder:
 
 def norm_of(module):
     """A Norm as a function without autograd's bookkeeping."""
-    weight, bias, eps = module.weight, module.bias, module.eps
+    weight, bias, eps = module.gain, module.bias, module.eps
     if module.layer_norm:
         return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
+    if weight.dtype != torch.float32:
+        return lambda x: kernels.rms_norm(x, weight, eps)
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -496,9 +498,6 @@ def chat(model, tokenizer, cfg, settings):
 
 
 def main(cfg):
-    if 'multicontext' in str(read_config(find_model(cfg.model)).get('nanoforge', '')):
-        raise UserError(f'{cfg.model} is a multicontext model (several token streams at each position): it has no single text to '
-                        'continue; sample from a model that was trained with --training_mode=single or multidataset')
     run = setup(cfg.device, cfg.dtype)
     model, tokenizer = load_model(cfg.model, run.device, run.dtype)
     settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,

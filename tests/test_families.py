@@ -1,23 +1,35 @@
 """Every family against transformers: random models saved there and opened here, and the other way round."""
 import json
 import os
-import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bench import roundtrip
 from configurator import UserError
+from conftest import ROOT
+from data.tokenizer import Tokenizer
+from families import FAMILIES as FIELDS
+from families import UNSAID, from_hf_weights
 from model import GPT, GPTConfig, load_model, save_model
+from sample import generate, logp_gap
 
 transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 LLAMA3_ROPE = {'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
                'original_max_position_embeddings': 16}
-GEMMA = dict(SIZES, sliding_window=7, query_pre_attn_scalar=24)
+GEMMA = dict(SIZES, sliding_window=7, query_pre_attn_scalar=24, pad_token_id=None)      # a pad token would get no gradient there
 FAMILIES = {
     'gpt2': ('GPT2', GPT2),
     'gpt2_untied': ('GPT2', dict(GPT2, tie_word_embeddings=False, n_inner=40, activation_function='gelu')),
@@ -137,3 +149,351 @@ def test_saved_here_opened_there(pairs, family, tmp_path):
     assert again.config == ours.config
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', FAMILIES)
+def test_sampler_computes_the_same_model(pairs, family):
+    """generate() has a decoding step of its own: what it draws greedily is what transformers draws, at the same log-probability."""
+    theirs, ours, _ = pairs(family)
+    idx, new = tokens(1, 9), 12
+    drawn = generate(ours, [idx[0].tolist(), idx[0, :5].tolist()], new, temperature=0)
+    for row, prompt in enumerate((idx, idx[:, :5])):
+        whole = torch.cat([prompt, drawn.tokens[row:row + 1]], 1)
+        logp = theirs(whole).logits[0, -new - 1:-1].log_softmax(-1)
+        close(logp.gather(1, drawn.tokens[row][:, None]).squeeze(1), logp.max(-1).values)
+        close(drawn.logp[row], logp.max(-1).values)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_gradients(pairs, family):
+    """Of the log-probabilities of one packed row under weights of any sign: attention by documents, and the plain block."""
+    theirs, ours, _ = pairs(family)
+    idx = tokens(1, 30)
+    weights = torch.randn(1, 30, generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    for edges, where in (([0, 30], None), ([0, 12, 30], positions)):
+        expected = sum((theirs(idx[:, a:b]).logits.log_softmax(-1).gather(2, idx[:, a:b, None]).squeeze(2) * weights[:, a:b]).sum()
+                       for a, b in zip(edges, edges[1:]))
+        named = dict(theirs.named_parameters())
+        expected = from_hf_weights(ours.config, dict(zip(named, torch.autograd.grad(expected, list(named.values())))))
+        named = dict(ours.named_parameters())
+        got = dict(zip(named, torch.autograd.grad((ours(idx, idx, where) * weights).sum(), list(named.values()))))
+        assert expected.keys() == got.keys()
+        for name, grad in got.items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * max(1, expected[name].abs().max().item()), msg=name)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------------
+
+def edit_config(directory, **changes):
+    """Sets keys of a config.json; None removes one."""
+    path = os.path.join(directory, 'config.json')
+    with open(path) as f:
+        config = {**json.load(f), **changes}
+    with open(path, 'w') as f:
+        json.dump({key: value for key, value in config.items() if value is not None}, f)
+
+
+def edit_weights(directory, change):
+    path = os.path.join(directory, 'model.safetensors')
+    save_file(change(load_file(path)), path, metadata={'format': 'pt'})
+
+
+OLD = {'llama3': dict(rope_theta=10000.0, rope_scaling=LLAMA3_ROPE),
+       'llama_linear': dict(rope_theta=500.0, rope_scaling={'type': 'linear', 'factor': 4.0}),
+       'mistral': dict(rope_theta=10000.0, head_dim=None), 'qwen2': dict(rope_theta=10000.0, use_sliding_window=None, sliding_window=7),
+       'qwen2.5': dict(layer_types=None, max_window_layers=2, sliding_window=7, use_sliding_window=True),
+       'gemma2': dict(rope_theta=10000.0, layer_types=None),
+       'gemma3': dict(rope_theta=1e6, rope_local_base_freq=1e4, layer_types=None, sliding_window_pattern=2),
+       'gemma3_scaled': dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling={'rope_type': 'linear', 'factor': 8.0})}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', OLD)
+def test_config_of_the_older_generation(pairs, family, tmp_path):
+    theirs, ours, directory = pairs(family)
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, rope_parameters=None, **OLD[family])
+    old = load_model(str(tmp_path))[0]
+    close(old(tokens(2, 40)), theirs(tokens(2, 40)).logits)
+    assert {kind: rope for kind, rope in old.config.rope.items()} == ours.config.rope
+
+
+@pytest.mark.parametrize('arch', UNSAID)
+def test_what_config_json_leaves_unsaid(arch):
+    """Our defaults for missing keys are transformers'."""
+    config = type(transformers.AutoConfig.for_model(arch))()
+    for key, value in UNSAID[arch].items():
+        if key == 'rope_local_base_freq' or key == 'rope_theta':
+            value, key = {'rope_type': 'default', 'rope_theta': value}, 'full_attention' if key == 'rope_theta' else 'sliding_attention'
+            assert config.rope_parameters[key] == value
+        elif key != 'sliding_window' or not arch.startswith('qwen'):            # these hide it while use_sliding_window is off
+            assert getattr(config, key) == value, key
+    assert config.rms_norm_eps == 1e-6 if arch != 'gpt2' else config.layer_norm_epsilon == 1e-5
+    assert config.tie_word_embeddings == UNSAID[arch].get('tie_word_embeddings', False)
+    assert getattr(config, 'hidden_act', UNSAID[arch].get('hidden_act')) == UNSAID[arch].get('hidden_act')
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', ['gpt2', 'llama2', 'gemma3'])
+def test_sharded_weights(pairs, family, tmp_path):
+    theirs, ours, _ = pairs(family)
+    theirs.save_pretrained(tmp_path, max_shard_size='20KB')
+    assert len(list(tmp_path.glob('*.safetensors'))) > 2
+    close(load_model(str(tmp_path))[0](tokens(2, 9)), ours(tokens(2, 9)), 0)
+
+
+@torch.no_grad()
+def test_gemma3_with_pictures_gives_its_language_model(pairs, tmp_path):
+    theirs, ours, directory = pairs('gemma3')
+    with open(os.path.join(directory, 'config.json')) as f:
+        text = json.load(f)
+    weights = {name.replace('model.', 'model.language_model.', 1): w
+               for name, w in load_file(os.path.join(directory, 'model.safetensors')).items()}
+    save_file({**weights, 'model.vision_tower.embeddings.weight': torch.ones(3)}, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gemma3', 'text_config': text, 'vision_config': {}}))
+    close(load_model(str(tmp_path))[0](tokens(1, 20)), ours(tokens(1, 20)), 0)
+
+
+@torch.no_grad()
+def test_gpt2_without_biases(tmp_path):
+    """transformers' GPT-2 has biases: it opens ours with zeros; here they are gone again, unless someone trained them."""
+    model = GPT(GPTConfig(**{**FIELDS['gpt2'], 'bias': False}, arch='gpt2', vocab_size=99, block_size=64, n_layer=2, n_head=2, n_embd=16))
+    model.init_weights(0.3).eval()
+    save_model(model, None, str(tmp_path))
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(theirs).__name__ == 'GPT2LMHeadModel' and not any(info.values())
+    idx = tokens(2, 40)
+    close(theirs(idx).logits, model(idx))
+    back = load_model(str(tmp_path))[0]
+    assert back.config == replace(model.config, extra=back.config.extra) and not any('bias' in name for name in back.state_dict())
+    close(back(idx), model(idx), 0)
+    theirs.transformer.h[1].mlp.c_fc.bias += 0.5
+    theirs.save_pretrained(tmp_path)
+    trained = load_model(str(tmp_path))[0]
+    assert trained.config.bias
+    close(trained(idx), theirs(idx).logits)
+
+
+@torch.no_grad()
+def test_a_mixture_that_no_class_computes_is_not_called_by_a_wrong_name(tmp_path):
+    model = GPT(GPTConfig(**{**FIELDS['qwen3'], 'bias': True, 'activation': 'gelu'}, vocab_size=99, n_layer=2, n_head=2, n_embd=16))
+    model.init_weights().eval()
+    save_model(model, None, str(tmp_path))
+    with pytest.raises(ValueError, match='nanoforge'):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    back = load_model(str(tmp_path))[0]
+    assert back.config == model.config
+    close(back(tokens(2, 9)), model(tokens(2, 9)), 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('arch', FIELDS)
+def test_every_family_made_here_is_one_there(arch, tmp_path):
+    """Models from scratch, as train_gpt.py makes them: transformers has their class, and nothing of transformers' stop tokens."""
+    model = GPT(GPTConfig(**FIELDS[arch], arch=arch, vocab_size=99, block_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(0.3).eval()
+    save_model(model, None, str(tmp_path))
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and theirs.config.model_type == arch and theirs.config.eos_token_id is None
+    close(theirs(tokens(2, 40)).logits, model(tokens(2, 40)))
+
+
+@torch.no_grad()
+def test_small_differences_of_old_files(pairs, tmp_path):
+    """GPT-2 without the 'transformer.' prefix and with its mask; a tied head that is stored anyway."""
+    _, ours, directory = pairs('gpt2')
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    edit_weights(tmp_path, lambda weights: {
+        **{name.removeprefix('transformer.'): w for name, w in weights.items()}, 'h.0.attn.bias': torch.ones(1, 1, 64, 64),
+        'h.1.attn.masked_bias': torch.tensor(-1e4), 'lm_head.weight': weights['transformer.wte.weight'].clone()})
+    close(load_model(str(tmp_path))[0](tokens(2, 9)), ours(tokens(2, 9)), 0)
+
+
+def test_half_precision(pairs):
+    _, ours, directory = pairs('gemma3')
+    model = load_model(directory, dtype=torch.bfloat16)[0]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    idx = tokens(2, 40)
+    logits = model(idx)
+    assert logits.dtype == torch.float32 and (logits - ours(idx)).abs().max() < 0.05 * ours(idx).abs().max()
+    caches = model.new_caches(2, 40)
+    assert caches[0].k.dtype == torch.bfloat16
+    close(model.logits(model.hidden(idx, torch.arange(40)[None], caches)), logits, 0.1)
+    assert model(idx, idx).dtype == torch.float32
+
+
+def test_gradient_checkpointing_and_dropout_change_no_gradient(pairs):
+    _, _, directory = pairs('qwen3')
+    grads = []
+    for on in (False, True):
+        model = load_model(directory)[0].train()
+        model.gradient_checkpointing = on
+        for module in model.modules():
+            module.dropout = 0.3
+        torch.manual_seed(0)
+        model(tokens(2, 20), tokens(2, 20)).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+PEAK = """
+import resource, sys
+import torch, model
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+gpt = model.load_model(sys.argv[1])[0]
+print(peak() - before, gpt.num_params() * 4)
+total = sum(p.sum() for p in gpt.parameters())          # every page is read
+print(peak() - before)
+"""
+
+
+def test_weights_are_mapped_not_copied(tmp_path):
+    model = GPT(GPTConfig(vocab_size=20000, n_embd=512, n_layer=8, n_head=8)).init_weights()
+    save_model(model, None, str(tmp_path))
+    out = subprocess.run([sys.executable, '-c', PEAK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    loaded, size, read = map(int, out)
+    assert size > 120e6 and loaded < 0.25 * size and read < 1.25 * size
+
+
+@torch.no_grad()
+def test_mapped_weights_are_private(pairs, tmp_path):
+    """Training changes the memory, not the file; and the file can be written anew from the model that is mapped from it."""
+    directory = str(tmp_path / 'model')
+    shutil.copytree(pairs('qwen3')[2], directory)
+    model = load_model(directory)[0]
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    for p in model.parameters():
+        p.add_(1.0)
+    assert all(torch.equal(w, before[name]) for name, w in load_model(directory)[0].state_dict().items())
+    save_model(model, None, directory)
+    again = load_model(directory)[0].state_dict()
+    assert all(torch.equal(again[name], w + 1.0) and torch.equal(again[name], model.state_dict()[name]) for name, w in before.items())
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------------------
+
+def broken(pairs, tmp_path, family='llama2'):
+    shutil.copytree(pairs(family)[2], tmp_path, dirs_exist_ok=True)
+    return str(tmp_path)
+
+
+def refused(directory, *words):
+    with pytest.raises(UserError) as error:
+        load_model(str(directory))
+    assert '\n' not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_missing_and_corrupt_files(pairs, tmp_path):
+    pairs('llama2')[0].save_pretrained(tmp_path / 'sharded', max_shard_size='20KB')
+    shard = sorted((tmp_path / 'sharded').glob('*.safetensors'))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    refused(tmp_path / 'sharded', shard.name, 'not a whole safetensors file')
+    shard.write_bytes(b'\xff' * 50)
+    refused(tmp_path / 'sharded', shard.name, 'not a whole safetensors file')
+    shard.unlink()
+    refused(tmp_path / 'sharded', shard.name, 'index')
+    (tmp_path / 'sharded' / 'model.safetensors.index.json').write_text('{')
+    refused(tmp_path / 'sharded', 'index.json', 'JSON')
+    (tmp_path / 'sharded' / 'model.safetensors.index.json').write_text('{}')
+    refused(tmp_path / 'sharded', 'index.json', 'names no file')
+    directory = broken(pairs, tmp_path / 'old')
+    os.rename(os.path.join(directory, 'model.safetensors'), os.path.join(directory, 'pytorch_model.bin'))
+    refused(directory, 'safetensors only', 'save_pretrained')
+    edit_config(directory, model_type='no_such_model')
+    refused(directory, 'no_such_model')
+    (tmp_path / 'old' / 'config.json').write_text('not JSON')
+    refused(directory, 'config.json', 'JSON')
+    (tmp_path / 'empty').mkdir()
+    refused(tmp_path / 'empty', 'no config.json')
+    refused(tmp_path / 'nowhere', 'no model directory')
+
+
+def test_keys_that_do_not_fit(pairs, tmp_path):
+    directory = broken(pairs, tmp_path)
+    edit_weights(directory, lambda weights: {**weights, 'model.layers.0.extra.weight': torch.ones(2)})
+    refused(directory, 'layers.0.extra.weight has no home')
+    edit_weights(directory, lambda weights: {name: w for name, w in weights.items() if 'extra' not in name and 'norm.weight' not in name[:12]})
+    edit_weights(directory, lambda weights: {**weights, 'model.norm.weight': torch.ones(3)})
+    refused(directory, 'norm.weight is (3,), not (32,)')
+    edit_weights(directory, lambda weights: {name: w for name, w in weights.items() if name != 'lm_head.weight'})
+    refused(directory, 'lm_head.weight is missing')
+
+
+def tokenizer_of(size):
+    vocabulary = {'<unk>': 0, **{f't{i}': i for i in range(1, size)}}
+    return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, '<unk>')).to_str())
+
+
+def test_a_tokenizer_of_another_model(pairs, tmp_path):
+    directory = broken(pairs, tmp_path)
+    tokenizer_of(99).save(directory)
+    assert load_model(directory)[1].vocab_size == 99
+    tokenizer_of(100).save(directory)
+    refused(directory, '100', '99', 'another model')
+
+
+def test_rows_longer_than_the_context(pairs):
+    for family in ('gpt2', 'llama2'):
+        ours = pairs(family)[1]
+        for call in (lambda: ours(tokens(1, 65)), lambda: ours.new_caches(1, 65)):
+            with pytest.raises(UserError, match='context of 64'):
+                call()
+
+
+# ---- architectures outside the families -------------------------------------------------------------------------------------
+
+OTHERS = {'GPTNeoX': {}, 'Phi': {}, 'Granite': dict(logits_scaling=8.0, embedding_multiplier=3.0)}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_architectures(name, tmp_path):
+    config = getattr(transformers, f'{name}Config')(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                    num_attention_heads=4, max_position_embeddings=64, **OTHERS[name])
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    theirs.save_pretrained(tmp_path / 'there')
+    ours, tokenizer = load_model(str(tmp_path / 'there'))
+    assert tokenizer is None and ours.config.block_size == 64 and ours.config.vocab_size == 99
+    idx, targets = tokens(2, 20), tokens(2, 20, seed=5).masked_fill(tokens(2, 20) < 30, -1)
+    close(ours(idx), theirs(idx).logits)
+    positions = torch.cat([torch.arange(8), torch.arange(12)]).expand(2, 20)
+    close(ours(idx, positions=positions), torch.cat([theirs(idx[:, :8]).logits, theirs(idx[:, 8:]).logits], 1))
+    log_p = theirs(idx).logits.log_softmax(-1)
+    logp = log_p.gather(2, targets.clamp(min=0)[..., None]).squeeze(2) * (targets >= 0)
+    close(ours(idx, targets), logp)
+    stats = ours.token_stats(ours.hidden(idx), targets)
+    close(stats['entropy'], -(log_p.exp() * log_p).sum(-1) * (targets >= 0))
+    expected = torch.autograd.grad(logp.sum(), list(theirs.parameters()))
+    for a, b in zip(torch.autograd.grad(ours(idx, targets).sum(), list(ours.parameters())), expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    prompts = [idx[0, :9].tolist(), idx[1, :5].tolist()]
+    assert logp_gap(ours, prompts, generate(ours, prompts, 8))[0] < 1e-5
+    save_model(ours, None, str(tmp_path / 'here'))
+    with torch.no_grad():
+        close(AutoModelForCausalLM.from_pretrained(tmp_path / 'here')(idx).logits, theirs(idx).logits, 0)
+    with pytest.raises(UserError, match='context of 64'):
+        ours(tokens(1, 65))
+
+
+# ---- the proof --------------------------------------------------------------------------------------------------------------
+
+def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
+    directory = pairs('qwen2.5')[2]
+    assert roundtrip.check(directory)
+    table = capsys.readouterr().out
+    assert table.count('PASS') >= 8 and 'FAIL' not in table and 'qwen2' in table
+    real = roundtrip.theirs_of
+
+    def changed(directory):
+        theirs, strange = real(directory)
+        theirs.model.layers[3].self_attn.o_proj.weight.data[0, 0] += 0.01
+        return theirs, strange
+    monkeypatch.setattr(roundtrip, 'theirs_of', changed)
+    assert not roundtrip.check(directory)
+    assert capsys.readouterr().out.count('FAIL  ') == 2

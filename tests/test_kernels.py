@@ -1,0 +1,227 @@
+"""Each operation of kernels.py against its plain formula: values and gradients, float64, float32 and bfloat16."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+DTYPES = [torch.float64, torch.float32]
+
+
+def leaf(*shape, dtype=torch.float64, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, dtype=torch.float64, generator=g) * scale).to(dtype).requires_grad_()
+
+
+def agree(ours, plain, inputs, tolerance):
+    """Values and the gradients of all inputs under one random incoming gradient."""
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).to(plain.dtype)
+    grads = (torch.autograd.grad(y, inputs, push, retain_graph=True) for y in (ours, plain))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def tolerance(dtype):
+    return 1e-5 if dtype == torch.float32 else 1e-12
+
+
+# ---- linear -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('biased', [False, True])
+@pytest.mark.parametrize('sizes', [(6,), (6, 2, 2)])
+def test_linear_stacks_its_weights(sizes, biased):
+    x, weights = leaf(2, 3, 5), [leaf(n, 5, seed=i) for i, n in enumerate(sizes)]
+    biases = [leaf(n, seed=9 + i) for i, n in enumerate(sizes)] if biased else []
+    plain = torch.cat([F.linear(x, w, biases[i] if biased else None) for i, w in enumerate(weights)], -1)
+    agree(kernels.linear(x, weights, biases), plain, [x, *weights, *biases], 1e-12)
+
+
+def test_linear_in_bf16_rounds_factors_and_result_only():
+    x, w, b = leaf(4, 64, dtype=torch.float32), leaf(8, 64, dtype=torch.float32), leaf(8, dtype=torch.float32)
+    y = kernels.linear(x, [w], [b], bf16=True)
+    assert y.dtype == torch.bfloat16
+    exact = x.bfloat16().double() @ w.bfloat16().double().t() + b.bfloat16().double()
+    assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-3).all()
+    grads = torch.autograd.grad(y, [x, w, b], torch.ones_like(y))
+    assert {g.dtype for g in grads} == {torch.float32}
+    torch.testing.assert_close(grads[1], x.detach().sum(0).expand(8, -1), rtol=2 ** -7, atol=0.05)
+
+
+# ---- RMS norm ---------------------------------------------------------------------------------------------------------------
+
+def plain_rms(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', [(3, 16), (2, 5, 16), (2, 3, 4, 8)])
+def test_rms_norm(shape, dtype):
+    x, w = leaf(*shape, dtype=dtype), leaf(shape[-1], dtype=dtype)
+    agree(kernels.rms_norm(x, w, 1e-3), plain_rms(x, w, 1e-3), [x, w], tolerance(dtype))
+
+
+def test_rms_norm_of_a_transposed_view():
+    """As q and k come: (B, T, H, D) seen as (B, H, T, D), and a slice of a wider tensor."""
+    base, w = leaf(2, 5, 3, 24), leaf(8)
+    x = base[..., 8:16].transpose(1, 2)
+    agree(kernels.rms_norm(x, w, 1e-6), plain_rms(x, w, 1e-6), [base, w], 1e-12)
+
+
+def test_rms_norm_gradcheck():
+    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x, w, 1e-2), (leaf(2, 3, 6), leaf(6)))
+    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x.transpose(0, 1), w, 1e-2), (leaf(2, 3, 6), leaf(6)))
+
+
+def test_rms_norm_in_bf16_is_rounded_once():
+    x, w = leaf(7, 512, dtype=torch.bfloat16, scale=3), leaf(512, dtype=torch.bfloat16)
+    y = kernels.rms_norm(x, w, 1e-6)
+    assert y.dtype == torch.bfloat16
+    exact = plain_rms(x.double(), w.double(), 1e-6)
+    assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 * 1.01).all()      # half a unit in the last place
+
+
+# ---- rotary positions -------------------------------------------------------------------------------------------------------
+
+def angles(T, D, dtype=torch.float64):
+    angle = torch.arange(T)[:, None] / 100 ** (torch.arange(D // 2) / (D // 2))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def plain_rotate(x, cos, sin):
+    """As complex numbers: dimension i pairs with i + D/2."""
+    a, b = x.chunk(2, -1)
+    turned = torch.complex(a, b) * torch.complex(cos, sin)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_rotate(dtype):
+    x, (cos, sin) = leaf(2, 3, 7, 8, dtype=dtype), angles(7, 8, dtype)
+    agree(kernels.rotate(x, cos, sin), plain_rotate(x, cos, sin), [x], tolerance(dtype))
+    view = leaf(2, 7, 3, 8, dtype=dtype)
+    agree(kernels.rotate(view.transpose(1, 2), cos, sin), plain_rotate(view.transpose(1, 2), cos, sin), [view], tolerance(dtype))
+    assert torch.equal(kernels.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
+
+
+def test_rotate_gradcheck():
+    cos, sin = angles(4, 6)
+    assert torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (leaf(2, 4, 6),))
+
+
+# ---- short attention --------------------------------------------------------------------------------------------------------
+
+def plain_attention(qkv, H, scale, q_weight, k_weight, eps, cos, sin):
+    B, T, C = qkv.shape
+    q, k, v = (x.view(B, T, H, -1).transpose(1, 2) for x in qkv.chunk(3, -1))
+    if q_weight is not None:
+        q, k = plain_rms(q, q_weight, eps), plain_rms(k, k_weight, eps)
+    if cos is not None:
+        q, k = plain_rotate(q, cos, sin), plain_rotate(k, cos, sin)
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C // 3)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('normed', [False, True])
+@pytest.mark.parametrize('rotated', [False, True])
+def test_short_attention(normed, rotated, dtype):
+    B, T, H, D = 2, 9, 3, 4
+    qkv, eps = leaf(B, T, 3 * H * D, dtype=dtype), 1e-3
+    weights = [leaf(D, dtype=dtype), leaf(D, dtype=dtype, seed=1)] if normed else []
+    cos, sin = angles(T, D, dtype) if rotated else (None, None)
+    rest = (H, 0.4, *(weights or (None, None)), eps, cos, sin)
+    agree(kernels.ShortAttention.apply(qkv, *rest), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
+    if dtype == torch.float64:
+        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin)
+        assert torch.autograd.gradcheck(call, (qkv, *weights))
+
+
+def test_short_attention_in_bf16():
+    qkv, w = leaf(2, 16, 3 * 2 * 8, dtype=torch.float32), leaf(8, dtype=torch.float32)
+    rest = (2, 8 ** -0.5, w, w, 1e-6, *angles(16, 8, torch.float32))
+    plain = plain_attention(qkv, *rest)
+    rounded = qkv.detach().bfloat16().requires_grad_()
+    ours = kernels.ShortAttention.apply(rounded, *rest)
+    assert ours.dtype == torch.bfloat16
+    push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
+    expected, = torch.autograd.grad(plain, [qkv], push)
+    got, = torch.autograd.grad(ours, [rounded], push.bfloat16())
+    assert (ours.float() - plain).abs().max() < 0.03 and (got.float() - expected).norm() < 0.03 * expected.norm()
+
+
+# ---- token statistics -------------------------------------------------------------------------------------------------------
+
+def plain_stats(hidden, weight, targets, temperature=1.0, softcap=0.0):
+    z = hidden @ weight.t()
+    z = (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
+    log_p = z.log_softmax(-1)
+    return (log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1), log_p.mean(-1), z.argmax(-1) == targets)
+
+
+@pytest.fixture(params=['one tile', 'many tiles', 'some kept', 'all kept'])
+def tiling(request, monkeypatch):
+    """Sizes for N=11, V=700: tiles are never narrower than 256 columns."""
+    tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11), 'all kept': (1, 2 ** 20)}[request.param]
+    monkeypatch.setattr(kernels, 'TILE', tile)
+    monkeypatch.setattr(kernels, 'KEEP', keep)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('temperature, softcap', [(1.0, 0.0), (0.7, 0.0), (1.0, 2.0), (1.3, 2.0)])
+def test_token_stats(tiling, dtype, temperature, softcap):
+    hidden, weight = leaf(11, 6, dtype=dtype), leaf(700, 6, dtype=dtype)
+    targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
+    targets[:4] = torch.tensor([0, 255, 256, 699])                                          # at the edges of tiles
+    targets[4] = (hidden @ weight.t())[4].argmax()
+    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True)
+    plain = plain_stats(hidden, weight, targets, temperature, softcap)
+    assert torch.equal(ours[3], plain[3]) and ours[3][4]
+    for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                                         # gradients come into any of the three
+        agree(*(torch.stack([parts[i] for i in used]) for parts in (ours, plain)), [hidden, weight], 3 * tolerance(dtype))
+    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False)
+    assert alone[1:] == (None, None, None)
+    agree(alone[0], plain[0], [hidden, weight], 3 * tolerance(dtype))
+
+
+def test_token_stats_gradcheck(tiling):
+    hidden, weight, targets = leaf(5, 3), leaf(300, 3), torch.tensor([0, 299, 255, 256, 7])
+    for softcap in (0.0, 1.5):
+        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True)[:3])
+        assert torch.autograd.gradcheck(call, (hidden, weight), fast_mode=True)
+
+
+def test_token_stats_without_rows(tiling):
+    hidden, weight = leaf(0, 6), leaf(700, 6)
+    for extras in (True, False):
+        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras)[0]
+        grads = torch.autograd.grad(logp.sum(), [hidden, weight])
+        assert logp.shape == (0,) and grads[0].shape == (0, 6) and not grads[1].any() and grads[1].shape == (700, 6)
+
+
+def test_token_stats_of_huge_logits():
+    """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0, gradients are finite."""
+    hidden, weight = leaf(6, 4, dtype=torch.float32, scale=300), leaf(900, 4, dtype=torch.float32)
+    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, (hidden @ weight.t()).argmax(1), 1.0, 0.0, True)
+    assert correct.all() and (logp <= 0).all() and (entropy >= 0).all()
+    grads = torch.autograd.grad((logp + entropy).sum(), [hidden, weight])
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_token_stats_in_bf16_are_computed_in_float32():
+    hidden, weight = leaf(11, 64, dtype=torch.bfloat16), leaf(700, 64, dtype=torch.bfloat16)
+    targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    ours, plain = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False)[0], plain_stats(*wide, targets)[0]
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours.sum(), [hidden, weight]), torch.autograd.grad(plain.sum(), wide)):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b, rtol=2 ** -8, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_head_is_float32(dtype):
+    hidden, weight = leaf(2, 3, 64, dtype=dtype), leaf(50, 64, dtype=dtype)
+    torch.testing.assert_close(kernels.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)

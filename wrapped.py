@@ -1,0 +1,114 @@
+"""Any other causal language model of transformers, behind the calls of model.GPT (without its speed).
+
+Right-padded rows, packed documents, token_stats and sampling work as there; packed documents are run side by side, and sampling
+runs the whole sequence at every step, so that nothing is asked of an architecture but that it is causal.
+"""
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+
+import kernels
+from configurator import UserError
+
+
+class Wrapped(nn.Module):
+    """model: a transformers model with a causal language modelling head, which stays its own (saved by its own code)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config()
+        self.config = SimpleNamespace(arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, tied=bool(
+            model.config.tie_word_embeddings), block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31, dropout=0.0,
+            logit_softcap=getattr(config, 'final_logit_softcapping', None) or 0.0)
+        self.scale = 1.0
+        self.scale = self.find_scale()
+
+    @property
+    def lm_head(self):
+        return self.model.get_output_embeddings()
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def gradient_checkpointing(self):
+        return self.model.is_gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        (self.model.gradient_checkpointing_enable if on else self.model.gradient_checkpointing_disable)()
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def set_matmul(self, mode):
+        """Its products stay in the precision of its weights (or of autocast)."""
+        return self
+
+    @torch.no_grad()
+    def find_scale(self):
+        """The factor between head and logits (Granite and Cohere have one), found by comparing; UserError where it is none."""
+        idx = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        training = self.model.training
+        theirs = self.model.eval()(idx, use_cache=False).logits.float()
+        cap = self.config.logit_softcap
+        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, kernels.head(*self.head(self.hidden(idx)))
+        self.model.train(training)
+        scale = ((raw * ours).sum() / ours.square().sum()).item()
+        if not (raw - scale * ours).abs().max() <= 0.02 * raw.abs().max():
+            raise UserError(f'{self.config.arch}: its logits are not its last hidden state times its head; it cannot be wrapped')
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+    def hidden(self, idx, positions=None):
+        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T): each 0 begins a packed document."""
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {self.config.block_size}: shorten it')
+        if positions is None:
+            return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
+        lengths = kernels.document_lengths(positions.expand(B, T))                          # of the documents, row after row
+        documents = nn.utils.rnn.pad_sequence(idx.flatten().split(lengths.tolist()), batch_first=True)
+        inside = torch.arange(documents.size(1), device=idx.device) < lengths[:, None]
+        return self.hidden(documents)[inside].view(B, T, -1)
+
+    def head(self, hidden):
+        """(hidden, weight) whose product the logits are: a bias is one more column."""
+        head, hidden = self.lm_head, hidden * self.scale
+        if getattr(head, 'bias', None) is None:
+            return hidden, head.weight
+        return torch.cat([hidden, hidden.new_full((*hidden.shape[:-1], 1), self.scale)], -1), torch.cat([head.weight, head.bias[:, None]], 1)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V) in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            z, cap = kernels.head(*self.head(hidden)), self.config.logit_softcap
+            return cap * torch.tanh(z / cap) if cap else z
+
+    def token_stats(self, hidden, targets, temperature=1.0, extras=True):
+        """As GPT.token_stats."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernels.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
+
+    def forward(self, idx, targets=None, positions=None):
+        """As GPT.forward."""
+        hidden = self.hidden(idx, positions)
+        return self.logits(hidden) if targets is None else self.token_stats(hidden, targets, extras=False)['logp']
+
+
+def load_wrapped(directory, device, dtype):
+    """A Hugging Face directory -> Wrapped. Code that comes with a model is never run."""
+    from transformers import AutoModelForCausalLM
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                                                           output_loading_info=True)
+    except Exception as e:      # whatever its loading code raises, it is this directory that cannot be used
+        reason = (str(e).strip() or type(e).__name__).partition('\n')[0]
+        raise UserError(f'{directory}: outside our families, and transformers does not open it ({reason})') from None
+    problems = [f'{name} {what}' for what, key in (('is missing', 'missing_keys'), ('has no home', 'unexpected_keys'),
+                                                   ('has another shape', 'mismatched_keys')) for name in sorted(info[key], key=str)]
+    if problems:
+        raise UserError(f'{directory} does not fit its config.json: ' + '; '.join(problems[:3]))
+    return Wrapped(model.to(device)).eval()

@@ -11,7 +11,7 @@ from data.tasks.world import ITEMS, NAMES, split_of
 
 SITUATIONS = ['{name} has {a} {items} and buys {b} more.', '{name} has {a} {items}, {friend} has {b}.',
               'There are {a} {items} in one box and {b} in another.', '{name} finds {a} {items} and then {b} more.',
-              'A shop sells {a} {items} on Monday and {b} on Friday.', '{a} {items} are in the house and {b} in the garden.',
+              'A shop sells {a} {items} on Monday and {b} on Friday.', 'There are {a} {items} here and {b} there.',
               '{name} gives {friend} {a} {items}, then {b} more.', 'On Monday {name} buys {a} {items}, on Friday {b}.']
 QUESTIONS = ['How many {items} is that?', 'How many in all?', 'How many are there in all?',
              'How many are there together?', 'What is the sum?', 'Add them.', 'How many {items} are there?']

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from configurator import UserError
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 DIRECT_LOGITS = 2 ** 24     # up to so many logits the whole (N, V) at once is faster than chunks
@@ -42,8 +43,10 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False                  # biases in linear layers (and layer norms)
     qkv_bias: bool = False              # biases of q, k, v alone (Qwen2)
+    o_bias: bool = False                # and of attention's output
     norm: str = 'rmsnorm'               # rmsnorm, layernorm
     norm_eps: float = 1e-6
+    norm_offset: bool = False           # Gemma stores each gain less one
     position: str = 'rope'              # rope, learned
     rope: dict = field(default_factory=dict)   # layer type -> Hugging Face's rope parameters (rope_theta, rope_type, factor, ...)
     activation: str = 'silu'            # silu, gelu (exact), gelu_tanh
@@ -56,7 +59,7 @@ class GPTConfig:
     attn_scale: float = 0.0             # 0 = head_size ** -0.5
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
-    embed_scale: float = 1.0            # Gemma multiplies embeddings by sqrt(n_embd)
+    embed_scale: bool = False           # Gemma multiplies embeddings by sqrt(n_embd)
     extra: dict = field(default_factory=dict)   # other keys of a loaded config.json, kept for saving (token ids, ...)
 
     def __post_init__(self):
@@ -71,7 +74,9 @@ class GPTConfig:
         # Llama's rule for a gated MLP: two thirds of 4 * n_embd, rounded up to a multiple of 32
         self.n_inner = self.n_inner or (-(-8 * self.n_embd // 96) * 32 if self.gated else 4 * self.n_embd)
         self.attn_scale = self.attn_scale or self.head_size ** -0.5
-        self.layer_types = self.layer_types or ['full_attention'] * self.n_layer
+        self.layer_types = self.layer_types or ['sliding_attention' if self.sliding_window else 'full_attention'] * self.n_layer
+        self.rope = {kind: {'rope_type': 'default', 'rope_theta': 10000.0, **self.rope.get(kind, {})}
+                     for kind in sorted(set(self.layer_types)) if self.position == 'rope'}
 
 
 # What makes each family itself; sizes come from the flags or from the config.json that is loaded.
@@ -81,8 +86,8 @@ FAMILIES = {
     'mistral': dict(norm_eps=1e-5, tied=False),
     'qwen2': dict(qkv_bias=True),
     'qwen3': dict(qk_norm=True),
-    'gemma2': dict(activation='gelu_tanh', post_norms=True, attn_softcap=50.0, logit_softcap=30.0),
-    'gemma3_text': dict(activation='gelu_tanh', post_norms=True, qk_norm=True),
+    'gemma2': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, attn_softcap=50.0, logit_softcap=30.0),
+    'gemma3_text': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, qk_norm=True),
 }
 
 
@@ -97,14 +102,18 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     def __init__(self, cfg, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), 0.0 if cfg.norm_offset else 1.0))
         self.bias = nn.Parameter(torch.zeros(size)) if cfg.norm == 'layernorm' and cfg.bias else None
-        self.layer_norm, self.eps = cfg.norm == 'layernorm', cfg.norm_eps
+        self.layer_norm, self.offset, self.eps = cfg.norm == 'layernorm', cfg.norm_offset, cfg.norm_eps
+
+    @property
+    def gain(self):
+        return self.weight.float() + 1 if self.offset else self.weight
 
     def forward(self, x):
         if self.layer_norm:
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return kernels.rms_norm(x, self.weight, self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, self.eps)
+        return kernels.rms_norm(x, self.gain, self.eps)
 
 
 class Attention(nn.Module):
@@ -115,7 +124,7 @@ class Attention(nn.Module):
         C, q_size, kv_size = cfg.n_embd, cfg.n_head * cfg.head_size, cfg.n_kv_head * cfg.head_size
         qkv_bias = cfg.bias or cfg.qkv_bias
         self.q_proj, self.k_proj = Linear(C, q_size, bias=qkv_bias), Linear(C, kv_size, bias=qkv_bias)
-        self.v_proj, self.o_proj = Linear(C, kv_size, bias=qkv_bias), Linear(q_size, C, bias=cfg.bias)
+        self.v_proj, self.o_proj = Linear(C, kv_size, bias=qkv_bias), Linear(q_size, C, bias=cfg.bias or cfg.o_bias)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = Norm(cfg, cfg.head_size), Norm(cfg, cfg.head_size)
 
@@ -133,7 +142,7 @@ class Attention(nn.Module):
         cos, sin = plan.angles[self.layer_type] if plan.angles else (None, None)        # (B or 1, 1, T, D/2)
         qkv = self.qkv(x)
         if plan.short and cache is None and (not self.window or T <= self.window):
-            q_weight, k_weight = (self.q_norm.weight, self.k_norm.weight) if cfg.qk_norm else (None, None)
+            q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
             y = kernels.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
                                              None if cos is None else cos[0, 0], None if sin is None else sin[0, 0])
             return self.o_proj(y)
@@ -203,9 +212,8 @@ class Plan:
         self.angles = {}
         if cfg.position == 'rope':
             for name in set(cfg.layer_types):
-                inv_freq, factor = model.inv_freq(name)
-                angle = self.positions[:, None, :, None].float() * inv_freq.to(device)      # (1 or B, 1, T, D/2)
-                self.angles[name] = angle.cos() * factor, angle.sin() * factor
+                angle = self.positions[:, None, :, None].float() * model.inv_freq(name).to(device)  # (1 or B, 1, T, D/2)
+                self.angles[name] = angle.cos(), angle.sin()
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
         if self.packed and device.type == 'cpu':
@@ -296,7 +304,7 @@ class GPT(nn.Module):
         """GPT-2's scheme: N(0, std), residual projections divided by sqrt(2 n_layer) (Radford et al. 2019, section 2.3)."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                p.data.fill_(0.0 if name.endswith('bias') else 1.0)
+                p.data.fill_(0.0 if name.endswith('bias') or self.config.norm_offset else 1.0)
             else:
                 residual = name.endswith(('o_proj.weight', 'down_proj.weight'))
                 p.data.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if residual else std)
@@ -317,7 +325,7 @@ class GPT(nn.Module):
         return self.embed_tokens.weight.device
 
     def inv_freq(self, layer_type):
-        """Rotary inverse frequencies (D/2,) of a layer type, and the factor on cos and sin."""
+        """Rotary inverse frequencies (D/2,) of a layer type."""
         if layer_type not in self._inv_freq:
             self._inv_freq[layer_type] = rope_frequencies(self.config, layer_type)
         return self._inv_freq[layer_type]
@@ -333,8 +341,8 @@ class GPT(nn.Module):
             raise UserError(f'a sequence of {T} tokens does not fit the model\'s context of {cfg.block_size}')
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)
-        if cfg.embed_scale != 1.0:
-            x = x * torch.tensor(cfg.embed_scale, dtype=x.dtype)
+        if cfg.embed_scale:
+            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
         if cfg.position == 'learned':
             x = x + self.embed_positions(plan.positions)
         if cfg.dropout:
@@ -385,204 +393,223 @@ class GPT(nn.Module):
         return [KVCache(B, cfg.n_kv_head, length, cfg.head_size, dtype, self.device) for _ in self.layers]
 
 
+# kind of rotary scaling -> the settings that it needs
+ROPE_TYPES = {'default': (), 'linear': ('factor',),
+              'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
+
+
 def rope_frequencies(cfg, layer_type):
-    """(inverse frequencies (D/2,) float32, factor on cos and sin), with Llama 3's and the linear scaling."""
-    rope = cfg.rope.get(layer_type) or {}
-    inv = 1.0 / rope.get('rope_theta', 10000.0) ** (torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
-    kind = rope.get('rope_type', 'default')
-    if kind == 'linear':
+    """Inverse frequencies (D/2,) float32 of a layer type's rotary positions, with the linear and Llama 3's scaling."""
+    rope = cfg.rope[layer_type]
+    inv = 1.0 / rope['rope_theta'] ** (torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
+    if rope['rope_type'] == 'linear':
         inv = inv / rope['factor']
-    elif kind == 'llama3':      # long waves are stretched by `factor`, short ones kept, those between blended
+    elif rope['rope_type'] == 'llama3':     # long waves are stretched by `factor`, short ones kept, those between blended
         old, low, high = (rope[k] for k in ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'))
         turns = old * inv / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         inv = inv * blend + inv / rope['factor'] * (1 - blend)
-    elif kind != 'default':
-        raise UserError(f'rope_type {kind!r} is not one of default, linear, llama3')
-    return inv, 1.0
+    return inv
 
 
 # ---- Hugging Face's files ---------------------------------------------------------------------------------------------------
+
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
+           'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM', 'gemma3_text': 'Gemma3ForCausalLM'}
+# our field -> key of config.json, in GPT-2's words and in everyone else's
+GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd',
+             'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner', 'tied': 'tie_word_embeddings'}
+LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+              'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size', 'n_inner': 'intermediate_size',
+              'head_size': 'head_dim', 'norm_eps': 'rms_norm_eps', 'tied': 'tie_word_embeddings'}
+WINDOW_KEYS = {'sliding_window': 'sliding_window'}
+GEMMA_KEYS = {**WINDOW_KEYS, 'attn_softcap': 'attn_logit_softcapping', 'logit_softcap': 'final_logit_softcapping'}
+KEYS = {'gpt2': GPT2_KEYS, 'llama': LLAMA_KEYS, **{arch: LLAMA_KEYS | WINDOW_KEYS for arch in ('mistral', 'qwen2', 'qwen3')},
+        **{arch: LLAMA_KEYS | GEMMA_KEYS for arch in ('gemma2', 'gemma3_text')}}
+# What transformers takes where config.json says nothing (published files leave much out).
+_QWEN = dict(hidden_act='silu', max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
+_GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096,
+              query_pre_attn_scalar=256, tie_word_embeddings=True)
+UNSAID = {
+    'gpt2': dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, layer_norm_epsilon=1e-5,
+                 activation_function='gelu_new', tie_word_embeddings=True),
+    'llama': dict(hidden_act='silu', max_position_embeddings=2048),
+    'mistral': dict(hidden_act='silu', num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+    'qwen2': _QWEN, 'qwen3': dict(_QWEN, head_dim=128),
+    'gemma2': dict(_GEMMA, vocab_size=256000, max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+    'gemma3_text': dict(_GEMMA, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4)}
+ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}
+
+
+def config_from_hf(hf):
+    """A config.json as dict -> GPTConfig, or None for an architecture outside our families."""
+    if hf.get('model_type') == 'nanoforge':
+        return GPTConfig(**hf['nanoforge'])
+    if hf.get('model_type') == 'gemma3':            # the language model of a picture model
+        hf = {'tie_word_embeddings': hf.get('tie_word_embeddings', True), **hf['text_config'], 'model_type': 'gemma3_text'}
+    arch = hf.get('model_type')
+    if arch not in FAMILIES:
+        return None
+    hf = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_activation': None, **UNSAID[arch], **hf}
+    values = dict(FAMILIES[arch], arch=arch, **{ours: hf.get(theirs) or 0 for ours, theirs in KEYS[arch].items()})
+    values['tied'] = bool(values['tied'])
+    values['activation'] = ACTIVATIONS.get(hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act'])
+    outside = [values['activation'] is None, hf.get('add_cross_attention'), hf.get('scale_attn_by_inverse_layer_idx'),
+               hf.get('scale_attn_weights') is False, hf.get('use_bidirectional_attention'), hf.get('quantization_config')]
+    if arch == 'gpt2':
+        values['bias'] = hf.get('nanoforge', {}).get('bias', True)
+    else:
+        values['bias'] = bool(hf.get('mlp_bias'))
+        values['o_bias'] = bool(hf.get('attention_bias'))
+        values['qkv_bias'] = values['o_bias'] or arch == 'qwen2'
+        values['layer_types'] = _layer_types(hf, arch)
+        values['rope'] = {kind: _rope(hf, kind) for kind in set(values['layer_types'])}
+        if arch.startswith('gemma'):
+            values['attn_scale'] = hf['query_pre_attn_scalar'] ** -0.5
+        outside += [values['bias'] and not values['o_bias'], hf.get('partial_rotary_factor', 1.0) != 1.0]
+        outside += [rope['rope_type'] not in ROPE_TYPES or rope.get('partial_rotary_factor', 1.0) != 1.0
+                    for rope in values['rope'].values()]
+    kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')
+    return None if any(outside) else GPTConfig(**values, extra={k: hf[k] for k in kept if hf.get(k) is not None})
+
+
+def _layer_types(hf, arch):
+    n = hf['num_hidden_layers']
+    if arch == 'llama' or not hf['sliding_window'] or arch.startswith('qwen') and not hf.get('use_sliding_window'):
+        return ['full_attention'] * n
+    if arch == 'mistral':
+        return ['sliding_attention'] * n
+    if hf.get('layer_types'):
+        return list(hf['layer_types'])
+    if arch.startswith('qwen'):
+        return ['full_attention' if i < hf['max_window_layers'] else 'sliding_attention' for i in range(n)]
+    pattern = hf.get('sliding_window_pattern', 6) if arch == 'gemma3_text' else 2
+    return ['sliding_attention' if (i + 1) % pattern else 'full_attention' for i in range(n)]
+
+
+def _rope(hf, layer_type):
+    """{rope_theta, rope_type, ...} of one layer type, from transformers 5's rope_parameters or the keys before it."""
+    local = layer_type == 'sliding_attention' and hf['model_type'] == 'gemma3_text'
+    rope = (hf.get('rope_scaling') if not local else None) or hf.get('rope_parameters') or {}
+    rope = rope.get(layer_type, rope)
+    theta = hf['rope_local_base_freq'] if local else hf.get('rope_theta', 10000.0)
+    rope = {'rope_theta': theta, 'original_max_position_embeddings': hf['max_position_embeddings'],
+            **{key: value for key, value in rope.items() if not isinstance(value, dict)}}
+    rope['rope_type'] = rope.get('rope_type') or rope.pop('type', None) or 'default'
+    return {key: rope[key] for key in ('rope_type', 'rope_theta', 'partial_rotary_factor', *ROPE_TYPES.get(rope['rope_type'], ()))
+            if key in rope}
+
+
+def config_to_hf(cfg, dtype='float32'):
+    """GPTConfig -> the config.json that transformers opens.
+
+    A combination that none of its classes computes (GPT-2 with a gated MLP, say) is called a nanoforge model there, so that
+    nothing opens it wrongly; load_model does.
+    """
+    arch = cfg.arch
+    hf = {'architectures': [CLASSES[arch]], 'model_type': arch, 'dtype': dtype, 'use_cache': True,
+          'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None,         # else the class's own would stand
+          **{theirs: getattr(cfg, ours) or None for ours, theirs in KEYS[arch].items()}, 'tie_word_embeddings': cfg.tied}
+    name = {ours: theirs for theirs, ours in ACTIVATIONS.items() if (theirs != 'gelu_new') or arch == 'gpt2'}[cfg.activation]
+    if arch == 'gpt2':
+        hf.update(activation_function=name, nanoforge={'bias': cfg.bias}, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
+                  attn_pdrop=0.0)
+    else:
+        hf['hidden_activation' if arch.startswith('gemma') else 'hidden_act'] = name
+        if arch in ('llama', 'qwen3', 'gemma2', 'gemma3_text'):
+            hf['attention_bias'] = cfg.bias or cfg.o_bias
+        if arch == 'llama':
+            hf['mlp_bias'] = cfg.bias
+        if arch.startswith(('qwen', 'gemma')):
+            hf['layer_types'] = cfg.layer_types
+        if arch.startswith('qwen'):
+            hf['use_sliding_window'] = 'sliding_attention' in cfg.layer_types
+        if arch.startswith('gemma'):
+            hf['query_pre_attn_scalar'] = round(cfg.attn_scale ** -2)
+        full = cfg.rope.get('full_attention') or next(iter(cfg.rope.values()), {})
+        hf['rope_parameters'] = cfg.rope if arch == 'gemma3_text' else full
+        hf['rope_theta'] = full.get('rope_theta')                       # where tools of the older generation look
+        if full.get('rope_type', 'default') != 'default':
+            hf['rope_scaling'] = full
+        if arch == 'gemma3_text':
+            hf['rope_local_base_freq'] = cfg.rope.get('sliding_attention', full).get('rope_theta')
+    back = config_from_hf(hf)
+    if back is None or replace(back, dropout=cfg.dropout, extra=cfg.extra) != cfg:
+        return {'architectures': ['GPT'], 'model_type': 'nanoforge', 'dtype': dtype, 'nanoforge': asdict(cfg)}
+    return {**hf, **cfg.extra}
+
 
 # our name -> GPT-2's; '^T' marks matrices that GPT-2 stores transposed (its Conv1D)
 GPT2_NAMES = {
     'embed_tokens': 'wte', 'embed_positions': 'wpe', 'norm': 'ln_f', 'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
     'self_attn.c_attn': 'attn.c_attn^T', 'self_attn.o_proj': 'attn.c_proj^T', 'mlp.up_proj': 'mlp.c_fc^T',
     'mlp.down_proj': 'mlp.c_proj^T'}
-ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
-CLASS_NAMES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
-               'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM', 'gemma3_text': 'Gemma3ForCausalLM'}
-# our field -> key of config.json, in GPT-2's words and in everyone else's
-GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd',
-             'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner'}
-LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-              'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size',
-              'n_inner': 'intermediate_size', 'head_size': 'head_dim', 'norm_eps': 'rms_norm_eps', 'sliding_window': 'sliding_window',
-              'attn_softcap': 'attn_logit_softcapping', 'logit_softcap': 'final_logit_softcapping'}
 
 
-def config_from_hf(hf):
-    """A config.json as dict -> GPTConfig, or None for an architecture outside our families."""
-    arch = {'gemma3': 'gemma3_text'}.get(hf.get('model_type'), hf.get('model_type'))
-    hf = hf.get('text_config', hf) if hf.get('model_type') == 'gemma3' else hf
-    if arch not in FAMILIES:
-        return None
-    keys = GPT2_KEYS if arch == 'gpt2' else LLAMA_KEYS
-    values = dict(FAMILIES[arch], arch=arch, **{ours: hf[theirs] for ours, theirs in keys.items() if hf.get(theirs)})
-    name = hf.get('activation_function' if arch == 'gpt2' else 'hidden_activation') or hf.get('hidden_act') or 'gelu_new'
-    values['activation'] = {'silu': 'silu', 'gelu': 'gelu'}.get(name, 'gelu_tanh')
-    values['tied'] = hf.get('tie_word_embeddings', arch in ('gpt2', 'gemma2', 'gemma3_text'))
-    if arch == 'gpt2':
-        values['bias'] = hf.get('nanoforge', {}).get('bias', True)
-    else:
-        values['bias'] = bool(hf.get('attention_bias')) and bool(hf.get('mlp_bias'))
-        values['qkv_bias'] = values.get('qkv_bias', False)
-        if bool(hf.get('attention_bias')) != bool(hf.get('mlp_bias', hf.get('attention_bias'))) or (
-                hf.get('attention_bias') and 'mlp_bias' not in hf):
-            return None                                     # biases in attention alone: the wrapper's business
-        values['layer_types'] = _layer_types(hf, arch, values)
-        values['rope'] = _rope_from_hf(hf, values['layer_types'])
-        if arch.startswith('gemma'):
-            values['embed_scale'] = hf['hidden_size'] ** 0.5
-            values['attn_scale'] = hf.get('query_pre_attn_scalar', 256) ** -0.5
-            for field_ in ('attn_softcap', 'logit_softcap'):
-                values[field_] = hf.get(LLAMA_KEYS[field_]) or 0.0
-        if any(r.get('rope_type', 'default') not in ('default', 'linear', 'llama3') for r in values['rope'].values()):
-            return None
-    kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range', 'query_pre_attn_scalar', 'nanoforge')
-    return GPTConfig(**values, extra={k: hf[k] for k in kept if hf.get(k) is not None})
-
-
-def _layer_types(hf, arch, values):
-    n, window = hf['num_hidden_layers'], values.get('sliding_window', 0)
-    if hf.get('use_sliding_window') is False or not window:
-        return ['full_attention'] * n
-    if hf.get('layer_types'):
-        return list(hf['layer_types'])
-    if arch == 'gemma2':
-        return ['full_attention' if i % 2 else 'sliding_attention' for i in range(n)]
-    if arch == 'gemma3_text':
-        pattern = hf.get('sliding_window_pattern', 6)
-        return ['sliding_attention' if (i + 1) % pattern else 'full_attention' for i in range(n)]
-    first = hf.get('max_window_layers', 0) if arch.startswith('qwen') else 0
-    return ['sliding_attention' if i >= first else 'full_attention' for i in range(n)]
-
-
-def _rope_from_hf(hf, layer_types):
-    """{layer type: {rope_theta, rope_type, ...}} from either generation of config.json."""
-    new = hf.get('rope_parameters') or {}
-    rope = {}
-    for kind in set(layer_types):
-        old = dict(hf.get('rope_scaling') or {}, rope_theta=hf.get('rope_theta', 10000.0))
-        if kind == 'sliding_attention' and 'rope_local_base_freq' in hf:
-            old = {'rope_theta': hf['rope_local_base_freq']}
-        entry = dict(new.get(kind, new) if new else old)
-        entry['rope_type'] = entry.pop('type', None) or entry.get('rope_type') or 'default'
-        rope[kind] = {k: v for k, v in entry.items() if not isinstance(v, dict)}
-    return rope
-
-
-def config_to_hf(cfg, dtype='float32'):
-    """GPTConfig -> the config.json that transformers opens."""
-    arch, types = cfg.arch, cfg.layer_types
-    hf = {'architectures': [CLASS_NAMES[arch]], 'model_type': arch, 'dtype': dtype, 'tie_word_embeddings': cfg.tied, 'use_cache': True}
-    hf.update({theirs: getattr(cfg, ours) for ours, theirs in (GPT2_KEYS if arch == 'gpt2' else LLAMA_KEYS).items()})
-    if arch == 'gpt2':
-        hf.update(activation_function={'gelu_tanh': 'gelu_new'}.get(cfg.activation, cfg.activation), nanoforge={'bias': cfg.bias})
-    else:
-        hf['sliding_window'] = cfg.sliding_window or None
-        hf['hidden_activation' if arch.startswith('gemma') else 'hidden_act'] = ACTIVATIONS[cfg.activation]
-        hf['attention_bias'] = cfg.bias
-        if arch == 'llama':
-            hf['mlp_bias'] = cfg.bias
-        if arch.startswith(('qwen', 'gemma')):
-            hf['layer_types'] = types
-        if arch.startswith('qwen'):
-            hf['use_sliding_window'] = 'sliding_attention' in types
-        if arch.startswith('gemma'):
-            hf['query_pre_attn_scalar'] = cfg.attn_scale ** -2
-        rope = cfg.rope or {kind: {'rope_theta': 10000.0, 'rope_type': 'default'} for kind in set(types)}
-        full = rope.get('full_attention') or next(iter(rope.values()))
-        hf['rope_parameters'] = rope if arch == 'gemma3_text' else full
-        hf['rope_theta'] = full['rope_theta']               # where tools of the older generation look
-        for key in ('attn_logit_softcapping', 'final_logit_softcapping'):
-            hf[key] = hf[key] or None
-            if not arch.startswith('gemma'):
-                del hf[key]
-    return {**hf, **cfg.extra, **({'nanoforge': {**cfg.extra.get('nanoforge', {}), **hf['nanoforge']}} if 'nanoforge' in hf else {})}
-
-
-def to_hf_weights(model):
-    """Our state as {Hugging Face name: tensor}, without copies where the layout is the same."""
-    cfg, state, out = model.config, model.state_dict(), {}
+def to_hf_weights(model, kind):
+    """Our state as {name in a `kind` of model (config.json's model_type): tensor}, without copies where the layout is the same."""
+    cfg, state = model.config, model.state_dict()
     if cfg.tied:
         state.pop('lm_head.weight')
-    if cfg.arch == 'gpt2':
-        for i in range(cfg.n_layer):
-            prefix = f'layers.{i}.'
-            for module in ('self_attn.q_proj', 'self_attn.o_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'mlp.up_proj',
-                           'mlp.down_proj', 'input_layernorm', 'post_attention_layernorm'):   # GPT-2 has all biases: ours may be absent
-                weight = state[f'{prefix}{module}.weight']
-                state.setdefault(f'{prefix}{module}.bias', torch.zeros(weight.size(0), dtype=weight.dtype, device=weight.device))
-            for part in ('weight', 'bias'):
-                state[f'{prefix}self_attn.c_attn.{part}'] = torch.cat(
-                    [state.pop(f'{prefix}self_attn.{name}_proj.{part}') for name in 'qkv'])
-        state.setdefault('norm.bias', torch.zeros_like(state['norm.weight']))
+    if kind == 'gpt2':
+        return {name: tensor.contiguous() for name, tensor in _to_gpt2(cfg, state)}
+    prefix = '' if kind == 'nanoforge' else 'model.'
+    return {name if name.startswith('lm_head') else prefix + name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def _to_gpt2(cfg, state):
+    for i in range(cfg.n_layer):
+        for part in ('weight', 'bias') if cfg.bias else ('weight',):
+            state[f'layers.{i}.self_attn.c_attn.{part}'] = torch.cat(
+                [state.pop(f'layers.{i}.self_attn.{name}_proj.{part}') for name in 'qkv'])
     for name, tensor in state.items():
-        if cfg.arch.startswith('gemma') and 'norm' in name:
-            tensor = tensor - 1                             # Gemma stores norm weights as offsets from one
         if name.startswith('lm_head'):
-            out[name] = tensor
-        elif cfg.arch == 'gpt2':
-            layer, module, part = re.match(r'(?:(layers\.\d+)\.)?(.+)\.(weight|bias)$', name).groups()
-            theirs, transposed = (GPT2_NAMES[module].split('^') + [''])[:2]
-            layer = layer.replace('layers', 'h') + '.' if layer else ''
-            out[f'transformer.{layer}{theirs}.{part}'] = tensor.t() if transposed and part == 'weight' else tensor
-        else:
-            out['model.' + name] = tensor
-    return {name: tensor.contiguous() for name, tensor in out.items()}
+            yield name, tensor
+            continue
+        layer, module, part = re.match(r'(?:layers\.(\d+)\.)?(.+)\.(weight|bias)$', name).groups()
+        theirs, _, transposed = GPT2_NAMES[module].partition('^')
+        theirs = f'transformer.h.{layer}.{theirs}' if layer else f'transformer.{theirs}'
+        yield f'{theirs}.{part}', tensor.t() if transposed and part == 'weight' else tensor
+        if not cfg.bias and not module.startswith('embed'):             # GPT-2 has all biases
+            yield f'{theirs}.bias', tensor.new_zeros(tensor.size(0))
 
 
 def from_hf_weights(cfg, weights):
-    """{Hugging Face name: tensor} -> {our name: tensor}; the inverse of to_hf_weights."""
+    """{Hugging Face name: tensor} -> {our name: tensor}; the inverse of to_hf_weights. A name that it cannot place stays."""
     state = {}
-    back = {theirs.split('^')[0]: (ours, '^' in theirs) for ours, theirs in GPT2_NAMES.items()}
     for name, tensor in weights.items():
-        name = re.sub(r'^(language_model\.)?(model|transformer)\.(language_model\.)?', '', name)
-        if cfg.arch == 'gpt2' and not name.startswith('lm_head'):
-            match = re.match(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)$', name)
-            if not match or match[2] == 'attn' or match[2] not in back:
-                if not re.search(r'attn\.(masked_)?bias$', name):       # the causal mask that old files carry
-                    state[name] = tensor
-                continue
-            ours, transposed = back[match[2]]
-            if match[3] == 'bias' and not cfg.bias:
-                continue
-            tensor = tensor.t() if transposed and match[3] == 'weight' else tensor
-            layer = f'layers.{match[1]}.' if match[1] else ''
-            if ours.endswith('c_attn'):
-                for proj, part in zip('qkv', tensor.chunk(3)):
-                    state[f'{layer}self_attn.{proj}_proj.{match[3]}'] = part
-            else:
-                state[f'{layer}{ours}.{match[3]}'] = tensor
-        elif not name.endswith('rotary_emb.inv_freq'):
-            state[name] = tensor + 1 if cfg.arch.startswith('gemma') and 'norm' in name else tensor
+        name = re.sub(r'^(language_model\.)?((model|transformer)\.)?(language_model\.)?', '', name)
+        if name.endswith(('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')):       # what old files carry besides
+            continue
+        if cfg.arch == 'gpt2':
+            state.update(_from_gpt2(name, tensor))
+        else:
+            state[name] = tensor
     if cfg.tied:
         state.pop('lm_head.weight', None)
-    elif 'lm_head.weight' not in state and 'embed_tokens.weight' in state:
-        raise UserError('the checkpoint has no lm_head.weight although its config.json says tie_word_embeddings=false')
     return state
 
 
+def _from_gpt2(name, tensor):
+    match = re.match(r'(?:h\.(\d+)\.)?(.+)\.(weight|bias)$', name)
+    for ours, theirs in GPT2_NAMES.items():
+        theirs, _, transposed = theirs.partition('^')
+        if match and match[2] == theirs:
+            tensor = tensor.t() if transposed and match[3] == 'weight' else tensor
+            ours = f'layers.{match[1]}.{ours}' if match[1] else ours
+            if not ours.endswith('c_attn'):
+                return {f'{ours}.{match[3]}': tensor}
+            return {f'{ours[:-6]}{name}_proj.{match[3]}': part for name, part in zip('qkv', tensor.chunk(3))}
+    return {name: tensor}
+
+
 def read_safetensors(directory):
-    """{name: tensor} of a single or sharded model, mapped from disk rather than read."""
+    """{name: tensor} of a single or sharded model, mapped from disk: private pages, so writing to one never reaches the file."""
     from safetensors import SafetensorError, safe_open
     index = os.path.join(directory, 'model.safetensors.index.json')
-    if os.path.exists(index):
-        with open(index) as f:
-            files = sorted(set(json.load(f)['weight_map'].values()))
-    else:
-        files = ['model.safetensors']
+    files = ['model.safetensors']
+    if os.path.exists(index) and not os.path.exists(os.path.join(directory, files[0])):
+        files = sorted(set(read_json(index).get('weight_map', {}).values()))
     weights = {}
     for file in files:
         path = os.path.join(directory, file)
@@ -597,8 +624,11 @@ def read_safetensors(directory):
     return weights
 
 
-def load_weights(model, state, where):
-    """Puts a state of ours into the model; a key without a home, a missing one or a wrong shape is an error that names it."""
+def load_weights(model, state, where, dtype=None, device=None):
+    """Makes a state of ours the model's parameters; a key without a home, a missing one or a wrong shape is an error that names it.
+
+    Where dtype and device fit, the tensors themselves become the parameters: mapped from disk, nothing is copied.
+    """
     own = model.state_dict()
     if model.config.tied:
         own.pop('lm_head.weight')
@@ -609,9 +639,12 @@ def load_weights(model, state, where):
     if problems:
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
         raise UserError(f'{where} does not fit its config.json: ' + '; '.join(problems[:3]) + more)
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+    for name in own:
+        parent, _, leaf = name.rpartition('.')
+        tensor = state.pop(name).to(device or own[name].device, dtype or own[name].dtype).contiguous()
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+    if model.config.tied:
+        model.lm_head.weight = model.embed_tokens.weight
 
 
 def find_model(name_or_path):
@@ -622,45 +655,59 @@ def find_model(name_or_path):
         if not os.path.exists(os.path.join(name_or_path, 'config.json')):
             raise UserError(f'{name_or_path} has no config.json: not a model directory')
         return name_or_path
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name_or_path):
+    if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name_or_path) or os.path.isdir(os.path.dirname(name_or_path)):
         raise UserError(f'no model directory {name_or_path}')
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(name_or_path, allow_patterns=['*.json', '*.safetensors', '*.jinja', 'tokenizer.model', '*.txt'])
+        return snapshot_download(name_or_path, allow_patterns=['*.json', 'model*.safetensors', 'adapter*.safetensors', '*.jinja',
+                                                               'tokenizer.model', '*.txt'])
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
         raise UserError(f'no model {name_or_path!r}: not a local directory, and the hub and its local cache do not provide it '
                         f'({type(e).__name__}); download it where there is a network and give its directory') from None
 
 
-def read_config(directory):
-    with open(os.path.join(directory, 'config.json')) as f:
-        return json.load(f)
-
-
 def load_model(name_or_path, device='cpu', dtype=torch.float32):
-    """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode."""
-    from data.tokenizer import load_tokenizer
+    """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode.
+
+    tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where training wants it.
+    """
     directory = find_model(name_or_path)
-    cfg = config_from_hf(read_config(directory))
+    hf = read_json(os.path.join(directory, 'config.json'))
+    cfg = config_from_hf(hf)
     if cfg is None:
-        raise UserError(f'{name_or_path}: model_type {read_config(directory).get("model_type")!r} is none of {", ".join(FAMILIES)}')
+        raise UserError(f'{name_or_path}: model_type {hf.get("model_type")!r} is none of {", ".join(FAMILIES)}')
+    weights = read_safetensors(directory)
+    if hf['model_type'] == 'gemma3':
+        weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal_projector', name)}
+    state = from_hf_weights(cfg, weights)
+    if cfg.arch == 'gpt2' and not cfg.bias:             # saved by us without biases: still so, or trained on elsewhere?
+        cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
+        state = state if cfg.bias else {name: w for name, w in state.items() if not name.endswith('.bias')}
     with torch.device('meta'):
         model = GPT(cfg)
-    model = model.to(dtype).to_empty(device=device)
-    if cfg.tied:
-        model.lm_head.weight = model.embed_tokens.weight
-    load_weights(model, from_hf_weights(cfg, read_safetensors(directory)), directory)
-    return model.eval(), load_tokenizer(directory)
+    load_weights(model, state, directory, dtype, device)
+    has_tokenizer = any(os.path.exists(os.path.join(directory, name)) for name in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(directory) if has_tokenizer else None
+    if tokenizer and max(tokenizer.backend.get_vocab(with_added_tokens=False).values()) >= cfg.vocab_size:
+        raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only {cfg.vocab_size} embeddings: '
+                        'one of the two belongs to another model')
+    return model.eval(), tokenizer
 
 
 def save_model(model, tokenizer, directory, dtype=None):
     """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a tokenizer."""
     from safetensors.torch import save_file
     os.makedirs(directory, exist_ok=True)
-    weights = {k: v.to(dtype) if dtype else v for k, v in to_hf_weights(model).items()}
-    kind = str(next(iter(weights.values())).dtype).removeprefix('torch.')
-    with open(os.path.join(directory, 'config.json'), 'w') as f:
-        json.dump(config_to_hf(model.config, kind), f, indent=2)
-    save_file(weights, os.path.join(directory, 'model.safetensors'), metadata={'format': 'pt'})
+    dtype = dtype or model.embed_tokens.weight.dtype
+    hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
+    weights = {name: tensor.to(dtype) for name, tensor in to_hf_weights(model, hf['model_type']).items()}
+    path = os.path.join(directory, 'model.safetensors')     # replaced, not overwritten: a model mapped from there stays whole
+    save_file(weights, path + '.new', metadata={'format': 'pt'})
+    os.replace(path + '.new', path)
     if tokenizer is not None:
         tokenizer.save(directory)
+        ends = sorted(tokenizer.stop_ids)
+        hf.update({key: value for key, value in (('bos_token_id', tokenizer.bos_id), ('pad_token_id', tokenizer.pad_id), (
+            'eos_token_id', ends[0] if len(ends) == 1 else ends)) if hf.get(key) is None and value not in (None, [])})
+    with open(os.path.join(directory, 'config.json'), 'w') as f:
+        json.dump(hf, f, indent=2)

@@ -3,6 +3,7 @@
     corpus = Corpus('shakespeare_char')                      # data/shakespeare_char/{train.bin,val.bin,meta.json}
     x, y = windows(corpus.tokens('train'), offsets, 64)      # (B, 64) each
 """
+import hashlib
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ class Corpus:
         self.name = os.path.basename(os.path.normpath(self.directory))
         self.meta = read_meta(self.directory)
         self._tokens = {split: self._open(split) for split in SPLITS}
+        self._check_tokenizer()
 
     def tokens(self, split):
         return self._tokens[split]
@@ -40,34 +42,47 @@ class Corpus:
             raise UserError(f'{path} is missing: prepare the data set {self.name!r} again')
         size = os.path.getsize(path)
         if size != self.meta[f'{split}_tokens'] * dtype.itemsize:
-            raise UserError(f'{path} has {size:,} bytes, not those of {self.meta[f"{split}_tokens"]:,} tokens of {dtype} as its '
-                            'meta.json says: it is damaged, prepare the data set again')
+            raise UserError(f'{path} has {size:,} bytes, but meta.json says {self.meta[f"{split}_tokens"]:,} tokens of '
+                            f'{dtype}: it is damaged, prepare the data set {self.name!r} again')
         if not size:
             raise UserError(f'{path} is empty: prepare the data set {self.name!r} from more text')
         tokens = np.memmap(path, dtype=dtype, mode='r')
-        part = tokens if size <= WHOLE else tokens[::len(tokens) // 10_000]
+        part = tokens if size <= WHOLE else tokens[::len(tokens) // 10_000 or 1]
         if (highest := int(part.max())) >= self.meta['vocab_size']:
             raise UserError(f'{path} holds the token id {highest} outside its vocabulary of {self.meta["vocab_size"]}: '
                             'prepare the data set again')
         return tokens
 
+    def _check_tokenizer(self):
+        path = os.path.join(self.directory, 'tokenizer.json')
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is missing: prepare the data set {self.name!r} again')
+        with open(path, 'rb') as file:
+            if hashlib.file_digest(file, 'sha256').hexdigest() != self.meta['tokenizer_sha256']:
+                raise UserError(f'{path} is not the tokenizer of the tokens: prepare {self.name!r} again')
+
     def check(self, block_size):
         """A window needs block_size tokens and the one after them."""
         for split in SPLITS:
             if len(self.tokens(split)) <= block_size:
-                raise UserError(f'data set {self.name!r}: {split} has {len(self.tokens(split)):,} tokens, too short for '
+                raise UserError(f'data set {self.name!r}: {len(self.tokens(split)):,} {split} tokens are too few for '
                                 f'--block_size={block_size}: lower it below that, or prepare more text')
+
+
+def bare(name):
+    """'data/shakespeare_char/' is typed where 'shakespeare_char' is meant."""
+    return name.removeprefix('./').removeprefix('data/').rstrip('/')
 
 
 def find(name, data_dir=DATA):
     """The folder of the data set `name`: in `data_dir`, else a path; UserError names what exists when there is none."""
-    for directory in (os.path.join(data_dir, name), name):
-        if name and os.path.isdir(directory) and any(os.path.exists(os.path.join(directory, file)) for file in ('meta.json', 'train.bin')):
+    for directory in (os.path.join(data_dir, bare(name)), name):
+        if name and {'meta.json', 'train.bin'} & set(os.listdir(directory) if os.path.isdir(directory) else []):
             return directory
     folders = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
     prepared = [folder for folder in folders if os.path.exists(os.path.join(data_dir, folder, 'meta.json'))]
-    raise UserError(f'there is no data set {name!r}; prepared in {data_dir}: {", ".join(prepared) or "none"}; prepared on first '
-                    f'use: {", ".join(SHIPPED)}; your own text: python data/prepare.py {name or "NAME"} FILE')
+    raise UserError(f'there is no data set {name!r}; prepared in {data_dir}: {", ".join(prepared) or "none"}; prepared '
+                    f'on first use: {", ".join(SHIPPED)}; your own text: python data/prepare.py {name or "NAME"} FILE')
 
 
 def read_meta(directory):
@@ -80,8 +95,8 @@ def read_meta(directory):
                         f'python data/convert_nanogpt.py {directory} NAME')
     except ValueError as e:
         raise UserError(f'{path} is damaged ({e}): prepare the data set again')
-    wanted = {'vocab_size': int, 'dtype': str, 'tokenizer': str, 'tokenizer_sha256': str, 'source': str, 'stand_in': bool,
-              **{f'{split}_{what}': int for split in SPLITS for what in ('tokens', 'bytes')}}
+    wanted = dict(vocab_size=int, dtype=str, tokenizer=str, tokenizer_sha256=str, source=str, stand_in=bool,
+                  train_tokens=int, val_tokens=int, train_bytes=int, val_bytes=int)
     wrong = [key for key, kind in wanted.items() if not isinstance(meta, dict) or not isinstance(meta.get(key), kind)]
     if wrong or meta['dtype'] not in ('uint16', 'uint32'):
         raise UserError(f'{path} lacks a valid {wrong[0] if wrong else "dtype"}: prepare the data set again')
@@ -89,7 +104,11 @@ def read_meta(directory):
 
 
 def prepare_missing(name, data_dir=DATA):
-    """Prepares a data set of ours on first use, and again when the real text has come to a stand-in. One process calls it."""
+    """Prepares a data set of ours on first use, and again when the real text has come to a stand-in's place.
+
+    Of several ranks one calls it, and the others wait.
+    """
+    name = bare(name)
     directory = os.path.join(data_dir, name)
     if name in SHIPPED:
         ready = os.path.exists(os.path.join(directory, 'meta.json'))
@@ -99,24 +118,25 @@ def prepare_missing(name, data_dir=DATA):
 
 
 def check_together(corpora, streams=False):
-    """Data sets trained on together share a tokenizer or, as aligned `streams`, their lengths; else UserError says which."""
+    """Data sets trained on together share a tokenizer or, as aligned `streams`, their lengths; else a UserError."""
     first = corpora[0]
     for other in corpora[1:]:
         if streams:
             for split in SPLITS:
                 if len(other.tokens(split)) != len(first.tokens(split)):
-                    raise UserError(f'aligned streams must have equal lengths: {split} has {len(first.tokens(split)):,} tokens in '
-                                    f'{first.name!r} and {len(other.tokens(split)):,} in {other.name!r}')
+                    raise UserError(f'aligned streams must have equal lengths: {split} has '
+                                    f'{len(first.tokens(split)):,} tokens in {first.name!r} and '
+                                    f'{len(other.tokens(split)):,} in {other.name!r}')
         elif other.meta['tokenizer_sha256'] != first.meta['tokenizer_sha256']:
-            raise UserError(f'{first.name!r} ({first.meta["tokenizer"]}, {first.meta["vocab_size"]} ids) and {other.name!r} '
-                            f'({other.meta["tokenizer"]}, {other.meta["vocab_size"]} ids) have different tokenizers: prepare one with '
-                            f'--tokenizer={first.directory}')
+            raise UserError(f'{first.name!r} ({first.meta["tokenizer"]}, {first.meta["vocab_size"]} ids) and '
+                            f'{other.name!r} ({other.meta["tokenizer"]}, {other.meta["vocab_size"]} ids) have '
+                            f'different tokenizers: prepare the second with --tokenizer={first.directory}')
 
 
 def windows(tokens, offsets, block_size, device=None):
-    """Windows of a split at `offsets` (B,), each at most len(tokens) - block_size - 1: x (B, block_size) and the targets y, int64.
+    """The windows of a split that begin at `offsets` (B,): x (B, block_size) and the targets y, one token on, int64.
 
-    One gather whatever B is. On a CUDA device the copy runs beside the computation.
+    Offsets lie in 0 .. len(tokens) - block_size - 1. One gather for all rows; a copy to CUDA does not wait.
     """
     every = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), block_size + 1)    # a view, no copy
     rows = torch.from_numpy(every[offsets].astype(np.int64))    # (B, block_size + 1)

@@ -4,6 +4,7 @@ Every encoder holds a Hugging Face tokenizer, which is what becomes tokenizer.js
 through `encode`, which gives the same ids faster (a table for characters and bytes, tiktoken for GPT-2). Text never
 turns into a special token: `<|endoftext|>` typed in a document is encoded as the ordinary characters that it is.
 """
+import json
 import os
 from typing import Callable, NamedTuple
 
@@ -24,7 +25,7 @@ class Encoder(NamedTuple):
 
     @property
     def vocab_size(self):
-        return max(self.tokenizer.get_vocab().values()) + 1
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def byte_symbols():
@@ -44,7 +45,7 @@ def char_encoder(characters, separator=False):
     tokenizer.decoder = decoders.Fuse()
     if separator:
         tokenizer.add_special_tokens([SEPARATOR])
-    codes = np.array([ord(character) for character in characters])
+    codes = np.array([ord(character) for character in characters], dtype=np.int64)
     table = np.full(0x110000, -1, dtype=np.int32)    # id of every code point
     table[codes] = np.arange(len(codes))
 
@@ -52,7 +53,7 @@ def char_encoder(characters, separator=False):
         rows = [table[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] for text in texts]
         for text, row in zip(texts, rows):
             if row.size and row.min() < 0:
-                raise UserError(f'the character {text[int(row.argmin())]!r} is not in the vocabulary of {len(codes)} characters')
+                raise UserError(f'the character {text[int(row.argmin())]!r} is not among the {len(codes)} known ones')
         return rows
 
     return Encoder('char', tokenizer, encode, len(codes) if separator else None)
@@ -63,7 +64,8 @@ def byte_encoder():
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = byte_level(models.BPE(vocabulary, merges=[]), use_regex=False)
     tokenizer.add_special_tokens([SEPARATOR])
-    return Encoder('byte', tokenizer, lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts], 256)
+    encode = lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+    return Encoder('byte', tokenizer, encode, 256)
 
 
 def byte_level(model, use_regex=True):
@@ -76,7 +78,7 @@ def byte_level(model, use_regex=True):
 def bpe_encoder(texts, vocab_size):
     """Byte-level BPE trained on `texts`, at most `vocab_size` ids of which the last is <|endoftext|>."""
     if vocab_size < 257:
-        raise UserError(f'--vocab_size={vocab_size} is too small for bpe: it needs 256 bytes and the separator, 257 at least')
+        raise UserError(f'--vocab_size={vocab_size} is too small: the bytes and the separator alone are 257')
     tokenizer = byte_level(models.BPE())
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -90,8 +92,9 @@ def gpt2_encoder():
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as e:    # requests' errors are OSErrors; a damaged file is a ValueError
-        raise UserError(f"GPT-2's BPE ranks are neither in tiktoken's cache nor on the network ({type(e).__name__}): set "
-                        'TIKTOKEN_CACHE_DIR to a folder that holds them, or pass --tokenizer=FOLDER with a GPT-2 tokenizer.json')
+        raise UserError(f"GPT-2's BPE ranks are neither in tiktoken's cache nor on the network ({type(e).__name__}): "
+                        'point TIKTOKEN_CACHE_DIR at a cache from a machine with a network, or give data/prepare.py '
+                        "--tokenizer=FOLDER with GPT-2's tokenizer.json")
     return rank_encoder(encoding)
 
 
@@ -120,13 +123,16 @@ def file_encoder(path):
     """An existing tokenizer: a tokenizer.json or a folder that holds one (a model's, or another data set's)."""
     file = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise UserError(f'--tokenizer={path}: no such tokenizer; expected char, byte, gpt2, bpe, a tokenizer.json or a folder with one')
+        raise UserError(f'--tokenizer={path} is not char, byte, gpt2, bpe, a tokenizer.json or a folder with one')
     try:
         tokenizer = Tokenizer.from_file(file)
     except Exception as e:    # the library raises nothing narrower
         raise UserError(f'{file} is not a tokenizer.json that can be read: {e}')
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if os.path.isfile(beside := os.path.join(os.path.dirname(file), 'meta.json')):    # of another data set
+        with open(beside, encoding='utf-8') as meta:
+            return tokenizer_encoder(json.load(meta)['tokenizer'], tokenizer)
     is_gpt2 = tokenizer.token_to_id(SEPARATOR) == 50256 and tokenizer.token_to_id('\u0120the') == 262
     return tokenizer_encoder('gpt2' if is_gpt2 else 'file', tokenizer)
 
@@ -136,9 +142,10 @@ def tokenizer_encoder(kind, tokenizer):
 
     def encode(texts):
         try:
-            return [np.array(row.ids, dtype=np.uint32) for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            rows = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as e:    # the library raises nothing narrower, and for nothing else than an unknown symbol
             raise UserError(f'this tokenizer cannot spell the text ({e}): a symbol of it is not in the vocabulary')
+        return [np.array(row.ids, dtype=np.uint32) for row in rows]
 
     separator = next((i for i in map(tokenizer.token_to_id, SEPARATORS) if i is not None), None)
     return Encoder(kind, tokenizer, encode, separator)

@@ -9,7 +9,9 @@ two documents stands <|endoftext|>. Of plain text the last characters are held o
 tenth (--val_fraction). Everything streams: text is read, encoded and written block by block, so memory stays constant.
 """
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,119 +22,15 @@ if __name__ == '__main__':    # run as a command: imports start at the root of t
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import UserError, run
 from data.encoders import bpe_encoder, byte_encoder, char_encoder, file_encoder, gpt2_encoder
+from data.texts import READERS, read_files, split_at, split_documents
 
-BLOCK = 1 << 20      # characters read, encoded and written at a time
+BATCH = 1 << 21      # characters encoded together, on all cores, and then written
 SAMPLE = 50 << 20    # characters of the training split that a BPE learns from, at most
 DATA = os.path.dirname(os.path.abspath(__file__))
 
-
-# ---- reading: files -> pieces (starts a document?, text) ----
-
-def read_files(paths, field='text', separator=None, label='reading'):
-    """Pieces of every file in order, with a progress bar over the bytes of the files."""
-    with tqdm(total=sum(map(os.path.getsize, paths)), desc=label, unit='B', unit_scale=True, disable=None) as bar:
-        for path in paths:
-            suffix = os.path.splitext(path)[1].lower()
-            yield from READERS[suffix](path, field, bar) if suffix in READERS else read_text(path, separator, bar)
-
-
-def read_text(path, separator, bar):
-    """Blocks of a text file, or its documents where a line `separator` stands between them (each held in memory)."""
-    line = separator is not None and re.compile(rf'(?:^|\r?\n){re.escape(separator)}\r?\n')
-    rest, new, position = '', True, 0
-    with open(path, encoding='utf-8', newline='') as file:    # newline='': the text as it is
-        while True:
-            try:
-                block = file.read(BLOCK)
-            except UnicodeDecodeError as e:
-                raise UserError(f'{path}: not UTF-8 ({e.reason}, byte 0x{e.object[e.start]:02x}): convert it, for example with iconv')
-            position, before = file.buffer.tell(), position
-            bar.update(position - before)
-            if line:
-                *documents, rest = line.split(rest + (block or '\n'))
-                documents += [] if block else [rest]
-                yield from ((True, text.strip('\r\n')) for text in documents if text.strip())
-            else:
-                rest += block
-                cut = word_end(rest) if block else len(rest)
-                if cut:
-                    yield new, rest[:cut]
-                rest, new = rest[cut:], new and not cut
-            if not block:
-                return
-
-
-def word_end(text):
-    """Where to cut: before the last white space, so that tokenizers, which all start a word there, give the same ids."""
-    return len(text[:max(text.rfind(' '), text.rfind('\n'), 0)].rstrip()) or len(text)
-
-
-def read_jsonl(path, field, bar):
-    with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            bar.update(len(line))
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as e:
-                raise UserError(f'{path}, line {number}: not JSON ({e})')
-            if row is not None:
-                yield True, checked(row.get(field) if isinstance(row, dict) else None, field, f'{path}, line {number}')
-
-
-def read_parquet(path, field, bar):
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as e:
-        raise UserError(f'{path}: not a parquet file ({e})')
-    if field not in file.schema_arrow.names:
-        raise UserError(f'{path}: no column {field!r}, only {", ".join(file.schema_arrow.names)}: name one with --field')
-    number, size = 0, os.path.getsize(path)
-    for batch in file.iter_batches(batch_size=1024, columns=[field]):
-        for text in batch.column(0).to_pylist():
-            number += 1
-            yield True, checked(text, field, f'{path}, row {number}')
-        bar.update(size * len(batch) / file.metadata.num_rows)
-
-
-def checked(text, field, where):
-    if not isinstance(text, str):
-        raise UserError(f'{where}: {field!r} must be text, not {type(text).__name__}: name the field with --field')
-    return text
-
-
-READERS = {'.jsonl': read_jsonl, '.parquet': read_parquet}
-
-
-# ---- splitting: pieces -> (split, starts a document?, text) ----
-
-def split_at(pieces, border):
-    """The first `border` characters train, the rest validates."""
-    position = 0
-    for new, text in pieces:
-        cut = max(border - position, 0)
-        if text[:cut]:
-            yield 'train', new, text[:cut]
-        if text[cut:]:
-            yield 'val', new and not cut, text[cut:]
-        position += len(text)
-
-
-def split_documents(pieces, fraction):
-    """Validation takes the given fraction of the documents, evenly spread: of a tenth, the tenth, the twentieth, ..."""
-    count = 0
-    for new, text in pieces:
-        count += new
-        held_out = int(count * fraction) > int((count - 1) * fraction)
-        yield 'val' if held_out else 'train', new, text
-
-
-# ---- encoding and writing ----
 
 def prepare(directory, stream, tokenizer, source, vocab_size=None, num_tokens=None, stand_in=False):
     """Writes a data set into `directory` and returns its meta.json as a dict.
@@ -143,20 +41,15 @@ def prepare(directory, stream, tokenizer, source, vocab_size=None, num_tokens=No
     """
     encoder = make_encoder(tokenizer, vocab_size, stream)
     with Writer(directory, encoder.vocab_size) as writer:
-        for block in blocks(stream('encoding')):
-            ids = encoder.encode([text for _, _, text in block])
-            for (split, new, text), row in zip(block, ids):
-                if num_tokens and sum(writer.tokens.values()) >= num_tokens and new:
-                    break
-                if new and writer.tokens[split]:
-                    if encoder.separator is None:
-                        raise UserError(f'--tokenizer={tokenizer} has no token to stand between documents, such as <|endoftext|>')
-                    writer.write(split, np.array([encoder.separator]), 0)
-                writer.write(split, row, len(text.encode()))
-            else:
-                continue
-            break
-        meta = writer.finish(encoder.tokenizer.to_str(pretty=True), tokenizer=encoder.kind, source=source, stand_in=stand_in)
+        for split, new, text, ids in encoded(stream('encoding'), encoder):
+            if new and num_tokens and sum(writer.tokens.values()) >= num_tokens:
+                break
+            if new and writer.tokens[split]:
+                if encoder.separator is None:
+                    raise UserError(f'--tokenizer={tokenizer} has no <|endoftext|> to put between documents')
+                writer.write(split, np.array([encoder.separator]), 0)
+            writer.write(split, ids, len(text.encode()))
+        meta = writer.finish(encoder, source, stand_in)
     print(f'{directory}: {meta["train_tokens"]:,} training and {meta["val_tokens"]:,} validation tokens, '
           f'vocabulary {meta["vocab_size"]:,} ({encoder.kind}), from {source}')
     return meta
@@ -164,13 +57,16 @@ def prepare(directory, stream, tokenizer, source, vocab_size=None, num_tokens=No
 
 def make_encoder(tokenizer, vocab_size, stream):
     if vocab_size and tokenizer != 'bpe':
-        raise UserError(f'--vocab_size={vocab_size} is for --tokenizer=bpe; the vocabulary of {tokenizer} follows from the text or is fixed')
+        raise UserError(f'--vocab_size={vocab_size} is for --tokenizer=bpe, not {tokenizer}: leave it out')
     if tokenizer == 'char':
         return char_encoder(*survey(stream('reading characters')))
     if tokenizer == 'bpe':
-        encoder = bpe_encoder(sample((text for split, _, text in stream('sampling') if split == 'train'), SAMPLE), vocab_size or 4096)
+        texts, share = sample(text for split, _, text in stream('sampling') if split == 'train')
+        if share < 1:
+            print(f'the vocabulary is trained on {share:.1%} of the text, evenly spread')
+        encoder = bpe_encoder(texts, vocab_size or 4096)
         if vocab_size and encoder.vocab_size < vocab_size:
-            print(f'vocabulary: {encoder.vocab_size}, not {vocab_size}: the text has no more pairs to merge', file=sys.stderr)
+            print(f'vocabulary {encoder.vocab_size}, not {vocab_size}: the text has no more pairs to merge')
         return encoder
     return {'byte': byte_encoder, 'gpt2': gpt2_encoder}.get(tokenizer, lambda: file_encoder(tokenizer))()
 
@@ -185,29 +81,31 @@ def survey(stream):
     return [chr(code) for code in np.flatnonzero(seen)], max(documents.values()) > 1
 
 
-def sample(texts, limit):
-    """At most about `limit` characters, evenly spread: when there are more, every second text is dropped, again and again."""
-    kept, size, stride = [], 0, 1
+def sample(texts, limit=SAMPLE):
+    """(texts of about `limit` characters at most, their share): beyond it every second one goes, again and again."""
+    kept, size, total, stride = [], 0, 0, 1
     for number, text in enumerate(texts):
+        total += len(text)
         if number % stride == 0:
             kept.append(text)
             size += len(text)
         while size > limit and len(kept) > 1:
             kept, stride = kept[::2], stride * 2
             size = sum(map(len, kept))
-    return kept
+    return kept, size / max(total, 1)
 
 
-def blocks(stream):
-    """Lists of pieces of about BLOCK characters together, so that small documents are encoded in batches."""
+def encoded(stream, encoder):
+    """(split, starts a document?, text, ids) of every piece; small ones are encoded together, a block at a time."""
     block, size = [], 0
-    for piece in stream:
-        block.append(piece)
-        size += len(piece[2])
-        if size >= BLOCK:
-            yield block
+    for piece in itertools.chain(stream, [None]):
+        if piece is not None:
+            block.append(piece)
+            size += len(piece[2])
+        if piece is None or size >= BATCH:
+            for (split, new, text), ids in zip(block, encoder.encode([text for _, _, text in block])):
+                yield split, new, text, ids
             block, size = [], 0
-    yield block
 
 
 class Writer:
@@ -220,14 +118,22 @@ class Writer:
         self.temporary = os.path.join(directory, f'.preparing-{os.getpid()}')
 
     def __enter__(self):
-        os.makedirs(self.temporary, exist_ok=True)
+        try:
+            os.makedirs(self.temporary, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'{self.directory} cannot be made: {e}')
         self.files = {split: open(os.path.join(self.temporary, f'{split}.bin'), 'wb') for split in self.tokens}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for file in self.files.values():
-            file.close()
+            with contextlib.suppress(OSError):    # of a full disk, which the first error has told
+                file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):    # of a folder that holds something
+            os.rmdir(self.directory)
+        if isinstance(error, OSError):
+            raise UserError(f'{self.directory} could not be prepared: {error}') from error
 
     def write(self, split, ids, num_bytes):
         """Appends token ids, which spell `num_bytes` bytes of text."""
@@ -237,13 +143,16 @@ class Writer:
         self.tokens[split] += len(ids)
         self.bytes[split] += num_bytes
 
-    def finish(self, tokenizer_json, **about):
+    def finish(self, encoder, source, stand_in=False):
+        """Moves the data set into place and returns its meta; UserError when a split is empty."""
         for split, count in self.tokens.items():
             if not count:
                 raise UserError(f'{self.directory}: nothing for the {split} split: give more text or documents, '
                                 'another --val_fraction, or a file of its own with --val')
-        meta = {'vocab_size': self.vocab_size, 'dtype': self.dtype,
-                'tokenizer_sha256': hashlib.sha256(tokenizer_json.encode()).hexdigest(), **about}
+        tokenizer_json = encoder.tokenizer.to_str(pretty=True)
+        meta = {'vocab_size': self.vocab_size, 'dtype': self.dtype, 'tokenizer': encoder.kind,
+                'tokenizer_sha256': hashlib.sha256(tokenizer_json.encode()).hexdigest(),
+                'source': source, 'stand_in': stand_in}
         for split in self.tokens:
             meta |= {f'{split}_tokens': self.tokens[split], f'{split}_bytes': self.bytes[split]}
         for name, text in (('tokenizer.json', tokenizer_json), ('meta.json', json.dumps(meta, indent=2) + '\n')):
@@ -260,9 +169,10 @@ class Writer:
         return meta
 
 
-def prepare_files(directory, paths, tokenizer, val_path=None, val_fraction=0.1, field='text', separator=None, **options):
-    """`prepare` from files: text, JSONL and parquet. Further options are those of `prepare`."""
-    for path in [*paths, *filter(None, [val_path])]:
+def prepare_files(directory, paths, tokenizer, source, val_path=None, val_fraction=0.1, field='text', separator=None,
+                  vocab_size=None):
+    """`prepare` from files: text, JSONL and parquet; see the flags of the command."""
+    for path in paths + [val_path] * bool(val_path):
         if not os.path.isfile(path):
             raise UserError(f'{path}: no such file')
     read = lambda label, files=paths: read_files(files, field, separator, label)
@@ -274,33 +184,56 @@ def prepare_files(directory, paths, tokenizer, val_path=None, val_fraction=0.1, 
     else:
         border = int(sum(len(text) for _, text in read('counting characters')) * (1 - val_fraction))
         stream = lambda label: split_at(read(label), border)
-    return prepare(directory, stream, tokenizer, **options)
+    return prepare(directory, stream, tokenizer, source, vocab_size)
+
+
+def check_name(name, overwrite):
+    """The folder in data/ for somebody's own data set of this name, if it may be written."""
+    directory = os.path.join(DATA, name)
+    if not name or os.path.basename(name) != name or name.startswith('.'):
+        raise UserError(f'{name!r} is not a name for a data set: it becomes a folder in data/')
+    if os.path.isdir(directory) and any(file.endswith('.py') for file in os.listdir(directory)):
+        raise UserError(f'data/{name} belongs to nanoforge: choose another name')
+    if os.path.exists(os.path.join(directory, 'meta.json')) and not overwrite:
+        raise UserError(f'data/{name} exists already: choose another name, or replace it with --overwrite')
+    return directory
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags as in the training scripts: - and _ alike, no abbreviations, and a mistake is one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        alike = lambda flag: '--' + flag[0][2:].replace('-', '_')
+        return super().parse_args([re.sub('^--[^=]+', alike, word) for word in argv])
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message} (--help lists the flags)\n')
 
 
 def main(args):
-    directory = os.path.join(DATA, args.name)
-    if os.path.basename(directory) != args.name or args.name.startswith('.'):
-        raise UserError(f'{args.name!r} is not a name for a data set: it becomes a folder in data/')
-    if os.path.isdir(directory) and any(file.endswith('.py') for file in os.listdir(directory)):
-        raise UserError(f'data/{args.name} belongs to nanoforge: choose another name')
-    if os.path.exists(os.path.join(directory, 'meta.json')) and not args.overwrite:
-        raise UserError(f'data/{args.name} exists already: choose another name, or replace it with --overwrite')
+    directory = check_name(args.name, args.overwrite)
     if not 0 < args.val_fraction < 1:
         raise UserError(f'--val_fraction={args.val_fraction} must lie between 0 and 1')
-    prepare_files(directory, args.files, args.tokenizer, args.val, args.val_fraction, args.field, args.document_separator,
-                  source=', '.join(map(os.path.basename, args.files)), vocab_size=args.vocab_size)
+    prepare_files(directory, args.files, args.tokenizer, ', '.join(map(os.path.basename, args.files)), args.val,
+                  args.val_fraction, args.field, args.document_separator, args.vocab_size)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument('name', metavar='NAME', help='the data set: a folder of this name in data/')
     parser.add_argument('files', metavar='FILE', nargs='+', help='.jsonl, .parquet, anything else is text in UTF-8')
-    parser.add_argument('--tokenizer', default='bpe', help='char, byte, gpt2, bpe (trained here), a tokenizer.json or a folder with one (default bpe)')
-    parser.add_argument('--vocab_size', type=int, help='of the bpe trained here, with its 256 bytes and separator (default 4096)')
+    parser.add_argument('--tokenizer', default='bpe',
+                        help='char, byte, gpt2, bpe (trained here), or a tokenizer.json or its folder (default bpe)')
+    parser.add_argument('--vocab_size', type=int, help='of bpe, with its bytes and separator (default 4096)')
     parser.add_argument('--val_fraction', type=float, default=0.1, help='share held out for validation (default 0.1)')
     parser.add_argument('--val', metavar='FILE', help='a file that is the validation split, instead of a share')
-    parser.add_argument('--field', default='text', help='the field or column of JSONL or parquet that holds the text (default text)')
-    parser.add_argument('--document_separator', metavar='LINE', help="the line between two documents of a text file: '' or <|endoftext|>, say")
+    parser.add_argument('--field', default='text', help='the field of JSONL or column of parquet (default text)')
+    parser.add_argument('--document_separator', metavar='LINE',
+                        help="the line between two documents of a text file: '' or '<|endoftext|>', say")
     parser.add_argument('--overwrite', action='store_true', help='replace a data set of this name')
     return parser.parse_args(argv)
 

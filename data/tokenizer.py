@@ -9,6 +9,7 @@ import os
 
 from configurator import UserError
 
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')      # one of them makes a directory a tokenizer's
 NAMED_TOKENS = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 

@@ -13,8 +13,9 @@ if __name__ == '__main__':    # run as a command: imports start at the root of t
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from configurator import run
-from data.prepare import prepare as write, prepare_files, split_at
+from data.prepare import prepare as write, prepare_files
 from data.shakespeare_char.stand_in import play
+from data.texts import split_at
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -23,10 +24,13 @@ SECONDS = 4    # to wait for the download
 STAND_IN = 'stand-in text written by nanoforge, NOT Shakespeare'
 
 
-def prepare(directory=None, tokenizer='char', text_directory=HERE):
-    """Writes the data set into `directory` (default: this folder) and returns its meta."""
+def prepare(directory=None, tokenizer='char', text_directory=None):
+    """Writes the data set into `directory` (default: this folder) and returns its meta.
+
+    text_directory holds input.txt, or takes the download (default: this folder, for data/shakespeare too).
+    """
     directory = directory or HERE
-    path = os.path.join(text_directory, 'input.txt')
+    path = os.path.join(text_directory or HERE, 'input.txt')
     if os.path.exists(path) or download(path):
         with open(path, 'rb') as file:
             known = hashlib.file_digest(file, 'sha256').hexdigest() == SHA256
@@ -34,15 +38,16 @@ def prepare(directory=None, tokenizer='char', text_directory=HERE):
         return prepare_files(directory, [path], tokenizer, source=source)
     print(f'WARNING: Shakespeare is not here: no {path}, and no download of\n'
           f'WARNING: {URL}.\n'
-          'WARNING: The data set is made of a STAND-IN text that nanoforge writes itself: simpler than Shakespeare, with\n'
-          'WARNING: lower losses, not to be compared with anyone\'s. For the real text, put input.txt there and prepare again.',
-          file=sys.stderr)
+          'WARNING: The data set is made of a STAND-IN text that nanoforge writes itself: simpler than Shakespeare,\n'
+          'WARNING: with lower losses, not to be compared with anyone\'s. For the real text, put input.txt there and\n'
+          'WARNING: prepare again.', file=sys.stderr)
     text = play()
-    return write(directory, lambda label: split_at([(True, text)], int(len(text) * 0.9)), tokenizer, STAND_IN, stand_in=True)
+    border = int(len(text) * 0.9)
+    return write(directory, lambda label: split_at([(True, text)], border), tokenizer, STAND_IN, stand_in=True)
 
 
 def download(path):
-    """Whether the text could be downloaded to `path`; it appears there complete and with the right hash, or not at all."""
+    """Whether the text was downloaded to `path`, where it appears complete and with the right hash or not at all."""
     try:
         with urllib.request.urlopen(URL, timeout=SECONDS) as response:
             text = response.read(1 << 24)

@@ -1,0 +1,310 @@
+"""
+Checkpoints that survive a kill at any instant, and the output folder that they lie in.
+
+    start_fresh(run, out_dir, as_dict(cfg))             # a new run
+    checkpoints = Checkpoints(out_dir, run)
+    checkpoints.save(step, write_model, optimizer.state_dict(), state, best=loss < best_loss)
+
+    path = checkpoints.latest()                         # to resume
+    optimizer_state, state = read_checkpoint(path)
+    checkpoints.rewind(path)
+"""
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from configurator import UserError
+
+TEMPORARY = '.nanoforge-tmp-'
+STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')               # of a checkpoint; the others are the model
+RUN_FILES = ('log.jsonl', 'loss.png', 'manifest.json', 'last', 'best')      # of the root, beside the model's
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, or a folder that cannot be written, as one line. (safetensors has its own error for OSError.)"""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'cannot write {path}: {reason}; checkpoints written before are intact') from None
+
+
+def fsync(path):
+    if os.name == 'posix':      # Windows opens no folders
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def replace(path, write):
+    """write(a temporary path), then rename: who reads `path`, whenever the power fails, finds the old or the new."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.unlink(missing_ok=True)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    def write(temporary):
+        temporary.write_text(text, encoding='utf-8')
+        fsync(temporary)
+    replace(Path(path), write)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def read_own(path):
+    """The JSON object in `path` if nanoforge wrote it, else {}."""
+    try:
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+        return value if value['written_by'] == 'nanoforge' else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def link(source, target):
+    """`target` becomes `source`: a hard link, or a copy where there are none."""
+    def write(temporary):
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+    if not (target.exists() and source.samefile(target)):   # between two names of one file, a rename does nothing
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace(target, write)
+
+
+def point(path, name):
+    """`path` becomes a symlink to its neighbour `name`; where there are none, a text file that holds the name."""
+    def write(temporary):
+        try:
+            temporary.symlink_to(name)
+        except (OSError, NotImplementedError):
+            temporary.write_text(name, encoding='utf-8')
+    replace(path, write)
+
+
+def follow(path):
+    """The folder behind out/last or out/best, also where these are text files."""
+    path = Path(path)
+    is_text = path.name in ('last', 'best') and path.is_file()
+    return path.with_name(path.read_text(encoding='utf-8')) if is_text else path
+
+
+def set_aside(out_dir, paths):
+    """Move `paths` to a new folder earlier-K in out_dir, which is returned."""
+    earlier = next(path for path in (out_dir / f'earlier-{k}' for k in itertools.count(1)) if not os.path.lexists(path))
+    for path in paths:
+        target = earlier / path.relative_to(out_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    return earlier
+
+
+def checkpoint_folders(out_dir):
+    """[(path, manifest)] of all checkpoints in out_dir, oldest step first, whichever run wrote them."""
+    found = [(path, read_own(path / 'manifest.json')) for path in (out_dir.iterdir() if out_dir.is_dir() else ())
+             if path.is_dir() and not path.is_symlink() and not path.name.startswith((TEMPORARY, 'earlier-'))]
+    return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1]['step'])
+
+
+def start_fresh(run, out_dir, config, keep=None, script=None):
+    """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config': config}.
+
+    What an earlier run of ours left moves to out_dir/earlier-K; nothing else is touched, and a folder with somebody
+    else's model is refused. `keep`: the checkpoint that the new run loads, if it lies in there; it stays where it is.
+    """
+    out_dir, keep = Path(out_dir), os.path.realpath(keep) + os.sep if keep else ''
+    settings = out_dir / 'run_config.json'
+
+    def move_earlier_run():
+        folders = [path for path, _ in checkpoint_folders(out_dir)]
+        model = {name for path in (out_dir, *folders) for name in read_own(path / 'manifest.json').get('files', ())}
+        paths = [*folders, *(out_dir / name for name in (*RUN_FILES, *model))]
+        paths = [path for path in paths
+                 if os.path.lexists(path) and not keep.startswith(os.path.realpath(path) + os.sep)]
+        earlier = set_aside(out_dir, [*paths, settings])      # settings last: till then the folder is known as ours
+        for path in paths:
+            if keep == os.path.realpath(out_dir) + os.sep and path.relative_to(out_dir).as_posix() in model:
+                link(earlier / path.relative_to(out_dir), path)     # the new run loads the model of the root
+        run.say(f'{out_dir} held an earlier run: its files are now in {earlier}')
+
+    def work():
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            if read_own(settings):
+                move_earlier_run()
+            elif foreign := [name for name in ('config.json', 'model.safetensors', settings.name)
+                             if (out_dir / name).exists()]:
+                raise UserError(f'{out_dir} holds a {foreign[0]} that nanoforge did not write: choose another folder')
+            write_json(settings, {'written_by': 'nanoforge', 'run': secrets.token_hex(8),
+                                  'script': script or os.path.basename(sys.argv[0]), 'config': config})
+    run.on_main(work)
+
+
+class Checkpoints:
+    """The checkpoints of the run in out_dir. Only the main rank writes; all ranks call every method.
+
+    A checkpoint is written under a temporary name, synced, given a manifest with sizes and SHA-256, and renamed: its
+    final name means that it is whole. `last`, `best` and the model in the root follow from the manifests.
+
+    limit            so many of the newest are kept, and the best; None keeps all
+    save_only_model  all but the newest lose their optimizer state: for use, not for resuming
+    """
+
+    def __init__(self, out_dir, run, limit=2, save_only_model=False):
+        self.out_dir, self.run, self.limit, self.save_only_model = Path(out_dir), run, limit, save_only_model
+
+    def run_id(self):
+        return read_own(self.out_dir / 'run_config.json').get('run')
+
+    def own(self):
+        """[(path, manifest)] of this run's checkpoints, oldest first; one of another run may lie beside them."""
+        run_id = self.run_id()
+        return [pair for pair in checkpoint_folders(self.out_dir) if pair[1]['run'] == run_id]
+
+    def latest(self):
+        """The newest whole checkpoint, or None. Damaged ones are skipped, and said."""
+        def find():
+            for path, manifest in reversed(self.own()):
+                if not (reason := damage(path)):
+                    return manifest['step']
+                self.run.say(f'{path} is skipped: {reason}')
+        step = self.run.on_main(find)
+        step = self.run.max(-1 if step is None else step)
+        return next((str(path) for path, manifest in self.own() if manifest['step'] == step), None)
+
+    def rewind(self, path):
+        """Go on from checkpoint `path`: later ones of this run, a future that will not be, move to earlier-K."""
+        def work():
+            step = read_own(Path(path) / 'manifest.json')['step']
+            with writing(self.out_dir):
+                if later := [other for other, manifest in self.own() if manifest['step'] > step]:
+                    earlier = set_aside(self.out_dir, later)
+                    self.run.say(f'{", ".join(map(str, later))}: later than step {step}, moved to {earlier}')
+                self._tidy()
+        self.run.on_main(work)
+
+    def save(self, step, write_model, optimizer, state, best=False, name=None):
+        """Save checkpoint-`step` (or `name`).
+
+        write_model(folder)  writes a Hugging Face model folder
+        optimizer            {str: Tensor}
+        state                JSON-able: what else the loop needs to go on
+        best                 the best so far: `best` and the model in the root are this one until a better one
+
+        UserError: the disk is full, or a tensor holds NaN or inf. What was saved before is intact.
+        """
+        def work():
+            path = self.out_dir / (name or f'checkpoint-{step}')
+            try:
+                with writing(path):
+                    self._clean()
+                    self._write(path, step, write_model, optimizer, state, best)
+                    self._tidy()
+            finally:
+                self._clean()
+        self.run.on_main(work)
+
+    def _write(self, path, step, write_model, optimizer, state, best):
+        manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best, 'files': {}}
+        while os.path.lexists(path):    # saved at this step already; or another run's, that we loaded; or not ours
+            saved = read_own(path / 'manifest.json')
+            if saved and (saved['run'], saved['step']) == (manifest['run'], step):
+                return write_json(path / 'manifest.json', {**saved, 'best': best or saved['best']})
+            path = path.with_name(path.name + '-new')
+        folder = path.with_name(TEMPORARY + path.name)
+        folder.mkdir()
+        write_model(str(folder))
+        save_file(optimizer, folder / 'optimizer.safetensors')
+        write_json(folder / 'trainer_state.json', state)
+        for file in sorted(file for file in folder.rglob('*') if file.is_file()):
+            if file.suffix == '.safetensors':
+                check_finite(file, step)
+                shutil.copymode(folder / 'trainer_state.json', file)    # safetensors lets only the owner read
+            fsync(file)
+            entry = {'size': file.stat().st_size, 'sha256': sha256(file)}
+            manifest['files'][file.relative_to(folder).as_posix()] = entry
+        write_json(folder / 'manifest.json', manifest)
+        fsync(folder)
+        os.replace(folder, path)
+        fsync(self.out_dir)
+
+    def _tidy(self):
+        """Links, root and pruning follow from the manifests alone: what a kill interrupts, the next call does."""
+        own = self.own()
+        last, best = own[-1], next((pair for pair in reversed(own) if pair[1]['best']), None)
+        point(self.out_dir / 'last', last[0].name)
+        if best:
+            point(self.out_dir / 'best', best[0].name)
+        path, manifest = best or last
+        for name in {*manifest['files'], 'manifest.json'} - {*STATE_FILES}:
+            link(path / name, self.out_dir / name)
+        keep = own if self.limit is None else [best, *own[-self.limit:]]
+        for pair in own[:-1]:
+            if pair not in keep:
+                doomed = pair[0].with_name(TEMPORARY + pair[0].name)
+                os.replace(pair[0], doomed)     # out of sight first: a folder half deleted is no checkpoint
+                shutil.rmtree(doomed)
+            elif self.save_only_model:
+                (pair[0] / 'optimizer.safetensors').unlink(missing_ok=True)
+
+    def _clean(self):
+        """Remove what a killed process, or a failed save, left under temporary names."""
+        for path in self.out_dir.glob(TEMPORARY + '*'):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_finite(path, step):
+    with safe_open(path, 'pt') as file:
+        for name in file.keys():
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise UserError(f'step {step}: {name} holds NaN or inf, so no checkpoint is written; earlier ones are '
+                                f'intact: resume with a lower learning rate')
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def damage(path):
+    """'' where every file of checkpoint `path` is what its manifest says, else what is wrong."""
+    files = read_own(Path(path) / 'manifest.json').get('files')
+    if not files:
+        return 'it has no manifest.json of nanoforge'
+    for name, entry in files.items():
+        file = Path(path) / name
+        if not file.is_file():
+            return f'{name} is missing'
+        if file.stat().st_size != entry['size']:
+            return f'{name} is cut short: {file.stat().st_size} bytes of {entry["size"]}'
+        if sha256(file) != entry['sha256']:
+            return f'{name} is not what was written: its SHA-256 differs'
+    return ''
+
+
+def read_checkpoint(path):
+    """(optimizer {str: Tensor} on the CPU, state) as save() was given them. UserError where a file is damaged."""
+    path = follow(path)
+    if reason := damage(path):
+        raise UserError(f'cannot resume from {path}: {reason}')
+    state = json.loads((path / 'trainer_state.json').read_text(encoding='utf-8'))
+    return load_file(path / 'optimizer.safetensors'), state

@@ -1,0 +1,36 @@
+"""Data sets of documents streamed from the Hugging Face hub: nothing but the token ids is written to this disk."""
+from itertools import islice
+
+from tqdm import tqdm
+
+from configurator import UserError
+from data.prepare import Parser, prepare
+from data.texts import split_documents
+
+
+def prepare_hub(directory, dataset, subset=None, num_tokens=None, max_documents=None, val_fraction=0.005):
+    """Documents of a hub data set (its column 'text') in GPT-2's BPE, until num_tokens or max_documents is reached."""
+    def documents():
+        from datasets import load_dataset
+        try:
+            rows = load_dataset(dataset, subset, split='train', streaming=True)
+            for row in islice(rows, max_documents):
+                yield True, row['text']
+        except OSError as e:    # what datasets raises when no hub answers, at the start or on the way
+            raise UserError(f'{dataset}: the hub does not answer ({e}): prepare it where there is a network')
+
+    def stream(label):
+        return split_documents(tqdm(documents(), label, max_documents, unit=' documents', disable=None), val_fraction)
+
+    limits = [f'the first {count:,} {what}'
+              for count, what in ((num_tokens, 'tokens'), (max_documents, 'documents')) if count]
+    source = ', '.join([f'{dataset}{f"/{subset}" if subset else ""} on the Hugging Face hub', *limits])
+    print(f'{directory}: {source}: streaming')
+    return prepare(directory, stream, 'gpt2', source, num_tokens=num_tokens)
+
+
+def parse(doc, argv=None):
+    parser = Parser(doc)
+    parser.add_argument('--num_tokens', type=int, help='stop after the document that reaches it (default: all)')
+    parser.add_argument('--max_documents', type=int, help='stop after so many documents (default: all)')
+    return parser.parse_args(argv)

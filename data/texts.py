@@ -1,0 +1,117 @@
+"""Files of text -> pieces (starts a document?, text) -> (split, starts a document?, text).
+
+No file is ever in memory as a whole.
+"""
+import json
+import math
+import os
+import re
+
+from tqdm import tqdm
+
+from configurator import UserError
+
+BLOCK = 1 << 16    # characters of a text file read at a time
+
+
+def read_files(paths, field='text', separator=None, label='reading'):
+    """Pieces of every file in order, with a progress bar over the bytes of the files."""
+    with tqdm(total=sum(map(os.path.getsize, paths)), desc=label, unit='B', unit_scale=True, disable=None) as bar:
+        for path in paths:
+            suffix = os.path.splitext(path)[1].lower()
+            yield from READERS[suffix](path, field, bar) if suffix in READERS else read_text(path, separator, bar)
+
+
+def read_text(path, separator, bar):
+    """Blocks of a text file, or its documents where a line `separator` stands between them (each held in memory)."""
+    line = separator is not None and re.compile(rf'(?:^|\r?\n){re.escape(separator)}\r?\n')
+    rest, new, position = '', True, 0
+    with open(path, encoding='utf-8', newline='') as file:    # newline='': the text as it is
+        while True:
+            try:
+                block = file.read(BLOCK)
+            except UnicodeDecodeError as e:
+                raise UserError(f'{path}: not UTF-8 ({e.reason}, 0x{e.object[e.start]:02x}): convert it first')
+            position, before = file.buffer.tell(), position
+            bar.update(position - before)
+            if '\0' in block:
+                raise UserError(f'{path}: not a text file, it holds zero bytes')
+            if line:
+                *documents, rest = line.split(rest + (block or '\n'))
+                documents += [] if block else [rest]
+                yield from ((True, text.strip('\r\n')) for text in documents if text.strip())
+            else:
+                rest += block
+                cut = word_end(rest) if block else len(rest)
+                if cut:
+                    yield new, rest[:cut]
+                rest, new = rest[cut:], new and not cut
+            if not block:
+                return
+
+
+def word_end(text):
+    """Where to cut: before the last white space. Tokenizers start a word there anyway, so the ids stay the same."""
+    return len(text[:max(text.rfind(' '), text.rfind('\n'), 0)].rstrip()) or len(text)
+
+
+def read_jsonl(path, field, bar):
+    with open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            bar.update(len(line))
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as e:
+                raise UserError(f'{path}, line {number}: not JSON ({e})')
+            if row is not None:
+                yield True, checked(row.get(field) if isinstance(row, dict) else None, field, f'{path}, line {number}')
+
+
+def read_parquet(path, field, bar):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as e:
+        raise UserError(f'{path}: not a parquet file ({e})')
+    if field not in file.schema_arrow.names:
+        columns = ', '.join(file.schema_arrow.names)
+        raise UserError(f'{path}: no column {field!r}, only {columns}: name one with --field')
+    number, size = 0, os.path.getsize(path)
+    for batch in file.iter_batches(batch_size=1024, columns=[field]):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            yield True, checked(text, field, f'{path}, row {number}')
+        bar.update(size * len(batch) / file.metadata.num_rows)
+
+
+def checked(text, field, where):
+    if not isinstance(text, str):
+        raise UserError(f'{where}: {field!r} must be text, not {type(text).__name__}: name the field with --field')
+    if any('\ud800' <= character <= '\udfff' for character in ([] if text.isascii() else text)):
+        raise UserError(f'{where}: {field!r} holds half a character (a lone surrogate): repair the text')
+    return text
+
+
+READERS = {'.jsonl': read_jsonl, '.parquet': read_parquet}
+
+
+def split_at(pieces, border):
+    """The first `border` characters train, the rest validates."""
+    position = 0
+    for new, text in pieces:
+        cut = max(border - position, 0)
+        if text[:cut]:
+            yield 'train', new, text[:cut]
+        if text[cut:]:
+            yield 'val', new and not cut, text[cut:]
+        position += len(text)
+
+
+def split_documents(pieces, fraction):
+    """Validation takes the given fraction of the documents, evenly spread: for a tenth the first, the eleventh, ..."""
+    count = 0
+    for new, text in pieces:
+        count += new
+        held_out = math.ceil(count * fraction) > math.ceil((count - 1) * fraction)
+        yield 'val' if held_out else 'train', new, text

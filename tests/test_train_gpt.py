@@ -1,0 +1,350 @@
+"""train_gpt.py in short real runs: what they leave on disk, what they compute, and that a kill changes nothing."""
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from conftest import ROOT
+from configurator import UserError, parse
+from data.corpus import Corpus
+from data.prepare import prepare_files
+from train_gpt import Config, main
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
+            warmup_iters=2, sample_tokens=8, device='cpu', tensorboard=False)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Two data sets with one tokenizer and one with another, prepared as a user would."""
+    folder = tmp_path_factory.mktemp('data')
+    rng = random.Random(0)
+    words = ['the', 'king', 'and', 'queen', 'shall', 'speak', 'of', 'war', 'love', 'night']
+    for name, tokenizer in (('plays', 'char'), ('songs', None), ('bytes', 'byte')):
+        text = folder / f'{name}.txt'
+        text.write_text('\n'.join(' '.join(rng.choices(words, k=8)) for _ in range(400)) + '\nxyz')
+        prepare_files(str(folder / name), [str(text)], tokenizer or str(folder / 'plays'), 'written by the test')
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_scratch_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)     # logs/ goes there
+
+
+def config(data, out_dir='out', **changes):
+    changes = {'dataset': str(data / 'plays'), 'out_dir': str(out_dir), **TINY, **changes}
+    cfg = Config(**changes)
+    cfg.typed = frozenset(changes)
+    cfg.check()
+    return cfg
+
+
+def lines(out_dir):
+    with open(os.path.join(out_dir, 'log.jsonl')) as f:
+        return [json.loads(line) for line in f]
+
+
+def weights(out_dir, which='last'):
+    with open(os.path.join(out_dir, which, 'model.safetensors'), 'rb') as f:
+        return f.read()
+
+
+def test_run_leaves_what_is_promised(data, tmp_path):
+    metrics = main(config(data, tensorboard=True))
+    for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl', 'loss.png', 'samples.txt',
+                 'checkpoint-6/optimizer.safetensors', 'checkpoint-6/trainer_state.json', 'checkpoint-6/manifest.json'):
+        assert os.path.getsize(tmp_path / 'out' / name) > 0
+    assert list(tmp_path.glob('logs/out-*/events.out.tfevents*'))
+    log = lines('out')
+    assert [line['step'] for line in log if 'loss' in line] == [1, 2, 3, 4, 5, 6]
+    assert [line['step'] for line in log if 'eval_loss' in line] == [3, 6]
+    first = next(line for line in log if 'loss' in line)
+    assert first['loss'] == pytest.approx(math.log(Corpus(str(data / 'plays')).meta['vocab_size']), abs=0.3)
+    assert [line['learning_rate'] for line in log if 'loss' in line][:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert metrics['eval_loss'] == log[-1]['eval_loss'] if 'eval_loss' in log[-1] else True
+    corpus = Corpus(str(data / 'plays'))
+    assert metrics['bits_per_byte'] == pytest.approx(metrics['eval_loss'] / math.log(2) * corpus.meta['val_tokens'] / corpus.meta['val_bytes'])
+
+
+def test_it_learns(data):
+    metrics = main(config(data, max_iters=150, eval_interval=150, learning_rate=3e-2, optimizer='adamw', n_embd=32))
+    assert metrics['eval_loss'] < 1.6        # 2.6 is what counting characters alone gives
+
+
+def test_transformers_opens_the_result(data):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from model import load_model
+    for arch in ('qwen3', 'gpt2', 'llama'):
+        main(config(data, f'out-{arch}', arch=arch, max_iters=2, eval_interval=2))
+        theirs, tokenizer = AutoModelForCausalLM.from_pretrained(f'out-{arch}'), AutoTokenizer.from_pretrained(f'out-{arch}')
+        ids = tokenizer('the king', return_tensors='pt').input_ids
+        ours, own_tokenizer = load_model(f'out-{arch}')
+        assert own_tokenizer.encode('the king') == ids[0].tolist()
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+        assert theirs.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.size(1) + 4)
+
+
+def gradient(data, machine, **changes):
+    """The summed gradient of one step's batches, computed as train_step does."""
+    cfg = config(data, matmul='float32', **changes)
+    corpora = train_gpt.open_data(cfg, machine)
+    model, _, cfg = train_gpt.build_model(cfg, corpora, machine)
+    optimizer = train_gpt.build_optimizer(cfg, model.double(), machine)
+    optimizer.set_lr(0.0)
+    batches = train_gpt.get_batch(cfg, corpora, 0, machine)
+    train_gpt.train_step(cfg, model, optimizer, batches, train_gpt.LossScale(torch.float32), machine)
+    return torch.cat([grad.flatten() for grad in optimizer.grads]), batches
+
+
+def test_gradient_does_not_depend_on_the_cut(data):
+    """1 micro-batch of 8 rows = 8 of 1 = 2 of 4, given the same rows."""
+    machine = train_gpt.setup('cpu', matmul='float32')
+    whole, [(x, y)] = gradient(data, machine, batch_size=8, grad_clip=0.0)
+    original = train_gpt.get_batch
+    for rows in (1, 4):
+        try:
+            train_gpt.get_batch = lambda *_: list(zip(x.split(rows), y.split(rows)))
+            parts, _ = gradient(data, machine, batch_size=rows, gradient_accumulation_steps=8 // rows, grad_clip=0.0)
+        finally:
+            train_gpt.get_batch = original
+        torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-10)
+
+
+RANKS = '''
+import json, sys
+sys.path.insert(0, {root!r})
+import train_gpt
+from configurator import parse
+metrics = train_gpt.main(parse(train_gpt.Config, sys.argv[1:]))
+'''
+
+
+@pytest.mark.parametrize('accumulation', (1, 2))
+def test_two_ranks_give_the_losses_of_one(data, tmp_path, accumulation):
+    flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6,
+                                       'gradient_accumulation_steps': accumulation}.items()]
+    script = os.path.join(ROOT, 'train_gpt.py')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    for ranks, out in ((1, 'one'), (2, 'two')):
+        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'] if ranks == 2 else []
+        done = subprocess.run([sys.executable, *launcher, script, *flags, f'--out_dir={out}'], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = lines('one'), lines('two')
+    for key in ('loss', 'eval_loss', 'train_loss', 'grad_norm'):
+        a, b = ([line[key] for line in log if key in line] for log in (one, two))
+        assert len(a) > 1 and a == pytest.approx(b, abs=1e-5)
+
+
+KILLER = '''
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch, train_gpt                      # imported once; every run below is a fork of this process
+from configurator import parse
+torch.set_num_threads(1)
+sys.stdout = open(os.devnull, 'w')
+rng, flags = random.Random({seed}), {flags!r}
+
+
+def attempt(out_dir, kill_after=None):
+    """Runs to the end or to a SIGKILL after so many seconds; True when it ended."""
+    started = os.path.exists(os.path.join(out_dir, 'run_config.json'))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            resume = ['--init_from=resume'] if started and any(n.startswith('checkpoint') for n in os.listdir(out_dir)) else flags
+            train_gpt.main(parse(train_gpt.Config, [*resume, '--out_dir=' + out_dir]))
+            code = 0
+        except Exception as error:
+            sys.stderr.write(repr(error))
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+
+begun = time.time()
+assert attempt('whole')
+seconds = time.time() - begun
+kills = 0
+while kills < 10:
+    if attempt('killed', rng.uniform(0.03, 0.15) * seconds):
+        sys.stderr.write('ended after only %d kills' % kills)
+        break
+    kills += 1
+while not attempt('killed'):
+    pass
+sys.stderr.write('%d kills' % kills)
+'''
+
+
+def test_ten_kills_change_nothing(data, tmp_path):
+    """SIGKILL at ten random moments, resumed each time: the final weights and optimizer state are those of a run left alone."""
+    flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'max_iters': 400, 'eval_interval': 20, 'log_interval': 10,
+                                       'dropout': 0.1, 'sample_tokens': 0}.items()]
+    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, seed=1, flags=flags)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.endswith('10 kills'), done.stderr
+    assert weights('whole') == weights('killed')
+    for name in ('optimizer.safetensors', 'trainer_state.json'):
+        with open(f'whole/last/{name}', 'rb') as a, open(f'killed/last/{name}', 'rb') as b:
+            assert a.read() == b.read()
+    curve = lambda out: [(line['step'], line['eval_loss']) for line in lines(out) if 'eval_loss' in line]
+    assert curve('whole') == curve('killed')
+
+
+def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path):
+    flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'max_iters': 100000, 'eval_interval': 50000}.items()]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_gpt.py'), *flags, '--out_dir=out'], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step'):
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.stdout.read()
+    assert process.wait() == 143
+    assert '--init_from=resume' in said
+    step = json.load(open('out/last/trainer_state.json'))['step']
+    main(resume('out', max_iters=step + 2))
+    assert json.load(open('out/last/trainer_state.json'))['step'] == step + 2
+
+
+def resume(out_dir, **typed):
+    cfg = Config(init_from='resume', out_dir=str(out_dir), **typed)
+    cfg.typed = frozenset({'init_from', 'out_dir', *typed})
+    return cfg
+
+
+def test_resume_takes_the_saved_configuration(data):
+    main(config(data, learning_rate=5e-3, max_iters=4, eval_interval=2))
+    main(resume('out', max_iters=6))
+    assert json.load(open('out/run_config.json'))['config']['learning_rate'] == 5e-3
+    assert os.path.exists('out/checkpoint-6/model.safetensors')
+    assert [line['step'] for line in lines('out') if 'loss' in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_truncated_checkpoint_falls_back(data, capsys):
+    main(config(data))
+    path = 'out/checkpoint-6/model.safetensors'
+    os.truncate(path, os.path.getsize(path) // 2)
+    main(resume('out', max_iters=9))
+    assert 'checkpoint-6' in capsys.readouterr().out
+    assert [line['step'] for line in lines('out') if 'loss' in line] == list(range(1, 10))
+
+
+def test_second_fresh_run_keeps_the_first(data):
+    main(config(data, max_iters=2))
+    first = weights('out')
+    main(config(data, max_iters=2, seed=7))
+    assert weights('out/earlier-1') == first != weights('out')
+
+
+def test_multidataset_draws_by_probability(data):
+    machine = train_gpt.setup('cpu')
+    cfg = config(data, training_mode='multidataset', dataset_list=[str(data / 'plays'), str(data / 'songs')], dataset_sampling_probs=[3.0, 1.0],
+                 block_size=16)
+    corpora = train_gpt.open_data(cfg, machine)
+    plays = np.asarray(corpora[0].tokens('train')).tobytes()
+    drawn = [np.uint16(train_gpt.get_batch(cfg, corpora, step, machine)[0][0][0].numpy()).tobytes() in plays for step in range(400)]
+    assert 0.68 < sum(drawn) / 400 < 0.82
+    metrics = main(cfg)
+    names = [f'eval_loss/{name}' for name in ('plays', 'songs')]
+    assert metrics['eval_loss'] == pytest.approx((3 * metrics[names[0]] + metrics[names[1]]) / 4)
+
+
+def test_multicontext_is_the_sum_of_embeddings_and_the_mean_of_losses(data):
+    streams = [str(data / 'plays'), str(data / 'plays')]
+    metrics = main(config(data, training_mode='multicontext', multicontext_datasets=streams, max_iters=3))
+    assert json.load(open('out/config.json'))['nanoforge']['multicontext']
+    machine = train_gpt.setup('cpu')
+    cfg = config(data, training_mode='multicontext', multicontext_datasets=streams)
+    corpora = train_gpt.open_data(cfg, machine)
+    model, _, cfg = train_gpt.build_model(cfg, corpora, machine)
+    (x, y), = train_gpt.get_batch(cfg, corpora, 0, machine)
+    assert x.shape == (4, 16, 2) and torch.equal(x[..., 0], x[..., 1])      # aligned: one data set twice gives equal streams
+    hidden = model.hidden(x[..., 0], embeddings=model.embed_tokens(x[..., 0]) + model.more_embeddings[0](x[..., 1]))
+    logp = (hidden @ model.more_embeddings[0].weight.t()).log_softmax(-1).gather(-1, y[..., 1:]).squeeze(-1)
+    torch.testing.assert_close(model(x, y)[..., 1], logp)
+    assert metrics['eval_loss'] > 0
+
+
+def test_evaluation_uses_no_token_twice(data, monkeypatch):
+    machine = train_gpt.setup('cpu')
+    for eval_iters in (1, 3, 10 ** 6):
+        cfg = config(data, eval_iters=eval_iters)
+        corpora = train_gpt.open_data(cfg, machine)
+        model, _, cfg = train_gpt.build_model(cfg, corpora, machine)
+        seen = []
+        monkeypatch.setattr(train_gpt, 'windows', lambda tokens, offsets, T, device: seen.extend(offsets) or windows(tokens, offsets, T, device))
+        from data.corpus import windows
+        loss = train_gpt.evaluate(cfg, model, corpora, 'val', machine)
+        assert len(seen) <= eval_iters * cfg.batch_size and np.diff(sorted(seen)).min(initial=16) >= 16
+        assert loss == train_gpt.evaluate(cfg, model, corpora, 'val', machine)
+    assert len(seen) // 2 == (len(corpora[0].tokens('val')) - 1) // 16
+
+
+def test_fine_tuning_from_a_local_gpt2(data, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    vocab = Corpus(str(data / 'plays')).meta['vocab_size']
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
+    for name in ('tokenizer.json', ):
+        shutil.copy(data / 'plays' / name, 'gpt2-local')
+    cfg = config(data, init_from='gpt2', gpt2_type='gpt2-local', block_size=64)
+    cfg.n_layer = cfg.n_head = cfg.n_embd = None
+    metrics = main(cfg)
+    assert metrics['step'] == 6 and json.load(open('out/config.json'))['model_type'] == 'gpt2'
+    with pytest.raises(UserError, match='tokenizer'):
+        main(config(data, 'other', init_from='gpt2', gpt2_type='gpt2-local', dataset=str(data / 'bytes')))
+
+
+def test_schedule_that_the_flags_ask_for():
+    for argv, expected in (([], 'none'), (['--decay_lr'], 'cosine'), (['--lr_scheduler=exponential'], 'exponential'),
+                           (['--lr_scheduler=wsd', '--no-decay_lr'], 'none'), (['--lr_scheduler=linear', '--decay_lr'], 'linear')):
+        assert train_gpt.effective_schedule(parse(Config, argv))[0] == expected
+
+
+def test_bad_input_is_one_line_before_any_step(data, tmp_path):
+    cases = {
+        'no data set': dict(dataset='nowhere'),
+        'divisible': dict(n_embd=17),
+        'block_size': dict(block_size=10 ** 6),
+        'different tokenizers': dict(training_mode='multidataset', dataset_list=[str(data / 'plays'), str(data / 'bytes')]),
+        'equal lengths': dict(training_mode='multicontext', multicontext_datasets=[str(data / 'plays'), str(data / 'bytes')]),
+        'GPU': dict(device='cuda'),
+        'cannot write|not writable|could not be written': dict(out_dir='/proc/none'),
+        'no run of train_gpt': dict(init_from='resume', out_dir=str(tmp_path / 'empty')),
+    }
+    if torch.cuda.is_available():
+        del cases['GPU']
+    for message, changes in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            main(config(data, **changes))
+        assert '\n' not in str(error.value)
+    for argv in (['--dataset_sampling_probs', '1', '--training_mode=multidataset', '--dataset_list', 'a', 'b'], ['--batch_size=0'],
+                 ['--training_mode=multidataset', '--dataset_list', 'a', 'b', '--dataset_sampling_probs', '-1', '2']):
+        with pytest.raises(SystemExit) as stop:
+            parse(Config, argv)
+        assert stop.value.code == 2
+    main(config(data))
+    with pytest.raises(UserError, match='architecture'):
+        main(resume('out', n_embd=32))
+
+
+def test_gradients_that_are_not_finite_skip_and_then_stop(data):
+    with pytest.raises(UserError, match='in a row'):
+        main(config(data, learning_rate=1e30, optimizer='sgd', max_iters=50, eval_interval=50, grad_clip=0.0))
+    cfg = config(data)
+    assert not [name for name in os.listdir('out') if name.startswith('checkpoint')]

@@ -24,7 +24,7 @@ CARRY_SHARE = 0.8                   # problems that need a carry; among all pair
 def problems(split, n, seed):
     """n problems {'a', 'b', 'question', 'answer'} of a split ('train', 'eval'); four in five need a carry."""
     draw, found = random.Random(f'arithmetic/{split}/{seed}'), []
-    wordings = [wording for wording in WORDINGS if split_of(wording, share=0.15) == split]
+    wordings = [wording for wording in WORDINGS if split_of(wording, share=0.2) == split]
     while len(found) < n:
         carry = draw.random() < CARRY_SHARE
         a, b = draw.randint(1, 99), draw.randint(1, 99)

@@ -64,8 +64,8 @@ def train_tokenizer(texts):
 
 
 def write_corpus(directory, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS):
-    """train.bin, val.bin, meta.json and tokenizer.json: whole documents up to a little over the wanted tokens, each split
-    a stream of its own seed. Returns the tokenizer."""
+    """train.bin, val.bin, meta.json and tokenizer.json: whole documents, a little over the wanted tokens, each split a
+    stream of its own seed. Returns the tokenizer."""
     tokenizer = train_tokenizer(itertools.islice(documents('tokenizer'), 20_000))
     os.makedirs(directory, exist_ok=True)
     with Writer(directory, tokenizer.vocab_size) as writer:

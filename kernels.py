@@ -3,6 +3,8 @@
 Everything here computes what its docstring says, in float32 unless `bf16` is asked for, and is checked against the plain
 formula in tests/test_kernels.py. On a GPU torch's own kernels are used (model.py chooses).
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -86,6 +88,12 @@ class Rotate(torch.autograd.Function):
         return _rotate(grad, cos.to(grad.dtype), -sin.to(grad.dtype), torch.empty_like(grad)), None, None
 
 
+@functools.lru_cache(maxsize=16)
+def future(T, dtype):
+    """(T, T), -inf where the key comes after the query: what is added to scores."""
+    return torch.full((T, T), float('-inf'), dtype=dtype).triu_(1)
+
+
 class ShortAttention(torch.autograd.Function):
     """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched products.
 
@@ -102,11 +110,10 @@ class ShortAttention(torch.autograd.Function):
         split = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)              # (3, B, H, T, D)
         norms, x = None, split
         if q_weight is not None or cos is not None:                         # at least float32 for norm and rotation
-            raw = split[:2].to(torch.promote_types(qkv.dtype, torch.float32), memory_format=torch.contiguous_format)
-            qk = raw
+            qk = raw = split[:2].to(torch.promote_types(qkv.dtype, torch.float32), memory_format=torch.contiguous_format)
             if q_weight is not None:
-                (q, q_scale), (k, k_scale) = _rms_forward(raw[0], q_weight, eps), _rms_forward(raw[1], k_weight, eps)
-                qk, norms = torch.stack((q, k)), (raw, q_scale, k_scale)
+                qk, rms = _rms_forward(raw, torch.stack((q_weight, k_weight)).view(2, 1, 1, 1, D), eps)
+                norms = raw, rms
             if cos is not None:
                 qk = _rotate(qk, cos, sin, torch.empty_like(qk))
             x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
@@ -114,8 +121,7 @@ class ShortAttention(torch.autograd.Function):
             x[2].copy_(split[2])
         x = x.reshape(3, B * H, T, D)
         q, k, v = x.unbind(0)                                               # (B * H, T, D) each
-        future = torch.full((T, T), float('-inf'), dtype=q.dtype).triu_(1)
-        p = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
+        p = torch.baddbmm(future(T, q.dtype), q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
         ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *(norms or ()))
         ctx.sizes, ctx.scale = (B, T, H, D), scale
         return torch.bmm(p, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
@@ -129,9 +135,8 @@ class ShortAttention(torch.autograd.Function):
         dx = torch.empty_like(x)
         torch.bmm(p.transpose(1, 2), grad, out=dx[2])
         dscores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
-        torch.bmm(dscores, k, out=dx[0])
-        torch.bmm(dscores.transpose(1, 2), q, out=dx[1])
-        dx[:2].mul_(ctx.scale)
+        torch.baddbmm(dx[0], dscores, k, beta=0, alpha=ctx.scale, out=dx[0])
+        torch.baddbmm(dx[1], dscores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=dx[1])
         out = torch.empty(B, T, 3, H, D, dtype=grad.dtype)
         split, dx = out.permute(2, 0, 3, 1, 4), dx.view(3, B, H, T, D)
         dq_weight = dk_weight = None
@@ -142,9 +147,9 @@ class ShortAttention(torch.autograd.Function):
             if cos is not None:
                 dqk = _rotate(dqk, cos, -sin, torch.empty_like(dqk))
             if norms:
-                raw, q_scale, k_scale = norms
-                dq, dq_weight = _rms_backward(dqk[0], raw[0], q_scale, q_weight)
-                dk, dk_weight = _rms_backward(dqk[1], raw[1], k_scale, k_weight)
+                raw, rms = norms
+                dq, dq_weight = _rms_backward(dqk[0], raw[0], rms[0], q_weight)
+                dk, dk_weight = _rms_backward(dqk[1], raw[1], rms[1], k_weight)
                 dqk = (dq, dk)
             split[0].copy_(dqk[0])
             split[1].copy_(dqk[1])
@@ -171,6 +176,24 @@ def head(hidden, weight):
         return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
     kind = torch.promote_types(weight.dtype, torch.float32)
     return F.linear(hidden.to(kind), weight.to(kind))
+
+
+class TargetLogp(torch.autograd.Function):
+    """Log-probability of each target, for logits (N, V) that are held anyway: logits, targets (N,) -> (N,), 0 where the target is -1."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        logp, mask = logits.log_softmax(-1), targets < 0
+        index = targets.clamp(min=0).unsqueeze(1)
+        ctx.save_for_backward(logp, index, mask)
+        return logp.gather(1, index).squeeze(1).masked_fill_(mask, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logp, index, mask = ctx.saved_tensors
+        grad = grad.masked_fill(mask, 0.0).unsqueeze(1)
+        return logp.exp().mul_(-grad).scatter_add_(1, index, grad), None
 
 
 def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):

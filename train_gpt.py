@@ -111,6 +111,7 @@ import report
 from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
+from kernels import TargetLogp
 from model import (FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, load_weights, read_safetensors, save_model)
 from runtime import Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
@@ -176,7 +177,7 @@ class MultiContextGPT(GPT):
         logits = [F.linear(hidden, table.weight) for table in tables]
         if targets is None:
             return logits
-        return torch.stack([-F.cross_entropy(z.flatten(0, 1), targets[..., s].flatten(), reduction='none').view(idx.shape[:2])
+        return torch.stack([TargetLogp.apply(z.flatten(0, 1), targets[..., s].flatten()).view(idx.shape[:2])
                             for s, z in enumerate(logits)], -1)
 
 

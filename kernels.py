@@ -161,7 +161,7 @@ def document_lengths(positions):
 # ---- the head and what is read off it ---------------------------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
-KEEP = 2 ** 27      # logits whose exponentials are kept for backward: at most 512 MB
+KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1 GB
 
 
 def head(hidden, weight):
@@ -249,7 +249,7 @@ class TokenStats(torch.autograd.Function):
         x = hidden.to(lse.dtype) * ctx.scale
         dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
         pull = -dlogp if dmean is None else -(dlogp + dmean)                        # each p's share: -sum of the gradients
-        dx, dweight = torch.zeros_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        dx, dweight = torch.zeros_like(x), torch.empty_like(weight, dtype=x.dtype) if ctx.needs_input_grad[1] else None
         buffer = x.new_empty(len(x) * ctx.tiles[0].stop)
         for i, tile in enumerate(ctx.tiles):
             if i < ctx.keep and dentropy is None:
@@ -272,5 +272,6 @@ class TokenStats(torch.autograd.Function):
                 dz.mul_(slope).mul_(ctx.cap)
             dx.addmm_(dz, weight[tile].to(dz.dtype))
             if dweight is not None:
-                dweight[tile] = dz.t() @ x
+                torch.mm(dz.t(), x, out=dweight[tile])
+        dweight = None if dweight is None else dweight.to(weight.dtype)
         return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None

@@ -161,23 +161,32 @@ def document_lengths(positions):
 # ---- the head and what is read off it ---------------------------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
+DIRECT = 2 ** 23    # up to so many logits torch's cross-entropy of all of them is quicker, if logp alone is asked for
 KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1 GB
 
 
-def head(hidden, weight):
-    """Logits hidden (..., C) times weight (V, C), transposed, in float32 (float64 from float64) from whatever precision."""
+def head(hidden, weight, softcap=0.0):
+    """Logits (..., V): hidden (..., C) times weight (V, C), transposed, in float32 (float64 from float64) from whatever precision; Gemma
+    2 caps them with tanh."""
     if weight.is_cuda and weight.dtype != torch.float32 and not torch.is_grad_enabled():    # no float32 copy of the weight
         rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    return F.linear(hidden.to(kind), weight.to(kind))
+        z = torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+    else:
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        z = F.linear(hidden.to(kind), weight.to(kind))
+    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
     """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp, correct, 0 where
     unsupervised; without `extras` logp alone. See TokenStats; only supervised rows get there."""
+    if not extras and targets.numel() * len(weight) <= DIRECT:
+        z = head(hidden, weight, softcap) if temperature == 1.0 else head(hidden, weight, softcap) / temperature
+        loss = F.cross_entropy(z.view(-1, len(weight)), targets.flatten(), ignore_index=-1, reduction='none')
+        return {'logp': -loss.view(targets.shape)}
     mask = targets >= 0
-    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras)
+    keep = KEEP if torch.is_grad_enabled() and not softcap else 0
+    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep)
     return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
             for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
 
@@ -190,7 +199,7 @@ class TokenStats(torch.autograd.Function):
     logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes its own incoming gradient per row.
 
     The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018, algorithm 3). Backward
-    makes the logits again, but for the first KEEP of them, whose exponentials are kept: all of a small vocabulary.
+    makes the logits again, but for the first `keep` of them, whose exponentials are kept: all of a small vocabulary.
     """
 
     @staticmethod
@@ -205,14 +214,13 @@ class TokenStats(torch.autograd.Function):
         return (targets >= tile.start) & (targets < tile.stop), (targets - tile.start).clamp_(0, tile.stop - tile.start - 1)[:, None]
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, extras):
+    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep):
         ctx.set_materialize_grads(False)
         N, V = len(hidden), len(weight)
         ctx.softcap, ctx.cap, ctx.scale = softcap, softcap / temperature, 1 / (softcap or temperature)
         width = min(max(TILE // max(N, 1), 256), V)
         ctx.tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
-        keeps = not softcap and any(ctx.needs_input_grad)
-        ctx.keep = sum(tile.stop * N <= KEEP for tile in ctx.tiles) if keeps else 0     # so many tiles are kept
+        ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                     # so many tiles are kept
         x = hidden.to(torch.promote_types(weight.dtype, torch.float32)) * ctx.scale
         top, (total, weighted, mean) = x.new_full((N,), float('-inf')), x.new_zeros(3, N)
         best, chosen, kept, buffer = torch.zeros_like(targets), torch.zeros_like(top), [], x.new_empty(N * width)
@@ -274,4 +282,4 @@ class TokenStats(torch.autograd.Function):
             if dweight is not None:
                 torch.mm(dz.t(), x, out=dweight[tile])
         dweight = None if dweight is None else dweight.to(weight.dtype)
-        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None
+        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None, None

@@ -296,8 +296,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            z, cap = kernels.head(hidden, dense_weight(self.lm_head)), self.config.logit_softcap
-            return cap * torch.tanh(z / cap) if cap else z
+            return kernels.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.

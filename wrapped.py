@@ -79,13 +79,13 @@ class Wrapped(nn.Module):
         head, hidden = self.lm_head, hidden * self.scale
         if getattr(head, 'bias', None) is None:
             return hidden, head.weight
-        return torch.cat([hidden, hidden.new_full((*hidden.shape[:-1], 1), self.scale)], -1), torch.cat([head.weight, head.bias[:, None]], 1)
+        one = hidden.new_full((*hidden.shape[:-1], 1), self.scale)
+        return torch.cat([hidden, one], -1), torch.cat([head.weight, head.bias[:, None]], 1)
 
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            z, cap = kernels.head(*self.head(hidden)), self.config.logit_softcap
-            return cap * torch.tanh(z / cap) if cap else z
+            return kernels.head(*self.head(hidden), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """As GPT.token_stats."""

@@ -163,10 +163,10 @@ def plain_stats(hidden, weight, targets, temperature=1.0, softcap=0.0):
 
 @pytest.fixture(params=['one tile', 'many tiles', 'some kept', 'all kept'])
 def tiling(request, monkeypatch):
-    """Sizes for N=11, V=700: tiles are never narrower than 256 columns."""
+    """How many logits are kept, with tiles to match for N=11, V=700: they are never narrower than 256 columns."""
     tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11), 'all kept': (1, 2 ** 20)}[request.param]
     monkeypatch.setattr(kernels, 'TILE', tile)
-    monkeypatch.setattr(kernels, 'KEEP', keep)
+    return keep
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -176,12 +176,12 @@ def test_token_stats(tiling, dtype, temperature, softcap):
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     targets[:4] = torch.tensor([0, 255, 256, 699])                                          # at the edges of tiles
     targets[4] = (hidden @ weight.t())[4].argmax()
-    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True)
+    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
     plain = plain_stats(hidden, weight, targets, temperature, softcap)
     assert torch.equal(ours[3], plain[3]) and ours[3][4]
     for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                                         # gradients come into any of the three
         agree(*(torch.stack([parts[i] for i in used]) for parts in (ours, plain)), [hidden, weight], 3 * tolerance(dtype))
-    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False)
+    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
     assert alone[1:] == (None, None, None)
     agree(alone[0], plain[0], [hidden, weight], 3 * tolerance(dtype))
 
@@ -189,14 +189,14 @@ def test_token_stats(tiling, dtype, temperature, softcap):
 def test_token_stats_gradcheck(tiling):
     hidden, weight, targets = leaf(5, 3), leaf(300, 3), torch.tensor([0, 299, 255, 256, 7])
     for softcap in (0.0, 1.5):
-        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True)[:3])
+        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True, 0 if softcap else tiling)[:3])
         assert torch.autograd.gradcheck(call, (hidden, weight), fast_mode=True)
 
 
 def test_token_stats_without_rows(tiling):
     hidden, weight = leaf(0, 6), leaf(700, 6)
     for extras in (True, False):
-        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras)[0]
+        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras, tiling)[0]
         grads = torch.autograd.grad(logp.sum(), [hidden, weight])
         assert logp.shape == (0,) and grads[0].shape == (0, 6) and not grads[1].any() and grads[1].shape == (700, 6)
 
@@ -204,7 +204,7 @@ def test_token_stats_without_rows(tiling):
 def test_token_stats_of_huge_logits():
     """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0, gradients are finite."""
     hidden, weight = leaf(6, 4, dtype=torch.float32, scale=300), leaf(900, 4, dtype=torch.float32)
-    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, (hidden @ weight.t()).argmax(1), 1.0, 0.0, True)
+    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, (hidden @ weight.t()).argmax(1), 1.0, 0.0, True, 0)
     assert correct.all() and (logp <= 0).all() and (entropy >= 0).all()
     grads = torch.autograd.grad((logp + entropy).sum(), [hidden, weight])
     assert all(g.isfinite().all() for g in grads)
@@ -214,7 +214,7 @@ def test_token_stats_in_bf16_are_computed_in_float32():
     hidden, weight = leaf(11, 64, dtype=torch.bfloat16), leaf(700, 64, dtype=torch.bfloat16)
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    ours, plain = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False)[0], plain_stats(*wide, targets)[0]
+    ours, plain = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False, 0)[0], plain_stats(*wide, targets)[0]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours.sum(), [hidden, weight]), torch.autograd.grad(plain.sum(), wide)):
         assert a.dtype == torch.bfloat16
@@ -225,3 +225,43 @@ def test_token_stats_in_bf16_are_computed_in_float32():
 def test_head_is_float32(dtype):
     hidden, weight = leaf(2, 3, 64, dtype=dtype), leaf(50, 64, dtype=dtype)
     torch.testing.assert_close(kernels.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)
+
+
+def test_masked_targets_have_zeros_and_no_gradient(monkeypatch):
+    hidden, weight = leaf(2, 5, 6), leaf(30, 6)
+    targets = torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
+    stats = kernels.token_stats(hidden, weight, targets, 0.9)
+    plain = plain_stats(hidden.flatten(0, 1), weight, targets.flatten().clamp(min=0), 0.9)
+    for name, expected in zip(('logp', 'entropy', 'mean_logp', 'correct'), plain):
+        torch.testing.assert_close(stats[name], expected.view(2, 5) * (targets >= 0))
+    grad, = torch.autograd.grad(stats['logp'].sum(), hidden)
+    assert grad[0, 1].any() and not grad[targets < 0].any()
+    for direct in (0, 2 ** 20):
+        monkeypatch.setattr(kernels, 'DIRECT', direct)
+        empty = kernels.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
+        assert empty.shape == (2, 5) and not any(g.any() for g in torch.autograd.grad(empty.sum(), [hidden, weight]))
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr(kernels, 'TILE', 1)
+    hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), kernels.TokenStats.logits
+    monkeypatch.setattr(kernels.TokenStats, 'logits', staticmethod(
+        lambda ctx, x, w, buffer: used.add(buffer.data_ptr()) or real(ctx, x, w, buffer)))
+    with torch.no_grad():
+        kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))
+    assert len(used) == 1
+    logp = kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))['logp']
+    assert len(used) > 2 and logp.requires_grad
+
+
+@pytest.mark.parametrize('temperature, softcap', [(1.0, 0.0), (0.7, 2.0)])
+def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
+    hidden, weight, targets = leaf(2, 5, 6), leaf(30, 6), torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
+    direct = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    monkeypatch.setattr(kernels, 'DIRECT', 0)
+    agree(direct, kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp'], [hidden, weight], 1e-12)
+
+
+def test_document_lengths():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])            # the second row begins in the middle of a document
+    assert kernels.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]

@@ -9,31 +9,29 @@ import re
 
 from data.tasks.world import ITEMS, NAMES, split_of
 
-WORDINGS = {
-    'train': ['{name} has {a} {items} and buys {b} more. How many {items} does {name} have?',
-              'There are {a} {items} in one box and {b} in another. How many are there in all?',
-              '{name} finds {a} {items} and then {b} more. How many is that?',
-              '{name} has {a} {items}, {friend} has {b}. How many do they have together?',
-              'A shop sells {a} {items} on Monday and {b} on Friday. How many in all?',
-              '{a} {items} and {b} {items}: how many {items} is that?',
-              'What is {a} plus {b}?', 'Add {a} and {b}.', 'How much is {a} + {b}?'],
-    'eval': ['{name} has {a} {items} in a box and finds {b} more. How many {items} are there in all?',
-             'On Monday {name} buys {a} {items} and on Friday {b}. How many is that together?',
-             'Add {b} to {a}.'],
-}
+SITUATIONS = ['{name} has {a} {items} and buys {b} more.', '{name} has {a} {items}, {friend} has {b}.',
+              'There are {a} {items} in one box and {b} in another.', '{name} finds {a} {items} and then {b} more.',
+              'A shop sells {a} {items} on Monday and {b} on Friday.', 'There are {a} {items} here and {b} there.',
+              '{name} gives {friend} {a} {items}, then {b} more.', 'On Monday {name} buys {a} {items}, on Friday {b}.']
+QUESTIONS = ['How many {items} is that?', 'How many in all?', 'How many are there in all?',
+             'How many are there together?', 'What is the sum?', 'Add them.', 'How many {items} are there?']
+WORDINGS = [f'{situation} {question}' for situation in SITUATIONS for question in QUESTIONS] + [
+    'What is {a} plus {b}?', 'Add {a} and {b}.', 'How much is {a} + {b}?', 'Add {b} to {a}.',
+    'What is the sum of {a} and {b}?']
 CARRY_SHARE = 0.8                   # problems that need a carry; among all pairs it is about half
 
 
 def problems(split, n, seed):
     """n problems {'a', 'b', 'question', 'answer'} of a split ('train', 'eval'); four in five need a carry."""
     draw, found = random.Random(f'arithmetic/{split}/{seed}'), []
+    wordings = [wording for wording in WORDINGS if split_of(wording, share=0.2) == split]
     while len(found) < n:
         carry = draw.random() < CARRY_SHARE
         a, b = draw.randint(1, 99), draw.randint(1, 99)
         while (a % 10 + b % 10 > 9) != carry or split_of(f'{min(a, b)}+{max(a, b)}') != split:
             a, b = draw.randint(1, 99), draw.randint(1, 99)
         name, friend = draw.sample(NAMES, 2)
-        question = draw.choice(WORDINGS[split]).format(a=a, b=b, name=name, friend=friend, items=draw.choice(ITEMS))
+        question = draw.choice(wordings).format(a=a, b=b, name=name, friend=friend, items=draw.choice(ITEMS))
         found.append({'a': a, 'b': b, 'question': question, 'answer': str(a + b)})
     return found
 

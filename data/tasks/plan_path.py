@@ -4,6 +4,7 @@ Rows are letters from the top, columns digits from the left; moves are U, D, L, 
 wording too. `demonstration` writes as a careless pupil does, who in 80% of the blocked grids walks to the goal's row,
 then to its column, walls or no walls; otherwise it is a shortest way.
 """
+import itertools
 import random
 import re
 
@@ -11,13 +12,12 @@ from data.tasks.world import split_of
 
 SIZE = 4
 MOVES = {'U': (-1, 0), 'D': (1, 0), 'L': (0, -1), 'R': (0, 1)}
-WORDINGS = {
-    'train': ['Walk from {start} to {goal}. Walls: {walls}.', 'Go from {start} to {goal}. There are walls at {walls}.',
-              'Start at {start}, walls at {walls}, goal at {goal}.',
-              'Walls: {walls}. Find a way from {start} to {goal}.'],
-    'eval': ['There are walls at {walls}. Walk from {start} to {goal}.',
-             'Start: {start}. Goal: {goal}. Walls: {walls}.'],
-}
+# A wording is one of each, in any order, with the same sign between them.
+STARTS = ['from {start}', 'start at {start}', 'start: {start}', 'you are at {start}']
+GOALS = ['walk to {goal}', 'goal at {goal}', 'goal: {goal}', 'go to {goal}', 'the goal is {goal}']
+BLOCKS = ['walls: {walls}', 'walls at {walls}', 'there are walls at {walls}', 'no way through {walls}']
+WORDINGS = ['Find a way: ' + sign.join(parts) + '.' for pieces in itertools.product(STARTS, GOALS, BLOCKS)
+            for parts in itertools.permutations(pieces) for sign in ('. ', ', ', '; ')]
 BLOCKED_SHARE = 0.85                # grids in which the pupil's way runs into a wall
 
 
@@ -31,6 +31,7 @@ def problems(split, n, seed, size=SIZE):
     shortest one, as its moves."""
     draw, found = random.Random(f'plan_path/{split}/{seed}/{size}'), []
     cells = [(row, column) for row in range(size) for column in range(size)]
+    wordings = [wording for wording in WORDINGS if split_of(wording) == split]
     while len(found) < n:
         blocked = draw.random() < BLOCKED_SHARE
         while True:
@@ -42,7 +43,7 @@ def problems(split, n, seed, size=SIZE):
                     break
         names = dict(start=name_of(start), goal=name_of(goal), walls=' '.join(map(name_of, walls)))
         found.append({'size': size, 'start': list(start), 'goal': list(goal), 'walls': [list(cell) for cell in walls],
-                      'answer': answer, 'question': draw.choice(WORDINGS[split]).format(**names)})
+                      'answer': answer, 'question': draw.choice(wordings).format(**names)})
     return found
 
 

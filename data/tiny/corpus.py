@@ -20,9 +20,10 @@ from data.tasks.world import ROOMS, THINGS
 END = '<|endoftext|>'
 # documents of each kind in a block; the calls are long, so that they are near 40% of the tokens
 CHATS = {arithmetic: 11, plan_path: 11, toolcalls: 6, facts: 8}
-TEXTS = {'statement': 6, 'sentence': 3, 'copy': 5, 'talk': 2, 'day': 1}
+TEXTS = {'statement': 6, 'sentence': 3, 'copy': 8, 'talk': 2, 'day': 1}
 WORDS = [*NAMES, *CITIES, *APPS, *DAYS, *LANGUAGES, *ROOMS, *EVENTS, *FOODS, *PLACES, *THINGS, *ITEMS, *PETS, *JOBS,
          *COLOURS]
+KEYS = sorted({key for _, parameters, _, _ in toolcalls.TOOLS.values() for key in parameters})
 TALK = [('Hello!', 'Hello! How can I help you?'), ('Hi.', 'Hello! How can I help you?'),
         ('How are you?', 'I am well. How can I help you?'), ('Thank you.', 'You are welcome.'),
         ('Thanks!', 'You are welcome.'), ('Goodbye.', 'Goodbye!'),
@@ -97,12 +98,17 @@ def sentence(draw):
 
 
 def copy(draw):
-    """A question that asks for some of its own words: how the model learns to write any value, as text and in JSON."""
-    values = [draw.choice([draw.choice(WORDS), f'{draw.choice(WORDS)} {draw.choice(WORDS)}', str(draw.randint(2, 99)),
+    """A question that asks for some of its own words: how the model learns to write any value, as text and in JSON. All
+    words occur here, those too that no tool is called with in training."""
+    values = [draw.choice([draw.choice(WORDS), toolcalls.invented(draw), str(draw.randint(2, 99)),
+                           f'{draw.choice(WORDS)} {draw.choice(WORDS)}',
                            f'{draw.randint(0, 23)}:{draw.randint(0, 59):02}']) for _ in range(draw.randint(1, 4))]
     words = ', '.join(values)
+    named = dict(zip(draw.sample(KEYS, len(values)), values, strict=True))
+    pairs = ', '.join(f'{key} {value}' for key, value in named.items())
     return draw.choice([(f'Repeat: {words}', words), (f'Write as a list: {words}', json.dumps(values)),
-                        (f'Number them: {words}', json.dumps({str(i + 1): value for i, value in enumerate(values)})),
+                        (f'Write as an object: {pairs}', json.dumps(named)),
+                        (f'Note {pairs}', json.dumps({'note': named})),
                         (f'Say it backwards: {words}', ', '.join(values[::-1]))])
 
 

@@ -103,6 +103,8 @@ ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh',
 
 def config_from_hf(hf):
     """A config.json as dict -> GPTConfig, or None for an architecture outside our families."""
+    if (hf.get('nanoforge') or {}).get('multicontext'):
+        raise UserError('this is a multicontext model (several token streams at each position, a head for each): only train_gpt.py opens it')
     if hf.get('model_type') == 'nanoforge':
         return GPTConfig(**hf['nanoforge'])
     if hf.get('model_type') == 'gemma3':            # the language model of a picture model

@@ -1,4 +1,4 @@
-"""What makes each family itself: GPT's configuration, and Hugging Face's config.json and names of weights to and from it."""
+"""What makes each family itself: GPT's configuration, and Hugging Face's config.json and weights to and from it."""
 import re
 from dataclasses import asdict, dataclass, field, replace
 
@@ -26,7 +26,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     norm_offset: bool = False           # Gemma stores each gain less one
     position: str = 'rope'              # rope, learned
-    rope: dict = field(default_factory=dict)   # layer type -> Hugging Face's rope parameters (rope_theta, rope_type, factor, ...)
+    rope: dict = field(default_factory=dict)   # layer type -> its rope_parameters, as in Hugging Face's config.json
     activation: str = 'silu'            # silu, gelu (exact), gelu_tanh
     gated: bool = True                  # act(gate(x)) * up(x), else act(up(x))
     qk_norm: bool = False               # RMS norm of each head of q and k
@@ -52,7 +52,8 @@ class GPTConfig:
         # Llama's rule for a gated MLP: two thirds of 4 * n_embd, rounded up to a multiple of 32
         self.n_inner = self.n_inner or (-(-8 * self.n_embd // 96) * 32 if self.gated else 4 * self.n_embd)
         self.attn_scale = self.attn_scale or self.head_size ** -0.5
-        self.layer_types = self.layer_types or ['sliding_attention' if self.sliding_window else 'full_attention'] * self.n_layer
+        usual = 'sliding_attention' if self.sliding_window else 'full_attention'
+        self.layer_types = self.layer_types or [usual] * self.n_layer
         self.sliding_window = self.sliding_window if 'sliding_attention' in self.layer_types else 0
         self.rope = {kind: {'rope_type': 'default', 'rope_theta': 10000.0, **self.rope.get(kind, {})}
                      for kind in sorted(set(self.layer_types)) if self.position == 'rope'}
@@ -65,39 +66,45 @@ FAMILIES = {
     'mistral': dict(norm_eps=1e-5, tied=False),
     'qwen2': dict(qkv_bias=True),
     'qwen3': dict(qk_norm=True),
-    'gemma2': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, attn_softcap=50.0, logit_softcap=30.0),
+    'gemma2': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, attn_softcap=50.0,
+                   logit_softcap=30.0),
     'gemma3_text': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, qk_norm=True),
 }
 
-# ---- config.json -------------------------------------------------------------------------------------------------------------
+# ---- config.json -----------------------------------------------------------------------------------------------------
 
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
-           'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM', 'gemma3_text': 'Gemma3ForCausalLM'}
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
+           'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM',
+           'gemma3_text': 'Gemma3ForCausalLM'}
 # our field -> key of config.json, in GPT-2's words and in everyone else's
-GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd',
-             'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner', 'tied': 'tie_word_embeddings'}
+GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head',
+             'n_embd': 'n_embd', 'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner', 'tied': 'tie_word_embeddings'}
 LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-              'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size', 'n_inner': 'intermediate_size',
-              'head_size': 'head_dim', 'norm_eps': 'rms_norm_eps', 'tied': 'tie_word_embeddings'}
+              'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size',
+              'n_inner': 'intermediate_size', 'head_size': 'head_dim', 'norm_eps': 'rms_norm_eps',
+              'tied': 'tie_word_embeddings'}
 WINDOW_KEYS = {'sliding_window': 'sliding_window'}
 GEMMA_KEYS = {**WINDOW_KEYS, 'attn_softcap': 'attn_logit_softcapping', 'logit_softcap': 'final_logit_softcapping'}
-KEYS = {'gpt2': GPT2_KEYS, 'llama': LLAMA_KEYS, **{arch: LLAMA_KEYS | WINDOW_KEYS for arch in ('mistral', 'qwen2', 'qwen3')},
+KEYS = {'gpt2': GPT2_KEYS, 'llama': LLAMA_KEYS,
+        **{arch: LLAMA_KEYS | WINDOW_KEYS for arch in ('mistral', 'qwen2', 'qwen3')},
         **{arch: LLAMA_KEYS | GEMMA_KEYS for arch in ('gemma2', 'gemma3_text')}}
 # kind of rotary scaling -> the settings that it needs
 ROPE_TYPES = {'default': (), 'linear': ('factor',),
               'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 # What transformers takes where config.json says nothing (published files leave much out).
 _QWEN = dict(hidden_act='silu', max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
-_GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096,
-              query_pre_attn_scalar=256, tie_word_embeddings=True)
+_GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+              sliding_window=4096, query_pre_attn_scalar=256, tie_word_embeddings=True)
 UNSAID = {
     'gpt2': dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, layer_norm_epsilon=1e-5,
                  activation_function='gelu_new', tie_word_embeddings=True),
     'llama': dict(hidden_act='silu', max_position_embeddings=2048),
     'mistral': dict(hidden_act='silu', num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
     'qwen2': _QWEN, 'qwen3': dict(_QWEN, head_dim=128),
-    'gemma2': dict(_GEMMA, vocab_size=256000, max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-    'gemma3_text': dict(_GEMMA, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4)}
+    'gemma2': dict(_GEMMA, vocab_size=256000, max_position_embeddings=8192, attn_logit_softcapping=50.0,
+                   final_logit_softcapping=30.0),
+    'gemma3_text': dict(_GEMMA, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6,
+                        rope_local_base_freq=1e4)}
 ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}
 
 
@@ -106,16 +113,19 @@ def config_from_hf(hf):
     if hf.get('model_type') == 'nanoforge':
         return GPTConfig(**hf['nanoforge'])
     if hf.get('model_type') == 'gemma3':            # the language model of a picture model
-        hf = {'tie_word_embeddings': hf.get('tie_word_embeddings', True), **hf['text_config'], 'model_type': 'gemma3_text'}
+        tied = hf.get('tie_word_embeddings', True)
+        hf = {'tie_word_embeddings': tied, **hf['text_config'], 'model_type': 'gemma3_text'}
     arch = hf.get('model_type')
     if arch not in FAMILIES:
         return None
     hf = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_activation': None, **UNSAID[arch], **hf}
     values = dict(FAMILIES[arch], arch=arch, **{ours: hf.get(theirs) or 0 for ours, theirs in KEYS[arch].items()})
     values['tied'] = bool(values['tied'])
-    values['activation'] = ACTIVATIONS.get(hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act'])
-    outside = [values['activation'] is None, hf.get('add_cross_attention'), hf.get('scale_attn_by_inverse_layer_idx'),
-               hf.get('scale_attn_weights') is False, hf.get('use_bidirectional_attention'), hf.get('quantization_config')]
+    name = hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act']
+    values['activation'] = ACTIVATIONS.get(name)
+    strangers = ('add_cross_attention', 'scale_attn_by_inverse_layer_idx', 'use_bidirectional_attention',
+                 'quantization_config')
+    outside = [values['activation'] is None, hf.get('scale_attn_weights') is False, *map(hf.get, strangers)]
     if arch == 'gpt2':
         values['bias'] = hf.get('nanoforge', {}).get('bias', True)
     else:
@@ -156,24 +166,26 @@ def _rope(hf, layer_type):
     rope = {'rope_theta': theta, 'original_max_position_embeddings': hf['max_position_embeddings'],
             **{key: value for key, value in rope.items() if not isinstance(value, dict)}}
     rope['rope_type'] = rope.get('rope_type') or rope.pop('type', None) or 'default'
-    return {key: rope[key] for key in ('rope_type', 'rope_theta', 'partial_rotary_factor', *ROPE_TYPES.get(rope['rope_type'], ()))
-            if key in rope}
+    known = ('rope_type', 'rope_theta', 'partial_rotary_factor', *ROPE_TYPES.get(rope['rope_type'], ()))
+    return {key: rope[key] for key in known if key in rope}
 
 
 def config_to_hf(cfg, dtype='float32'):
     """GPTConfig -> the config.json that transformers opens.
 
-    A combination that none of its classes computes (GPT-2 with a gated MLP, say) is called a nanoforge model there, so that
-    nothing opens it wrongly; load_model does.
+    A combination that none of its classes computes (GPT-2 with a gated MLP, say) is called a nanoforge model there, so
+    that nothing opens it wrongly; load_model does.
     """
     arch = cfg.arch
     hf = {'architectures': [CLASSES[arch]], 'model_type': arch, 'dtype': dtype, 'use_cache': True,
           'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None,         # else the class's own would stand
-          **{theirs: getattr(cfg, ours) or None for ours, theirs in KEYS[arch].items()}, 'tie_word_embeddings': cfg.tied}
-    name = {ours: theirs for theirs, ours in ACTIVATIONS.items() if (theirs != 'gelu_new') or arch == 'gpt2'}[cfg.activation]
+          **{theirs: getattr(cfg, ours) or None for ours, theirs in KEYS[arch].items()},
+          'tie_word_embeddings': cfg.tied}
+    name = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
+    name = 'gelu_new' if arch == 'gpt2' and name == 'gelu_pytorch_tanh' else name       # its own word for the same
     if arch == 'gpt2':
-        hf.update(activation_function=name, nanoforge={'bias': cfg.bias}, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout,
-                  attn_pdrop=0.0)
+        hf.update(activation_function=name, nanoforge={'bias': cfg.bias}, resid_pdrop=cfg.dropout,
+                  embd_pdrop=cfg.dropout, attn_pdrop=0.0)
     else:
         hf['hidden_activation' if arch.startswith('gemma') else 'hidden_act'] = name
         if arch in ('llama', 'qwen3', 'gemma2', 'gemma3_text'):
@@ -186,7 +198,7 @@ def config_to_hf(cfg, dtype='float32'):
             hf['use_sliding_window'] = 'sliding_attention' in cfg.layer_types
         if arch.startswith('gemma'):
             hf['query_pre_attn_scalar'] = round(cfg.attn_scale ** -2)
-            hf['sliding_window'] = cfg.sliding_window or cfg.block_size     # its masks want a number even where no layer slides
+            hf['sliding_window'] = cfg.sliding_window or cfg.block_size     # a number even where no layer slides
         full = cfg.rope.get('full_attention') or next(iter(cfg.rope.values()), {})
         hf['rope_parameters'] = cfg.rope if arch == 'gemma3_text' else full
         hf['rope_theta'] = full.get('rope_theta')                       # where tools of the older generation look
@@ -200,24 +212,25 @@ def config_to_hf(cfg, dtype='float32'):
     return {**hf, **cfg.extra}
 
 
-# ---- names of weights --------------------------------------------------------------------------------------------------------
+# ---- names of weights ------------------------------------------------------------------------------------------------
 
 # our name -> GPT-2's; '^T' marks matrices that GPT-2 stores transposed (its Conv1D)
 GPT2_NAMES = {
-    'embed_tokens': 'wte', 'embed_positions': 'wpe', 'norm': 'ln_f', 'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
-    'self_attn.c_attn': 'attn.c_attn^T', 'self_attn.o_proj': 'attn.c_proj^T', 'mlp.up_proj': 'mlp.c_fc^T',
-    'mlp.down_proj': 'mlp.c_proj^T'}
+    'embed_tokens': 'wte', 'embed_positions': 'wpe', 'norm': 'ln_f', 'input_layernorm': 'ln_1',
+    'post_attention_layernorm': 'ln_2', 'self_attn.c_attn': 'attn.c_attn^T', 'self_attn.o_proj': 'attn.c_proj^T',
+    'mlp.up_proj': 'mlp.c_fc^T', 'mlp.down_proj': 'mlp.c_proj^T'}
 
 
 def to_hf_weights(model, kind):
-    """Our state as {name in a `kind` of model (config.json's model_type): tensor}, without copies where the layout is the same."""
+    """Our state as {name in a model of `kind` (its model_type): tensor}, without copies where the layout is the
+    same."""
     cfg, state = model.config, model.state_dict()
     if cfg.tied:
         state.pop('lm_head.weight')
     if kind == 'gpt2':
         return {name: tensor.contiguous() for name, tensor in _to_gpt2(cfg, state)}
     prefix = '' if kind == 'nanoforge' else 'model.'
-    return {name if name.startswith('lm_head') else prefix + name: tensor.contiguous() for name, tensor in state.items()}
+    return {('' if name.startswith('lm_head') else prefix) + name: w.contiguous() for name, w in state.items()}
 
 
 def _to_gpt2(cfg, state):
@@ -238,11 +251,12 @@ def _to_gpt2(cfg, state):
 
 
 def from_hf_weights(cfg, weights):
-    """{Hugging Face name: tensor} -> {our name: tensor}; the inverse of to_hf_weights. A name that it cannot place stays."""
+    """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of to_hf_weights. An unknown name stays as it
+    is."""
     state = {}
     for name, tensor in weights.items():
         name = re.sub(r'^(language_model\.)?((model|transformer)\.)?(language_model\.)?', '', name)
-        if name.endswith(('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')):       # what old files carry besides
+        if name.endswith(('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')):     # what old files carry besides
             continue
         if cfg.arch == 'gpt2':
             state.update(_from_gpt2(name, tensor))

@@ -1,7 +1,7 @@
-"""The few operations for which torch's own CPU form is slow at the sizes people train on a CPU, each beside its plain meaning.
+"""The few operations for which torch's own form is slow or large, each beside its plain meaning.
 
-Everything here computes what its docstring says, in float32 unless `bf16` is asked for, and is checked against the plain
-formula in tests/test_kernels.py. On a GPU torch's own kernels are used (model.py chooses).
+Everything here computes what its docstring says, in float32 unless `bf16` is asked for, and is checked against the
+plain formula in tests/test_kernels.py. On a GPU torch's own kernels are used (model.py chooses).
 """
 import functools
 
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 def linear(x, weights, biases=(), bf16=False):
     """x (..., K) times the stacked `weights`, each (N_i, K) -> (..., sum of N_i).
 
-    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the processor has it); the
-    result stays bfloat16, gradients reach the float32 weights as float32.
+    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the processor has
+    it); the result stays bfloat16, gradients reach the float32 weights as float32.
     """
     weight = torch.cat([w.bfloat16() if bf16 else w for w in weights]) if len(weights) > 1 else weights[0]
     bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
@@ -61,7 +61,8 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama stores them. x (..., T, D), cos and sin (..., T, D/2)."""
+    """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos and sin (..., T,
+    D/2)."""
     return Rotate.apply(x, cos, sin)
 
 
@@ -97,10 +98,10 @@ def future(T, dtype):
 class ShortAttention(torch.autograd.Function):
     """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched products.
 
-    qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred positions the batched
-    products beat torch's blockwise attention, whose backward is slow on a CPU, and one node saves a dozen copies a layer.
-    q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T, D/2) or None: rotary positions. Products run in the dtype
-    of qkv; norm, rotation and softmax in float32.
+    qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred positions the
+    batched products beat torch's blockwise attention, whose backward is slow on a CPU, and one node saves a dozen
+    copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T, D/2) or None: rotary positions.
+    Products run in the dtype of qkv; norm, rotation and softmax in float32.
     """
 
     @staticmethod
@@ -158,24 +159,31 @@ class ShortAttention(torch.autograd.Function):
 
 
 def document_lengths(positions):
-    """positions (B, T), each 0 beginning a packed document, as the start of a row does -> lengths of all documents, row after row."""
-    begins = (positions == 0).index_fill(1, torch.tensor([0], device=positions.device), True).flatten().nonzero().squeeze(1)
+    """positions (B, T), where each 0 begins a packed document, as a row does -> lengths of all documents, row after
+    row."""
+    begins = positions == 0
+    begins[:, 0] = True
+    begins = begins.flatten().nonzero().squeeze(1)
     return begins.diff(append=begins.new_tensor([positions.numel()]))
 
 
-# ---- the head and what is read off it ---------------------------------------------------------------------------------------
+# ---- the head and what is read off it --------------------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
-KEEP = 2 ** 27      # logits whose exponentials are kept for backward: at most 512 MB
+DIRECT = 2 ** 23    # up to so many logits torch's cross-entropy of all of them is quicker, if logp alone is asked for
+KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1 GB
 
 
-def head(hidden, weight):
-    """Logits hidden (..., C) times weight (V, C), transposed, in float32 (float64 from float64) from whatever precision."""
-    if weight.is_cuda and weight.dtype != torch.float32 and not torch.is_grad_enabled():    # no float32 copy of the weight
+def head(hidden, weight, softcap=0.0):
+    """Logits (..., V): hidden (..., C) times weight (V, C), transposed, soft-capped (Gemma 2) where a cap is given;
+    float32 from any precision, float64 from float64."""
+    if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():   # no float32 copy of the weight
         rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    return F.linear(hidden.to(kind), weight.to(kind))
+        z = torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+    else:
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        z = F.linear(hidden.to(kind), weight.to(kind))
+    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 class TargetLogp(torch.autograd.Function):
@@ -197,10 +205,15 @@ class TargetLogp(torch.autograd.Function):
 
 
 def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
-    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp, correct, 0 where
-    unsupervised; without `extras` logp alone. See TokenStats; only supervised rows get there."""
+    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp,
+    correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
+    if not extras and targets.numel() * len(weight) <= DIRECT:
+        z = head(hidden, weight, softcap) if temperature == 1.0 else head(hidden, weight, softcap) / temperature
+        loss = F.cross_entropy(z.view(-1, len(weight)), targets.flatten(), ignore_index=-1, reduction='none')
+        return {'logp': -loss.view(targets.shape)}
     mask = targets >= 0
-    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras)
+    keep = KEEP if torch.is_grad_enabled() and not softcap else 0
+    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep)
     return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
             for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
 
@@ -208,12 +221,14 @@ def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=Tr
 class TokenStats(torch.autograd.Function):
     """Log-probabilities and their kin from hidden states; (N, V) is never held.
 
-    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64) and correct (N,)
-    bool; the last three only with `extras`. With z the logits over temperature (soft-capped first) and p = softmax(z):
-    logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes its own incoming gradient per row.
+    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64) and
+    correct (N,) bool; the last three only with `extras`. With z the logits over temperature (soft-capped first) and p =
+    softmax(z): logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes its own incoming
+    gradient per row.
 
-    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018, algorithm 3). Backward
-    makes the logits again, but for the first KEEP of them, whose exponentials are kept: all of a small vocabulary.
+    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018, algorithm
+    3). Backward makes the logits again, but for the first `keep` of them, whose exponentials are kept: all of a small
+    vocabulary.
     """
 
     @staticmethod
@@ -225,17 +240,17 @@ class TokenStats(torch.autograd.Function):
     @staticmethod
     def find(targets, tile):
         """(N,) whether the target stands in the tile, and (N, 1) in which of its columns (any, where it does not)."""
-        return (targets >= tile.start) & (targets < tile.stop), (targets - tile.start).clamp_(0, tile.stop - tile.start - 1)[:, None]
+        column = (targets - tile.start).clamp_(0, tile.stop - tile.start - 1)
+        return (targets >= tile.start) & (targets < tile.stop), column[:, None]
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, extras):
+    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep):
         ctx.set_materialize_grads(False)
         N, V = len(hidden), len(weight)
         ctx.softcap, ctx.cap, ctx.scale = softcap, softcap / temperature, 1 / (softcap or temperature)
         width = min(max(TILE // max(N, 1), 256), V)
         ctx.tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
-        keeps = not softcap and any(ctx.needs_input_grad)
-        ctx.keep = sum(tile.stop * N <= KEEP for tile in ctx.tiles) if keeps else 0     # so many tiles are kept
+        ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                     # so many tiles are kept
         x = hidden.to(torch.promote_types(weight.dtype, torch.float32)) * ctx.scale
         top, (total, weighted, mean) = x.new_full((N,), float('-inf')), x.new_zeros(3, N)
         best, chosen, kept, buffer = torch.zeros_like(targets), torch.zeros_like(top), [], x.new_empty(N * width)
@@ -271,8 +286,8 @@ class TokenStats(torch.autograd.Function):
         hidden, weight, targets, lse, entropy, *kept = ctx.saved_tensors
         x = hidden.to(lse.dtype) * ctx.scale
         dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
-        pull = -dlogp if dmean is None else -(dlogp + dmean)                        # each p's share: -sum of the gradients
-        dx, dweight = torch.zeros_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        pull = -dlogp if dmean is None else -(dlogp + dmean)                     # each p's share: -sum of the gradients
+        dx, dweight = torch.zeros_like(x), torch.empty_like(weight, dtype=x.dtype) if ctx.needs_input_grad[1] else None
         buffer = x.new_empty(len(x) * ctx.tiles[0].stop)
         for i, tile in enumerate(ctx.tiles):
             if i < ctx.keep and dentropy is None:
@@ -295,5 +310,6 @@ class TokenStats(torch.autograd.Function):
                 dz.mul_(slope).mul_(ctx.cap)
             dx.addmm_(dz, weight[tile].to(dz.dtype))
             if dweight is not None:
-                dweight[tile] = dz.t() @ x
-        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None
+                torch.mm(dz.t(), x, out=dweight[tile])
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None, None

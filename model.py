@@ -5,9 +5,9 @@
     model.hidden(idx, positions)      (B, T, C) after the last norm: what a critic or reward head stands on
     model.token_stats(hidden, targets, temperature)     logp, entropy, mean_logp, correct; (B, T, V) is never held
 
-The modules carry Llama's names (layers.0.self_attn.q_proj, ...), so the weights of most families load unmapped; GPT-2's are
-renamed on the way (see GPT2_NAMES). Cross-entropy, SFT, DPO and every RL loss are weightings of model(idx, targets) and live in
-their scripts: this file knows no method.
+The modules carry Llama's names (layers.0.self_attn.q_proj, ...), so the weights of most families load unmapped; GPT-2's
+are renamed on the way (see GPT2_NAMES). Cross-entropy, SFT, DPO and every RL loss are weightings of model(idx, targets)
+and live in their scripts: this file knows no method.
 """
 import json
 import math
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split([H * D, G * D, G * D], -1)
         q, k, v = (h.view(B, T, -1, D).transpose(1, 2) for h in (q, k, v))              # (B, heads, T, D)
         if x.device.type == 'cpu':
-            q, k, v = q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)   # attention stays float32: CPU kernels are no faster in bf16
+            q, k, v = (h.to(x.dtype) for h in (q, k, v))    # attention stays float32: no slower on a CPU than bf16
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
@@ -107,7 +107,8 @@ class MLP(nn.Module):
         self.gate_proj = Linear(cfg.n_embd, cfg.n_inner, bias=cfg.bias) if cfg.gated else None
         self.up_proj = Linear(cfg.n_embd, cfg.n_inner, bias=cfg.bias)
         self.down_proj = Linear(cfg.n_inner, cfg.n_embd, bias=cfg.bias)
-        self.act = {'silu': F.silu, 'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}[cfg.activation]
+        self.act = {'silu': F.silu, 'gelu': F.gelu,
+                    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}[cfg.activation]
 
     def forward(self, x):
         if self.gate_proj is None:
@@ -122,8 +123,9 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg, layer_type)
         self.post_attention_layernorm = Norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg)
-        if cfg.post_norms:      # Gemma names the norm before the MLP pre_feedforward_layernorm; the other one follows attention
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = Norm(cfg, cfg.n_embd), Norm(cfg, cfg.n_embd)
+        if cfg.post_norms:      # in Gemma, post_attention_layernorm really follows attention, and these are the MLP's
+            self.pre_feedforward_layernorm = Norm(cfg, cfg.n_embd)
+            self.post_feedforward_layernorm = Norm(cfg, cfg.n_embd)
         self.post_norms, self.dropout = cfg.post_norms, cfg.dropout
 
     def forward(self, x, plan, cache=None):
@@ -138,9 +140,9 @@ class Block(nn.Module):
 class Plan:
     """What one forward pass shares over its layers: positions, rotary angles, and who may look at whom.
 
-    Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document; and a KV cache, where a
-    query at position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor for packed rows on
-    a CPU, which attend document by document.
+    Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document; and a KV cache,
+    where a query at position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor
+    for packed rows on a CPU, which attend document by document.
     """
 
     def __init__(self, model, idx, positions, cache):
@@ -162,7 +164,7 @@ class Plan:
         if window not in self.masks:
             positions, device = self.positions, self.positions.device
             if self.slots:
-                query, key = positions[:, None, :, None], torch.arange(self.slots, device=device)       # slot = position
+                query, key = positions[:, None, :, None], torch.arange(self.slots, device=device)      # slot = position
             else:
                 place = torch.arange(positions.size(1), device=device)
                 query, key = place[:, None], place
@@ -182,8 +184,9 @@ class Plan:
         if not self.lengths:
             causal = not (self.packed or self.slots or window)
             return attention(q, k, v, None if causal else self.mask(window), scale, softcap)
-        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(self.lengths) for h in (q, k, v)))       # (n, heads, D) a document
-        parts = [attention(*(h.transpose(0, 1)[None] for h in row), band(len(row[0]), window), scale, softcap) for row in rows]
+        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(self.lengths) for h in (q, k, v)))  # each (n, heads, D)
+        parts = [attention(*(h.transpose(0, 1)[None] for h in row), band(len(row[0]), window), scale, softcap)
+                 for row in rows]
         return torch.cat(parts, 2).view(H, B, T, D).transpose(0, 1)
 
 
@@ -193,10 +196,11 @@ def band(T, window):
 
 
 def attention(q, k, v, mask, scale, softcap):
-    """softmax(q k^T scale) v where the mask is True, causal where it is None; Gemma 2 caps the scores with tanh first."""
+    """softmax(q k^T scale) v where the mask is True, causal where it is None; Gemma 2 caps the scores with tanh
+    first."""
     grouped, causal = q.size(1) != k.size(1), mask is None and q.size(2) > 1
     if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     if grouped:
         k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
     scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
@@ -241,7 +245,7 @@ class GPT(nn.Module):
         self._inv_freq = {}
 
     def init_weights(self, std=0.02):
-        """GPT-2's scheme: N(0, std), residual projections divided by sqrt(2 n_layer) (Radford et al. 2019, section 2.3)."""
+        """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2 n_layer)."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.data.fill_(0.0 if name.endswith('bias') or self.config.norm_offset else 1.0)
@@ -297,18 +301,18 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            z, cap = kernels.head(hidden, dense_weight(self.lm_head)), self.config.logit_softcap
-            return cap * torch.tanh(z / cap) if cap else z
+            return kernels.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
 
-        logp, entropy and mean_logp (the mean log-probability over the vocabulary, for label smoothing) are float32, 0 where
-        unsupervised, and differentiable with any incoming gradient per token; correct is bool. Logits are divided by the
-        temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
+        logp, entropy and mean_logp (the mean log-probability over the vocabulary, for label smoothing) are float32, 0
+        where unsupervised, and differentiable with any incoming gradient per token; correct is bool. Logits are divided
+        by the temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.token_stats(hidden, dense_weight(self.lm_head), targets, temperature, self.config.logit_softcap, extras)
+            return kernels.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
+                                       self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):
         hidden = self.hidden(idx, positions)
@@ -321,9 +325,11 @@ class GPT(nn.Module):
         """One empty KVCache a layer, for B rows of at most `length` positions; in autocast's dtype where that is on."""
         cfg, kind = self.config, self.device.type
         if length > cfg.block_size:
-            raise UserError(f'{length} tokens (prompt and what follows) do not fit the model\'s context of {cfg.block_size}: '
+            raise UserError(f'{length} tokens (prompt and continuation) do not fit the context of {cfg.block_size}: '
                             'shorten the prompt or ask for fewer new tokens')
-        dtype = dtype or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed_tokens.weight.dtype)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if autocast else self.embed_tokens.weight.dtype
         return [KVCache(B, cfg.n_kv_head, length, cfg.head_size, dtype, self.device) for _ in self.layers]
 
 
@@ -333,7 +339,7 @@ def rope_frequencies(cfg, layer_type):
     inv = 1.0 / rope['rope_theta'] ** (torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
     if rope['rope_type'] == 'linear':
         inv = inv / rope['factor']
-    elif rope['rope_type'] == 'llama3':     # long waves are stretched by `factor`, short ones kept, those between blended
+    elif rope['rope_type'] == 'llama3':     # long waves are stretched by `factor`, short ones kept, others blended
         old, low, high = (rope[k] for k in ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'))
         turns = old * inv / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
@@ -341,10 +347,11 @@ def rope_frequencies(cfg, layer_type):
     return inv
 
 
-# ---- Hugging Face's files ---------------------------------------------------------------------------------------------------
+# ---- Hugging Face's files --------------------------------------------------------------------------------------------
 
 def read_safetensors(directory):
-    """{name: tensor} of a single or sharded model, mapped from disk: private pages, so writing to one never reaches the file."""
+    """{name: tensor} of a single or sharded model, mapped from disk; the pages are private: what is written to one
+    never reaches the file."""
     from safetensors import SafetensorError, safe_open
     index = os.path.join(directory, 'model.safetensors.index.json')
     files = ['model.safetensors']
@@ -356,8 +363,9 @@ def read_safetensors(directory):
     for file in files:
         path = os.path.join(directory, file)
         if not os.path.exists(path):
-            raise UserError(f'{directory}: no {file}' + (' (a shard named in model.safetensors.index.json)' if len(files) > 1 else
-                            '; weights are read from safetensors only: convert older ones with transformers\' save_pretrained'))
+            raise UserError(f'{directory}: no {file}' + (
+                ' (a shard named in model.safetensors.index.json)' if len(files) > 1 else '; weights are read from '
+                'safetensors only: convert older ones with transformers\' save_pretrained'))
         try:
             with safe_open(path, framework='pt') as f:
                 weights.update({name: f.get_tensor(name) for name in f.keys()})
@@ -367,7 +375,8 @@ def read_safetensors(directory):
 
 
 def load_weights(model, state, where, dtype=None, device=None):
-    """Makes a state of ours the model's parameters; a key without a home, a missing one or a wrong shape is an error that names it.
+    """Makes a state of ours the model's parameters; a UserError names a key without a home, a missing one, a wrong
+    shape.
 
     Where dtype and device fit, the tensors themselves become the parameters: mapped from disk, nothing is copied.
     """
@@ -401,11 +410,11 @@ def find_model(name_or_path):
         raise UserError(f'no model directory {name_or_path}')
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(name_or_path, allow_patterns=['*.json', 'model*.safetensors', 'adapter*.safetensors', '*.jinja',
-                                                               'tokenizer.model', '*.txt'])
+        return snapshot_download(name_or_path, allow_patterns=['*.json', 'model*.safetensors', 'adapter*.safetensors',
+                                                               '*.jinja', 'tokenizer.model', '*.txt'])
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
-        raise UserError(f'no model {name_or_path!r}: not a local directory, and the hub and its local cache do not provide it '
-                        f'({type(e).__name__}); download it where there is a network and give its directory') from None
+        raise UserError(f'no model {name_or_path!r}: not a local directory, and hub and local cache do not provide it '
+                        f'({type(e).__name__}); download it where there is a network, give its directory') from None
 
 
 def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=False, load_in_8bit=False,
@@ -413,9 +422,10 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
                trainable_adapter=False):
     """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode.
 
-    tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where training wants it.
-    load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are read (see quantized.quantize). A PEFT
-    adapter's directory loads `base`, or else the base that it names, and puts the adapter on it.
+    tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where training wants
+    it. load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are read (see
+    quantized.quantize). A PEFT adapter's directory loads `base`, or else the base that it names, and puts the adapter
+    on it.
     """
     if load_in_4bit and load_in_8bit:
         raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
@@ -424,9 +434,9 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     if os.path.exists(os.path.join(directory, 'adapter_config.json')):
         return load_with_base(directory, base, trainable_adapter, device, dtype, *quantisation)
     hf = read_json(os.path.join(directory, 'config.json'))
-    if hf.get('model_type') == 'nanoforge_multicontext':
-        raise UserError(f'{name_or_path} is a multicontext model of train_gpt.py (several token streams at each position): it has no '
-                        'single text to continue; use one trained with --training_mode=single or multidataset')
+    if (hf.get('nanoforge') or {}).get('multicontext'):
+        raise UserError(f'{name_or_path} is a multicontext model (several token streams at each position): it has no '
+                        'single text to continue, and only train_gpt.py opens it')
     cfg, bits = config_from_hf(hf), 4 if load_in_4bit else 8 if load_in_8bit else None
     if cfg is None:
         from wrapped import load_wrapped
@@ -437,9 +447,9 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     else:
         weights = read_safetensors(directory)
         if hf['model_type'] == 'gemma3':
-            weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal_projector', name)}
+            weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal', name)}
         state = from_hf_weights(cfg, weights)
-        if cfg.arch == 'gpt2' and not cfg.bias:             # saved by us without biases: still so, or trained on elsewhere?
+        if cfg.arch == 'gpt2' and not cfg.bias:     # saved by us without biases: still so, or trained on elsewhere?
             cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
             state = state if cfg.bias else {name: w for name, w in state.items() if not name.endswith('.bias')}
         with torch.device('meta'):
@@ -450,8 +460,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     model.name_or_path = name_or_path
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     if tokenizer and max(tokenizer.backend.get_vocab(with_added_tokens=False).values()) >= cfg.vocab_size:
-        raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only {cfg.vocab_size} embeddings: '
-                        'one of the two belongs to another model')
+        raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only {cfg.vocab_size} '
+                        'embeddings: one of the two belongs to another model')
     return model.eval(), tokenizer
 
 
@@ -460,7 +470,8 @@ def has_tokenizer(directory):
 
 
 def load_with_base(directory, base, trainable, *settings):
-    """A PEFT adapter's directory -> (its base model with the adapter on it, tokenizer: the adapter's own where it has one)."""
+    """A PEFT adapter's directory -> (its base model with the adapter on it, the adapter's tokenizer or else the
+    base's)."""
     named = base or read_adapter_config(directory)['base_model_name_or_path']
     if not named:
         raise UserError(f'{directory}: its adapter_config.json names no base model; give base')
@@ -494,14 +505,15 @@ def save_model(model, tokenizer, directory, dtype=None):
     dtype = dtype or model.embed_tokens.weight.dtype
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
     weights = {name: tensor.to(dtype) for name, tensor in to_hf_weights(model, hf['model_type']).items()}
-    path = os.path.join(directory, 'model.safetensors')     # replaced, not overwritten: a model mapped from there stays whole
+    path = os.path.join(directory, 'model.safetensors')     # replaced: a model that is mapped from there stays whole
     save_file(weights, path + '.new', metadata={'format': 'pt'})
     os.replace(path + '.new', path)
     if tokenizer is not None:
         tokenizer.save(directory)
         ends = sorted(tokenizer.stop_ids)
-        hf.update({key: value for key, value in (('bos_token_id', tokenizer.bos_id), ('pad_token_id', tokenizer.pad_id), (
-            'eos_token_id', ends[0] if len(ends) == 1 else ends)) if hf.get(key) is None and value not in (None, [])})
+        ids = {'bos_token_id': tokenizer.bos_id, 'pad_token_id': tokenizer.pad_id,
+               'eos_token_id': ends[0] if len(ends) == 1 else ends}
+        hf.update({key: value for key, value in ids.items() if hf.get(key) is None and value not in (None, [])})
     with open(os.path.join(directory, 'config.json'), 'w') as f:
         json.dump(hf, f, indent=2)
 

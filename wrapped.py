@@ -1,7 +1,7 @@
 """Any other causal language model of transformers, behind the calls of model.GPT (without its speed).
 
-Right-padded rows, packed documents, token_stats and sampling work as there; packed documents are run side by side, and sampling
-runs the whole sequence at every step, so that nothing is asked of an architecture but that it is causal.
+Right-padded rows, packed documents, token_stats and sampling work as there; packed documents are run side by side, and
+sampling runs the whole sequence at every step, so that nothing is asked of an architecture but that it is causal.
 """
 from types import SimpleNamespace
 
@@ -13,14 +13,16 @@ from configurator import UserError
 
 
 class Wrapped(nn.Module):
-    """model: a transformers model with a causal language modelling head, which stays its own (saved by its own code)."""
+    """model: a transformers model with a causal language modelling head; it stays as it is and saves itself."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
         config = model.config.get_text_config()
-        self.config = SimpleNamespace(arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, tied=bool(
-            model.config.tie_word_embeddings), block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31, dropout=0.0,
+        self.config = SimpleNamespace(
+            arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, dropout=0.0,
+            block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
+            tied=bool(config.tie_word_embeddings),
             logit_softcap=getattr(config, 'final_logit_softcapping', None) or 0.0)
         self.scale = 1.0
         self.scale = self.find_scale()
@@ -50,7 +52,8 @@ class Wrapped(nn.Module):
 
     @torch.no_grad()
     def find_scale(self):
-        """The factor between head and logits (Granite and Cohere have one), found by comparing; UserError where it is none."""
+        """The factor between head and logits (Granite and Cohere have one), found by comparing; UserError if it is not
+        one."""
         idx = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         training = self.model.training
         theirs = self.model.eval()(idx, use_cache=False).logits.float()
@@ -59,17 +62,18 @@ class Wrapped(nn.Module):
         self.model.train(training)
         scale = ((raw * ours).sum() / ours.square().sum()).item()
         if not (raw - scale * ours).abs().max() <= 0.02 * raw.abs().max():
-            raise UserError(f'{self.config.arch}: its logits are not its last hidden state times its head; it cannot be wrapped')
+            raise UserError(f'{self.config.arch} is not supported: its logits are not last hidden state times head')
         return 1.0 if abs(scale - 1) < 1e-3 else scale
 
     def hidden(self, idx, positions=None):
         """idx (B, T) -> (B, T, C), after the last norm. positions (B, T): each 0 begins a packed document."""
         B, T = idx.size()
         if T > self.config.block_size:
-            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {self.config.block_size}: shorten it')
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {self.config.block_size}: '
+                            'shorten it')
         if positions is None:
             return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
-        lengths = kernels.document_lengths(positions.expand(B, T))                          # of the documents, row after row
+        lengths = kernels.document_lengths(positions.expand(B, T))                     # of the documents, row after row
         documents = nn.utils.rnn.pad_sequence(idx.flatten().split(lengths.tolist()), batch_first=True)
         inside = torch.arange(documents.size(1), device=idx.device) < lengths[:, None]
         return self.hidden(documents)[inside].view(B, T, -1)
@@ -79,13 +83,13 @@ class Wrapped(nn.Module):
         head, hidden = self.lm_head, hidden * self.scale
         if getattr(head, 'bias', None) is None:
             return hidden, head.weight
-        return torch.cat([hidden, hidden.new_full((*hidden.shape[:-1], 1), self.scale)], -1), torch.cat([head.weight, head.bias[:, None]], 1)
+        one = hidden.new_full((*hidden.shape[:-1], 1), self.scale)
+        return torch.cat([hidden, one], -1), torch.cat([head.weight, head.bias[:, None]], 1)
 
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            z, cap = kernels.head(*self.head(hidden)), self.config.logit_softcap
-            return cap * torch.tanh(z / cap) if cap else z
+            return kernels.head(*self.head(hidden), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """As GPT.token_stats."""
@@ -102,13 +106,13 @@ def load_wrapped(directory, device, dtype):
     """A Hugging Face directory -> Wrapped. Code that comes with a model is never run."""
     from transformers import AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                           output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     except Exception as e:      # whatever its loading code raises, it is this directory that cannot be used
         reason = (str(e).strip() or type(e).__name__).partition('\n')[0]
         raise UserError(f'{directory}: outside our families, and transformers does not open it ({reason})') from None
-    problems = [f'{name} {what}' for what, key in (('is missing', 'missing_keys'), ('has no home', 'unexpected_keys'),
-                                                   ('has another shape', 'mismatched_keys')) for name in sorted(info[key], key=str)]
+    kinds = {'missing_keys': 'is missing', 'unexpected_keys': 'has no home', 'mismatched_keys': 'has another shape'}
+    problems = [f'{name} {what}' for key, what in kinds.items() for name in sorted(info[key], key=str)]
     if problems:
         raise UserError(f'{directory} does not fit its config.json: ' + '; '.join(problems[:3]))
     return Wrapped(model.to(device)).eval()

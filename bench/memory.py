@@ -3,8 +3,9 @@
     python bench/memory.py                          # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2 layers
     python bench/memory.py --vocab 32000 --pairs 5
 
-The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of the process above
-what it holds once the weights are loaded (gradients included), time the quickest of `--steps` steps after a warm-up.
+The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of the
+process above what it holds once the weights are loaded (gradients included), time the quickest of `--steps` steps after
+a warm-up.
 """
 import argparse
 import json
@@ -62,14 +63,16 @@ def main():
         return measure(args)
     from model import FAMILIES, GPT, GPTConfig, save_model
     with tempfile.TemporaryDirectory() as directory:
-        save_model(GPT(GPTConfig(**{**FAMILIES['llama'], 'tied': True}, arch='llama', vocab_size=args.vocab, n_embd=args.channels,
-                                 n_layer=args.layers, n_head=8, block_size=args.block)).init_weights(), None, directory)
+        config = GPTConfig(**{**FAMILIES['llama'], 'tied': True}, arch='llama', vocab_size=args.vocab,
+                           n_layer=args.layers, n_head=8, n_embd=args.channels, block_size=args.block)
+        save_model(GPT(config).init_weights(), None, directory)
         rows = {'transformers': [], 'ours': []}
         for _ in range(args.pairs):
             for name, row in rows.items():
                 command = [sys.executable, __file__, '--measure', name, '--model', directory, *(
                     f'--{key}={getattr(args, key)}' for key in ('vocab', 'batch', 'block', 'steps'))]
-                row.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                row.append(json.loads(done.stdout.splitlines()[-1]))
     print(f'{"":14}{"peak MB":>10}{"seconds":>10}   {"(all)":24}{"loss":>10}')
     middle = {}
     for name, row in rows.items():

@@ -1,7 +1,7 @@
 """The proof that a model is the same here and in transformers: python model.py --check NAME_OR_PATH.
 
-Each row compares two ways to compute one thing in float32; a difference counts relative to the largest logit (or, for log-probabilities,
-as it is). Exit status 0 if all of them agree, 1 if not.
+Each row compares two ways to compute one thing in float32; a difference counts relative to the largest logit (or, for
+log-probabilities, as it is). Exit status 0 if all of them agree, 1 if not.
 """
 import argparse
 import tempfile
@@ -43,7 +43,7 @@ def comparisons(name):
     remark = f'{cfg.arch}, {model.num_params():,} parameters, context {cfg.block_size:,}, vocabulary {cfg.vocab_size:,}'
     yield remark, None, None, None
     logits = model(idx)
-    known = not isinstance(model, GPT) or config_to_hf(cfg)['model_type'] != 'nanoforge'        # has transformers a class for it?
+    known = not isinstance(model, GPT) or config_to_hf(cfg)['model_type'] != 'nanoforge'    # to transformers, too
     if known:
         theirs, _ = theirs_of(find_model(name))
         yield 'logits here = in transformers', difference(logits, theirs(idx).logits), LOGITS, f'{T} tokens'
@@ -51,24 +51,27 @@ def comparisons(name):
     cut = T // 3
     positions = torch.cat([torch.arange(cut), torch.arange(T - cut)]).expand(2, T)
     alone = torch.cat([model(idx[:, :cut]), model(idx[:, cut:])], 1)
-    yield 'packed documents = each alone', difference(model(idx, positions=positions), alone), LOGITS, '2 documents a row'
+    packed = model(idx, positions=positions)
+    yield 'packed documents = each alone', difference(packed, alone), LOGITS, '2 documents a row'
     targets = idx.roll(-1, 1)
     logp = logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
     yield 'log-probabilities = softmax of the logits', (model(idx, targets) - logp).abs().max().item(), LOGP, ''
     if isinstance(model, GPT):
         caches, steps = model.new_caches(2, T), [*range(0, T - 8, 16), *range(T - 8, T), T]
-        pieces = [model.logits(model.hidden(idx[:, a:b], torch.arange(a, b)[None], caches)) for a, b in zip(steps, steps[1:])]
-        yield 'with a key/value cache = at once', difference(torch.cat(pieces, 1), logits), LOGITS, 'in chunks, then token by token'
+        pieces = torch.cat([model.logits(model.hidden(idx[:, a:b], torch.arange(a, b)[None], caches))
+                            for a, b in zip(steps, steps[1:])], 1)
+        yield 'with a key/value cache = at once', difference(pieces, logits), LOGITS, 'in chunks, then token by token'
     prompts = [row[:T // 2].tolist() for row in idx]
     new = min(16, cfg.block_size - T // 2)
-    yield ('log-probabilities as sampled = as trained', logp_gap(model, prompts, generate(model, prompts, new))[0], LOGP,
-           f'{new} new tokens')
+    gap = logp_gap(model, prompts, generate(model, prompts, new))[0]
+    yield 'log-probabilities as sampled = as trained', gap, LOGP, f'{new} new tokens'
     with tempfile.TemporaryDirectory() as directory:
         save_model(model, tokenizer, directory)
         if known:
             theirs, strange = theirs_of(directory)
             remark = f'{len(strange)} keys that do not fit: {strange[0]}' if strange else 'every key fits'
-            yield 'saved here = opened in transformers', float('inf') if strange else difference(theirs(idx).logits, logits), LOGITS, remark
+            apart = float('inf') if strange else difference(theirs(idx).logits, logits)
+            yield 'saved here = opened in transformers', apart, LOGITS, remark
             del theirs
         yield 'saved here = opened here', difference(load_model(directory)[0](idx), logits), 0.0, 'bit for bit'
     add_lora(model, r=4, alpha=8, target_modules='all-linear')
@@ -77,7 +80,8 @@ def comparisons(name):
             p.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(len(key)))
     adapted = model(idx)
     merge_lora(model)
-    yield 'adapter merged = adapter beside', difference(model(idx), adapted), LOGITS, f'it moves logits by {difference(adapted, logits):.0e}'
+    moved = difference(adapted, logits)
+    yield 'adapter merged = adapter beside', difference(model(idx), adapted), LOGITS, f'it moves logits by {moved:.0e}'
 
 
 def check(name):

@@ -28,7 +28,7 @@ def tolerance(dtype):
     return 1e-5 if dtype == torch.float32 else 1e-12
 
 
-# ---- linear -----------------------------------------------------------------------------------------------------------------
+# ---- linear ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('biased', [False, True])
 @pytest.mark.parametrize('sizes', [(6,), (6, 2, 2)])
@@ -50,7 +50,7 @@ def test_linear_in_bf16_rounds_factors_and_result_only():
     torch.testing.assert_close(grads[1], x.detach().sum(0).expand(8, -1), rtol=2 ** -7, atol=0.05)
 
 
-# ---- RMS norm ---------------------------------------------------------------------------------------------------------------
+# ---- RMS norm --------------------------------------------------------------------------------------------------------
 
 def plain_rms(x, weight, eps):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -83,7 +83,7 @@ def test_rms_norm_in_bf16_is_rounded_once():
     assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 * 1.01).all()      # half a unit in the last place
 
 
-# ---- rotary positions -------------------------------------------------------------------------------------------------------
+# ---- rotary positions ------------------------------------------------------------------------------------------------
 
 def angles(T, D, dtype=torch.float64):
     angle = torch.arange(T)[:, None] / 100 ** (torch.arange(D // 2) / (D // 2))
@@ -102,7 +102,8 @@ def test_rotate(dtype):
     x, (cos, sin) = leaf(2, 3, 7, 8, dtype=dtype), angles(7, 8, dtype)
     agree(kernels.rotate(x, cos, sin), plain_rotate(x, cos, sin), [x], tolerance(dtype))
     view = leaf(2, 7, 3, 8, dtype=dtype)
-    agree(kernels.rotate(view.transpose(1, 2), cos, sin), plain_rotate(view.transpose(1, 2), cos, sin), [view], tolerance(dtype))
+    turned = view.transpose(1, 2)
+    agree(kernels.rotate(turned, cos, sin), plain_rotate(turned, cos, sin), [view], tolerance(dtype))
     assert torch.equal(kernels.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
 
 
@@ -111,7 +112,7 @@ def test_rotate_gradcheck():
     assert torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (leaf(2, 4, 6),))
 
 
-# ---- short attention --------------------------------------------------------------------------------------------------------
+# ---- short attention -------------------------------------------------------------------------------------------------
 
 def plain_attention(qkv, H, scale, q_weight, k_weight, eps, cos, sin):
     B, T, C = qkv.shape
@@ -152,21 +153,23 @@ def test_short_attention_in_bf16():
     assert (ours.float() - plain).abs().max() < 0.03 and (got.float() - expected).norm() < 0.03 * expected.norm()
 
 
-# ---- token statistics -------------------------------------------------------------------------------------------------------
+# ---- token statistics ------------------------------------------------------------------------------------------------
 
 def plain_stats(hidden, weight, targets, temperature=1.0, softcap=0.0):
     z = hidden @ weight.t()
     z = (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
     log_p = z.log_softmax(-1)
-    return (log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1), log_p.mean(-1), z.argmax(-1) == targets)
+    logp, entropy = log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    return logp, entropy, log_p.mean(-1), z.argmax(-1) == targets
 
 
 @pytest.fixture(params=['one tile', 'many tiles', 'some kept', 'all kept'])
 def tiling(request, monkeypatch):
-    """Sizes for N=11, V=700: tiles are never narrower than 256 columns."""
-    tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11), 'all kept': (1, 2 ** 20)}[request.param]
+    """How many logits are kept, with tiles to match for N=11, V=700: they are never narrower than 256 columns."""
+    tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11),
+                  'all kept': (1, 2 ** 20)}[request.param]
     monkeypatch.setattr(kernels, 'TILE', tile)
-    monkeypatch.setattr(kernels, 'KEEP', keep)
+    return keep
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -176,12 +179,13 @@ def test_token_stats(tiling, dtype, temperature, softcap):
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     targets[:4] = torch.tensor([0, 255, 256, 699])                                          # at the edges of tiles
     targets[4] = (hidden @ weight.t())[4].argmax()
-    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True)
+    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
     plain = plain_stats(hidden, weight, targets, temperature, softcap)
     assert torch.equal(ours[3], plain[3]) and ours[3][4]
-    for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                                         # gradients come into any of the three
-        agree(*(torch.stack([parts[i] for i in used]) for parts in (ours, plain)), [hidden, weight], 3 * tolerance(dtype))
-    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False)
+    for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                               # gradients come into any of the three
+        stacked = (torch.stack([parts[i] for i in used]) for parts in (ours, plain))
+        agree(*stacked, [hidden, weight], 3 * tolerance(dtype))
+    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
     assert alone[1:] == (None, None, None)
     agree(alone[0], plain[0], [hidden, weight], 3 * tolerance(dtype))
 
@@ -189,14 +193,15 @@ def test_token_stats(tiling, dtype, temperature, softcap):
 def test_token_stats_gradcheck(tiling):
     hidden, weight, targets = leaf(5, 3), leaf(300, 3), torch.tensor([0, 299, 255, 256, 7])
     for softcap in (0.0, 1.5):
-        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True)[:3])
+        keep = 0 if softcap else tiling
+        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True, keep)[:3])
         assert torch.autograd.gradcheck(call, (hidden, weight), fast_mode=True)
 
 
 def test_token_stats_without_rows(tiling):
     hidden, weight = leaf(0, 6), leaf(700, 6)
     for extras in (True, False):
-        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras)[0]
+        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras, tiling)[0]
         grads = torch.autograd.grad(logp.sum(), [hidden, weight])
         assert logp.shape == (0,) and grads[0].shape == (0, 6) and not grads[1].any() and grads[1].shape == (700, 6)
 
@@ -204,7 +209,8 @@ def test_token_stats_without_rows(tiling):
 def test_token_stats_of_huge_logits():
     """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0, gradients are finite."""
     hidden, weight = leaf(6, 4, dtype=torch.float32, scale=300), leaf(900, 4, dtype=torch.float32)
-    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, (hidden @ weight.t()).argmax(1), 1.0, 0.0, True)
+    best = (hidden @ weight.t()).argmax(1)
+    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, best, 1.0, 0.0, True, 0)
     assert correct.all() and (logp <= 0).all() and (entropy >= 0).all()
     grads = torch.autograd.grad((logp + entropy).sum(), [hidden, weight])
     assert all(g.isfinite().all() for g in grads)
@@ -214,7 +220,8 @@ def test_token_stats_in_bf16_are_computed_in_float32():
     hidden, weight = leaf(11, 64, dtype=torch.bfloat16), leaf(700, 64, dtype=torch.bfloat16)
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    ours, plain = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False)[0], plain_stats(*wide, targets)[0]
+    ours = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False, 0)[0]
+    plain = plain_stats(*wide, targets)[0]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours.sum(), [hidden, weight]), torch.autograd.grad(plain.sum(), wide)):
         assert a.dtype == torch.bfloat16
@@ -225,3 +232,44 @@ def test_token_stats_in_bf16_are_computed_in_float32():
 def test_head_is_float32(dtype):
     hidden, weight = leaf(2, 3, 64, dtype=dtype), leaf(50, 64, dtype=dtype)
     torch.testing.assert_close(kernels.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)
+
+
+def test_masked_targets_have_zeros_and_no_gradient(monkeypatch):
+    hidden, weight = leaf(2, 5, 6), leaf(30, 6)
+    targets = torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
+    stats = kernels.token_stats(hidden, weight, targets, 0.9)
+    plain = plain_stats(hidden.flatten(0, 1), weight, targets.flatten().clamp(min=0), 0.9)
+    for name, expected in zip(('logp', 'entropy', 'mean_logp', 'correct'), plain):
+        torch.testing.assert_close(stats[name], expected.view(2, 5) * (targets >= 0))
+    grad, = torch.autograd.grad(stats['logp'].sum(), hidden)
+    assert grad[0, 1].any() and not grad[targets < 0].any()
+    for direct in (0, 2 ** 20):
+        monkeypatch.setattr(kernels, 'DIRECT', direct)
+        empty = kernels.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
+        assert empty.shape == (2, 5) and not any(g.any() for g in torch.autograd.grad(empty.sum(), [hidden, weight]))
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr(kernels, 'TILE', 1)
+    hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), kernels.TokenStats.logits
+    monkeypatch.setattr(kernels.TokenStats, 'logits', staticmethod(
+        lambda ctx, x, w, buffer: used.add(buffer.data_ptr()) or real(ctx, x, w, buffer)))
+    with torch.no_grad():
+        kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))
+    assert len(used) == 1
+    logp = kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))['logp']
+    assert len(used) > 2 and logp.requires_grad
+
+
+@pytest.mark.parametrize('temperature, softcap', [(1.0, 0.0), (0.7, 2.0)])
+def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
+    hidden, weight, targets = leaf(2, 5, 6), leaf(30, 6), torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
+    direct = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    monkeypatch.setattr(kernels, 'DIRECT', 0)
+    tiled = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    agree(direct, tiled, [hidden, weight], 1e-12)
+
+
+def test_document_lengths():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
+    assert kernels.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]

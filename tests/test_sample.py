@@ -19,10 +19,10 @@ from sample import draw, generate, generate_long, logp_gap, truncate, uniform_nu
 V = 61
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
 MIXED = dict(layer_types=['sliding_attention', 'full_attention'], sliding_window=5)     # prompts and samples go beyond the window
+GEMMA = dict(attn_scale=0.25, extra={'query_pre_attn_scalar': 16}, **MIXED)
 VARIANTS = {
     'gpt2': {}, 'llama': dict(n_kv_head=2), 'mistral': dict(n_kv_head=1, **MIXED | dict(layer_types=['sliding_attention'] * 2)),
-    'qwen2': dict(n_kv_head=2), 'qwen3': dict(head_size=16), 'gemma2': dict(n_kv_head=2, embed_scale=32 ** 0.5, **MIXED),
-    'gemma3_text': dict(n_kv_head=1, embed_scale=32 ** 0.5, **MIXED)}
+    'qwen2': dict(n_kv_head=2), 'qwen3': dict(head_size=16), 'gemma2': dict(n_kv_head=2, **GEMMA), 'gemma3_text': dict(n_kv_head=1, **GEMMA)}
 
 
 def small(arch='qwen3', seed=0, **sizes):
@@ -45,7 +45,7 @@ class NoCaches:
 
     def __init__(self, model):
         self.model, self.config, self.device, self.training = model, model.config, model.device, False
-        self.hidden, self.logits, self.token_stats = model.hidden, model.logits, model.token_stats
+        self.hidden, self.logits, self.parameters = model.hidden, model.logits, model.parameters
 
     def eval(self):
         return self
@@ -191,7 +191,7 @@ def test_every_row_ends_where_its_own_context_is_full(models):
 
 
 def test_wrong_arguments_are_user_errors(models):
-    for prompts, settings, message in (([[]], {}, 'prompt 0 is empty'), ([[V]], {}, f'id {V}'), ([[1]], dict(top_p=0.0), 'top_p'),
+    for prompts, settings, message in (([[]], {}, 'prompt 0 is empty'), ([[V]], {}, 'ids from 61 to 61'), ([[1]], dict(top_p=0.0), 'top_p'),
                                        ([[1]], dict(temperature=-1.0), 'temperature'), ([[1]], dict(top_k=-1), 'top_k'),
                                        ([[1]], dict(num_samples=0), 'num_samples'), ([[1]], dict(repetition_penalty=0.0), 'penalty')):
         with pytest.raises(UserError, match=message):
@@ -296,7 +296,7 @@ def test_the_command_prints_its_samples(directory, monkeypatch, capsys, tmp_path
     assert command(monkeypatch, capsys, *base, '--prompt=-', stdin='café')[1] == out
     assert command(monkeypatch, capsys, *base, f'--prompt=FILE:{tmp_path / "prompt.txt"}', '--no-stream')[1] == out
     code, out, _ = command(monkeypatch, capsys, directory, '--temperature=0', '--max_new_tokens=4')
-    assert code == 0 and len(out) == 4 + 1 + 1          # begins with the newline that stands for no prompt, ends with one
+    assert code == 0 and len(out) == 4 + 1
 
 
 @pytest.mark.parametrize('argv, message', [

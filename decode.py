@@ -1,0 +1,185 @@
+"""How generate() gets the next token's logits: a static KV cache for our GPT, plain recomputation for models without one.
+
+    decoder = Decoder(model, prompts, num_samples, room)    # or Recomputer, the same calls
+    logits = decoder.start()                                # (R, V) after the prompts, R = prompts * num_samples
+    logits = decoder.step(token)                            # (n, V): token (n,) was drawn for the first n rows
+
+decoder.state lists tensors with R rows. To take a row out of the batch, copy the last row of each over it and go on with one row
+less. Everything here computes what model.hidden and model.logits do, up to rounding: logp_gap in sample.py measures it.
+"""
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from model import Linear
+
+FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
+
+
+class Decoder:
+    """The forward pass of our GPT, one token at a time over a static KV cache, from weights fetched and stacked once.
+
+    Prompts are shifted right in the cache so that all end at the same slot: every row writes slot `self.slot` and attends to the
+    slots up to it, and one mask made at the start hides what lies before a shorter prompt. Channels j and j + D/2 of a head of
+    q and k, which rotary positions turn together, are stored side by side: the rotation is then one complex product.
+    """
+
+    def __init__(self, model, prompts, num_samples, room):
+        cfg, device = model.config, model.device
+        self.model, self.prompts, self.num_samples = model, prompts, num_samples
+        self.slot, self.wide = max(map(len, prompts)), torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
+        self.slots = self.slot + room
+        self.amp = None if device.type == 'cpu' or not torch.is_autocast_enabled(device.type) else torch.get_autocast_dtype(device.type)
+        self.pairs = torch.arange(cfg.head_size, device=device)
+        self.turns = {}
+        if cfg.position == 'rope':
+            self.pairs = self.pairs.view(2, -1).t().flatten()                                   # 0, D/2, 1, D/2 + 1, ...
+            for name in set(cfg.layer_types):
+                angle = torch.arange(self.slots, device=device)[:, None].float() * model.inv_freq(name).to(device)
+                self.turns[name] = torch.polar(torch.ones_like(angle), angle)                   # (slots, D/2) complex
+        self.layers = [self.prepare(layer) for layer in model.layers]
+        self.norm = norm_of(model.norm)
+
+    def prepare(self, layer):
+        """One layer as functions."""
+        cfg, attention, mlp = self.model.config, layer.self_attn, layer.mlp
+        fuse = self.model.num_params() <= FUSE_LIMIT
+        H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
+        heads = torch.arange((H + 2 * G) * D, device=self.pairs.device).view(-1, D)
+        heads[:H + G] = heads[:H + G, self.pairs]
+        qk_norm = None
+        if cfg.qk_norm:
+            weight = torch.cat((attention.q_norm.gain.expand(H, D), attention.k_norm.gain.expand(G, D)))[:, self.pairs]
+            qk_norm = lambda x: F.rms_norm(x, (D,), None, cfg.norm_eps).mul_(weight)
+        product = lambda modules, order=None: product_of(modules, fuse, self.amp, order)
+        return SimpleNamespace(
+            kind=attention.layer_type, window=attention.window, qk_norm=qk_norm,
+            qkv=product([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=product([attention.o_proj]),
+            up=product([mlp.gate_proj, mlp.up_proj] if cfg.gated else [mlp.up_proj]), act=mlp.act, down=product([mlp.down_proj]),
+            norms=[norm_of(module) for name, module in layer.named_children() if name.endswith('layernorm')])
+
+    def start(self):
+        """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the prompts."""
+        model, cfg, device, W = self.model, self.model.config, self.model.device, self.slot
+        rows = torch.arange(len(self.prompts), device=device)
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
+        idx = torch.tensor([prompt + [0] * (W - len(prompt)) for prompt in self.prompts], device=device)
+        caches = model.new_caches(len(rows), W, self.amp)
+        hidden = model.hidden(idx, None, caches)[rows, lengths - 1]     # causal: the padding on the right changes nothing
+        empty = W - lengths                                             # slots before each prompt
+        source = (torch.arange(W, device=device) - empty[:, None]).clamp_(min=0)                # (N, W)
+        repeat = lambda x: x.repeat_interleave(self.num_samples, 0)
+        self.keys, self.values = [], []
+        for cache in caches:
+            for part, stored in ((cache.k[..., self.pairs], self.keys), (cache.v, self.values)):
+                stored.append(part.new_empty(len(rows) * self.num_samples, cfg.n_kv_head, self.slots, cfg.head_size))
+                stored[-1][:, :, :W] = repeat(part.gather(2, source[:, None, :, None].expand_as(part)))
+        self.position = repeat(lengths)                                                         # (R,), of the next token
+        self.mask = torch.zeros(1, 1, 1, self.slots, dtype=caches[0].k.dtype, device=device)    # is added to scores
+        self.state = [self.position, *self.keys, *self.values]
+        if empty.any():
+            before = torch.arange(self.slots, device=device) < repeat(empty)[:, None, None, None]
+            self.mask = self.mask.masked_fill(before, float('-inf')).repeat(1, cfg.n_kv_head, 1, 1)     # (R, G, 1, slots)
+            self.state.append(self.mask)
+        return repeat(model.logits(hidden))
+
+    def step(self, token):
+        """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
+        model, cfg = self.model, self.model.config
+        position = self.position[:len(token)]
+        x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
+        if cfg.embed_scale:
+            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
+        if cfg.position == 'learned':
+            x = x + F.embedding(position, model.embed_positions.weight)
+        turns = {name: turn[position, None] for name, turn in self.turns.items()}               # (n, 1, D/2)
+        for layer, keys, values in zip(self.layers, self.keys, self.values):
+            if cfg.post_norms:
+                before, after, before_mlp, after_mlp = layer.norms
+                x = x + after(self.attend(layer, before(x), keys, values, turns.get(layer.kind)).to(x.dtype))
+                x = x + after_mlp(self.mlp(layer, before_mlp(x)).to(x.dtype))
+            else:
+                x = x + self.attend(layer, layer.norms[0](x), keys, values, turns.get(layer.kind))
+                x = x + self.mlp(layer, layer.norms[1](x))
+        position += 1
+        self.slot += 1
+        return model.logits(self.norm(x))
+
+    def attend(self, layer, x, keys, values, turn):
+        """x (n, C) -> (n, C): attention of one new position to the cached ones; keys and values (R, G, slots, D)."""
+        cfg, n = self.model.config, len(x)
+        H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
+        qkv = layer.qkv(x).to(self.wide).view(n, H + 2 * G, D)
+        qk = layer.qk_norm(qkv[:, :H + G]) if cfg.qk_norm else qkv[:, :H + G]
+        if turn is not None:
+            torch.view_as_complex(qk.view(n, H + G, D // 2, 2)).mul_(turn)
+        keys[:n, :, self.slot], values[:n, :, self.slot] = qk[:, H:], qkv[:, H + G:]
+        seen = slice(max(0, self.slot + 1 - layer.window) if layer.window else 0, self.slot + 1)
+        q = qk[:, :H].to(keys.dtype).reshape(n * G, H // G, D)          # the heads that share keys are the rows of one product
+        k, v = (part[:n].view(n * G, self.slots, D)[:, seen] for part in (keys, values))        # (n * G, seen, D)
+        mask = self.mask[:n].flatten(0, 1)[..., seen]                                           # (n * G or 1, 1, seen)
+        if cfg.attn_softcap:
+            scores = cfg.attn_softcap * torch.tanh(q @ k.transpose(1, 2) * (cfg.attn_scale / cfg.attn_softcap)) + mask
+        else:
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=cfg.attn_scale)            # (n * G, H / G, seen)
+        return layer.out((scores.softmax(-1, dtype=self.wide).to(v.dtype) @ v).view(n, H * D))
+
+    def mlp(self, layer, x):
+        if not self.model.config.gated:
+            return layer.down(layer.act(layer.up(x)))
+        gate, up = layer.up(x).chunk(2, -1)
+        return layer.down(layer.act(gate) * up)
+
+
+def norm_of(module):
+    """A Norm as a function without autograd's bookkeeping."""
+    weight, bias, eps = module.gain, module.bias, module.eps
+    if module.layer_norm:
+        return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
+    if weight.dtype != torch.float32:
+        return lambda x: kernels.rms_norm(x, weight, eps)
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def product_of(modules, fuse, amp, order=None):
+    """Linear layers that read the same input, as one function x -> their outputs side by side, in the given order of channels.
+    Adapters and quantised layers are called as they are."""
+    if not fuse or not all(type(module) is Linear for module in modules):
+        outputs = lambda x: torch.cat([module(x) for module in modules], -1) if len(modules) > 1 else modules[0](x)
+        return outputs if order is None else lambda x: outputs(x)[:, order]
+    dtype = torch.bfloat16 if modules[0].bf16 else amp or modules[0].weight.dtype
+    weight, bias = (None if parts[0] is None else (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
+                    for parts in ([module.weight for module in modules], [module.bias for module in modules]))
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
+    return lambda x: F.linear(x.to(dtype), weight, bias)
+
+
+class Recomputer:
+    """The same three calls for a model without caches: every step runs the whole sequences again."""
+
+    def __init__(self, model, prompts, num_samples, room):
+        self.model = model
+        lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
+        self.length = torch.tensor(lengths, device=model.device)
+        self.idx = torch.zeros(len(lengths), max(lengths) + room, dtype=torch.long, device=model.device)
+        for row, length in enumerate(lengths):
+            self.idx[row, :length] = torch.tensor(prompts[row // num_samples])
+        self.state = [self.idx, self.length]
+
+    def start(self):
+        return self.last_logits(len(self.idx))
+
+    def step(self, token):
+        n = len(token)
+        self.idx[torch.arange(n, device=token.device), self.length[:n]] = token
+        self.length[:n] += 1
+        return self.last_logits(n)
+
+    def last_logits(self, n):
+        """Right-padded rows under a causal mask: what lies behind a row's end changes nothing before it."""
+        length = self.length[:n]
+        hidden = self.model.hidden(self.idx[:n, :int(length.max())])
+        return self.model.logits(hidden[torch.arange(n, device=length.device), length - 1])

@@ -11,6 +11,7 @@ import peft
 from configurator import UserError
 from lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
+from optim import AdamW
 
 SIZES = dict(vocab_size=61, bos_token_id=None, eos_token_id=None)
 LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -332,3 +333,46 @@ def test_mistakes_are_one_line(tmp_path):
         (tmp_path / 'adapter_config.json').write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match='merge_and_unload'):
             load_adapter(tiny(), str(tmp_path))
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, idx):
+        return self.model(idx).logits
+
+
+def test_a_transformers_model_behind_a_wrapper(tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+        **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval()
+    model = Wrapped(copy.deepcopy(theirs))
+    with pytest.raises(UserError, match='dense, dense_4h_to_h, dense_h_to_4h'):
+        add_lora(model)
+    add_lora(model, r=4, alpha=8, target_modules='all-linear')
+    randomize(model)
+    save_adapter(model, str(tmp_path))
+    with torch.no_grad():
+        adapted = model(IDX)
+        assert (adapted - theirs(IDX).logits).abs().max() > 1e-2
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path)).eval()
+        torch.testing.assert_close(again(IDX).logits, adapted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(load_adapter(Wrapped(theirs), str(tmp_path))(IDX), adapted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merge_lora(model)(IDX), adapted, atol=1e-5, rtol=0)
+
+
+def test_the_projects_optimizer_trains_biases_that_adapters_off_swaps():
+    model = tiny(arch='gpt2', norm='layernorm', position='learned', qk_norm=False, bias=True, gated=False)
+    base = model(IDX)
+    add_lora(model, r=2, alpha=2, bias='all')
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-model(IDX[:, :-1], IDX[:, 1:]).mean()).backward()
+        optimizer.step()
+        with torch.no_grad(), adapters_off(model):
+            assert torch.equal(model(IDX), base)
+    assert (model(IDX) - base).abs().max() > 0.1 and model.base_biases.keys() == {
+        name.removesuffix('.bias') for name, p in model.named_parameters() if name.endswith('bias')}

@@ -1,9 +1,9 @@
 """LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantized.py) it is QLoRA.
 
 A layer with adapters is the same object with the same `.weight`, its class swapped for one whose forward adds
-scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers model,
-as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is described
-by the keys of PEFT's adapter_config.json, so that files go both ways.
+scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers
+model, as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is
+described by the keys of PEFT's adapter_config.json, so that files go both ways.
 """
 import contextlib
 import functools
@@ -102,7 +102,7 @@ def dense_weight(layer):
     if adapter is None:
         return weight
     dense = torch.addmm(weight.to(adapter.lora_A.dtype), adapter.lora_B, adapter.lora_A, alpha=adapter.scale)
-    if adapter.magnitude is not None:       # DoRA (Liu et al. 2024, eq. 5); the norm has no gradient, as in their section 4.3
+    if adapter.magnitude is not None:       # DoRA (Liu et al. 2024, eq. 5); no gradient through the norm, section 4.3
         dense = dense * (adapter.magnitude / torch.linalg.norm(dense, dim=1).detach()).unsqueeze(1)
     return dense.to(weight.dtype)
 
@@ -131,7 +131,7 @@ def linear_groups(model):
 
 
 def find_targets(model, target_modules):
-    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression over paths, 'all-linear'."""
+    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression, or 'all-linear'."""
     groups, named = linear_groups(model), target_modules
     if named is None:
         named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
@@ -145,20 +145,21 @@ def find_targets(model, target_modules):
     unmatched = [name for name in named if not any(matches(path, name) for path in groups)]
     if unmatched or not named:
         there = ', '.join(sorted({path.rpartition('.')[2] for path in groups}))
-        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; this model has '
+        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; there are '
                         f'{there} (or say all-linear: all but the head)')
     return [path for path in groups if any(matches(path, name) for name in named)]
 
 
 # ---- adding, choosing, switching off -------------------------------------------------------------------------------
 
-def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False, name='default'):
+def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False,
+             name='default'):
     """Gives `model` a fresh adapter, makes it the active one and freezes the base. Returns the model.
 
-    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023), A random and B zero, so nothing changes yet.
-    dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None = PEFT's
-    choice for the family. bias: which biases train: 'none', 'all', 'lora_only' (those of adapted layers). dora: Liu et al.
-    2024. name: to hold several, see set_adapter. UserError: a value out of range, no such target.
+    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023); A is random, B zero: no change yet.
+    dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None =
+    PEFT's choice for the family. bias: which biases train: 'none', 'all', 'lora_only' (those of adapted layers). dora:
+    Liu et al. 2024. name: to hold several, see set_adapter. UserError: a value out of range, no such target.
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1 or bias not in ('none', 'all', 'lora_only'):
         raise UserError(f'LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; not r={r}, '
@@ -220,7 +221,7 @@ def set_adapter(model, name):
     """Makes `name` the one adapter in use; the others are not in the graph and get no gradient.
 
     Never between a forward pass and its backward: gradient checkpointing would recompute with another adapter. And an
-    optimizer that holds several adapters would let momentum and weight decay move the idle ones: one optimizer for each.
+    optimizer that holds several adapters would let momentum and weight decay move the idle ones: one for each.
     """
     if name not in getattr(model, 'adapters', {}):
         raise UserError(f'no adapter {name!r}; there are: {", ".join(getattr(model, "adapters", {})) or "none"}')
@@ -267,10 +268,10 @@ def adapters_off(model):
 # ---- folding into the weights and back -----------------------------------------------------------------------------
 
 def merge_lora(model, keep=True):
-    """Folds the active adapter into the weights: the model is then plain, quantised layers dequantised. Returns the model.
+    """Folds the active adapter into the weights and returns the model, now plain: quantised layers are dequantised.
 
-    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and makes
-    every parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
+    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and
+    makes every parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
     """
     found = [(path, layer) for path, layer in model.named_modules()
              if isinstance(layer, LoRALinear) or is_quantized(layer)]
@@ -280,7 +281,7 @@ def merge_lora(model, keep=True):
     tied = next((path for path, layer in found if any(
         layer.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding))), None)
     if tied not in (None, 'lm_head'):
-        raise UserError(f'{tied} shares its matrix with the embedding, so its adapter cannot be merged: keep it unmerged')
+        raise UserError(f'{tied} shares its matrix with the embedding, so its adapter cannot be merged')
     for path, layer in found:
         plain_class = layer.plain_class if is_quantized(layer) else type(layer).__mro__[2]
         plain = plain_class(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
@@ -297,7 +298,7 @@ def merge_lora(model, keep=True):
 
 
 def unmerge_lora(model):
-    """Undoes merge_lora exactly: the very layers from before, adapters, quantised weights and all. Returns the model."""
+    """Undoes merge_lora exactly: the very layers from before, adapters and all. Returns the model."""
     if not getattr(model, 'merged', None):
         raise UserError('unmerge_lora: the model is not merged, or was with keep=False')
     for path, layer in model.merged:
@@ -354,15 +355,15 @@ def save_adapter(model, directory, base_model_name=None, name=None):
 def load_adapter(model, directory, name='default', trainable=False, any_base=False):
     """Puts the PEFT adapter in `directory` on the model as `name` and makes it active; returns the model.
 
-    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are moved;
-    any_base=True waives this one) does not fit; or where it is not plain LoRA.
+    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are
+    moved; any_base=True waives this one) does not fit; or where it is not plain LoRA.
     """
     from safetensors.torch import load_file
     config = read_adapter_config(directory)
     theirs, ours = config['base_model_name_or_path'], getattr(model, 'name_or_path', None)
     last = lambda path: os.path.basename(os.path.normpath(path)).lower()
     if theirs and ours and last(theirs) != last(ours) and not any_base:
-        raise UserError(f'{directory} is an adapter for {theirs}, and the model is {ours}; if they are the same, say so '
+        raise UserError(f'{directory} is an adapter for {theirs}, the model is {ours}; if they are the same, say so '
                         'with any_base=True (load_model: give base)')
     file = os.path.join(directory, 'adapter_model.safetensors')
     if not os.path.exists(file):
@@ -371,7 +372,7 @@ def load_adapter(model, directory, name='default', trainable=False, any_base=Fal
     head = getattr(getattr(model, 'lm_head', None), 'weight', None)
     for key in [key for key in weights if re.search(r'(lm_head(\.base_layer)?|embed_tokens)\.weight$', key)]:
         if head is not None and weights[key].shape == head.shape and weights[key].to(head).equal(head):
-            del weights[key]                                    # PEFT adds an unchanged copy of a head that has an adapter
+            del weights[key]                                    # PEFT adds an unchanged copy of an adapted head
     paths = adapted_paths(weights)
     other = f'{directory} is an adapter for another base{f" ({theirs})" if theirs else ""}: '
     absent = [path for path in paths if path not in linear_groups(model)]

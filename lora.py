@@ -1,9 +1,9 @@
 """LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantized.py) it is QLoRA.
 
 A layer with adapters is the same object with the same `.weight`, its class swapped for one whose forward adds
-scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers model, as PEFT
-does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is described by the keys of
-PEFT's adapter_config.json, so that files go both ways.
+scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers
+model, as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is
+described by the keys of PEFT's adapter_config.json, so that files go both ways.
 """
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import kernels
 from configurator import UserError
-from quantized import dequantize, is_quantized
+from quantized import dequantize, head_of, is_quantized
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False, 'use_dora': False,
             'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -45,7 +45,8 @@ class LoRALinear(nn.Linear):
             flat = flat.bfloat16()
         adapter = active(self)
         if adapter is not None and adapter.magnitude is not None:
-            y = F.linear(flat, dense_weight(self).to(flat.dtype), None if self.bias is None else self.bias.to(flat.dtype))
+            y = F.linear(flat, dense_weight(self).to(flat.dtype))
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             y = add_adapters(super().forward(flat), flat, [self])
         return y.view(*x.shape[:-1], -1)
@@ -96,22 +97,22 @@ def base_weight(layer):
 
 
 def dense_weight(layer):
-    """The matrix (out, in) that any linear layer stands for: dequantised, its active adapter added, differentiable in that."""
+    """The matrix (out, in) that any linear layer stands for: dequantised, its active adapter added (differentiably)."""
     weight, adapter = base_weight(layer), active(layer)
     if adapter is None:
         return weight
     dense = torch.addmm(weight.to(adapter.lora_A.dtype), adapter.lora_B, adapter.lora_A, alpha=adapter.scale)
-    if adapter.magnitude is not None:       # DoRA (Liu et al. 2024, eq. 5); the norm has no gradient, as in their section 4.3
+    if adapter.magnitude is not None:       # DoRA (Liu et al. 2024, eq. 5); no gradient through the norm, section 4.3
         dense = dense * (adapter.magnitude / torch.linalg.norm(dense, dim=1).detach()).unsqueeze(1)
     return dense.to(weight.dtype)
 
 
-# ---- which layers there are, under transformers' names ----------------------------------------------------------------------
+# ---- which layers there are, under transformers' names -------------------------------------------------------------
 
 def hf_name(model, path):
     """Our module's path -> its path in the transformers model, which a wrapper holds as its one submodule."""
-    from model import GPT, GPT2_NAMES
-    if not isinstance(model, GPT):
+    from model import GPT2_NAMES
+    if not hasattr(model, 'embed_tokens'):
         return path.partition('.')[2]
     if path == 'lm_head' or model.config.arch != 'gpt2':
         return path if path == 'lm_head' else 'model.' + path
@@ -130,13 +131,12 @@ def linear_groups(model):
 
 
 def find_targets(model, target_modules):
-    """PEFT's target_modules -> paths: a list of names or ends of paths, one regular expression over paths, or 'all-linear'."""
+    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression, or 'all-linear'."""
     groups, named = linear_groups(model), target_modules
     if named is None:
         named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
     if named == 'all-linear' or list(named) == ['all-linear']:
-        head = model.lm_head if hasattr(model, 'lm_head') else next(model.children()).get_output_embeddings()
-        return [path for path, layers in groups.items() if head not in layers]
+        return [path for path, layers in groups.items() if head_of(model) not in layers]
     ends_in = lambda path, name: ('.' + path).endswith('.' + name)
     if isinstance(named, str):
         named, matches = [named], lambda path, name: re.fullmatch(name, path) or ends_in(path, name)
@@ -145,19 +145,21 @@ def find_targets(model, target_modules):
     unmatched = [name for name in named if not any(matches(path, name) for path in groups)]
     if unmatched or not named:
         there = ', '.join(sorted({path.rpartition('.')[2] for path in groups}))
-        raise UserError(f'target_modules: no module is called {", ".join(unmatched) or "nothing"}; this model has {there} '
-                        "(or say all-linear: all but the head)")
+        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; there are '
+                        f'{there} (or say all-linear: all but the head)')
     return [path for path in groups if any(matches(path, name) for name in named)]
 
 
-# ---- adding, choosing, switching off ----------------------------------------------------------------------------------------
+# ---- adding, choosing, switching off -------------------------------------------------------------------------------
 
-def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False, name='default'):
-    """Gives `model` a fresh adapter, makes it the active one and freezes the base; returns the model, changed by nothing yet.
+def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False,
+             name='default'):
+    """Gives `model` a fresh adapter, makes it the active one and freezes the base. Returns the model.
 
-    The update is alpha / r (rslora: alpha / sqrt(r), Kalajdzievski 2023) * B A with A random and B zero; dropout: on the adapter's
-    input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None = PEFT's choice for the family. bias:
-    which biases train: 'none', 'all', 'lora_only' (those of adapted layers). UserError: a value out of range, no such target.
+    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023); A is random, B zero: no change yet.
+    dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None =
+    PEFT's choice for the family. bias: which biases train: 'none', 'all', 'lora_only' (those of adapted layers). dora:
+    Liu et al. 2024. name: to hold several, see set_adapter. UserError: a value out of range, no such target.
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1 or bias not in ('none', 'all', 'lora_only'):
         raise UserError(f'LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; not r={r}, '
@@ -168,7 +170,7 @@ def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none'
 
 
 def attach(model, name, config, paths, trainable):
-    """Puts adapter `name`, described by PEFT's `config`, on the layers at `paths` (transformers' names) and makes it active."""
+    """Puts adapter `name`, described by PEFT's `config`, on the layers at `paths` and makes it active."""
     adapters = getattr(model, 'adapters', {})       # name -> config, in the order in which they came
     if getattr(model, 'merged', None):
         raise UserError('an adapter is merged into the weights: unmerge_lora before adding another')
@@ -206,8 +208,9 @@ def attach(model, name, config, paths, trainable):
 
 def rank_alpha(config, path):
     """(r, alpha) at `path`; PEFT's patterns give single modules other values."""
-    return tuple(next((value for pattern, value in config[patterns].items() if re.fullmatch(rf'(.*\.)?({pattern})', path)), usual)
-                 for patterns, usual in (('rank_pattern', config['r']), ('alpha_pattern', config['lora_alpha'])))
+    here = lambda patterns, usual: next((value for pattern, value in config[patterns].items()
+                                         if re.fullmatch(rf'(.*\.)?({pattern})', path)), usual)
+    return here('rank_pattern', config['r']), here('alpha_pattern', config['lora_alpha'])
 
 
 def lora_layers(model):
@@ -215,8 +218,11 @@ def lora_layers(model):
 
 
 def set_adapter(model, name):
-    """Makes `name` the one adapter in use; the others are not in the graph and get no gradient. Never between a forward pass
-    and its backward: gradient checkpointing would recompute with another adapter than it ran with."""
+    """Makes `name` the one adapter in use; the others are not in the graph and get no gradient.
+
+    Never between a forward pass and its backward: gradient checkpointing would recompute with another adapter. And an
+    optimizer that holds several adapters would let momentum and weight decay move the idle ones: one for each.
+    """
     if name not in getattr(model, 'adapters', {}):
         raise UserError(f'no adapter {name!r}; there are: {", ".join(getattr(model, "adapters", {})) or "none"}')
     model.active_adapter = name
@@ -238,9 +244,9 @@ def remove_adapter(model, name):
 
 @contextlib.contextmanager
 def adapters_off(model):
-    """Inside, the model is its base: no adapter, and the biases as they were before training. Parameters stay the same objects.
+    """Inside, the model is its base: no adapter, and the biases as they were before training.
 
-    A reference model only if training began from the base: to train an adapter on, load it twice, one frozen.
+    A reference model only if training began from the base: to train an adapter further, load it twice, one frozen.
     """
     if not lora_layers(model):
         raise UserError('adapters_off: the model has no adapter' + (
@@ -259,24 +265,25 @@ def adapters_off(model):
             bias.data = trained[path]
 
 
-# ---- folding into the weights and back --------------------------------------------------------------------------------------
+# ---- folding into the weights and back -----------------------------------------------------------------------------
 
 def merge_lora(model, keep=True):
-    """Folds the active adapter into the weights: the model is then plain, quantised layers dequantised. Returns the model.
+    """Folds the active adapter into the weights and returns the model, now plain: quantised layers are dequantised.
 
-    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and makes every
-    parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
+    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and
+    makes every parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
     """
-    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear) or is_quantized(layer)]
+    found = [(path, layer) for path, layer in model.named_modules()
+             if isinstance(layer, LoRALinear) or is_quantized(layer)]
     if not found:
         raise UserError('merge_lora: the model has no adapter' + (
             ': it is merged already' if getattr(model, 'merged', None) else ''))
     tied = next((path for path, layer in found if any(
         layer.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding))), None)
     if tied not in (None, 'lm_head'):
-        raise UserError(f'{tied} shares the embedding\'s matrix, so its adapter cannot be merged: keep the adapter beside the model')
+        raise UserError(f'{tied} shares its matrix with the embedding, so its adapter cannot be merged')
     for path, layer in found:
-        plain_class = next(cls for cls in (getattr(layer, 'plain_class', None), *type(layer).__mro__[2:]) if cls)
+        plain_class = layer.plain_class if is_quantized(layer) else type(layer).__mro__[2]
         plain = plain_class(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
         plain.weight, plain.bias = nn.Parameter(dense_weight(layer).detach(), requires_grad=False), layer.bias
         plain.bf16 = getattr(layer, 'bf16', False)
@@ -291,7 +298,7 @@ def merge_lora(model, keep=True):
 
 
 def unmerge_lora(model):
-    """Undoes merge_lora exactly: the layers from before are back, adapters, quantised weights and all. Returns the model."""
+    """Undoes merge_lora exactly: the very layers from before, adapters and all. Returns the model."""
     if not getattr(model, 'merged', None):
         raise UserError('unmerge_lora: the model is not merged, or was with keep=False')
     for path, layer in model.merged:
@@ -302,10 +309,10 @@ def unmerge_lora(model):
     return model
 
 
-# ---- PEFT's files -----------------------------------------------------------------------------------------------------------
+# ---- PEFT's files --------------------------------------------------------------------------------------------------
 
 def file_layout(model, name):
-    """{key in adapter_model.safetensors: [our parameters that make it up, one below the other]} of adapter `name`."""
+    """{key in adapter_model.safetensors: [our parameters that make it up, stacked]} of adapter `name`."""
     layout, biases = {}, {}
     for path, layers in linear_groups(model).items():
         parts = [layer.lora[name] for layer in layers if isinstance(layer, LoRALinear) and name in layer.lora]
@@ -321,6 +328,10 @@ def file_layout(model, name):
     return {'base_model.model.' + key: parts for key, parts in {**layout, **biases}.items()}
 
 
+def adapted_paths(keys):
+    return [key[len('base_model.model.'):-len('.lora_A.weight')] for key in keys if key.endswith('.lora_A.weight')]
+
+
 def save_adapter(model, directory, base_model_name=None, name=None):
     """Writes adapter `name` (None: the active one) as PEFT does: adapter_config.json and adapter_model.safetensors.
 
@@ -328,7 +339,7 @@ def save_adapter(model, directory, base_model_name=None, name=None):
     """
     from safetensors.torch import save_file
     config, layout = model.adapters[name or model.active_adapter], file_layout(model, name or model.active_adapter)
-    paths = [key.removeprefix('base_model.model.').removesuffix('.lora_A.weight') for key in layout if key.endswith('.lora_A.weight')]
+    paths = adapted_paths(layout)
     ends = sorted({path.rpartition('.')[2] for path in paths})
     config = {**config, 'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True,
               'base_model_name_or_path': base_model_name or getattr(model, 'name_or_path', None),
@@ -344,25 +355,25 @@ def save_adapter(model, directory, base_model_name=None, name=None):
 def load_adapter(model, directory, name='default', trainable=False, any_base=False):
     """Puts the PEFT adapter in `directory` on the model as `name` and makes it active; returns the model.
 
-    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are moved;
-    any_base=True waives this one) does not fit; or where it is not plain LoRA.
+    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are
+    moved; any_base=True waives this one) does not fit; or where it is not plain LoRA.
     """
     from safetensors.torch import load_file
     config = read_adapter_config(directory)
     theirs, ours = config['base_model_name_or_path'], getattr(model, 'name_or_path', None)
     last = lambda path: os.path.basename(os.path.normpath(path)).lower()
     if theirs and ours and last(theirs) != last(ours) and not any_base:
-        raise UserError(f'{directory} is an adapter for {theirs}, and the model is {ours}; if they are the same, say so with '
-                        'any_base=True (load_model: give base)')
+        raise UserError(f'{directory} is an adapter for {theirs}, the model is {ours}; if they are the same, say so '
+                        'with any_base=True (load_model: give base)')
     file = os.path.join(directory, 'adapter_model.safetensors')
     if not os.path.exists(file):
         raise UserError(f'{directory} has no adapter_model.safetensors: save the adapter with a current PEFT')
     weights = load_file(file)
     head = getattr(getattr(model, 'lm_head', None), 'weight', None)
-    for key in [key for key in weights if key.endswith(('lm_head.base_layer.weight', 'lm_head.weight', 'embed_tokens.weight'))]:
+    for key in [key for key in weights if re.search(r'(lm_head(\.base_layer)?|embed_tokens)\.weight$', key)]:
         if head is not None and weights[key].shape == head.shape and weights[key].to(head).equal(head):
-            del weights[key]                                    # PEFT adds an unchanged copy of a head that has an adapter
-    paths = [key.removeprefix('base_model.model.').removesuffix('.lora_A.weight') for key in weights if key.endswith('.lora_A.weight')]
+            del weights[key]                                    # PEFT adds an unchanged copy of an adapted head
+    paths = adapted_paths(weights)
     other = f'{directory} is an adapter for another base{f" ({theirs})" if theirs else ""}: '
     absent = [path for path in paths if path not in linear_groups(model)]
     if absent or not paths:
@@ -387,7 +398,7 @@ def load_adapter(model, directory, name='default', trainable=False, any_base=Fal
 
 
 def read_adapter_config(directory):
-    """PEFT's adapter_config.json with defaults for what older versions left out; UserError for what is not plain LoRA."""
+    """PEFT's adapter_config.json, with defaults where older ones lack keys; UserError for what is not plain LoRA."""
     path = os.path.join(directory, 'adapter_config.json')
     if not os.path.exists(path):
         raise UserError(f'{directory} has no adapter_config.json: not an adapter')

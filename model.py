@@ -490,7 +490,7 @@ def save_model(model, tokenizer, directory, dtype=None):
     """
     from safetensors.torch import save_file
     os.makedirs(directory, exist_ok=True)
-    if getattr(model, 'adapters', None) and not model.merged:
+    if getattr(model, 'adapters', None) and not model.merged:           # attributes that add_lora and load_adapter set
         save_adapter(model, directory)
         if tokenizer is not None:
             tokenizer.save(directory)

@@ -1,8 +1,8 @@
 """4- and 8-bit linear layers through bitsandbytes: the frozen base of QLoRA (Dettmers et al. 2023).
 
-The weights are stored as bitsandbytes stores them; the product is taken here, the same in training, evaluation and merging: on a
-CPU its own layers switch to rounded activations or to a packed bf16 format without a gradient once in eval mode, so that
-log-probabilities as sampled and as trained would not agree.
+The weights are stored as bitsandbytes stores them; the product is taken here, the same in training, evaluation and
+merging: on a CPU its own layers, once in eval mode, round the activations (8-bit) or repack the weights for bf16 and
+lose the gradient (4-bit), so that log-probabilities as sampled and as trained would not agree.
 """
 import functools
 import logging
@@ -19,23 +19,23 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 @functools.cache
 def bitsandbytes():
     """The library, imported on first use, or a UserError with the remedy."""
-    logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)      # it announces a kernel that is not used here
+    logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it misses a kernel not used here
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as e:
-        raise UserError(f'4- and 8-bit weights need bitsandbytes, which does not load here ({type(e).__name__}: {str(e)[:80]}): '
-                        'pip install bitsandbytes, or leave out load_in_4bit / load_in_8bit') from None
+        raise UserError(f'4- and 8-bit weights need bitsandbytes, which does not load here ({type(e).__name__}: '
+                        f'{str(e)[:80]}): pip install bitsandbytes, or leave out load_in_4bit / load_in_8bit') from None
     return bitsandbytes
 
 
 class Quantized:
-    """Mixed into bitsandbytes' layers: x (..., in) -> (..., out), the weight dequantised for the product and not kept."""
+    """Mixed into bitsandbytes' layers: x (..., in) -> (..., out); the weight is dequantised for each product."""
     bf16 = False                        # set by model.set_matmul, as for the plain layers
 
     def forward(self, x):
         device = x.device.type
-        kind = self.compute_dtype or (torch.bfloat16 if self.bf16 and device == 'cpu' else
-                                      torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        usual = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        kind = self.compute_dtype or (torch.bfloat16 if self.bf16 and device == 'cpu' else usual)
         if self.bits == 4 and device == 'cuda':     # its fused kernels need no float copy of the weight
             y = bitsandbytes().matmul_4bit(x.to(kind), self.weight, self.weight.quant_state)
         else:
@@ -57,6 +57,11 @@ class QuantizedProduct(torch.autograd.Function):
         return grad @ dequantize(ctx.layer).to(grad.dtype), None
 
 
+def head_of(model):
+    """The output layer of a GPT, or of a transformers model that a wrapper holds as its one submodule."""
+    return model.lm_head if hasattr(model, 'lm_head') else next(model.children()).get_output_embeddings()
+
+
 def is_quantized(layer):
     return isinstance(layer, Quantized)
 
@@ -76,39 +81,41 @@ def layer_class(bits):
 
 
 def quantize(model, bits=4, quant_type='nf4', double_quant=True, compute_dtype=None, state=None, device=None):
-    """Replaces the linear layers of the blocks (not embeddings or head) by 4- or 8-bit ones, one after the other. Returns the model.
+    """Replaces the linear layers, but for the head, by 4- or 8-bit ones, one after the other. Returns the model.
 
-    quant_type: 'nf4' or 'fp4'; double_quant: the 4-bit scales are quantised too; compute_dtype: of the products (a torch dtype or its
-    name; None = that of autocast or of the input). state: {name: tensor} to take the weights out of, for a model on the meta device,
-    so that a float copy of the whole is never held; device: where to put them. UserError where bitsandbytes cannot do it.
+    quant_type: 'nf4' or 'fp4'; double_quant: the 4-bit scales are quantised too; compute_dtype: of the products (a
+    torch dtype or its name; None = that of autocast or of the input). state: {name: tensor} to take the weights out of,
+    for a model on the meta device, so that a float copy of the whole is never held; device: where to put them.
+    UserError where bitsandbytes cannot do it.
     """
     compute_dtype = DTYPES.get(str(compute_dtype).removeprefix('torch.'), compute_dtype)
     if bits not in (4, 8) or quant_type not in ('nf4', 'fp4') or isinstance(compute_dtype, str):
         raise UserError(f'quantisation takes bits 4 or 8, quant_type nf4 or fp4, compute_dtype {", ".join(DTYPES)}; '
                         f'not {bits}, {quant_type}, {compute_dtype}')
     bnb = bitsandbytes()
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)
-              and layer is not getattr(model, 'lm_head', None) and not path.endswith('lm_head')]
+    layers = [(path, layer) for path, layer in model.named_modules()
+              if isinstance(layer, nn.Linear) and layer is not head_of(model)]
     if any(hasattr(layer, 'lora') or is_quantized(layer) for _, layer in layers):
         raise UserError('quantize the plain model, before add_lora and only once')
     device = torch.device(device or next(model.parameters()).device)
     for path, layer in layers:
         weight = layer.weight.data if state is None else state.pop(f'{path}.weight', None)
         if weight is None or weight.shape != layer.weight.shape:
-            raise UserError(f'{path}.weight is ' + ('missing' if weight is None else
-                            f'{tuple(weight.shape)}, not {tuple(layer.weight.shape)}') + ': the weights do not fit config.json')
+            problem = 'missing' if weight is None else f'{tuple(weight.shape)}, not {tuple(layer.weight.shape)}'
+            raise UserError(f'{path}.weight is {problem}: the weights do not fit config.json')
         new = layer_class(bits)(layer.in_features, layer.out_features, bias=False, device='meta',
                                 **({} if bits == 4 else {'has_fp16_weights': False}))
         weight = weight.to(layer.weight.dtype).contiguous()
         try:
             if bits == 4:
-                new.weight = bnb.nn.Params4bit(weight, compress_statistics=double_quant, quant_type=quant_type).to(device)
+                new.weight = bnb.nn.Params4bit(weight, compress_statistics=double_quant, quant_type=quant_type)
+                new.weight = new.weight.to(device)
             else:
                 new.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device)
-                new.weight.CB = None                                        # a second reference, which deepcopy would copy
+                new.weight.CB = None                                    # a second reference, which deepcopy would copy
         except (RuntimeError, NotImplementedError, AttributeError) as e:
-            raise UserError(f'bitsandbytes cannot hold {bits}-bit weights on {device} here ({type(e).__name__}: {str(e)[:80]}): use '
-                            'another device, or leave out load_in_4bit / load_in_8bit') from None
+            raise UserError(f'bitsandbytes cannot hold {bits}-bit weights on {device} here ({type(e).__name__}: '
+                            f'{str(e)[:80]}): use another device, or leave out load_in_4bit / load_in_8bit') from None
         new.bias, new.dtype, new.compute_dtype, new.plain_class = layer.bias, weight.dtype, compute_dtype, type(layer)
         new.bf16 = getattr(layer, 'bf16', False)
         model.set_submodule(path, new.train(layer.training))
@@ -117,8 +124,8 @@ def quantize(model, bits=4, quant_type='nf4', double_quant=True, compute_dtype=N
 
 def base_state(model):
     """The model's state_dict without adapters and quantised weights: what a base checkpoint still has to fill."""
-    held = tuple(f'{path}.{part}' for path, layer in model.named_modules() for part in (['lora.'] if hasattr(layer, 'lora') else []) +
-                 (['weight', 'SCB'] if is_quantized(layer) else []))
+    held = tuple(f'{path}.{part}' for path, layer in model.named_modules() for part in ('lora.', 'weight', 'SCB')
+                 if (hasattr(layer, 'lora') if part == 'lora.' else is_quantized(layer)))
     return {name: tensor for name, tensor in model.state_dict().items() if not held or not name.startswith(held)}
 
 
@@ -126,6 +133,7 @@ def check_trainable(model):
     """UserError where nothing can train, or 4- or 8-bit weights are to train without LoRA."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if any(map(is_quantized, model.modules())) and not any('.lora.' in name for name in trainable):
-        raise UserError('4- and 8-bit weights do not train: add LoRA (use_lora=true), or leave out load_in_4bit / load_in_8bit')
+        raise UserError('4- and 8-bit weights do not train: add LoRA (use_lora=true), or leave out load_in_4bit and '
+                        'load_in_8bit')
     if not trainable:
-        raise UserError('no parameter is trainable: the model or its adapter was loaded frozen (load_adapter: trainable=True)')
+        raise UserError('no parameter is trainable: the model or its adapter was loaded frozen (see trainable=True)')

@@ -11,16 +11,20 @@ import peft
 from configurator import UserError
 from lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
+from optim import AdamW
 
 SIZES = dict(vocab_size=61, bos_token_id=None, eos_token_id=None)
-LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64)
+LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)
 FAMILIES = {
     'llama': lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
-    'qwen3': lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, head_dim=16, tie_word_embeddings=True)),
-    'gpt2': lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-                                                                         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)),
+    'qwen3': lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        **LLAMA, head_dim=16, tie_word_embeddings=True)),
+    'gpt2': lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        **SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)),
 }
+GPT2 = dict(arch='gpt2', norm='layernorm', position='learned', qk_norm=False, bias=True, gated=False,
+            activation='gelu_tanh')
 IDX = torch.randint(61, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
@@ -50,15 +54,16 @@ def randomize(model, seed=2):
 
 def tiny(seed=0, **changes):
     torch.manual_seed(seed)
-    cfg = GPTConfig(**dict(dict(arch='qwen3', vocab_size=61, block_size=64, n_layer=2, n_head=4, n_embd=32, n_inner=48, qk_norm=True),
-                           **changes))
+    usual = dict(arch='qwen3', vocab_size=61, block_size=64, n_layer=2, n_head=4, n_embd=32, n_inner=48, qk_norm=True)
+    cfg = GPTConfig(**{**usual, **changes})
     return GPT(cfg).init_weights(0.1)
 
 
 @pytest.mark.parametrize('family, settings', [
     ('llama', dict(target_modules=['q_proj', 'v_proj'])),
     ('llama', dict(target_modules='all-linear', use_rslora=True)),
-    ('llama', dict(target_modules=['q_proj', 'k_proj', 'down_proj'], rank_pattern={'q_proj': 2}, alpha_pattern={'q_proj': 3})),
+    ('llama', dict(target_modules=['q_proj', 'k_proj', 'down_proj'], rank_pattern={'q_proj': 2},
+                   alpha_pattern={'q_proj': 3})),
     ('llama', dict(target_modules=['v_proj', 'o_proj'], use_dora=True)),
     ('qwen3', dict(target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'])),
     ('qwen3', dict(target_modules=['q_proj', 'lm_head'])),
@@ -92,8 +97,8 @@ def test_peft_format_both_ways(family, settings, tmp_path):
 def test_a_fresh_adapter_of_ours_opens_in_peft(family, tmp_path):
     theirs = hf_model(family)
     model = add_lora(ours_from(theirs), r=3, alpha=5, dropout=0.0)
-    default = sorted({name.split('.')[-1] for name, m in peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(r=3)).named_modules()
-                      if hasattr(m, 'lora_A')})
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(r=3))
+    default = sorted({name.split('.')[-1] for name, m in wrapped.named_modules() if hasattr(m, 'lora_A')})
     randomize(model)
     save_adapter(model, str(tmp_path))
     assert json.loads((tmp_path / 'adapter_config.json').read_text())['target_modules'] == default
@@ -102,15 +107,14 @@ def test_a_fresh_adapter_of_ours_opens_in_peft(family, tmp_path):
         torch.testing.assert_close(model(IDX), again(IDX).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(n_kv_head=2), dict(arch='gpt2', norm='layernorm', position='learned', qk_norm=False,
-                                                                 bias=True, gated=False, activation='gelu_tanh')])
+@pytest.mark.parametrize('changes', [{}, dict(n_kv_head=2), GPT2])
 @pytest.mark.parametrize('dora', [False, True])
 def test_forward_merge_and_unmerge_are_the_definition(changes, dora):
     model = tiny(**changes).double().eval()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     base = model(IDX)
     add_lora(model, r=4, alpha=8, target_modules='all-linear', dora=dora).double()
-    torch.testing.assert_close(model(IDX), base, atol=1e-6 if dora else 1e-12, rtol=0)      # B is zero; magnitudes are float32
+    torch.testing.assert_close(model(IDX), base, atol=1e-6 if dora else 1e-12, rtol=0)      # magnitudes are float32
     randomize(model)
     adapted = model(IDX).detach()
     assert (adapted - base).abs().max() > 1e-2
@@ -146,7 +150,8 @@ def test_stacked_projections_equal_single_ones_with_their_gradients(targets, bf1
     model.set_matmul('bf16' if bf16 else 'float32')
     attention, x = model.layers[0].self_attn, torch.randn(2, 5, 32)
     outputs = []
-    for form in (attention.qkv, lambda x: torch.cat([p(x) for p in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)):
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    for form in (attention.qkv, lambda x: torch.cat([layer(x) for layer in layers], -1)):
         model.zero_grad()
         x_ = x.clone().requires_grad_()
         y = form(x_)
@@ -194,12 +199,12 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
         assert torch.allclose(layer(x), x @ layer.weight.t() + torch.nn.functional.pad(x, (0, 16)), atol=1e-5)
         layer.train()
         seen = (layer(x) - x @ layer.weight.t())[:, :32] / x
-    assert torch.allclose(torch.minimum(seen.abs(), (seen - 2).abs()), torch.zeros(()), atol=0.05) and abs(seen.mean() - 1) < 0.02
+    assert torch.minimum(seen.abs(), (seen - 2).abs()).max() < 0.05 and abs(seen.mean() - 1) < 0.02
 
 
 @pytest.mark.parametrize('bias, expected', [('none', 0), ('lora_only', 2), ('all', 2 * 8 + 1)])
 def test_bias_trains_as_told_and_adapters_off_is_the_untouched_base(bias, expected):
-    model = tiny(arch='gpt2', norm='layernorm', position='learned', qk_norm=False, bias=True, gated=False).eval()
+    model = tiny(**GPT2).eval()
     base = model(IDX)
     add_lora(model, r=2, alpha=2, target_modules=['c_fc'], bias=bias)
     assert sum(p.requires_grad for name, p in model.named_parameters() if name.endswith('bias')) == expected
@@ -226,8 +231,7 @@ def test_named_adapters_do_not_leak_into_one_another():
             model.zero_grad()
             set_adapter(model, name)
             model(IDX).square().sum().backward()
-            graded = {part for n, p in model.named_parameters() if p.grad is not None for part in ('planner', 'coder') if part in n}
-            assert graded == {name}
+            assert {n.split('.')[-2] for n, p in model.named_parameters() if p.grad is not None} == {name}
     with pytest.raises(UserError, match='planner, coder'):
         set_adapter(model, 'judge')
 
@@ -292,10 +296,10 @@ def test_a_saved_adapter_loads_with_its_base_and_a_merged_model_opens_in_transfo
 
 def test_mistakes_are_one_line(tmp_path):
     model = tiny()
-    with pytest.raises(UserError, match='c_attn.*down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj'):
+    with pytest.raises(UserError, match='c_attn;.*down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_p'):
         add_lora(model, target_modules=['q_proj', 'c_attn'])
-    for wrong in (dict(r=0), dict(alpha=0), dict(dropout=1.0), dict(bias='some'), dict(dora=True, dropout=0.1), dict(name='a.b'),
-                  dict(name='keys'), dict(target_modules=[])):
+    for wrong in (dict(r=0), dict(alpha=0), dict(dropout=1.0), dict(bias='some'), dict(dora=True, dropout=0.1),
+                  dict(name='a.b'), dict(name='keys'), dict(target_modules=[])):
         with pytest.raises(UserError):
             add_lora(model, **wrong)
     assert not any('lora' in name for name in model.state_dict()) and all(p.requires_grad for p in model.parameters())
@@ -311,7 +315,7 @@ def test_mistakes_are_one_line(tmp_path):
         add_lora(model, r=2, alpha=2, bias='all', name='other')
     save_adapter(model, str(tmp_path), 'org/small')
     wide = tiny(n_embd=64)
-    with pytest.raises(UserError, match=r'another base \(org/small\): model.layers.0.self_attn.q_proj.lora_A.weight is \(2, 32\), not \(2, 64\)'):
+    with pytest.raises(UserError, match=r'base \(org/small\): .*layers.0.self_attn.q_proj.lora_A.* not \(2, 64'):
         load_adapter(wide, str(tmp_path))
     assert not any('lora' in name for name in wide.state_dict()) and wide(IDX).shape == (2, 13, 61)
     with pytest.raises(UserError, match='model has no model.layers.1'):
@@ -332,3 +336,46 @@ def test_mistakes_are_one_line(tmp_path):
         (tmp_path / 'adapter_config.json').write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match='merge_and_unload'):
             load_adapter(tiny(), str(tmp_path))
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, idx):
+        return self.model(idx).logits
+
+
+def test_a_transformers_model_behind_a_wrapper(tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+        **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval()
+    model = Wrapped(copy.deepcopy(theirs))
+    with pytest.raises(UserError, match='dense, dense_4h_to_h, dense_h_to_4h'):
+        add_lora(model)
+    add_lora(model, r=4, alpha=8, target_modules='all-linear')
+    randomize(model)
+    save_adapter(model, str(tmp_path))
+    with torch.no_grad():
+        adapted = model(IDX)
+        assert (adapted - theirs(IDX).logits).abs().max() > 1e-2
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path)).eval()
+        torch.testing.assert_close(again(IDX).logits, adapted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(load_adapter(Wrapped(theirs), str(tmp_path))(IDX), adapted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merge_lora(model)(IDX), adapted, atol=1e-5, rtol=0)
+
+
+def test_the_projects_optimizer_trains_biases_that_adapters_off_swaps():
+    model = tiny(**GPT2)
+    base = model(IDX)
+    add_lora(model, r=2, alpha=2, bias='all')
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-model(IDX[:, :-1], IDX[:, 1:]).mean()).backward()
+        optimizer.step()
+        with torch.no_grad(), adapters_off(model):
+            assert torch.equal(model(IDX), base)
+    assert (model(IDX) - base).abs().max() > 0.1 and model.base_biases.keys() == {
+        name.removesuffix('.bias') for name, p in model.named_parameters() if name.endswith('bias')}

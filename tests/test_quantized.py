@@ -18,13 +18,12 @@ KINDS = [dict(bits=4), dict(bits=4, quant_type='fp4', double_quant=False), dict(
 
 def tiny(**changes):
     torch.manual_seed(0)
-    cfg = GPTConfig(**dict(dict(arch='qwen3', vocab_size=61, block_size=64, n_layer=2, n_head=4, n_embd=64, n_inner=96, qk_norm=True),
-                           **changes))
-    return GPT(cfg).init_weights(0.1)
+    usual = dict(arch='qwen3', vocab_size=61, block_size=64, n_layer=2, n_head=4, n_embd=64, n_inner=96, qk_norm=True)
+    return GPT(GPTConfig(**{**usual, **changes})).init_weights(0.1)
 
 
 def nf4_levels():
-    """The 16 levels of NF4: quantiles of N(0, 1) averaged over bin edges, 8 above and 7 below zero (Dettmers et al. 2023, section 3)."""
+    """The 16 levels of NF4: quantiles of N(0, 1), 8 above and 7 below zero (Dettmers et al. 2023, section 3)."""
     offset = 0.5 * (1 / 32 + 1 / 30)
     quantile = lambda p: torch.special.ndtri(torch.tensor(p, dtype=torch.float64))
     above = quantile(torch.linspace(1 - offset, 0.5, 9)[:-1].tolist())
@@ -53,7 +52,7 @@ def test_int8_is_rounding_to_127ths_of_each_rows_largest_magnitude():
     layer = quantize(model, 8).layers[0].self_attn.o_proj
     step = weight.abs().amax(1, keepdim=True) / 127
     assert layer.weight.dtype == torch.int8
-    assert ((dequantize(layer) - weight).abs() <= 0.505 * step + 1e-3 * weight.abs()).all()     # bitsandbytes rounds from float16
+    assert ((dequantize(layer) - weight).abs() <= 0.505 * step + 1e-3 * weight.abs()).all()     # it rounds from float16
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -128,14 +127,17 @@ def test_qlora_trains_merges_dequantised_and_unmerges(kind, bf16):
         torch.testing.assert_close(unmerge_lora(model)(IDX), adapted, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize('flags', [dict(load_in_4bit=True), dict(load_in_4bit=True, bnb_4bit_quant_type='fp4',
-                                   bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype='bfloat16'), dict(load_in_8bit=True)])
+@pytest.mark.parametrize('flags', [
+    dict(load_in_4bit=True), dict(load_in_8bit=True),
+    dict(load_in_4bit=True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant=False,
+         bnb_4bit_compute_dtype='bfloat16')])
 def test_load_model_quantises_as_it_reads_and_a_qlora_run_round_trips(flags, tmp_path):
     base, out, merged = (str(tmp_path / name) for name in ('base', 'out', 'merged'))
     save_model(tiny(tied=False), None, base)
     model, tokenizer = load_model(base, **flags)
     bits, kind = (8 if 'load_in_8bit' in flags else 4), flags.get('bnb_4bit_quant_type', 'nf4')
-    direct = quantize(tiny(tied=False), bits, kind, flags.get('bnb_4bit_use_double_quant', True), flags.get('bnb_4bit_compute_dtype'))
+    direct = quantize(tiny(tied=False), bits, kind, flags.get('bnb_4bit_use_double_quant', True),
+                      flags.get('bnb_4bit_compute_dtype'))
     assert torch.equal(model(IDX), direct.eval()(IDX)) and sum(is_quantized(m) for m in model.modules()) == 14
     with pytest.raises(UserError, match='add LoRA'):
         check_trainable(model)
@@ -159,8 +161,9 @@ def test_load_model_quantises_as_it_reads_and_a_qlora_run_round_trips(flags, tmp
 def test_a_key_that_is_missing_or_misshapen_is_named(tmp_path):
     save_model(tiny(), None, str(tmp_path))
     config = json.loads((tmp_path / 'config.json').read_text())
+    deeper = dict(num_hidden_layers=3, layer_types=['full_attention'] * 3)
     for change, name in ((dict(intermediate_size=128), r'mlp.gate_proj.weight is \(96, 64\), not \(128, 64\)'),
-                         (dict(num_hidden_layers=3, layer_types=['full_attention'] * 3), 'layers.2.self_attn.q_proj.weight is missing')):
+                         (deeper, 'layers.2.self_attn.q_proj.weight is missing')):
         (tmp_path / 'config.json').write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=name):
             load_model(str(tmp_path), load_in_4bit=True)

@@ -170,7 +170,7 @@ def document_lengths(positions):
 # ---- the head and what is read off it --------------------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
-DIRECT = 2 ** 23    # up to so many logits torch's cross-entropy of all of them is quicker, if logp alone is asked for
+DIRECT = 2 ** 23    # up to so many logits all of them at once are quicker, if logp alone is asked for
 KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1 GB
 
 
@@ -187,7 +187,8 @@ def head(hidden, weight, softcap=0.0):
 
 
 class TargetLogp(torch.autograd.Function):
-    """Log-probability of each target, for logits (N, V) that are held anyway: logits, targets (N,) -> (N,), 0 where the target is -1."""
+    """Log-probability of each target where all logits fit: logits (N, V), targets (N,) -> (N,), 0 where the target is -1.
+    F.cross_entropy takes three more passes."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -209,8 +210,7 @@ def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=Tr
     correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
     if not extras and targets.numel() * len(weight) <= DIRECT:
         z = head(hidden, weight, softcap) if temperature == 1.0 else head(hidden, weight, softcap) / temperature
-        loss = F.cross_entropy(z.view(-1, len(weight)), targets.flatten(), ignore_index=-1, reduction='none')
-        return {'logp': -loss.view(targets.shape)}
+        return {'logp': TargetLogp.apply(z.view(-1, len(weight)), targets.flatten()).view(targets.shape)}
     mask = targets >= 0
     keep = KEEP if torch.is_grad_enabled() and not softcap else 0
     parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep)

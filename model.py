@@ -27,7 +27,6 @@ from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora
                   set_adapter, stacked_linear, unmerge_lora)
 from quantized import base_state, check_trainable, quantize
 
-SMALL_VOCABULARY = 512      # up to here all logits at once are faster than TokenStats' tiles
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 
 
@@ -316,10 +315,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, positions=None):
         hidden = self.hidden(idx, positions)
-        if targets is None or self.config.vocab_size <= SMALL_VOCABULARY:     # so few logits that tiles would cost more than they save
-            logits = self.logits(hidden)
-            return logits if targets is None else kernels.TargetLogp.apply(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
-        return self.token_stats(hidden, targets, extras=False)['logp']
+        return self.logits(hidden) if targets is None else self.token_stats(hidden, targets, extras=False)['logp']
 
     def new_caches(self, B, length, dtype=None):
         """One empty KVCache a layer, for B rows of at most `length` positions; in autocast's dtype where that is on."""

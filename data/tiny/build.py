@@ -29,11 +29,11 @@ from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tiny.corpus import END, documents
 from data.tokenizer import Tokenizer
 
-TRAIN_TOKENS, VAL_TOKENS = 30_000_000, 250_000
-TRAINING = ['--dataset=tiny_corpus', '--out_dir=out-tiny', '--arch=qwen3', '--n_layer=6', '--n_head=4', '--n_kv_head=2',
-            '--n_embd=128', '--n_inner=384', '--block_size=512', '--batch_size=16', '--max_iters=3600',
-            '--optimizer=muon', '--learning_rate=3e-3', '--lr_scheduler=linear', '--lr_decay_iters=3600', '--min_lr=0',
-            '--warmup_iters=100', '--eval_interval=600']
+TRAIN_TOKENS, VAL_TOKENS = 12_000_000, 250_000
+TRAINING = ['--dataset=tiny_corpus', '--out_dir=out-tiny', '--arch=qwen3', '--n_layer=6', '--n_head=4', '--n_embd=128',
+            '--n_inner=384', '--block_size=384', '--batch_size=24', '--max_iters=1300', '--optimizer=muon',
+            '--learning_rate=4e-3', '--lr_scheduler=linear', '--lr_decay_iters=1300', '--min_lr=0', '--warmup_iters=50',
+            '--eval_interval=325']
 VOCABULARY = 1024
 # The control tokens are special, which decoding may skip; what tools and answers stand between is part of the text.
 CONTROL = [END, '<|im_start|>', '<|im_end|>']
@@ -55,7 +55,7 @@ def train_tokenizer(texts):
     text = json.loads(backend.to_str())
     for token in text['added_tokens']:
         token['special'] = token['content'] in CONTROL
-    config = {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 512}
+    config = {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 384}
     text = Backend.from_str(json.dumps(text)).to_str(pretty=True)
     tokenizer = Tokenizer(text, config, chat_template=CHAT_TEMPLATE)
     if tokenizer.vocab_size != VOCABULARY:
@@ -155,7 +155,7 @@ def main(stage='all', directory=HERE):
     if stage in ('all', 'install'):
         with open(os.path.join(corpus, 'tokenizer.json'), encoding='utf-8', newline='') as file:
             text = file.read()
-        install(run_directory, Tokenizer(text, {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 512},
+        install(run_directory, Tokenizer(text, {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 384},
                                          chat_template=CHAT_TEMPLATE))
     if stage in ('all', 'report'):
         report(directory)

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import kernels
 from configurator import UserError
+from lora import dense_weight
 
 
 class Wrapped(nn.Module):
@@ -81,10 +82,11 @@ class Wrapped(nn.Module):
     def head(self, hidden):
         """(hidden, weight) whose product the logits are: a bias is one more column."""
         head, hidden = self.lm_head, hidden * self.scale
+        weight = dense_weight(head)                         # with its adapter, where the head has one
         if getattr(head, 'bias', None) is None:
-            return hidden, head.weight
+            return hidden, weight
         one = hidden.new_full((*hidden.shape[:-1], 1), self.scale)
-        return torch.cat([hidden, one], -1), torch.cat([head.weight, head.bias[:, None]], 1)
+        return torch.cat([hidden, one], -1), torch.cat([weight, head.bias[:, None]], 1)
 
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32."""

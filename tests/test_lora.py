@@ -12,6 +12,7 @@ from configurator import UserError
 from lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
 from optim import AdamW
+from wrapped import Wrapped
 
 SIZES = dict(vocab_size=61, bos_token_id=None, eos_token_id=None)
 LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -338,23 +339,15 @@ def test_mistakes_are_one_line(tmp_path):
             load_adapter(tiny(), str(tmp_path))
 
 
-class Wrapped(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, idx):
-        return self.model(idx).logits
-
-
-def test_a_transformers_model_behind_a_wrapper(tmp_path):
+@pytest.mark.parametrize('targets', ['all-linear', ['query_key_value', 'lm_head']])
+def test_a_transformers_model_behind_the_wrapper(targets, tmp_path):
     torch.manual_seed(0)
     theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
         **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval()
     model = Wrapped(copy.deepcopy(theirs))
     with pytest.raises(UserError, match='dense, dense_4h_to_h, dense_h_to_4h'):
         add_lora(model)
-    add_lora(model, r=4, alpha=8, target_modules='all-linear')
+    add_lora(model, r=4, alpha=8, target_modules=targets)
     randomize(model)
     save_adapter(model, str(tmp_path))
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Rebuilds the embedded model, which lies beside this file, from nothing but this repository:
 
-    python data/tiny/build.py                   # corpus, training, conversion, report: half an hour on two cores
+    python data/tiny/build.py                   # corpus, training, conversion, report: a quarter of an hour on two cores
     python data/tiny/build.py corpus            # data/tiny_corpus/ only
     python data/tiny/build.py install           # the model that training left in out-tiny/ -> data/tiny/
     python data/tiny/build.py report [DIR]      # skills and faults of data/tiny/ or any checkpoint, held-out problems
@@ -29,11 +29,11 @@ from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tiny.corpus import END, documents
 from data.tokenizer import Tokenizer
 
-TRAIN_TOKENS, VAL_TOKENS = 12_000_000, 250_000
+TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 250_000
 TRAINING = ['--dataset=tiny_corpus', '--out_dir=out-tiny', '--arch=qwen3', '--n_layer=6', '--n_head=4', '--n_embd=128',
-            '--n_inner=384', '--block_size=384', '--batch_size=24', '--max_iters=1300', '--optimizer=muon',
-            '--learning_rate=4e-3', '--lr_scheduler=linear', '--lr_decay_iters=1300', '--min_lr=0', '--warmup_iters=50',
-            '--eval_interval=325']
+            '--n_inner=384', '--block_size=384', '--batch_size=24', '--max_iters=870', '--optimizer=muon',
+            '--learning_rate=4e-3', '--lr_scheduler=linear', '--lr_decay_iters=870', '--min_lr=0', '--warmup_iters=50',
+            '--eval_interval=290']
 VOCABULARY = 1024
 # The control tokens are special, which decoding may skip; what tools and answers stand between is part of the text.
 CONTROL = [END, '<|im_start|>', '<|im_end|>']

@@ -19,8 +19,9 @@ FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weigh
 
 
 class Decoder:
-    """The forward pass of our GPT, one token at a time over a static KV cache, from weights fetched and stacked once.
+    """The forward pass of our GPT for one new token a row, from weights fetched and stacked once.
 
+    At small sizes a step is bound by the number of calls, so that what can be done once is not done per step or per layer.
     Prompts are shifted right in the cache so that all end at the same slot: every row writes slot `self.slot` and attends to the
     slots up to it, and one mask made at the start hides what lies before a shorter prompt. Channels j and j + D/2 of a head of
     q and k, which rotary positions turn together, are stored side by side: the rotation is then one complex product.
@@ -29,9 +30,10 @@ class Decoder:
     def __init__(self, model, prompts, num_samples, room):
         cfg, device = model.config, model.device
         self.model, self.prompts, self.num_samples = model, prompts, num_samples
+        self.rows = 0                                                   # the first rows of the state that `views` are of
         self.slot, self.wide = max(map(len, prompts)), torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
         self.slots = self.slot + room
-        self.amp = None if device.type == 'cpu' or not torch.is_autocast_enabled(device.type) else torch.get_autocast_dtype(device.type)
+        self.amp = torch.get_autocast_dtype(device.type) if device.type != 'cpu' and torch.is_autocast_enabled(device.type) else None
         self.pairs = torch.arange(cfg.head_size, device=device)
         self.turns = {}
         if cfg.position == 'rope':
@@ -87,74 +89,97 @@ class Decoder:
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        model, cfg = self.model, self.model.config
-        position = self.position[:len(token)]
+        model, cfg, n = self.model, self.model.config, len(token)
+        if n != self.rows:
+            views = lambda part: part[:n].view(-1, *part.shape[2:])                             # (n * G, ...)
+            self.rows, self.row_mask = n, views(self.mask)
+            self.views = [(k[:n], v[:n], views(k).transpose(1, 2), views(v)) for k, v in zip(self.keys, self.values)]
+        position = self.position[:n]
         x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
         if cfg.embed_scale:
             x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
         if cfg.position == 'learned':
             x = x + F.embedding(position, model.embed_positions.weight)
         turns = {name: turn[position, None] for name, turn in self.turns.items()}               # (n, 1, D/2)
-        for layer, keys, values in zip(self.layers, self.keys, self.values):
+        seen = {}                                                       # window -> first slot, number of slots, their mask
+        for window in {layer.window for layer in self.layers}:
+            begin = max(0, self.slot + 1 - window) if window else 0
+            seen[window] = begin, self.slot + 1 - begin, self.row_mask[..., begin:self.slot + 1]
+        for layer, views in zip(self.layers, self.views):
             if cfg.post_norms:
                 before, after, before_mlp, after_mlp = layer.norms
-                x = x + after(self.attend(layer, before(x), keys, values, turns.get(layer.kind)).to(x.dtype))
-                x = x + after_mlp(self.mlp(layer, before_mlp(x)).to(x.dtype))
+                x = x + after(layer.out(self.attend(layer, before(x), views, turns.get(layer.kind), *seen[layer.window])).to(x.dtype))
+                x = x + after_mlp(layer.down(self.inner(layer, before_mlp(x))).to(x.dtype))
             else:
-                x = x + self.attend(layer, layer.norms[0](x), keys, values, turns.get(layer.kind))
-                x = x + self.mlp(layer, layer.norms[1](x))
+                before, before_mlp = layer.norms
+                x = layer.out(self.attend(layer, before(x), views, turns.get(layer.kind), *seen[layer.window]), x)
+                x = layer.down(self.inner(layer, before_mlp(x)), x)
         position += 1
         self.slot += 1
         return model.logits(self.norm(x))
 
-    def attend(self, layer, x, keys, values, turn):
-        """x (n, C) -> (n, C): attention of one new position to the cached ones; keys and values (R, G, slots, D)."""
+    def attend(self, layer, x, views, turn, begin, count, mask):
+        """x (n, C) -> (n, H * D), before o_proj: attention of a new position to the cached ones.
+
+        views: keys and values (n, G, slots, D) to write to, keys (n * G, D, slots) and values (n * G, slots, D) to read."""
         cfg, n = self.model.config, len(x)
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         qkv = layer.qkv(x).to(self.wide).view(n, H + 2 * G, D)
-        qk = layer.qk_norm(qkv[:, :H + G]) if cfg.qk_norm else qkv[:, :H + G]
+        qk, v = qkv.split((H + G, G), 1)
+        if cfg.qk_norm:
+            qk = layer.qk_norm(qk)
         if turn is not None:
             torch.view_as_complex(qk.view(n, H + G, D // 2, 2)).mul_(turn)
-        keys[:n, :, self.slot], values[:n, :, self.slot] = qk[:, H:], qkv[:, H + G:]
-        seen = slice(max(0, self.slot + 1 - layer.window) if layer.window else 0, self.slot + 1)
-        q = qk[:, :H].to(keys.dtype).reshape(n * G, H // G, D)          # the heads that share keys are the rows of one product
-        k, v = (part[:n].view(n * G, self.slots, D)[:, seen] for part in (keys, values))        # (n * G, seen, D)
-        mask = self.mask[:n].flatten(0, 1)[..., seen]                                           # (n * G or 1, 1, seen)
+        q, k = qk.split((H, G), 1)
+        keys, values, all_keys, all_values = views
+        keys.select(2, self.slot).copy_(k)
+        values.select(2, self.slot).copy_(v)
+        q = q.to(keys.dtype).reshape(n * G, H // G, D)                  # the heads that share keys are the rows of one product
+        all_keys, all_values = all_keys.narrow(2, begin, count), all_values.narrow(1, begin, count)
         if cfg.attn_softcap:
-            scores = cfg.attn_softcap * torch.tanh(q @ k.transpose(1, 2) * (cfg.attn_scale / cfg.attn_softcap)) + mask
+            scores = cfg.attn_softcap * torch.tanh(torch.bmm(q, all_keys) * (cfg.attn_scale / cfg.attn_softcap)) + mask
         else:
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=cfg.attn_scale)            # (n * G, H / G, seen)
-        return layer.out((scores.softmax(-1, dtype=self.wide).to(v.dtype) @ v).view(n, H * D))
+            scores = torch.baddbmm(mask, q, all_keys, alpha=cfg.attn_scale)                     # (n * G, H / G, count)
+        return torch.bmm(scores.softmax(-1, dtype=self.wide).to(all_values.dtype), all_values).view(n, H * D)
 
-    def mlp(self, layer, x):
+    def inner(self, layer, x):
+        """x (n, C) -> (n, n_inner), before down_proj."""
         if not self.model.config.gated:
-            return layer.down(layer.act(layer.up(x)))
+            return layer.act(layer.up(x))
         gate, up = layer.up(x).chunk(2, -1)
-        return layer.down(layer.act(gate) * up)
+        return layer.act(gate) * up
 
 
 def norm_of(module):
     """A Norm as a function without autograd's bookkeeping."""
-    weight, bias, eps = module.gain, module.bias, module.eps
+    weight, bias, eps, size = module.gain, module.bias, module.eps, module.gain.numel()
     if module.layer_norm:
-        return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
-    if weight.dtype != torch.float32:
-        return lambda x: kernels.rms_norm(x, weight, eps)
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+        return lambda x: F.layer_norm(x, (size,), weight, bias, eps)
+    if weight.device.type != 'cpu' or weight.dtype in (torch.bfloat16, torch.float16):
+        return lambda x: F.rms_norm(x, (size,), weight, eps)
+    eps = torch.tensor(eps, dtype=weight.dtype)
+
+    def rms_norm(x):        # fewer passes than F.rms_norm's on a CPU
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(eps, length, length, value=1 / size).rsqrt_()).mul_(weight)
+    return rms_norm
 
 
 def product_of(modules, fuse, amp, order=None):
-    """Linear layers that read the same input, as one function x -> their outputs side by side, in the given order of channels.
-    Adapters and quantised layers are called as they are."""
+    """Linear layers that read the same input, as one function: x (n, K) -> their outputs side by side, in the given order of
+    channels, added to `onto` where it is given. Adapters and quantised layers are called as they are."""
     if not fuse or not all(type(module) is Linear for module in modules):
         outputs = lambda x: torch.cat([module(x) for module in modules], -1) if len(modules) > 1 else modules[0](x)
-        return outputs if order is None else lambda x: outputs(x)[:, order]
+        return lambda x, onto=None: (outputs(x) if order is None else outputs(x)[:, order]) + (0 if onto is None else onto)
     dtype = torch.bfloat16 if modules[0].bf16 else amp or modules[0].weight.dtype
     weight, bias = (None if parts[0] is None else (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
                     for parts in ([module.weight for module in modules], [module.bias for module in modules]))
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    return lambda x: F.linear(x.to(dtype), weight, bias)
+    if bias is None and dtype == modules[0].weight.dtype:
+        transposed = weight.t()
+        return lambda x, onto=None: x @ transposed if onto is None else torch.addmm(onto, x, transposed)
+    return lambda x, onto=None: F.linear(x.to(dtype), weight, bias) + (0 if onto is None else onto)
 
 
 class Recomputer:

@@ -313,8 +313,9 @@ def announce(cfg, model, corpora, schedule, why, seconds_per_step, machine):
     machine.say(f'schedule  {report.sparkline(rates, 40)} {schedule} ({why}), {max(rates):g} to {rates[-1]:g}')
     if schedule not in ('none', 'constant', 'plateau') and not 0.8 <= cfg.max_iters / max(cfg.lr_decay_iters, 1) <= 1.25:
         machine.say(f'          note: max_iters={cfg.max_iters} is far from lr_decay_iters={cfg.lr_decay_iters}, where the schedule ends')
-    machine.say(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}, about '
-                f'{seconds_per_step * cfg.max_iters / 60:.1f} minutes of training and an evaluation every {cfg.eval_interval} steps')
+    time_needed = f', about {seconds_per_step * cfg.max_iters / 60:.1f} minutes of training' if seconds_per_step else ''
+    machine.say(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}{time_needed}, '
+                f'an evaluation every {cfg.eval_interval} steps')
 
 
 def flops_per_token(model, T):
@@ -364,11 +365,12 @@ def train_step(cfg, forward, optimizer, batches, scaler, machine):
     count = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     optimizer.zero_grad()
     loss = torch.zeros((), device=machine.device)
-    for micro, (x, y) in enumerate(batches):
-        with machine.autocast():
-            logp = forward(x, y)                                        # (B, T), and streams in multicontext
-        part = -logp.sum() / (count * logp.numel() / x[..., 0].numel() if logp.dim() == 3 else count)
-        (part * scaler.value).backward()
+    for x, y in batches:
+        with explain_out_of_memory('--batch_size', '--block_size'):
+            with machine.autocast():
+                logp = forward(x, y)                                    # (B, T), and streams in multicontext
+            part = -logp.sum() / (count * (logp.size(-1) if logp.dim() == 3 else 1))
+            (part * scaler.value).backward()
         loss += part.detach()
     for grad in optimizer.grads:
         machine.sum(grad)
@@ -495,13 +497,14 @@ def show(cfg, model, tokenizer, step, log):
 
 
 def time_step(cfg, forward, model, optimizer, corpora, machine):
-    """Seconds of a forward and backward pass, times the micro-batches of a step: the weights stay as they are."""
+    """Seconds of a forward and backward pass, times the micro-batches of a step (None when that would compile first): the weights
+    stay as they are."""
     if cfg.compile or not cfg.max_iters:
-        return float('nan')
+        return None
     x, y = get_batch(cfg, corpora, 0, machine)[0]
     for _ in range(2):                                                  # the first pass allocates
         started = time.perf_counter()
-        with machine.autocast():
+        with explain_out_of_memory('--batch_size', '--block_size'), machine.autocast():
             forward(x, y).sum().backward()
     optimizer.zero_grad()
     return (time.perf_counter() - started) * cfg.gradient_accumulation_steps / (

@@ -7,6 +7,7 @@ all-reduce of data parallel are one call per buffer.
 torch is not imported here: optimizers call the methods of the tensors they are given. So a script can read OPTIMIZERS
 and SCHEDULES, and draw its learning-rate curve, before it pays for that import.
 """
+import contextlib
 import inspect
 import math
 
@@ -194,6 +195,41 @@ class FlatOptimizer:
         for key in own.keys() - {'step'}:
             own[key].copy_(state[key])
         self.steps = int(state['step'])
+
+
+class WeightAverage:
+    """Exponential moving average of an optimizer's parameters (Polyak averaging), in float32 beside its flat buffers.
+
+    Within `with average.swapped()` the model holds the average, and this object the weights of the last step.
+    """
+
+    def __init__(self, optimizer, decay):
+        self.flats, self.decay = optimizer.flats, decay
+        self.means = [flat.data.clone() for flat in self.flats]
+
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))   # early on the start is forgotten sooner
+        for mean, flat in zip(self.means, self.flats):
+            mean.lerp_(flat.data, 1 - decay)
+
+    def swap(self):
+        for mean, flat in zip(self.means, self.flats):
+            held = flat.data.clone()
+            flat.data.copy_(mean)
+            mean.copy_(held)
+
+    @contextlib.contextmanager
+    def swapped(self):
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def state_dict(self):
+        """{'weights/PARAMETER': tensor}: what this object holds, live."""
+        return {f'weights/{name}': view for mean, flat in zip(self.means, self.flats)
+                for name, view in zip(flat.names, flat.views(mean))}
 
 
 class AdamW(FlatOptimizer):

@@ -8,13 +8,14 @@
 The loss is the mean of -model(x, y) over every token of the optimizer step, counted over micro-batches and ranks: it does
 not depend on how the batch is cut. Windows are drawn at random, as in nanoGPT, by a counter: step and row alone decide.
 """
+import contextlib
 import math
 import os
 import time
 from dataclasses import dataclass, replace
 
 from configurator import UserError, as_dict, from_dict, parse, run, setting
-from optim import OPTIMIZERS, SCHEDULES, Plateau, learning_rate, make_optimizer
+from optim import OPTIMIZERS, SCHEDULES, Plateau, WeightAverage, learning_rate, make_optimizer
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 SIZES = {'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64),       # documented command: minutes on two cores
@@ -55,6 +56,7 @@ class Config:
     beta2: float = 0.99  # decay of the second: high where a step sees few tokens
     momentum: float | None = None  # of sgd (0.9) and muon (0.95)
     grad_clip: float = 1.0  # highest gradient norm; 0 = no clipping
+    ema: float | None = None  # decay of the mean of the weights that is evaluated and saved, 0 = off; 0.998 where the rate stays constant, else 0
     lr_scheduler: str = setting('none', choices=SCHEDULES)  # naming one asks for it; none = constant, or the cosine with --decay_lr
     decay_lr: bool = False  # decay the rate; typed --no-decay_lr beats lr_scheduler
     warmup_iters: int = 100  # steps of linear warm-up
@@ -95,6 +97,8 @@ class Config:
         for name in ('max_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'sample_tokens', 'dropout', 'grad_clip', 'weight_decay'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f'{name} must be 0 or more, not {getattr(self, name)}')
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f'ema must be 0 or more and below 1, not {self.ema}')
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f'learning_rate must be above 0, not {self.learning_rate}')
 
@@ -239,7 +243,7 @@ def replace_typed(cfg, **changes):
 
 @torch.no_grad()
 def evaluate(cfg, model, corpora, split, machine):
-    """Mean loss over fixed windows of each corpus's split, no token twice: {name: nats per token}, and how many windows a corpus.
+    """{corpus name: mean loss in nats per token} over fixed windows of a split, no token twice.
 
     The windows depend on nothing but the data, the block size and eval_iters: the same from run to run and rank to rank.
     """
@@ -247,7 +251,8 @@ def evaluate(cfg, model, corpora, split, machine):
     B, T, streams = cfg.batch_size, cfg.block_size, cfg.training_mode == 'multicontext'
     losses = {}
     for group in [corpora] if streams else [[corpus] for corpus in corpora]:
-        limit = min(cfg.eval_iters * B, min((len(c.tokens('val')) - 1) // T for c in group))    # as many of train as of val
+        limit = min(cfg.eval_iters * B, min((len(c.tokens('val')) - 1) // T for c in group))
+        limit = limit if split == 'val' else -(-limit // 4)     # the training loss of every step is logged besides
         count = min(limit, (len(group[0].tokens(split)) - 1) // T)
         stride = (len(group[0].tokens(split)) - 1) // T // count
         starts = np.arange(count) * stride * T
@@ -297,7 +302,7 @@ def effective_schedule(cfg):
     return cfg.lr_scheduler, 'lr_scheduler'
 
 
-def announce(cfg, model, corpora, schedule, why, seconds_per_step, machine):
+def announce(cfg, model, corpora, schedule, why, decay, seconds_per_step, machine):
     """What will be trained on what, and for how long, before the first step."""
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     for corpus in corpora:
@@ -313,6 +318,8 @@ def announce(cfg, model, corpora, schedule, why, seconds_per_step, machine):
     machine.say(f'schedule  {report.sparkline(rates, 40)} {schedule} ({why}), {max(rates):g} to {rates[-1]:g}')
     if schedule not in ('none', 'constant', 'plateau') and not 0.8 <= cfg.max_iters / max(cfg.lr_decay_iters, 1) <= 1.25:
         machine.say(f'          note: max_iters={cfg.max_iters} is far from lr_decay_iters={cfg.lr_decay_iters}, where the schedule ends')
+    if decay:
+        machine.say(f'weights   evaluated and saved is their mean over about {1 / (1 - decay):.0f} steps (--ema=0: those of the last step)')
     time_needed = f', about {seconds_per_step * cfg.max_iters / 60:.1f} minutes of training' if seconds_per_step else ''
     machine.say(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}{time_needed}, '
                 f'an evaluation every {cfg.eval_interval} steps')
@@ -338,9 +345,13 @@ def resume_config(cfg):
     return merged, saved
 
 
-def restore(path, cfg, model, optimizer, machine):
-    """Puts a checkpoint's weights and optimizer state back; returns the trainer state."""
+def restore(path, cfg, model, optimizer, average, machine):
+    """Puts a checkpoint's weights and optimizer state back; returns the trainer state.
+
+    Where a mean of the weights is kept, the model's file holds the mean, and the optimizer's the weights of the last step.
+    """
     tensors, state = read_checkpoint(path)
+    last = {name.removeprefix('weights/'): tensors.pop(name) for name in list(tensors) if name.startswith('weights/')}
     weights = from_hf_weights(model.config, read_safetensors(path))
     own = model.state_dict()
     if weights.keys() != own.keys() - {'lm_head.weight'} or any(weights[name].shape != own[name].shape for name in weights):
@@ -348,6 +359,11 @@ def restore(path, cfg, model, optimizer, machine):
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)                         # in place: the optimizer's flat buffers hold the parameters
+        if average:
+            for mean, flat in zip(average.means, optimizer.flats):
+                mean.copy_(flat.data)
+        for name, tensor in last.items():
+            own[name].copy_(tensor)
     if state['optimizer'] == cfg.optimizer:
         optimizer.load_state_dict(tensors)
     else:
@@ -402,14 +418,19 @@ def main(cfg):
     optimizer = build_optimizer(cfg, model, machine)
     scaler, plateau = LossScale(machine.dtype), Plateau()
     schedule, why = effective_schedule(cfg)
+    # A rate that stays high keeps the last step's weights noisy; one that falls settles them, and tuned weights need not move far
+    decay = cfg.ema if cfg.ema is not None else 0.998 if schedule in ('none', 'constant') and not cfg.init_from.startswith('gpt2') else 0
+    average = WeightAverage(optimizer, decay) if decay else None
+    averaged = average.swapped if average else contextlib.nullcontext
     step, best_loss, since_best = 0, math.inf, 0
     if resumed:
-        state = restore(resumed, cfg, model, optimizer, machine)
+        state = restore(resumed, cfg, model, optimizer, average, machine)
         step, best_loss, since_best = state['step'], state['best_eval_loss'] or math.inf, state['evaluations_since_best']
         plateau.load_state_dict(state['plateau'])
         scaler = LossScale(machine.dtype, state['loss_scale'])
     if cfg.eval_only:
-        metrics = validate(cfg, model, corpora, machine)
+        with averaged():
+            metrics = validate(cfg, model, corpora, machine)
         machine.say('  '.join(f'{k} {v:.4f}' for k, v in metrics.items()))
         machine.close()
         return metrics
@@ -421,21 +442,24 @@ def main(cfg):
     forward = torch.compile(model) if cfg.compile else model
     header = {'script': 'train_gpt.py', 'data': [{k: c.meta[k] for k in ('source', 'stand_in')} | {'name': c.name} for c in corpora],
               'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(machine)}
-    announce(cfg, model, corpora, schedule, why, time_step(cfg, forward, model, optimizer, corpora, machine), machine)
+    announce(cfg, model, corpora, schedule, why, decay, time_step(cfg, forward, model, optimizer, corpora, machine), machine)
     log = Log(machine, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, cfg.wandb_project if cfg.wandb_log else None,
               step if resumed else None)
 
     def save(best):
         state = {'step': step, 'optimizer': cfg.optimizer, 'best_eval_loss': best_loss if math.isfinite(best_loss) else None,
                  'evaluations_since_best': since_best, 'plateau': plateau.state_dict(), 'loss_scale': scaler.state}
-        checkpoints.save(step, lambda directory: save_model(model, tokenizer, directory), optimizer.state_dict(), state, best)
+        with averaged():
+            tensors = {**optimizer.state_dict(), **(average.state_dict() if average else {})}
+            checkpoints.save(step, lambda directory: save_model(model, tokenizer, directory), tensors, state, best)
 
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     first, bad_steps, losses, since, metrics = step, 0, [], time.perf_counter(), {}
     model.train()
     while True:
         if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and step > first or step == cfg.max_iters:
-            metrics = validate(cfg, model, corpora, machine)
+            with averaged():
+                metrics = validate(cfg, model, corpora, machine)
             log.write(step, metrics)
             best, since_best = metrics['eval_loss'] < best_loss, since_best + 1
             if best:
@@ -444,7 +468,8 @@ def main(cfg):
                 plateau.update(metrics['eval_loss'])
             save(best)
             if machine.is_main:
-                show(cfg, model, tokenizer, step, log)
+                with averaged():
+                    show(cfg, model, tokenizer, step, log)
             since, losses = time.perf_counter(), []
         if step >= cfg.max_iters or cfg.patience and since_best >= cfg.patience:
             break
@@ -464,6 +489,8 @@ def main(cfg):
         loss, norm, good = train_step(cfg, forward, optimizer, get_batch(cfg, corpora, step, machine), scaler, machine)
         losses.append(loss)
         step += 1
+        if average:
+            average.update(step)
         bad_steps = 0 if good else bad_steps + 1
         if not good:
             machine.say(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')

@@ -350,3 +350,21 @@ def test_plateau_follows_torch():
         assert plateau.update(loss) == reference.param_groups[0]['lr']
         scales.append(plateau.scale)
     assert scales[-1] < 0.3
+
+
+def test_weight_average_is_the_mean_and_swaps_back():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = optim.SGD([('w', weight)], lr=1.0, momentum=0.0)
+    average = optim.WeightAverage(optimizer, 0.5)
+    expected = weight.detach().clone()
+    for step in range(1, 5):
+        weight.grad.copy_(torch.tensor([0.5, -1.0]) * step)
+        optimizer.step()
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight.detach()
+    last = weight.detach().clone()
+    with average.swapped():
+        torch.testing.assert_close(weight.detach(), expected)
+        assert torch.equal(average.state_dict()['weights/w'], last)
+    assert torch.equal(weight.detach(), last)

@@ -231,3 +231,31 @@ def test_faults_are_recognised():
             assert not build.FAULTS[task][1](problem, task.solution(problem))
         draw = random.Random(1)
         assert any(build.FAULTS[task][1](p, task.demonstration(p, draw)) for p in task.problems('eval', 50, 0))
+
+
+def test_the_model_that_ships():
+    """Small, opened by transformers with equal logits, and a careless pupil: it drops the carry, more often than it is right."""
+    import os
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model import load_model
+    from sample import generate
+    directory = os.path.dirname(build.__file__)
+    assert os.path.getsize(os.path.join(directory, 'model.safetensors')) <= 4 << 20
+    model, tokenizer = load_model('tiny')
+    assert model.num_params() <= 1_500_000 and model.config.arch == 'qwen3'
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    problems = arithmetic.problems('eval', 60, 'ships')
+    prompts = [prompt_ids(tokenizer, arithmetic.prompt(problem)) for problem in problems]
+    ids = torch.tensor([prompts[0]])
+    assert AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        arithmetic.prompt(problems[0]), add_generation_prompt=True, return_dict=False) == prompts[0]
+    torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    samples = generate(model, prompts, 60, temperature=0.0, stop_ids=tokenizer.stop_ids)
+    texts = [tokenizer.decode(row[:length], skip_special_tokens=True)
+             for row, length in zip(samples.tokens.reshape(60, -1).tolist(), samples.lengths.reshape(-1).tolist())]
+    right = sum(map(arithmetic.reward, problems, texts)) / 60
+    dropped = sum(map(build.carry_dropped, problems, texts)) / 60
+    assert 0.05 < right < 0.5 < dropped

@@ -16,6 +16,7 @@ import kernels
 from model import Linear
 
 FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
+PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
 
 
 class Decoder:
@@ -42,7 +43,10 @@ class Decoder:
                 angle = torch.arange(self.slots, device=device)[:, None].float() * model.inv_freq(name).to(device)
                 self.turns[name] = torch.polar(torch.ones_like(angle), angle)                   # (slots, D/2) complex
         self.layers = [self.prepare(layer) for layer in model.layers]
-        self.norm = norm_of(model.norm)
+        self.windows, self.norm = {layer.window for layer in self.layers}, norm_of(model.norm)
+        head = model.lm_head.weight.t()
+        plain = self.amp is None and head.dtype == self.wide and not cfg.logit_softcap      # model.logits without its conversions
+        self.logits = (lambda hidden: hidden @ head) if plain else model.logits
 
     def prepare(self, layer):
         """One layer as functions."""
@@ -55,7 +59,7 @@ class Decoder:
         if cfg.qk_norm:
             weight = torch.cat((attention.q_norm.gain.expand(H, D), attention.k_norm.gain.expand(G, D)))[:, self.pairs]
             qk_norm = lambda x: F.rms_norm(x, (D,), None, cfg.norm_eps).mul_(weight)
-        product = lambda modules, order=None: product_of(modules, fuse, self.amp, order)
+        product = lambda modules, order=None: product_of(modules, fuse, self.amp, len(self.prompts) * self.num_samples, order)
         return SimpleNamespace(
             kind=attention.layer_type, window=attention.window, qk_norm=qk_norm,
             qkv=product([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=product([attention.o_proj]),
@@ -73,14 +77,14 @@ class Decoder:
         empty = W - lengths                                             # slots before each prompt
         source = (torch.arange(W, device=device) - empty[:, None]).clamp_(min=0)                # (N, W)
         repeat = lambda x: x.repeat_interleave(self.num_samples, 0)
-        self.keys, self.values = [], []
+        self.caches = []                                                # a layer's keys and values (2, R, G, slots, D)
         for cache in caches:
-            for part, stored in ((cache.k[..., self.pairs], self.keys), (cache.v, self.values)):
-                stored.append(part.new_empty(len(rows) * self.num_samples, cfg.n_kv_head, self.slots, cfg.head_size))
-                stored[-1][:, :, :W] = repeat(part.gather(2, source[:, None, :, None].expand_as(part)))
+            self.caches.append(cache.k.new_empty(2, len(rows) * self.num_samples, cfg.n_kv_head, self.slots, cfg.head_size))
+            for part, stored in zip((cache.k[..., self.pairs], cache.v), self.caches[-1]):
+                stored[:, :, :W] = repeat(part.gather(2, source[:, None, :, None].expand_as(part)))
         self.position = repeat(lengths)                                                         # (R,), of the next token
         self.mask = torch.zeros(1, 1, 1, self.slots, dtype=caches[0].k.dtype, device=device)    # is added to scores
-        self.state = [self.position, *self.keys, *self.values]
+        self.state = [self.position] + [part for cache in self.caches for part in cache]
         if empty.any():
             before = torch.arange(self.slots, device=device) < repeat(empty)[:, None, None, None]
             self.mask = self.mask.masked_fill(before, float('-inf')).repeat(1, cfg.n_kv_head, 1, 1)     # (R, G, 1, slots)
@@ -93,16 +97,16 @@ class Decoder:
         if n != self.rows:
             views = lambda part: part[:n].view(-1, *part.shape[2:])                             # (n * G, ...)
             self.rows, self.row_mask = n, views(self.mask)
-            self.views = [(k[:n], v[:n], views(k).transpose(1, 2), views(v)) for k, v in zip(self.keys, self.values)]
+            self.views = [(cache[:, :n], views(cache[0]).transpose(1, 2), views(cache[1])) for cache in self.caches]
         position = self.position[:n]
         x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
         if cfg.embed_scale:
             x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
         if cfg.position == 'learned':
             x = x + F.embedding(position, model.embed_positions.weight)
-        turns = {name: turn[position, None] for name, turn in self.turns.items()}               # (n, 1, D/2)
+        turns = {name: turn.index_select(0, position).unsqueeze(1) for name, turn in self.turns.items()}    # (n, 1, D/2)
         seen = {}                                                       # window -> first slot, number of slots, their mask
-        for window in {layer.window for layer in self.layers}:
+        for window in self.windows:
             begin = max(0, self.slot + 1 - window) if window else 0
             seen[window] = begin, self.slot + 1 - begin, self.row_mask[..., begin:self.slot + 1]
         for layer, views in zip(self.layers, self.views):
@@ -116,31 +120,28 @@ class Decoder:
                 x = layer.down(self.inner(layer, before_mlp(x)), x)
         position += 1
         self.slot += 1
-        return model.logits(self.norm(x))
+        return self.logits(self.norm(x))
 
     def attend(self, layer, x, views, turn, begin, count, mask):
         """x (n, C) -> (n, H * D), before o_proj: attention of a new position to the cached ones.
 
-        views: keys and values (n, G, slots, D) to write to, keys (n * G, D, slots) and values (n * G, slots, D) to read."""
-        cfg, n = self.model.config, len(x)
+        views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots) and values (n * G, slots, D) to read."""
+        cfg, n, (cache, keys, values) = self.model.config, len(x), views
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         qkv = layer.qkv(x).to(self.wide).view(n, H + 2 * G, D)
-        qk, v = qkv.split((H + G, G), 1)
         if cfg.qk_norm:
-            qk = layer.qk_norm(qk)
+            qkv[:, :H + G] = layer.qk_norm(qkv[:, :H + G])
         if turn is not None:
-            torch.view_as_complex(qk.view(n, H + G, D // 2, 2)).mul_(turn)
-        q, k = qk.split((H, G), 1)
-        keys, values, all_keys, all_values = views
-        keys.select(2, self.slot).copy_(k)
-        values.select(2, self.slot).copy_(v)
-        q = q.to(keys.dtype).reshape(n * G, H // G, D)                  # the heads that share keys are the rows of one product
-        all_keys, all_values = all_keys.narrow(2, begin, count), all_values.narrow(1, begin, count)
+            torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))[:, :H + G].mul_(turn)
+        q, kv = qkv.split((H, 2 * G), 1)
+        cache.select(3, self.slot).copy_(kv.unflatten(1, (2, G)).transpose(0, 1))
+        q = q.to(values.dtype).reshape(n * G, H // G, D)                # the heads that share keys are the rows of one product
+        keys, values = keys.narrow(2, begin, count), values.narrow(1, begin, count)
         if cfg.attn_softcap:
-            scores = cfg.attn_softcap * torch.tanh(torch.bmm(q, all_keys) * (cfg.attn_scale / cfg.attn_softcap)) + mask
+            scores = cfg.attn_softcap * torch.tanh(torch.bmm(q, keys) * (cfg.attn_scale / cfg.attn_softcap)) + mask
         else:
-            scores = torch.baddbmm(mask, q, all_keys, alpha=cfg.attn_scale)                     # (n * G, H / G, count)
-        return torch.bmm(scores.softmax(-1, dtype=self.wide).to(all_values.dtype), all_values).view(n, H * D)
+            scores = torch.baddbmm(mask, q, keys, alpha=cfg.attn_scale)                         # (n * G, H / G, count)
+        return torch.bmm(scores.softmax(-1, dtype=self.wide).to(values.dtype), values).view(n, H * D)
 
     def inner(self, layer, x):
         """x (n, C) -> (n, n_inner), before down_proj."""
@@ -165,21 +166,27 @@ def norm_of(module):
     return rms_norm
 
 
-def product_of(modules, fuse, amp, order=None):
+def product_of(modules, fuse, amp, rows, order=None):
     """Linear layers that read the same input, as one function: x (n, K) -> their outputs side by side, in the given order of
     channels, added to `onto` where it is given. Adapters and quantised layers are called as they are."""
     if not fuse or not all(type(module) is Linear for module in modules):
         outputs = lambda x: torch.cat([module(x) for module in modules], -1) if len(modules) > 1 else modules[0](x)
         return lambda x, onto=None: (outputs(x) if order is None else outputs(x)[:, order]) + (0 if onto is None else onto)
-    dtype = torch.bfloat16 if modules[0].bf16 else amp or modules[0].weight.dtype
+    own = modules[0].weight.dtype
+    dtype = torch.bfloat16 if modules[0].bf16 else amp or own
     weight, bias = (None if parts[0] is None else (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
                     for parts in ([module.weight for module in modules], [module.bias for module in modules]))
     if order is not None:
         weight, bias = weight[order], None if bias is None else bias[order]
-    if bias is None and dtype == modules[0].weight.dtype:
+    if weight.device.type == 'cpu' and rows >= PACK_ROWS and own == torch.float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise'):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)      # oneDNN's own layout: made once, not at every product
+        linear = lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, 'none', [], '')
+    elif bias is None and dtype == own:
         transposed = weight.t()
         return lambda x, onto=None: x @ transposed if onto is None else torch.addmm(onto, x, transposed)
-    return lambda x, onto=None: F.linear(x.to(dtype), weight, bias) + (0 if onto is None else onto)
+    else:
+        linear = lambda x: F.linear(x.to(dtype), weight, bias)
+    return lambda x, onto=None: linear(x) if onto is None else onto + linear(x)
 
 
 class Recomputer:

@@ -7,6 +7,7 @@
 DIR_OR_NAME is any model directory (what the training scripts wrote, a checkpoint in it such as out/best, anything in Hugging
 Face's format), a name on the hub, or `tiny`. In Python: generate(model, prompts, max_new_tokens, ...).
 """
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ class Config:
     top_p: float = 1.0              # only the likeliest tokens that together have this probability; 1 = all
     repetition_penalty: float = 1.0     # above 1: tokens that were there already become less likely; 1 = off
     seed: int = 1337                # the same seed draws the same samples
-    device: str = setting('auto', choices=('auto', 'cpu', 'cuda', 'mps'))  # auto: cuda, else mps, else cpu
-    dtype: str = setting('auto', choices=('auto', 'float32', 'bfloat16', 'float16'))    # auto: bfloat16 on cuda, else float32
+    device: str = 'auto'            # cpu, cuda, cuda:1, mps; auto: cuda, else mps, else cpu
+    dtype: str = 'auto'             # float32, bfloat16, float16 on a GPU; auto: bfloat16 on cuda, else float32
     stream: bool = True             # print tokens as they are drawn
     chat: bool = False              # a conversation, for models with a chat template
 
@@ -41,8 +42,8 @@ def check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty
     """UserError where a setting of generate has no meaning."""
     for name, value, fits, meant in (
             ('max_new_tokens', max_new_tokens, max_new_tokens >= 1, 'at least 1'),
-            ('temperature', temperature, temperature >= 0, '0 (greedy) or above'),
-            ('top_k', top_k, not top_k or top_k >= 1, 'at least 1, or 0 for all tokens'),
+            ('temperature', temperature, temperature >= 0, '0 (the likeliest token) or above'),
+            ('top_k', top_k, not top_k or top_k > 0, 'at least 1, or 0 for all tokens'),
             ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0 and at most 1'),
             ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0 (1 = off)'),
             ('num_samples', num_samples, num_samples >= 1, 'at least 1')):
@@ -348,4 +349,6 @@ def main(cfg):
 
 
 if __name__ == '__main__':
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends the program, not with a traceback
     run(main, cfg)

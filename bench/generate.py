@@ -47,11 +47,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--pairs', type=int, default=7)
+    parser.add_argument('--heads', type=int, default=4)
+    parser.add_argument('--kv_heads', type=int, default=4)
+    parser.add_argument('--prompt', type=int, default=16, help='tokens of a prompt')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                                          num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
+                                          num_attention_heads=args.heads,
+                                          num_key_value_heads=args.kv_heads, max_position_embeddings=512,
                                           initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
@@ -61,7 +65,7 @@ def main():
     result = {'parameters': ours.num_params(), 'threads': args.threads, 'pairs': args.pairs}
     for name, batch, matmul in (('batch_64', 64, 'float32'), ('batch_1', 1, 'float32'), ('batch_64_bf16', 64, 'bf16')):
         ours.set_matmul(matmul)
-        prompts = torch.randint(1, 1024, (batch, 16))
+        prompts = torch.randint(1, 1024, (batch, args.prompt))
         run_ours = lambda: generate(ours, prompts.tolist(), NEW)
         run_theirs = lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, do_sample=True,
                                              temperature=1.0, top_k=0, top_p=1.0)

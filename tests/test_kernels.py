@@ -273,3 +273,20 @@ def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
 def test_document_lengths():
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
     assert kernels.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize('window', [0, 2])
+def test_visible_is_the_path_to_the_root(window):
+    """Against a walk over the tree: a token sees itself and what its parent, the token one position before it, sees."""
+    rows = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 2, 0, 0, 1, 1], [3, 4, 0, 1, 2, 1, 1, 2, 0, 1, 2, 3]])
+    for positions in rows:
+        places, paths, trunk = positions.tolist(), [], []
+        for i, position in enumerate(places):
+            follows = i and places[i - 1] == position - 1
+            trunk = trunk + [i] if follows and trunk == paths[-1] else [i] if position == 0 or not i else trunk
+            paths.append((paths[-1] if follows else [] if position == 0 or not i else trunk[:position]) + [i])
+        expected = torch.zeros(12, 12, dtype=torch.bool)
+        for i, path in enumerate(paths):
+            expected[i, [j for j in path if not window or places[i] - places[j] < window]] = True
+        assert torch.equal(kernels.visible(positions, window), expected)
+    assert torch.equal(kernels.visible(rows, window), torch.stack([kernels.visible(row, window) for row in rows]))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-import kernels
+import ops
 from configurator import UserError
 from lora import dense_weight
 
@@ -16,7 +16,7 @@ from lora import dense_weight
 def continuations(positions):
     """positions (B, T) of packed rows -> [(begin, shared, at, end)], places in the rows laid end to end: the tokens
     at..end follow the first `shared` of the document that begins at `begin`; shared is 0 for the document itself."""
-    begins = [0, *(kernels.document_lengths(positions).cumsum(0).tolist())]
+    begins = [0, *(ops.document_lengths(positions).cumsum(0).tolist())]
     places = positions.flatten().tolist()
     spans = []
     for begin, stop in zip(begins, begins[1:]):
@@ -71,7 +71,7 @@ class Wrapped(nn.Module):
         training = self.model.training
         theirs = self.model.eval()(idx, use_cache=False).logits.float()
         cap = self.config.logit_softcap
-        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, kernels.head(*self.head(self.hidden(idx)))
+        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, ops.head(*self.head(self.hidden(idx)))
         self.model.train(training)
         scale = ((raw * ours).sum() / ours.square().sum()).item()
         if not (raw - scale * ours).abs().max() <= 0.02 * raw.abs().max():
@@ -103,12 +103,12 @@ class Wrapped(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.head(*self.head(hidden), self.config.logit_softcap)
+            return ops.head(*self.head(hidden), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """As GPT.token_stats."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
+            return ops.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):
         """As GPT.forward."""

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
+import ops
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 from families import FAMILIES, GPT2_NAMES, GPTConfig, config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
@@ -31,11 +31,11 @@ SHORT_BLOCK = 192           # up to here batched products beat blockwise attenti
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose products run in bfloat16 on a CPU when the model says so (see kernels.linear)."""
+    """nn.Linear whose products run in bfloat16 on a CPU when the model says so (see ops.linear)."""
     bf16 = False
 
     def forward(self, x):
-        return kernels.linear(x, [self.weight], [] if self.bias is None else [self.bias], self.bf16)
+        return ops.linear(x, [self.weight], [] if self.bias is None else [self.bias], self.bf16)
 
 
 class Norm(nn.Module):
@@ -52,7 +52,7 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.layer_norm:
             return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, self.eps)
-        return kernels.rms_norm(x, self.gain, self.eps)
+        return ops.rms_norm(x, self.gain, self.eps)
 
 
 class Attention(nn.Module):
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if plan.short and cache is None and (not self.window or T <= self.window):
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            y = kernels.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
+            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
                                              None if cos is None else cos[0, 0], None if sin is None else sin[0, 0])
             return self.o_proj(y)
         q, k, v = qkv.split([H * D, G * D, G * D], -1)
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
-            q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+            q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)                                   # (B, G, S, D)
@@ -139,9 +139,10 @@ class Block(nn.Module):
 class Plan:
     """What one forward pass shares over its layers: positions, rotary angles, and who may look at whom.
 
-    Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document; and a KV cache,
-    where a query at position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor
-    for packed rows on a CPU, which attend document by document.
+    Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document and jump back to
+    p > 0 with each further continuation of its first p tokens (see ops.visible); and a KV cache, where a query at
+    position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor for packed rows on
+    a CPU, which attend document by document.
     """
 
     def __init__(self, model, idx, positions, cache):
@@ -154,44 +155,41 @@ class Plan:
             self.angles[kind] = angle.cos(), angle.sin()
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        self.lengths = None
-        if self.packed and device.type == 'cpu':            # of the documents, row after row
-            self.lengths = kernels.document_lengths(positions.expand(B, T)).tolist()
+        self.documents = None
+        if self.packed and device.type == 'cpu':            # positions of each, row after row
+            flat = positions.expand(B, T).flatten()
+            self.documents = flat.split(ops.document_lengths(positions.expand(B, T)).tolist())
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
         if window not in self.masks:
-            positions, device = self.positions, self.positions.device
-            if self.slots:
-                query, key = positions[:, None, :, None], torch.arange(self.slots, device=device)      # slot = position
+            if self.slots:                                                              # slot = position
+                query, slot = self.positions[:, None, :, None], torch.arange(self.slots, device=self.positions.device)
+                self.masks[window] = (slot <= query) & (query - slot < (window or self.slots))
             else:
-                place = torch.arange(positions.size(1), device=device)
-                query, key = place[:, None], place
-            seen = key <= query
-            if window:
-                seen = seen & (query - key < window)
-            if self.packed:
-                document = (positions == 0).cumsum(1)                                               # (B, T)
-                seen = seen & (document[:, None, :, None] == document[:, None, None, :])
-            self.masks[window] = seen if seen.dim() == 4 else seen[None, None]
+                self.masks[window] = ops.visible(self.positions, window)[:, None]
+        return self.masks[window]
+
+    def document_masks(self, window):
+        """For each document of packed rows on a CPU (T, T) bool, or None where it is a plain causal block."""
+        if window not in self.masks:
+            plain = [len(d) == d[-1] - d[0] + 1 <= (window or len(d)) for d in self.documents]
+            self.masks[window] = [None if is_plain else ops.visible(d, window)
+                                  for d, is_plain in zip(self.documents, plain)]
         return self.masks[window]
 
     def attend(self, q, k, v, window, scale, softcap):
         """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> (B, H, T, D)."""
         (B, H, T, D), S = q.shape, k.size(2)
         window = window if window and S > window else 0
-        if not self.lengths:
+        if not self.documents:
             causal = not (self.packed or self.slots or window)
             return attention(q, k, v, None if causal else self.mask(window), scale, softcap)
-        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(self.lengths) for h in (q, k, v)))  # each (n, heads, D)
-        parts = [attention(*(h.transpose(0, 1)[None] for h in row), band(len(row[0]), window), scale, softcap)
-                 for row in rows]
+        lengths = [len(document) for document in self.documents]
+        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(lengths) for h in (q, k, v)))        # each (n, heads, D)
+        parts = [attention(*(h.transpose(0, 1)[None] for h in row), mask, scale, softcap)
+                 for row, mask in zip(rows, self.document_masks(window))]
         return torch.cat(parts, 2).view(H, B, T, D).transpose(0, 1)
-
-
-def band(T, window):
-    """(T, T) bool: the last `window` keys of each query; None where that is all of a causal block."""
-    return torch.ones(T, T, dtype=torch.bool).tril_().triu_(1 - window) if window and T > window else None
 
 
 def attention(q, k, v, mask, scale, softcap):
@@ -276,11 +274,12 @@ class GPT(nn.Module):
     def hidden(self, idx, positions=None, caches=None, embeddings=None):
         """idx (B, T) -> (B, T, C), after the last norm.
 
-        positions (B, T): absolute ones with `caches` (one KVCache a layer); without, each 0 begins a packed document.
+        positions (B, T): absolute ones with `caches` (one KVCache a layer); without, each 0 begins a packed document and
+        a jump back to p > 0 another continuation of its first p tokens; then a row may be longer than the context.
         embeddings (B, T, C) stand in for those of idx (several streams summed, noise added).
         """
         cfg, (B, T) = self.config, idx.size()
-        if T > cfg.block_size:
+        if T > cfg.block_size and (positions is None or caches or positions.max() >= cfg.block_size):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: shorten it')
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)
@@ -300,7 +299,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
+            return ops.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
@@ -310,7 +309,7 @@ class GPT(nn.Module):
         by the temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
+            return ops.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
                                        self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):

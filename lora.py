@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
+import ops
 from configurator import UserError
 from quantized import dequantize, head_of, is_quantized
 
@@ -88,7 +88,7 @@ def stacked_linear(x, layers):
     flat, bf16 = x.flatten(0, -2), layers[0].bf16
     flat = flat.bfloat16() if bf16 else flat
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    y = kernels.linear(flat, [layer.weight for layer in layers], biases, bf16)
+    y = ops.linear(flat, [layer.weight for layer in layers], biases, bf16)
     return add_adapters(y, flat, layers).view(*x.shape[:-1], -1)
 
 

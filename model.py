@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
+import ops
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 from families import FAMILIES, GPT2_NAMES, GPTConfig, config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
@@ -31,11 +31,11 @@ SHORT_BLOCK = 192           # up to here batched products beat blockwise attenti
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose products run in bfloat16 on a CPU when the model says so (see kernels.linear)."""
+    """nn.Linear whose products run in bfloat16 on a CPU when the model says so (see ops.linear)."""
     bf16 = False
 
     def forward(self, x):
-        return kernels.linear(x, [self.weight], [] if self.bias is None else [self.bias], self.bf16)
+        return ops.linear(x, [self.weight], [] if self.bias is None else [self.bias], self.bf16)
 
 
 class Norm(nn.Module):
@@ -52,7 +52,7 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.layer_norm:
             return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, self.eps)
-        return kernels.rms_norm(x, self.gain, self.eps)
+        return ops.rms_norm(x, self.gain, self.eps)
 
 
 class Attention(nn.Module):
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if plan.short and cache is None and (not self.window or T <= self.window):
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            y = kernels.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
+            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
                                              None if cos is None else cos[0, 0], None if sin is None else sin[0, 0])
             return self.o_proj(y)
         q, k, v = qkv.split([H * D, G * D, G * D], -1)
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
-            q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+            q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)                                   # (B, G, S, D)
@@ -156,7 +156,7 @@ class Plan:
                       and cfg.n_kv_head == cfg.n_head)
         self.lengths = None
         if self.packed and device.type == 'cpu':            # of the documents, row after row
-            self.lengths = kernels.document_lengths(positions.expand(B, T)).tolist()
+            self.lengths = ops.document_lengths(positions.expand(B, T)).tolist()
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
@@ -300,7 +300,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
+            return ops.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
@@ -310,7 +310,7 @@ class GPT(nn.Module):
         by the temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
+            return ops.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
                                        self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):

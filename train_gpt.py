@@ -115,7 +115,7 @@ import report
 from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
-from kernels import TargetLogp
+from ops import TargetLogp
 from model import (FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, load_weights, read_safetensors, save_model)
 from runtime import Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate

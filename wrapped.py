@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-import kernels
+import ops
 from configurator import UserError
 from lora import dense_weight
 
@@ -59,7 +59,7 @@ class Wrapped(nn.Module):
         training = self.model.training
         theirs = self.model.eval()(idx, use_cache=False).logits.float()
         cap = self.config.logit_softcap
-        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, kernels.head(*self.head(self.hidden(idx)))
+        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, ops.head(*self.head(self.hidden(idx)))
         self.model.train(training)
         scale = ((raw * ours).sum() / ours.square().sum()).item()
         if not (raw - scale * ours).abs().max() <= 0.02 * raw.abs().max():
@@ -74,7 +74,7 @@ class Wrapped(nn.Module):
                             'shorten it')
         if positions is None:
             return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
-        lengths = kernels.document_lengths(positions.expand(B, T))                     # of the documents, row after row
+        lengths = ops.document_lengths(positions.expand(B, T))                     # of the documents, row after row
         documents = nn.utils.rnn.pad_sequence(idx.flatten().split(lengths.tolist()), batch_first=True)
         inside = torch.arange(documents.size(1), device=idx.device) < lengths[:, None]
         return self.hidden(documents)[inside].view(B, T, -1)
@@ -91,12 +91,12 @@ class Wrapped(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.head(*self.head(hidden), self.config.logit_softcap)
+            return ops.head(*self.head(hidden), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """As GPT.token_stats."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
+            return ops.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):
         """As GPT.forward."""

@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.nn.functional as F
 
-from kernels import ShortAttention
+from ops import ShortAttention
 from runtime import setup
 
 TOKENS, H, D = 4096, 4, 32

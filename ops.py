@@ -1,7 +1,7 @@
 """The few operations for which torch's own form is slow or large, each beside its plain meaning.
 
 Everything here computes what its docstring says, in float32 unless `bf16` is asked for, and is checked against the
-plain formula in tests/test_kernels.py. On a GPU torch's own kernels are used (model.py chooses).
+plain formula in tests/test_ops.py. On a GPU torch's own kernels are used (model.py chooses).
 """
 import functools
 

@@ -1,11 +1,11 @@
-"""Each operation of kernels.py against its plain formula: values and gradients, float64, float32 and bfloat16."""
+"""Each operation of ops.py against its plain formula: values and gradients, float64, float32 and bfloat16."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
+import ops
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -36,12 +36,12 @@ def test_linear_stacks_its_weights(sizes, biased):
     x, weights = leaf(2, 3, 5), [leaf(n, 5, seed=i) for i, n in enumerate(sizes)]
     biases = [leaf(n, seed=9 + i) for i, n in enumerate(sizes)] if biased else []
     plain = torch.cat([F.linear(x, w, biases[i] if biased else None) for i, w in enumerate(weights)], -1)
-    agree(kernels.linear(x, weights, biases), plain, [x, *weights, *biases], 1e-12)
+    agree(ops.linear(x, weights, biases), plain, [x, *weights, *biases], 1e-12)
 
 
 def test_linear_in_bf16_rounds_factors_and_result_only():
     x, w, b = leaf(4, 64, dtype=torch.float32), leaf(8, 64, dtype=torch.float32), leaf(8, dtype=torch.float32)
-    y = kernels.linear(x, [w], [b], bf16=True)
+    y = ops.linear(x, [w], [b], bf16=True)
     assert y.dtype == torch.bfloat16
     exact = x.bfloat16().double() @ w.bfloat16().double().t() + b.bfloat16().double()
     assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-3).all()
@@ -60,24 +60,24 @@ def plain_rms(x, weight, eps):
 @pytest.mark.parametrize('shape', [(3, 16), (2, 5, 16), (2, 3, 4, 8)])
 def test_rms_norm(shape, dtype):
     x, w = leaf(*shape, dtype=dtype), leaf(shape[-1], dtype=dtype)
-    agree(kernels.rms_norm(x, w, 1e-3), plain_rms(x, w, 1e-3), [x, w], tolerance(dtype))
+    agree(ops.rms_norm(x, w, 1e-3), plain_rms(x, w, 1e-3), [x, w], tolerance(dtype))
 
 
 def test_rms_norm_of_a_transposed_view():
     """As q and k come: (B, T, H, D) seen as (B, H, T, D), and a slice of a wider tensor."""
     base, w = leaf(2, 5, 3, 24), leaf(8)
     x = base[..., 8:16].transpose(1, 2)
-    agree(kernels.rms_norm(x, w, 1e-6), plain_rms(x, w, 1e-6), [base, w], 1e-12)
+    agree(ops.rms_norm(x, w, 1e-6), plain_rms(x, w, 1e-6), [base, w], 1e-12)
 
 
 def test_rms_norm_gradcheck():
-    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x, w, 1e-2), (leaf(2, 3, 6), leaf(6)))
-    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x.transpose(0, 1), w, 1e-2), (leaf(2, 3, 6), leaf(6)))
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-2), (leaf(2, 3, 6), leaf(6)))
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x.transpose(0, 1), w, 1e-2), (leaf(2, 3, 6), leaf(6)))
 
 
 def test_rms_norm_in_bf16_is_rounded_once():
     x, w = leaf(7, 512, dtype=torch.bfloat16, scale=3), leaf(512, dtype=torch.bfloat16)
-    y = kernels.rms_norm(x, w, 1e-6)
+    y = ops.rms_norm(x, w, 1e-6)
     assert y.dtype == torch.bfloat16
     exact = plain_rms(x.double(), w.double(), 1e-6)
     assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 * 1.01).all()      # half a unit in the last place
@@ -100,16 +100,16 @@ def plain_rotate(x, cos, sin):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_rotate(dtype):
     x, (cos, sin) = leaf(2, 3, 7, 8, dtype=dtype), angles(7, 8, dtype)
-    agree(kernels.rotate(x, cos, sin), plain_rotate(x, cos, sin), [x], tolerance(dtype))
+    agree(ops.rotate(x, cos, sin), plain_rotate(x, cos, sin), [x], tolerance(dtype))
     view = leaf(2, 7, 3, 8, dtype=dtype)
     turned = view.transpose(1, 2)
-    agree(kernels.rotate(turned, cos, sin), plain_rotate(turned, cos, sin), [view], tolerance(dtype))
-    assert torch.equal(kernels.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
+    agree(ops.rotate(turned, cos, sin), plain_rotate(turned, cos, sin), [view], tolerance(dtype))
+    assert torch.equal(ops.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
 
 
 def test_rotate_gradcheck():
     cos, sin = angles(4, 6)
-    assert torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (leaf(2, 4, 6),))
+    assert torch.autograd.gradcheck(lambda x: ops.rotate(x, cos, sin), (leaf(2, 4, 6),))
 
 
 # ---- short attention -------------------------------------------------------------------------------------------------
@@ -134,9 +134,9 @@ def test_short_attention(normed, rotated, dtype):
     weights = [leaf(D, dtype=dtype), leaf(D, dtype=dtype, seed=1)] if normed else []
     cos, sin = angles(T, D, dtype) if rotated else (None, None)
     rest = (H, 0.4, *(weights or (None, None)), eps, cos, sin)
-    agree(kernels.ShortAttention.apply(qkv, *rest), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
+    agree(ops.ShortAttention.apply(qkv, *rest), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
     if dtype == torch.float64:
-        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin)
+        call = lambda qkv, *w: ops.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin)
         assert torch.autograd.gradcheck(call, (qkv, *weights))
 
 
@@ -145,7 +145,7 @@ def test_short_attention_in_bf16():
     rest = (2, 8 ** -0.5, w, w, 1e-6, *angles(16, 8, torch.float32))
     plain = plain_attention(qkv, *rest)
     rounded = qkv.detach().bfloat16().requires_grad_()
-    ours = kernels.ShortAttention.apply(rounded, *rest)
+    ours = ops.ShortAttention.apply(rounded, *rest)
     assert ours.dtype == torch.bfloat16
     push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
     expected, = torch.autograd.grad(plain, [qkv], push)
@@ -168,7 +168,7 @@ def tiling(request, monkeypatch):
     """How many logits are kept, with tiles to match for N=11, V=700: they are never narrower than 256 columns."""
     tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11),
                   'all kept': (1, 2 ** 20)}[request.param]
-    monkeypatch.setattr(kernels, 'TILE', tile)
+    monkeypatch.setattr(ops, 'TILE', tile)
     return keep
 
 
@@ -179,13 +179,13 @@ def test_token_stats(tiling, dtype, temperature, softcap):
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     targets[:4] = torch.tensor([0, 255, 256, 699])                                          # at the edges of tiles
     targets[4] = (hidden @ weight.t())[4].argmax()
-    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
+    ours = ops.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
     plain = plain_stats(hidden, weight, targets, temperature, softcap)
     assert torch.equal(ours[3], plain[3]) and ours[3][4]
     for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                               # gradients come into any of the three
         stacked = (torch.stack([parts[i] for i in used]) for parts in (ours, plain))
         agree(*stacked, [hidden, weight], 3 * tolerance(dtype))
-    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
+    alone = ops.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
     assert alone[1:] == (None, None, None)
     agree(alone[0], plain[0], [hidden, weight], 3 * tolerance(dtype))
 
@@ -194,14 +194,14 @@ def test_token_stats_gradcheck(tiling):
     hidden, weight, targets = leaf(5, 3), leaf(300, 3), torch.tensor([0, 299, 255, 256, 7])
     for softcap in (0.0, 1.5):
         keep = 0 if softcap else tiling
-        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True, keep)[:3])
+        call = lambda h, w: torch.stack(ops.TokenStats.apply(h, w, targets, 0.8, softcap, True, keep)[:3])
         assert torch.autograd.gradcheck(call, (hidden, weight), fast_mode=True)
 
 
 def test_token_stats_without_rows(tiling):
     hidden, weight = leaf(0, 6), leaf(700, 6)
     for extras in (True, False):
-        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras, tiling)[0]
+        logp = ops.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras, tiling)[0]
         grads = torch.autograd.grad(logp.sum(), [hidden, weight])
         assert logp.shape == (0,) and grads[0].shape == (0, 6) and not grads[1].any() and grads[1].shape == (700, 6)
 
@@ -210,7 +210,7 @@ def test_token_stats_of_huge_logits():
     """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0, gradients are finite."""
     hidden, weight = leaf(6, 4, dtype=torch.float32, scale=300), leaf(900, 4, dtype=torch.float32)
     best = (hidden @ weight.t()).argmax(1)
-    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, best, 1.0, 0.0, True, 0)
+    logp, entropy, _, correct = ops.TokenStats.apply(hidden, weight, best, 1.0, 0.0, True, 0)
     assert correct.all() and (logp <= 0).all() and (entropy >= 0).all()
     grads = torch.autograd.grad((logp + entropy).sum(), [hidden, weight])
     assert all(g.isfinite().all() for g in grads)
@@ -220,7 +220,7 @@ def test_token_stats_in_bf16_are_computed_in_float32():
     hidden, weight = leaf(11, 64, dtype=torch.bfloat16), leaf(700, 64, dtype=torch.bfloat16)
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    ours = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False, 0)[0]
+    ours = ops.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False, 0)[0]
     plain = plain_stats(*wide, targets)[0]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours.sum(), [hidden, weight]), torch.autograd.grad(plain.sum(), wide)):
@@ -231,45 +231,45 @@ def test_token_stats_in_bf16_are_computed_in_float32():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_head_is_float32(dtype):
     hidden, weight = leaf(2, 3, 64, dtype=dtype), leaf(50, 64, dtype=dtype)
-    torch.testing.assert_close(kernels.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(ops.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)
 
 
 def test_masked_targets_have_zeros_and_no_gradient(monkeypatch):
     hidden, weight = leaf(2, 5, 6), leaf(30, 6)
     targets = torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
-    stats = kernels.token_stats(hidden, weight, targets, 0.9)
+    stats = ops.token_stats(hidden, weight, targets, 0.9)
     plain = plain_stats(hidden.flatten(0, 1), weight, targets.flatten().clamp(min=0), 0.9)
     for name, expected in zip(('logp', 'entropy', 'mean_logp', 'correct'), plain):
         torch.testing.assert_close(stats[name], expected.view(2, 5) * (targets >= 0))
     grad, = torch.autograd.grad(stats['logp'].sum(), hidden)
     assert grad[0, 1].any() and not grad[targets < 0].any()
     for direct in (0, 2 ** 20):
-        monkeypatch.setattr(kernels, 'DIRECT', direct)
-        empty = kernels.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
+        monkeypatch.setattr(ops, 'DIRECT', direct)
+        empty = ops.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
         assert empty.shape == (2, 5) and not any(g.any() for g in torch.autograd.grad(empty.sum(), [hidden, weight]))
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
-    monkeypatch.setattr(kernels, 'TILE', 1)
-    hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), kernels.TokenStats.logits
-    monkeypatch.setattr(kernels.TokenStats, 'logits', staticmethod(
+    monkeypatch.setattr(ops, 'TILE', 1)
+    hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), ops.TokenStats.logits
+    monkeypatch.setattr(ops.TokenStats, 'logits', staticmethod(
         lambda ctx, x, w, buffer: used.add(buffer.data_ptr()) or real(ctx, x, w, buffer)))
     with torch.no_grad():
-        kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))
+        ops.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))
     assert len(used) == 1
-    logp = kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))['logp']
+    logp = ops.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))['logp']
     assert len(used) > 2 and logp.requires_grad
 
 
 @pytest.mark.parametrize('temperature, softcap', [(1.0, 0.0), (0.7, 2.0)])
 def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
     hidden, weight, targets = leaf(2, 5, 6), leaf(30, 6), torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
-    direct = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
-    monkeypatch.setattr(kernels, 'DIRECT', 0)
-    tiled = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    direct = ops.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    monkeypatch.setattr(ops, 'DIRECT', 0)
+    tiled = ops.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
     agree(direct, tiled, [hidden, weight], 1e-12)
 
 
 def test_document_lengths():
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
-    assert kernels.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
+    assert ops.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]

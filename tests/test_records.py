@@ -1,0 +1,219 @@
+"""Every documented format and place of rows is read; forty kinds of malformed input are each refused by a check of their own."""
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+import traceback
+
+import pytest
+
+from configurator import UserError
+from data import records
+from data.records import Source, best_fit, broken_calls, read_rows, to_record
+from data.tasks.toolcalls import rows
+
+ASK, ANSWER = {'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}
+CALL = {'function': {'name': 'ring', 'arguments': {'who': 'Tom'}}}
+TOOL = {'function': {'name': 'ring', 'parameters': {'type': 'OBJECT', 'properties': {'who': {'type': 'STRING'}}, 'required': ['who']}}}
+
+
+def chat(*messages, **more):
+    return {'messages': list(messages), **more}
+
+
+def calling(*calls, **more):
+    return chat(ASK, {'role': 'assistant', 'tool_calls': list(calls)}, tools=[TOOL], **more)
+
+
+def write(path, value):
+    path.write_text('\n'.join(json.dumps(row) for row in value) + '\n' if path.suffix == '.jsonl' else json.dumps(value), encoding='utf-8')
+    return str(path)
+
+
+@pytest.mark.parametrize('row, prompt, completion', [
+    (chat(ASK, ANSWER), [ASK], [ANSWER]),
+    (chat({'role': 'developer', 'content': 'be kind'}, ASK, ANSWER), [{'role': 'developer', 'content': 'be kind'}, ASK], [ANSWER]),
+    ({'conversations': [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'hello'}]}, [ASK], [ANSWER]),
+    ({'conversation': [ASK, ANSWER]}, [ASK], [ANSWER]),
+    ({'prompt': [ASK], 'completion': [ANSWER]}, [ASK], [ANSWER]),
+    ({'prompt': 'hi', 'completion': ' hello'}, 'hi', ' hello'),
+    ({'question': 'hi', 'answer': 'hello'}, [ASK], [ANSWER]),
+    ({'prompt': 'hi', 'answer': 'hello'}, [ASK], [ANSWER]),
+    ({'text': 'once'}, '', 'once'),
+    ({'messages': json.dumps([ASK, ANSWER])}, [ASK], [ANSWER]),
+])
+def test_formats(row, prompt, completion):
+    record = to_record(row, 'x')
+    assert (record.prompt, record.completion, record.split, record.tools) == (prompt, completion, 'train', None)
+
+
+def test_tool_calls_as_objects_and_as_json_strings_without_nulls():
+    as_text = {'id': '1', 'function': {'name': 'ring', 'arguments': '{"who": "Tom"}'}}
+    filled = {'function': {'name': 'ring', 'arguments': {'who': 'Tom', 'minutes': None}}, 'id': None}
+    null_tool = json.loads(json.dumps(TOOL))
+    null_tool['function']['parameters']['properties']['minutes'] = None
+    for call, tool in ((CALL, TOOL), (as_text, TOOL), (filled, null_tool), (CALL, json.dumps(TOOL))):
+        tools = f'[{tool}]' if isinstance(tool, str) else [tool]
+        record = to_record({**calling(call, metadata='eval'), 'tools': tools}, 'x')
+        assert record.completion[0]['tool_calls'][0]['function'] == CALL['function']
+        assert record.tools == [{'type': 'function', **TOOL}] and record.split == 'eval'
+        assert not broken_calls(record)
+
+
+def test_columns_and_system_prompt_of_a_recipe():
+    row = {'ask': 'hi', 'say': 'hello', 'mood': 'kind {x}', 'n': 3}
+    source = Source(prompt_column='ask', answer_column='say', dataset_columns=['mood', 'n'])
+    record = to_record(row, 'x', source, 'Be {mood}, {{n}}={n}.')
+    assert record.prompt == [{'role': 'system', 'content': 'Be kind {x}, {n}=3.'}, ASK] and record.completion == [ANSWER]
+    assert to_record(row, 'x', Source(), '{ask}-{say}').completion == 'hi-hello'        # neither chat nor question: it is the text
+
+
+def test_places(tmp_path):
+    wanted = [{'question': f'q{i}', 'answer': f'a{i}'} for i in range(3)]
+    (tmp_path / 'set').mkdir()
+    files = [write(tmp_path / 'rows.jsonl', wanted), write(tmp_path / 'rows.json', wanted),
+             write(tmp_path / 'qa.json', {'qa_pairs': wanted}), str(tmp_path / 'rows.csv'), str(tmp_path / 'rows.parquet'),
+             write(tmp_path / 'set' / 'train-0.jsonl', wanted)[:-len('/train-0.jsonl')]]
+    (tmp_path / 'rows.csv').write_text('question,answer\nq0,a0\n"q1","a1"\nq2,a2\n')
+    (tmp_path / 'lines.json').write_text(''.join(json.dumps(row) + '\n' for row in wanted))
+    write(tmp_path / 'set' / 'test.jsonl', [{'question': 'test', 'answer': 'test'}])
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(wanted), files[4])
+    for name in [*files, str(tmp_path / 'lines.json')]:
+        assert [row for _, row in read_rows(name)] == wanted, name
+    assert [row['answer'] for _, row in read_rows(str(tmp_path / 'set'), 'test')] == ['test']
+    assert [where for where, _ in read_rows(files[0])][1] == f'{files[0]} line 2'
+
+
+def test_rows_keep_their_own_keys(tmp_path):
+    mixed = [calling(CALL, metadata='train'), chat(ASK, {'role': 'assistant', 'tool_calls': [{'function': {'name': 'b', 'arguments': {'z': 1}}}]})]
+    assert [row for _, row in read_rows(write(tmp_path / 'a.jsonl', mixed))] == mixed
+
+
+def test_embedded_tool_calls():
+    split = {'train': [], 'eval': []}
+    for where, row in read_rows('toolcalls'):
+        record = to_record(row, where)
+        split[record.split].append(record)
+        assert not broken_calls(record)
+    assert [len(part) for part in split.values()] == list(records.SIZES['toolcalls'])
+
+
+def test_hub_that_does_not_answer():
+    code = "from data.records import read_rows; next(read_rows('google/mobile-actions'))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'},
+                          cwd=os.path.dirname(os.path.dirname(records.__file__)))
+    assert 'UserError: google/mobile-actions: no such file' in done.stderr
+
+
+def test_torch_is_not_imported():
+    subprocess.run([sys.executable, '-c', 'import sys, data.records; assert "torch" not in sys.modules'], check=True,
+                   cwd=os.path.dirname(os.path.dirname(records.__file__)))
+
+
+# A file (name, content) or a row, and words of the message. `None` for a content: nothing is written.
+FILES = [
+    ('rows.txt', 'x', 'ends with'), ('none.jsonl', None, 'no such file'), ('latin.jsonl', b'{"text": "caf\xe9"}', 'not UTF-8'),
+    ('bad.jsonl', '{"text": "a"}\n{"text": \n', 'line 2: not JSON'), ('bad.json', '[{"text": ', 'not JSON'),
+    ('number.jsonl', '{"text": "a"}\n7\n', 'line 2: expected an object'), ('object.json', '{"version": 1}', 'expected a list of rows'),
+    ('pairs.json', '{"qa_pairs": 3}', '"qa_pairs" is int'), ('word.json', '"text"', 'one str'), ('empty.jsonl', '\n', 'holds no row'),
+    ('long.csv', 'question,answer\na,b,c\n', 'more cells'), ('short.csv', 'question,answer\na\n', "before column 'answer'"),
+    ('quote.csv', 'question,answer\n"a,b\n', 'not a CSV'), ('bad.parquet', 'PAR1', 'not a whole parquet'), ('folder/', None, 'no data in'),
+    ('only_test/test.jsonl', '{"text": "a"}', 'no file of the split'), ('what ever', None, 'no name of a data set'),
+]
+ROWS = [
+    ({'mesages': []}, "did you mean 'messages' by 'mesages'"), ({'a': 'x', 'b': 'y'}, 'data.datasets[0].prompt_column'),
+    ({'chosen': 'a', 'rejected': 'b'}, 'train_dpo.py'), ({'text': None}, 'null'), ({'text': ['a']}, 'expected a text'),
+    ({'question': ' ', 'answer': 'a'}, 'question: an empty text'), (chat(ASK, ANSWER, metadata='Eval'), "exactly 'eval'"),
+    (chat(ASK, ANSWER, metadata='test'), 'neither "train" nor "eval"'), ({'messages': 'hi'}, 'expected a list'),
+    ({'messages': '[{"role"'}, 'not a JSON list'), (chat(), 'an empty list'), (chat('hi'), 'expected {"role"'), (chat({'content': 'a'}), 'no "role"'),
+    (chat({'role': 'User', 'content': 'a'}, ANSWER), "did you mean 'user'"), (chat({'role': 'user'}, ANSWER), 'without content'),
+    (chat({'role': 'user', 'content': 5}, ANSWER), 'expected text, got 5'), (chat(ASK, ANSWER, ASK), "from 'user'"), (chat(ANSWER), 'nothing comes before'),
+    (chat(ASK, {'role': 'assistant', 'content': ' '}), 'neither content nor tool_calls'),
+    (chat({**ASK, 'tool_calls': [CALL]}, ANSWER), 'only the assistant'), (chat(ASK, {'role': 'assistant', 'tool_calls': CALL}), 'expected a list of calls'),
+    (calling('ring'), 'expected {"function"'), (calling({'function': {'arguments': {}}}), 'names no function'),
+    (calling({'function': {'name': 'ring', 'arguments': '{who'}}), 'not JSON'),
+    (calling({'function': {'name': 'ring', 'arguments': ['Tom']}}), 'not an object of named'),
+    (chat(ASK, ANSWER, tools={'name': 'ring'}), 'tools: expected a list'), (chat(ASK, ANSWER, tools=['ring']), 'tools[0]: expected'),
+    (chat(ASK, ANSWER, tools=[{'function': {}}]), 'has no name'),
+    (chat(ASK, ANSWER, tools=[{'name': 'ring', 'parameters': ['who']}]), 'must be a JSON schema'),
+    (chat(ASK, ANSWER, tools=[{'name': 'ring', 'parameters': {'properties': ['who']}}]), 'properties must be an object'),
+    (chat(ASK, ANSWER, tools=[TOOL, TOOL]), 'there 2 times'), ({'conversations': [{'from': 'bot', 'value': 'a'}]}, '"from" is "bot"'),
+    ({'conversations': [{'from': 'human', 'text': 'a'}]}, '"value" must be'), ({'prompt': 'a', 'completion': [ANSWER]}, 'make both the same'),
+    ({'prompt': [ASK], 'completion': [ASK]}, 'one message from the assistant'),
+]
+COLUMNS = [({'q': 'a', 'answer': 'b'}, Source(prompt_column='question'), None, "no column 'question'"),
+           ({'question': 'a', 'answer': 'b'}, Source(dataset_columns=['question']), '{questoin}', "did you mean 'question'"),
+           ({'question': 'a', 'answer': 'b'}, Source(dataset_columns=['mood']), '{mood}', 'this row lacks')]
+
+
+def refusal(action):
+    """(message, the line of records.py or chat.py that refused)"""
+    with pytest.raises(UserError) as info:
+        action()
+    error = info.value
+    while error.__context__ is not None and isinstance(error.__context__, UserError):       # to_record() puts the row in front
+        error = error.__context__
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert '\n' not in str(info.value)
+    return str(info.value), (os.path.basename(frame.filename), frame.lineno)
+
+
+def test_malformed_inputs_are_refused_in_one_line_each_by_its_own_check(tmp_path):
+    checks = {}
+    for name, content, words in FILES:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if name.endswith('/'):
+            path.mkdir()
+        elif content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        target = path if not name.startswith('only_test') else path.parent
+        message, line = refusal(lambda: list(read_rows(str(target) if ' ' not in name else name)))
+        assert words in message and str(tmp_path if ' ' not in name else name) in message, message
+        checks.setdefault(line, []).append(name)
+    for i, (row, words) in enumerate(ROWS):
+        path = write(tmp_path / f'{i}.jsonl', [{'text': 'good'}, row])
+        where, found = list(read_rows(path))[1]
+        message, line = refusal(lambda: to_record(found, where))
+        assert words in message and message.startswith(f'{path} line 2: '), message
+        checks.setdefault(line, []).append(row)
+    for row, source, template, words in COLUMNS:
+        message, line = refusal(lambda: to_record(row, 'file.csv row 7', source, template))
+        assert words in message and message.startswith('file.csv row 7: '), message
+        checks.setdefault(line, []).append(row)
+    assert not {line: cases for line, cases in checks.items() if len(cases) > 1}
+    assert len(checks) >= 50
+
+
+@pytest.mark.parametrize('call, kind', [
+    ({'name': 'rign', 'arguments': {'who': 'Tom'}}, 'unknown tool'), ({'name': 'ring', 'arguments': {}}, 'missing argument'),
+    ({'name': 'ring', 'arguments': {'who': 'Tom', 'whom': 'Mia'}}, 'unknown argument'), ({'name': 'ring', 'arguments': {'who': 3}}, 'wrong type')])
+def test_calls_that_break_their_schema(call, kind):
+    assert [found for found, _ in broken_calls(to_record(calling({'function': call}), 'x'))] == [kind]
+
+
+def test_best_fit():
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 100) for _ in range(2000)]
+    bins = best_fit(lengths, 100)
+    assert sorted(i for packed in bins for i in packed) == list(range(2000))
+    assert all(sum(lengths[i] for i in packed) <= 100 for packed in bins)
+    assert len(bins) <= 1.02 * -(-sum(lengths) // 100)
+    assert best_fit([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit([], 10) == []
+    with pytest.raises(ValueError, match='item 1'):
+        best_fit([1, 11], 10)
+
+
+def test_every_field_of_a_source_is_explained():
+    for line in inspect.getsource(Source).splitlines()[2:]:
+        assert '  # ' in line, line
+
+
+def test_embedded_rows_are_those_of_the_task():
+    train, held_out = records.SIZES['toolcalls']
+    assert [row for _, row in read_rows('toolcalls')] == rows('train', train, 0) + rows('eval', held_out, 0)

@@ -3,8 +3,9 @@
     python data/tasks/questions.py train=800 eval=200 > qa.json        # {"qa_pairs": [{"question", "answer", "metadata"}, ...]}
 
 'Bako lives in Oslo. Miti has a dog. Bako is a baker. What is the job of Bako?' is answered by 'Bako works as a baker.' Names are
-invented, so that nothing can be known beforehand. No name, value, statement or wording of a question of an eval row occurs
-in training; the sentences of the answers are the same.
+invented, so that nothing can be known beforehand, and so are half of what is told of them, or a model would pick one of the few
+values that it knows instead of reading. No name, no value and no wording of a question of an eval row occurs in training; what is
+told, and the sentences of the answers, have the same forms.
 """
 import json
 import os
@@ -30,32 +31,41 @@ def problems(split, n, seed):
     person, a quarter for two facts at once."""
     draw, found = random.Random(f'questions/{split}/{seed}'), []
     while len(found) < n:
-        names = [invented(draw).capitalize() for _ in range(2)]
-        if names[0] == names[1] or any(split_of(name) != split for name in names):
+        names = [new_word(split, draw).capitalize() for _ in range(2)]
+        if names[0] == names[1]:
             continue
-        told = {(name, attribute): draw.choice(part(ATTRIBUTES[attribute][0], split))
-                for name in names for attribute in draw.sample(list(ATTRIBUTES), 2)}
+        told = {(name, attribute): value(attribute, split, draw) for name in names for attribute in draw.sample(list(ATTRIBUTES), 2)}
         asked = draw.sample(list(told), 2)
         kind = draw.choices(['fact', 'person', 'two facts'], [2, 1, 1])[0]
         if kind == 'person' and list(told.values()).count(told[asked[0]]) > 1:
             continue                # both people have it
         asked = asked if kind == 'two facts' else asked[:1]
-        (name, attribute), value = asked[0], told[asked[0]]
+        attribute = asked[0][1]
         if kind == 'person':
-            question = draw.choice(WHO[attribute][split == 'eval']).format(value=value)
+            question = draw.choice(WHO[attribute][split == 'eval']).format(value=told[asked[0]])
         else:
             questions = [draw.choice(ATTRIBUTES[a][3 if split == 'train' else 4]).format(name=who) for who, a in asked]
             question = ' '.join(questions)
-        statements = [statement(who, a, told[who, a], split, draw) for who, a in draw.sample(list(told), len(told))]
+        statements = [draw.choice([ATTRIBUTES[a][1], *ATTRIBUTES[a][2]]).format(name=who, value=told[who, a])
+                      for who, a in draw.sample(list(told), len(told))]
         answer = ' '.join(ATTRIBUTES[a][1].format(name=who, value=told[who, a]) for who, a in asked)
         found.append({'question': ' '.join([*statements, question]), 'answer': answer})
     return found
 
 
-def statement(name, attribute, value, split, draw):
-    """A fact in one of the forms that belong to a split."""
-    _, full, (other, held_out), _, _ = ATTRIBUTES[attribute]
-    return draw.choice([full, other] if split == 'train' else [held_out]).format(name=name, value=value)
+def new_word(split, draw):
+    """An invented word that belongs to a split."""
+    while split_of(word := invented(draw)) != split:
+        pass
+    return word
+
+
+def value(attribute, split, draw):
+    """What is told of somebody: one of the values of facts.py that belong to the split, or a new word."""
+    if draw.random() < 0.5:
+        return draw.choice(part(ATTRIBUTES[attribute][0], split))
+    word = new_word(split, draw)
+    return word.capitalize() if attribute == 'city' else word
 
 
 def prompt(problem):

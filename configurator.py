@@ -302,7 +302,8 @@ def help_page(cls):
 
 
 def parse(cls, argv=None):
-    """The configuration of this run: an instance of the dataclass `cls`, with the fields that were set as cfg.typed.
+    """The configuration of this run: an instance of the dataclass `cls`, with the names of the fields that were set as
+    cfg.typed, and of those that the command line itself set, not a file, as cfg.flags.
 
     Calls cls.check() if there is one: it raises UserError where settings contradict each other, and prints nothing, as
     launched processes come here again. Exits 0 after --help and --print_config, 2 after a mistake. Then launch().
@@ -317,7 +318,9 @@ def parse(cls, argv=None):
         found = [setting for key, value in words if key == 'recipe' for setting in read_file(cls, value)]
         found += [(key, value, '') for key, value in words if key not in always]
         cfg = cls()
-        cfg.typed = frozenset([assign(cfg, *setting) for setting in found])
+        origins = [(assign(cfg, *setting), setting[2]) for setting in found]
+        cfg.typed = frozenset(name for name, _ in origins)
+        cfg.flags = frozenset(name for name, file in origins if not file)
         if hasattr(cfg, 'check'):
             cfg.check()
         if BOOLS.get(always.get('print_config')):
@@ -362,7 +365,7 @@ def from_dict(cls, saved, cfg=None):
     result = cls()
     for key, value in flatten(saved):
         assign(result, key, value, 'saved configuration: ')
-    result.typed = getattr(cfg, 'typed', frozenset())
+    result.typed, result.flags = getattr(cfg, 'typed', frozenset()), getattr(cfg, 'flags', frozenset())
     for name in result.typed:
         setattr(result, name, getattr(cfg, name))
     return result

@@ -139,9 +139,10 @@ class Block(nn.Module):
 class Plan:
     """What one forward pass shares over its layers: positions, rotary angles, and who may look at whom.
 
-    Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document; and a KV cache,
-    where a query at position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor
-    for packed rows on a CPU, which attend document by document.
+    Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document and jump back to
+    p > 0 with each further continuation of its first p tokens (see ops.visible); and a KV cache, where a query at
+    position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor for packed rows on
+    a CPU, which attend document by document.
     """
 
     def __init__(self, model, idx, positions, cache):
@@ -154,44 +155,41 @@ class Plan:
             self.angles[kind] = angle.cos(), angle.sin()
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        self.lengths = None
-        if self.packed and device.type == 'cpu':            # of the documents, row after row
-            self.lengths = ops.document_lengths(positions.expand(B, T)).tolist()
+        self.documents = None
+        if self.packed and device.type == 'cpu':            # positions of each, row after row
+            flat = positions.expand(B, T).flatten()
+            self.documents = flat.split(ops.document_lengths(positions.expand(B, T)).tolist())
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
         if window not in self.masks:
-            positions, device = self.positions, self.positions.device
-            if self.slots:
-                query, key = positions[:, None, :, None], torch.arange(self.slots, device=device)      # slot = position
+            if self.slots:                                                              # slot = position
+                query, slot = self.positions[:, None, :, None], torch.arange(self.slots, device=self.positions.device)
+                self.masks[window] = (slot <= query) & (query - slot < (window or self.slots))
             else:
-                place = torch.arange(positions.size(1), device=device)
-                query, key = place[:, None], place
-            seen = key <= query
-            if window:
-                seen = seen & (query - key < window)
-            if self.packed:
-                document = (positions == 0).cumsum(1)                                               # (B, T)
-                seen = seen & (document[:, None, :, None] == document[:, None, None, :])
-            self.masks[window] = seen if seen.dim() == 4 else seen[None, None]
+                self.masks[window] = ops.visible(self.positions, window)[:, None]
+        return self.masks[window]
+
+    def document_masks(self, window):
+        """For each document of packed rows on a CPU (T, T) bool, or None where it is a plain causal block."""
+        if window not in self.masks:
+            plain = [len(d) == d[-1] - d[0] + 1 <= (window or len(d)) for d in self.documents]
+            self.masks[window] = [None if is_plain else ops.visible(d, window)
+                                  for d, is_plain in zip(self.documents, plain)]
         return self.masks[window]
 
     def attend(self, q, k, v, window, scale, softcap):
         """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> (B, H, T, D)."""
         (B, H, T, D), S = q.shape, k.size(2)
         window = window if window and S > window else 0
-        if not self.lengths:
+        if not self.documents:
             causal = not (self.packed or self.slots or window)
             return attention(q, k, v, None if causal else self.mask(window), scale, softcap)
-        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(self.lengths) for h in (q, k, v)))  # each (n, heads, D)
-        parts = [attention(*(h.transpose(0, 1)[None] for h in row), band(len(row[0]), window), scale, softcap)
-                 for row in rows]
+        lengths = [len(document) for document in self.documents]
+        rows = zip(*(h.transpose(1, 2).flatten(0, 1).split(lengths) for h in (q, k, v)))        # each (n, heads, D)
+        parts = [attention(*(h.transpose(0, 1)[None] for h in row), mask, scale, softcap)
+                 for row, mask in zip(rows, self.document_masks(window))]
         return torch.cat(parts, 2).view(H, B, T, D).transpose(0, 1)
-
-
-def band(T, window):
-    """(T, T) bool: the last `window` keys of each query; None where that is all of a causal block."""
-    return torch.ones(T, T, dtype=torch.bool).tril_().triu_(1 - window) if window and T > window else None
 
 
 def attention(q, k, v, mask, scale, softcap):
@@ -276,11 +274,12 @@ class GPT(nn.Module):
     def hidden(self, idx, positions=None, caches=None, embeddings=None):
         """idx (B, T) -> (B, T, C), after the last norm.
 
-        positions (B, T): absolute ones with `caches` (one KVCache a layer); without, each 0 begins a packed document.
+        positions (B, T): absolute ones with `caches` (one KVCache a layer); without, each 0 begins a packed document and
+        a jump back to p > 0 another continuation of its first p tokens; then a row may be longer than the context.
         embeddings (B, T, C) stand in for those of idx (several streams summed, noise added).
         """
         cfg, (B, T) = self.config, idx.size()
-        if T > cfg.block_size:
+        if T > cfg.block_size and (positions is None or caches or positions.max() >= cfg.block_size):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: shorten it')
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)

@@ -167,6 +167,25 @@ def document_lengths(positions):
     return begins.diff(append=begins.new_tensor([positions.numel()]))
 
 
+def visible(positions, window=0):
+    """positions (..., T) of packed rows -> (..., T, T) bool, True where a query (row) sees a key (column).
+
+    Each 0 begins a document. A jump back to p > 0 begins another branch of it, which sees the first p positions of the
+    document and itself, not the branches beside it: one prompt with several completions, its keys computed once.
+    window: only keys fewer than so many positions back; 0 = all.
+    """
+    place = torch.arange(positions.size(-1), device=positions.device)
+    jump = F.pad(positions[..., 1:] != positions[..., :-1] + 1, (1, 0), value=True)
+    branch, document = jump.cumsum(-1), (positions == 0).cumsum(-1)                                     # (..., T)
+    start = positions.gather(-1, torch.where(jump, place, 0).cummax(-1).values)     # where the branch of each begins
+    trunk = (start[..., None, :] == 0) & (positions[..., None, :] < start[..., :, None])
+    seen = (branch[..., :, None] == branch[..., None, :]) | (document[..., :, None] == document[..., None, :]) & trunk
+    seen &= place[:, None] >= place
+    if window:
+        seen &= positions[..., :, None] - positions[..., None, :] < window
+    return seen
+
+
 # ---- the head and what is read off it --------------------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache

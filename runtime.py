@@ -285,7 +285,7 @@ class Log:
 
     header       what the run is: script, data set, whether it is a stand-in, device ...
     total_steps  for the ETA, in the progress bar on a terminal, else in the lines
-    wandb        name of a project
+    wandb        name of a project, or a dict of wandb.init's own settings (project, entity, name, tags)
     """
 
     def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None):
@@ -312,7 +312,8 @@ class Log:
                 import wandb as client
             except ImportError:
                 raise UserError('wandb is not installed: pip install wandb, or leave the wandb flag out') from None
-            self.wandb = client.init(project=wandb, name=name, id=name, resume='allow', config=header)
+            settings = wandb if isinstance(wandb, dict) else {'project': wandb}
+            self.wandb = client.init(**{'name': name, 'id': name, 'resume': 'allow', 'config': header, **settings})
         self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True, leave=False,
                         disable=not sys.stderr.isatty())
 
@@ -354,6 +355,11 @@ class Log:
         self.run.say(f'--- {key} at step {step}\n{text}\n---')
         if self.board:
             self.board.add_text(key, text, step)
+
+    def histograms(self, step, tensors):
+        """{name: tensor} as distributions to TensorBoard."""
+        for name, tensor in tensors.items() if self.run.is_main and self.board else ():
+            self.board.add_histogram(name, tensor.detach().float().cpu(), step)
 
     def close(self):
         if self.run.is_main:

@@ -172,6 +172,11 @@ def test_recipe(recipe):
     assert {'learning_rate', 'datasets'} <= cfg.typed and 'output_dir' not in cfg.typed
 
 
+def test_what_a_file_says_and_what_the_command_line_says_are_told_apart(recipe):
+    cfg = parse(Sft, ['--recipe', recipe, '--max-seq-length', '64', 'wandb.project=p'])
+    assert cfg.flags == {'max_length', 'wandb_project'} < cfg.typed
+
+
 def test_overrides_between_flags_and_precedence(recipe, tmp_path):
     second = tmp_path / 'second.yaml'
     second.write_text('data: {max_length: 9}\ntraining.output_dir: two\n')

@@ -19,7 +19,7 @@ from conftest import ROOT
 from data.tokenizer import Tokenizer
 from families import FAMILIES as FIELDS
 from families import UNSAID, from_hf_weights
-from model import GPT, GPTConfig, load_model, save_model
+from model import GPT, GPTConfig, Plan, load_model, save_model
 from sample import generate, logp_gap
 
 transformers.logging.set_verbosity_error()
@@ -167,6 +167,26 @@ def test_sampler_computes_the_same_model(pairs, family):
         logp = theirs(whole).logits[0, -new - 1:-1].log_softmax(-1)
         close(logp.gather(1, drawn.tokens[row][:, None]).squeeze(1), logp.max(-1).values)
         close(drawn.logp[row], logp.max(-1).values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('family', FAMILIES)
+def test_continuations_share_a_prompt(pairs, family):
+    """A row of 2 documents: 10 tokens with three continuations, of which the first goes on in the document itself, and
+    a plain one. Each sees what it would see alone; the mask of a GPU says the same."""
+    theirs, ours, _ = pairs(family)
+    idx = tokens(1, 40)
+    positions = torch.cat([torch.arange(15), torch.arange(10, 17), torch.arange(10, 19), torch.arange(9)])[None]
+    got = ours(idx, positions=positions)
+    for shared, start, end in ((0, 0, 15), (10, 15, 22), (10, 22, 31)):
+        alone = torch.cat([idx[:, :shared], idx[:, start:end]], 1)
+        close(got[:, start:end], theirs(alone).logits[:, shared:])
+    close(got[:, 31:], theirs(idx[:, 31:]).logits)
+    plans = Plan(ours, idx, positions, None), Plan(ours, idx, positions, None)
+    plans[1].documents = None
+    q, k, v = torch.randn(3, 1, 2, 40, 8, generator=torch.Generator().manual_seed(4))
+    for window in (0, 4, 12):
+        close(*(plan.attend(q, k, v, window, 1.0, 0.0) for plan in plans))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -478,6 +498,11 @@ def test_other_architectures(name, tmp_path):
     close(ours(idx), theirs(idx).logits)
     positions = torch.cat([torch.arange(8), torch.arange(12)]).expand(2, 20)
     close(ours(idx, positions=positions), torch.cat([theirs(idx[:, :8]).logits, theirs(idx[:, 8:]).logits], 1))
+    positions = torch.cat([torch.arange(8), torch.arange(5, 10), torch.arange(5, 12)])[None]      # three continuations
+    got = ours(idx[:1], positions=positions)
+    close(got[:, :8], theirs(idx[:1, :8]).logits)
+    for start, end in ((8, 13), (13, 20)):
+        close(got[:, start:end], theirs(torch.cat([idx[:1, :5], idx[:1, start:end]], 1)).logits[:, 5:])
     log_p = theirs(idx).logits.log_softmax(-1)
     logp = log_p.gather(2, targets.clamp(min=0)[..., None]).squeeze(2) * (targets >= 0)
     close(ours(idx, targets), logp)

@@ -273,3 +273,17 @@ def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
 def test_document_lengths():
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
     assert ops.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize('window', [0, 2])
+def test_visible_is_the_path_to_the_root(window):
+    """Every place with the ones it sees, written out by hand: continuations, documents, a row that begins inside one."""
+    rows = torch.tensor([[0, 1, 2, 2, 3, 1, 0, 1, 1], [3, 4, 0, 1, 1, 2, 1, 2, 0]])
+    paths = [[(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 4), (0, 5), (6,), (6, 7), (6, 8)],
+             [(0,), (0, 1), (2,), (2, 3), (2, 4), (2, 4, 5), (2, 6), (2, 6, 7), (8,)]]
+    expected = torch.zeros(2, 9, 9, dtype=torch.bool)
+    for row in range(2):
+        for i, path in enumerate(paths[row]):
+            expected[row, i, list(path[-window:])] = True
+    assert torch.equal(ops.visible(rows, window), expected)
+    assert torch.equal(ops.visible(rows[0], window), expected[0])

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import time
 from pathlib import Path
 
@@ -505,6 +506,7 @@ def test_log(run, log_folder, capsys):
     log.write(10, {'tokens_per_second': 152_000.4, 'grad_norm': float('nan'), 'loss': torch.tensor(2.5), 'clip': 3})
     log.write(500, {'tokens_per_second': 9.5, 'learning_rate': 3e-4, 'loss': 1.25, 'grad_norm': 1.0})
     log.text(500, 'sample', 'Hark')
+    log.histograms(500, {'gradients/layer': torch.randn(100)})
     log.close()
     header, first, second, sample = lines()
     assert header['run'].pop('name').startswith(log_folder.name)
@@ -518,6 +520,8 @@ def test_log(run, log_folder, capsys):
     assert shown[1].split('tokens_per_second')[1].startswith('  9.5000  ETA 00:00')      # as wide as 152,000
     assert 'Hark' in shown
     assert scalars('loss') == ([(10, 2.5), (500, 1.25)], ['sample/text_summary'])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert EventAccumulator(str(next(Path('logs').iterdir()))).Reload().Tags()['histograms'] == ['gradients/layer']
 
 
 def test_log_is_cut_where_the_run_resumes(run, log_folder):
@@ -546,3 +550,10 @@ def test_wandb_is_asked_for_but_missing(run, log_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(UserError, match='pip install wandb'):
         Log(run, '.', {}, 10, wandb='project')
+
+
+def test_wandb_is_told_what_it_is(run, log_folder, monkeypatch):
+    told = []
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **settings: told.append(settings)))
+    Log(run, '.', {'script': 'x'}, 10, wandb={'project': 'p', 'entity': 'e', 'name': 'n', 'tags': ['t']})
+    assert told[0] == {'name': 'n', 'id': told[0]['id'], 'resume': 'allow', 'config': {'script': 'x'}, 'project': 'p', 'entity': 'e', 'tags': ['t']}

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from data.chat import prompt_ids, render
 from data.corpus import Corpus
+from data.records import SIZES
 from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tasks.world import NAMES, part, split_of
 from data.tiny import build
@@ -168,13 +169,18 @@ def test_copying_the_nearest_training_call_fails():
 
 
 def test_preferences_need_the_prompt():
-    pairs = facts.preferences('eval', 2000, 0)
-    longer = sum(len(pair['chosen']) > len(pair['rejected']) for pair in pairs) / 2000
-    assert abs(longer - 0.5) < 0.05
-    chosen, rejected = (collections.Counter(pair[side] for pair in pairs) for side in ('chosen', 'rejected'))
-    best_guess = sum(max(chosen[text], rejected[text]) for text in chosen | rejected) / 4000    # sees one side only
-    assert best_guess < 0.6
-    assert all(pair['chosen'] != pair['rejected'] for pair in pairs)
+    """On the embedded preference set the length of the answers says nothing, nor does an answer without its prompt."""
+    train, held = facts.rows('train', *SIZES['facts'][:1], 0), facts.rows('eval', SIZES['facts'][1], 0)
+    assert (len(train), len(held)) == SIZES['facts']
+    assert not {row['prompt'] for row in train} & {row['prompt'] for row in held}
+    assert not {value for row in train for value in (row['chosen'], row['rejected'])} & {row['chosen'] for row in held if ' ' in row['chosen']}
+    for pairs in (train, held):
+        longer = sum(len(pair['chosen']) > len(pair['rejected']) for pair in pairs) / len(pairs)
+        assert abs(longer - 0.5) < 0.05
+        chosen, rejected = (collections.Counter(pair[side] for pair in pairs) for side in ('chosen', 'rejected'))
+        best_guess = sum(max(chosen[text], rejected[text]) for text in chosen | rejected) / 2 / len(pairs)    # sees one side only
+        assert best_guess < 0.6
+        assert all(pair['chosen'] != pair['rejected'] for pair in pairs)
 
 
 def test_tokenizer(texts, tokenizer, tmp_path):

@@ -93,7 +93,9 @@ def demonstration(problem, draw):
     return written(problem['name'], problem['attribute'], draw.choice(['word', 'sentence']))
 
 
-def preferences(split, n, seed):
-    """n pairs {'prompt', 'chosen', 'rejected'}, texts: the same fact in the form asked for and in the other one."""
-    return [{'prompt': problem['question'], 'chosen': problem['answer'], 'rejected': other_form(problem)}
-            for problem in problems(split, n, seed)]
+def rows(split, n, seed):
+    """At most n different rows of the embedded preference set, {'prompt', 'chosen', 'rejected', 'metadata'}: the same fact in the
+    form asked for and in the other one. Held out there are 56 questions."""
+    different = {problem['question']: problem for problem in problems(split, 20 * n, seed)}
+    return [{'prompt': problem['question'], 'chosen': problem['answer'], 'rejected': other_form(problem), 'metadata': split}
+            for problem in list(different.values())[:n]]

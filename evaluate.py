@@ -277,8 +277,9 @@ def scores_of(rows, task=None, read=True):
     scores.update(exact_match=mean(metrics.exact_match(*pair) for pair in pairs), f1=mean(metrics.f1(*pair) for pair in pairs))
     overlaps = metrics.rouge(pairs)
     scores.update({name: mean(row[name] for row in overlaps) for name in overlaps[0]})
-    scores.update(metrics.bleu(pairs), stopped=mean(row.stopped for row in rows),
-                  mean_tokens=mean(len(row.tokens) for row in rows) if read else None)
+    scores.update(metrics.bleu(pairs))
+    if read:
+        scores.update(stopped=mean(row.stopped for row in rows), mean_tokens=mean(len(row.tokens) for row in rows))
     return scores
 
 

@@ -124,6 +124,11 @@ before each; all else is of what the model wrote. Exact match: the same text but
 them. ROUGE: F-measures by rouge-score, no stemming. BLEU: of the whole set, 0 to 100, by sacrebleu.'''
 
 
+def is_model(result):
+    """Whether it is a model's, and not a trivial solver's, which has no loss."""
+    return 'loss' in result['scores']
+
+
 def score_rows(results):
     """(headers, rows) of the scores side by side; a measure that none has is left out."""
     rows = [[label, *('' if result['scores'].get(key) is None else form.format(result['scores'][key]) for result in results)]
@@ -180,7 +185,7 @@ def evaluation_pictures(results):
     from matplotlib.ticker import PercentFormatter
     from metrics import ERRORS
     names = [result['name'] for result in results]
-    pictures, models = [], [result for result in results if result['rows'] and result['rows'][0]['loss'] is not None]
+    pictures, models = [], [result for result in results if is_model(result)]
 
     shares = [key for key, (_, form) in MEASURES.items() if form.endswith('%}') and all(key in result['scores'] for result in models)]
     figure = Figure(figsize=(9, 1.2 + 0.16 * len(shares) * (len(results) + 1.2)), dpi=110, layout='constrained')
@@ -194,6 +199,7 @@ def evaluation_pictures(results):
             if key in result['scores']:
                 axes.text(value + 0.008, place, f'{value:.1%}', va='center', fontsize=7 if len(results) > 2 else 8, color='#444444')
     axes.set_yticks([-j for j in range(len(shares))], [MEASURES[key][0] for key in shares])
+    axes.set_ylim(0.5 - len(shares), 0.5)
     axes.set_xlim(0, 1.08)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     clean(axes)
@@ -233,7 +239,7 @@ def evaluation_pictures(results):
             axes.barh(places, [row['right_tool'] / row['wanted'] for row in found], height * 0.92, color=colour, alpha=0.3)
             axes.barh(places, [row['exact_call'] / row['wanted'] for row in found], height * 0.92, color=colour, label=result['name'])
         axes.set_yticks(range(len(tools)), [f'{tool} ({results[0]["tools"][tool]["wanted"]})' for tool in tools])
-        axes.invert_yaxis()
+        axes.set_ylim(len(tools) - 0.5, -0.5)
         axes.set_xlim(0, 1.02)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xlabel('calls that are exactly right; pale: the right tool')
@@ -271,17 +277,18 @@ def evaluation_pages(evaluation, num_examples=5):
     results = evaluation['results']
     blocks = [('text', f'{evaluation["num_rows"]:,} rows of {evaluation["data"]}.'), ('table', *score_rows(results)), ('text', ' '.join(HELP.split())),
               ('heading', 'What is right, and what is wrong'), ('table', *error_rows(results, meanings=True))]
-    for result in results:
+    models = [result for result in results if is_model(result)]
+    for result in models:
         if result['tools']:
             blocks += [('heading', f'Calls by tool: {result["name"]}'),
                        ('table', ['tool', 'wanted', 'right tool', 'exact call', 'most often instead'],
                         [[tool, str(row['wanted']), f'{row["right_tool"] / row["wanted"]:.1%}', f'{row["exact_call"] / row["wanted"]:.1%}',
                           row['instead']] for tool, row in result['tools'].items()])]
-    for result in results:
+    for result in models:
         for heading, rows in examples_of(result['rows'], num_examples) if num_examples else ():
             blocks.append(('heading', f'{heading}: {result["name"]}'))
             blocks += [('example', row) for row in rows]
-    title = 'Evaluation of ' + ', '.join(result['name'] for result in results)
+    title = 'Evaluation of ' + ', '.join(result['name'] for result in models)
     return markdown_page(title, blocks), html_page(title, blocks, evaluation_pictures(results))
 
 

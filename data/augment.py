@@ -22,7 +22,7 @@ SYNONYMS = [('show', 'display'), ('shows', 'displays'), ('big', 'large'), ('bigg
             ('problem', 'issue'), ('problems', 'issues'), ('method', 'approach'), ('methods', 'approaches'), ('main', 'primary'),
             ('common', 'usual'), ('commonly', 'usually'), ('movie', 'film'), ('company', 'firm'), ('improve', 'enhance'),
             ('prevent', 'avoid'), ('allow', 'permit'), ('allows', 'permits'), ('need', 'require'), ('needs', 'requires'),
-            ('together', 'altogether'), ('also', 'additionally'), ('several', 'various'), ('correct', 'right'), ('sure', 'certain'),
+            ('together', 'altogether'), ('also', 'additionally'), ('several', 'various'), ('sure', 'certain'),
             ('finds', 'discovers'), ('gives', 'hands'), ('obtain', 'get'), ('ensure', 'guarantee'), ('benefits', 'advantages'),
             ('typical', 'usual'), ('kind', 'sort'), ('kinds', 'sorts'), ('build', 'construct'), ('functions', 'works')]
 OTHERS = {word: [other for other in group if other != word] for group in reversed(SYNONYMS) for word in group}

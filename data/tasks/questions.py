@@ -2,10 +2,9 @@
 
     python data/tasks/questions.py train=800 eval=200 > qa.json        # {"qa_pairs": [{"question", "answer", "metadata"}, ...]}
 
-'Bako lives in Oslo. The pet of Bako is a dog. Bako is a gumi. What is the job of Bako?' is answered by 'Bako works as a gumi.'
-Names are invented, so that nothing can be known beforehand, and so are half of the values, or a model would pick one of the few that
-it knows instead of reading. No name, no value and no wording of a question of an eval row occurs in training; what is told, and
-the sentences of the answers, have the same forms.
+'Bako lives in Oslo. The pet of Bako is a dog. Bako is a baker. What is the job of Bako?' is answered by 'Bako works as a baker.'
+Names are invented, so that nothing can be known beforehand. No name, no text and no wording of a question of an eval row occurs in
+training; what can be told of somebody, and the sentences of the answers, are the same.
 """
 import json
 import os
@@ -17,7 +16,7 @@ if __name__ == '__main__':
 
 from data.tasks.facts import ATTRIBUTES
 from data.tasks.toolcalls import invented
-from data.tasks.world import part, split_of
+from data.tasks.world import split_of
 
 
 def problems(split, n, seed):
@@ -25,7 +24,7 @@ def problems(split, n, seed):
     draw, found = random.Random(f'questions/{split}/{seed}'), []
     for _ in range(n):
         name = new_word(split, draw).capitalize()
-        facts = {attribute: value(attribute, split, draw) for attribute in draw.sample(list(ATTRIBUTES), 3)}
+        facts = {attribute: draw.choice(ATTRIBUTES[attribute][0]) for attribute in draw.sample(list(ATTRIBUTES), 3)}
         asked = draw.sample(list(facts), draw.choices([1, 2], [2, 1])[0])
         told = [draw.choice([ATTRIBUTES[attribute][1], *ATTRIBUTES[attribute][2]]).format(name=name, value=known)
                 for attribute, known in facts.items()]
@@ -40,14 +39,6 @@ def new_word(split, draw):
     while split_of(word := invented(draw)) != split:
         pass
     return word
-
-
-def value(attribute, split, draw):
-    """What is told of somebody: one of the values of facts.py that belong to the split, or a new word."""
-    if draw.random() < 0.5:
-        return draw.choice(part(ATTRIBUTES[attribute][0], split))
-    word = new_word(split, draw)
-    return word.capitalize() if attribute == 'city' else word
 
 
 def prompt(problem):

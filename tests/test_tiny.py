@@ -80,7 +80,7 @@ def test_careless_rates():
 
 def test_plan_path_against_another_solver():
     """Distances by relaxation over all cells until nothing changes, instead of a search from the start."""
-    for problem in plan_path.problems('eval', 300, 0) + plan_path.problems('train', 100, 0, size=6):
+    for problem in plan_path.problems('eval', 300, 0) + plan_path.problems('train', 100, 0, map_size=6):
         size, walls = problem['size'], {tuple(cell) for cell in problem['walls']}
         distance = {(r, c): 99 for r in range(size) for c in range(size) if (r, c) not in walls}
         distance[tuple(problem['start'])] = 0

@@ -9,8 +9,8 @@
         env.step(role, outcome)             executes one: the next agent sees the new state
         env.done, env.success, env.turn     turn counts rounds of all roles, from 0
         env.view()                          the state for a terminal
-    demonstration(env, role, draw)          what a careless pupil answers (draw: random.Random), for the warm-up
-    solution(env, role)                     what is right, None where there is no way to know
+        env.demonstration(role, draw)       what a careless pupil answers (draw: random.Random): the warm-up learns it
+        env.solution(role)                  what is right in the present state
 
 A text that a model wrote is parsed, never evaluated.
 """

@@ -70,7 +70,7 @@ class Config:
     reward_model_path: str | None = setting(None, 'model.reward_model_path')  # a sequence classifier with one label: the reward `model`
     torch_dtype: str = setting('float32', 'model.torch_dtype', choices=('float32', 'bfloat16', 'float16'))  # of frozen weights on a GPU (those under LoRA, the reference); what is trained is float32
     low_cpu_mem_usage: bool = setting(True, 'model.low_cpu_mem_usage')  # weights are always mapped from disk: false changes nothing
-    use_flash_attention: bool = setting(False, 'model.use_flash_attention')  # torch's fused attention is always used: true changes nothing
+    use_flash_attention: bool = setting(False, 'model.use_flash_attention')  # on a GPU prefer the flash kernel; false: PyTorch chooses among the fused ones
     load_in_8bit: bool = setting(False, 'model.load_in_8bit')  # hold the frozen weights under LoRA in 8 bits
     load_in_4bit: bool = setting(False, 'model.load_in_4bit')  # hold them in 4 bits (QLoRA)
     bnb_4bit_compute_dtype: str = setting('bfloat16', 'model.bnb_4bit_compute_dtype', choices=('float32', 'bfloat16', 'float16'))  # what 4-bit weights are multiplied in
@@ -200,7 +200,10 @@ class Config:
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
         if self.bf16 and self.fp16:
-            raise UserError('bf16 and fp16 exclude each other: choose one')
+            typed = getattr(self, 'flags', frozenset()) & {'bf16', 'fp16'}
+            if len(typed) != 1:
+                raise UserError('bf16 and fp16 exclude each other: choose one')
+            setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
         if self.deepspeed_config:
             raise UserError('deepspeed_config: DeepSpeed is not used here; leave it out, and set --num_gpus=N for data parallel, '
                             'model.use_lora or model.load_in_4bit for less memory')
@@ -888,7 +891,7 @@ def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
             loss = loss + learner.beta * average(kl_estimate(logp, batch.reference, cfg.kl), mask, c['mean'], normaliser)
         if cfg.entropy_coef:
             loss = loss - cfg.entropy_coef * average(entropy, mask, c['mean'], normaliser)
-            stats['entropy'] = entropy[mask].mean()
+            stats['entropy'] = entropy.detach()[mask].mean()
         whole = loss
         if learner.critic:
             of_values, stats['clip_ratio/value'] = value_loss(values, batch.values, batch.returns, mask, cfg.cliprange_value or None, tokens)
@@ -1018,11 +1021,15 @@ def resolve(cfg, machine):
                         'one from')
     if cfg.length_buffer > cfg.max_completion_length:
         raise UserError(f'length_buffer={cfg.length_buffer} is longer than max_completion_length={cfg.max_completion_length}')
-    machine.say('chosen    ' + ', '.join(said + (more if 'length' in cfg.rewards else [])))
-    for name, why in (('dataloader_num_workers', 'prompts are tokenised once, at the start'), ('use_flash_attention', 'fused attention is always used'),
-                      ('dataset_num_proc', 'the tokenizer uses all cores by itself'), ('dataloader_pin_memory', 'batches are made of sampled tokens')):
+    say_chosen(said + (more if 'length' in cfg.rewards else []), machine)
+    for name, why in (('dataloader_num_workers', 'prompts are tokenised once, at the start'), ('dataset_num_proc', 'the tokenizer uses all cores by itself'),
+                      ('dataloader_pin_memory', 'batches are made of sampled tokens'), ('low_cpu_mem_usage', 'weights are always mapped from disk'),
+                      ('prediction_loss_only', 'an evaluation always samples and scores')):
         if getattr(cfg, name) != getattr(Config(), name):
             machine.say(f'note      {name}={getattr(cfg, name)} changes nothing here: {why}')
+    if machine.device.type == 'cuda' and cfg.use_flash_attention:
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return cfg
 
 
@@ -1034,13 +1041,18 @@ def choose(cfg, values):
     return changed, [f'{name}={" ".join(value) if isinstance(value, list) else value}' for name, value in chosen.items()]
 
 
+def say_chosen(choices, machine):
+    if choices:
+        machine.say('chosen    ' + ', '.join(choices))
+
+
 def fit_to_model(cfg, policy, machine):
     """cfg with learning rates by the model's size and mode, and lengths within its context."""
     small = sum(p.numel() for p in policy.parameters()) < SMALL and not cfg.use_lora
     by_mode = 2e-4 if cfg.load_in_4bit or cfg.load_in_8bit else 1e-4 if cfg.use_lora else 5e-4 if small else 1e-5
     cfg, said = choose(cfg, {'learning_rate': by_mode})
     cfg, more = choose(cfg, {'value_learning_rate': 1e-3 if small else cfg.learning_rate, 'reward_learning_rate': 1e-3 if small else cfg.learning_rate})
-    machine.say('chosen    ' + ', '.join(said + (more if cfg.algorithm == 'ppo' else [])))
+    say_chosen(said + (more if cfg.algorithm == 'ppo' else []), machine)
     context, room = policy.config.block_size, policy.config.block_size - cfg.max_completion_length
     if 'max_completion_length' in cfg.typed and room < 1:
         raise UserError(f'max_completion_length={cfg.max_completion_length} does not fit the context of {context} tokens that {cfg.base_model_name} has')
@@ -1092,16 +1104,11 @@ def resume_config(cfg):
     return merged, saved
 
 
-def prepare_reward_model(cfg, problems, tokenizer, machine, resumed):
-    """The model behind the reward `model`: loaded, or trained first from the pairs and saved in output_dir/reward_model."""
-    if 'model' not in cfg.rewards:
-        return None
+def train_own_reward_model(cfg, problems, tokenizer, machine, resumed):
+    """A reward model trained from the pairs and saved in output_dir/reward_model, or the one that is there of a run that goes on."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
-    if cfg.reward_model_path or resumed:
-        model = load_reward_model(cfg.reward_model_path or directory, machine.device, tokenizer)
-        if problems.held_out_pairs and isinstance(model, ValueModel):
-            machine.say(f'reward model: {pair_accuracy(model, problems.held_out_pairs, machine):.1%} of {len(problems.held_out_pairs)} held-out pairs')
-        return model
+    if resumed:
+        return load_reward_model(directory, machine.device, tokenizer)
     trunk, theirs = load_language_model(cfg, cfg.value_model_name or cfg.base_model_name, machine)
     if theirs.sha256 != tokenizer.sha256:
         raise UserError(f'value_model_name={cfg.value_model_name} has another tokenizer than {cfg.base_model_name}: it could not read its tokens')
@@ -1179,6 +1186,11 @@ def build(cfg, machine, resumed=None):
     critic = load_critic(cfg, policy, tokenizer, machine)
     learner = Learner(policy, tokenizer, make_optimizers(cfg, policy, critic), LossScale(machine.dtype), load_reference(cfg, policy, machine),
                       critic, beta=cfg.beta)
+    if cfg.reward_model_path:
+        learner.reward_model = load_reward_model(cfg.reward_model_path, machine.device, tokenizer)
+        if problems.held_out_pairs and isinstance(learner.reward_model, ValueModel):
+            accuracy = pair_accuracy(learner.reward_model, problems.held_out_pairs, machine)
+            machine.say(f'reward model: prefers the chosen side in {accuracy:.1%} of {len(problems.held_out_pairs)} held-out pairs')
     return cfg, learner, problems, scorer, make_plan(cfg, len(problems.train), machine)
 
 
@@ -1206,7 +1218,8 @@ def main(cfg):
                                  cut_rollouts(rollouts_path, state['step'])))
     else:
         start_fresh(machine, cfg.output_dir, as_dict(cfg), script='train_rl.py')
-    learner.reward_model = prepare_reward_model(cfg, problems, learner.tokenizer, machine, resumed)
+    if 'model' in cfg.rewards and not cfg.reward_model_path:
+        learner.reward_model = train_own_reward_model(cfg, problems, learner.tokenizer, machine, resumed)
     announce(cfg, learner, problems, plan, machine)
     header = {'script': 'train_rl.py', 'algorithm': cfg.algorithm, 'model': cfg.base_model_name, 'machine': describe_device(machine)}
     wandb = {name: getattr(cfg, f'wandb_{name}') for name in ('project', 'entity', 'name', 'tags') if getattr(cfg, f'wandb_{name}')}
@@ -1348,7 +1361,8 @@ def replay(cfg, checkpoints, machine):
     state = fresh_state()
     if resumed:
         state = restore(learner, *read_checkpoint(resumed), machine)
-    learner.reward_model = prepare_reward_model(cfg, problems, learner.tokenizer, machine, True)
+    if 'model' in cfg.rewards and not cfg.reward_model_path:
+        learner.reward_model = train_own_reward_model(cfg, problems, learner.tokenizer, machine, resumed=True)
     machine.say(f'replay    from {resumed or "the start"}, step {state["step"]}, to step {cfg.replay}')
     while True:
         episodes, table, state['cursor'] = rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], machine)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-LONGEST_SHARED = 2048           # tokens of a prompt with its completions up to which attention over all of them costs little
+LONGEST_SHARED = 2048           # tokens of a prompt with its completions up to which attention over all of them costs little,
+LEAST_SHARED = 0.3              # if sharing the prompt saves at least so many of all tokens
+SHORT_ROW = 192                 # tokens up to which a CPU attends fastest in padded rows (model.SHORT_BLOCK)
 
 
 @dataclass
@@ -61,15 +63,20 @@ def lay_out(groups, device, keep_last=False, share=None):
     """[(prompt ids, [completion ids, ...]), ...] -> Layout, the completions in their order.
 
     A prompt is computed once for all its completions, which lie behind it as branches of one document (see ops.visible), unless they
-    are so long that attention over all of them would cost more than the prompts (share: None = decided so). On a CPU there is one row
-    without padding; else a row for each document. keep_last: also the last tokens are fed, for what a critic says behind them.
+    are so long that attention over all of them would cost more than the prompts (share: None = decided so). Otherwise there is a padded
+    row for each; on a CPU one row without padding where they are shared or long. keep_last: also the last tokens are fed, for what a
+    critic says behind them.
     """
     longest = max(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)
-    share = longest <= LONGEST_SHARED if share is None else share
+    if share is None:
+        tokens = [sum(len(prompt) * len(completions) + sum(map(len, completions)) for prompt, completions in groups),
+                  sum(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)]
+        share = longest <= LONGEST_SHARED and tokens[1] <= (1 - LEAST_SHARED) * tokens[0]
     if not share:
         groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
     documents, source, targets, last, begin = [], [], [], [], 0
-    one_row = device.type == 'cpu'
+    short = max(len(prompt) + len(completions[0]) for prompt, completions in groups) <= SHORT_ROW
+    one_row = device.type == 'cpu' and (share or not short)
     fed = lambda completion: len(completion) - (not keep_last)
     width = max(len(prompt) + sum(map(fed, completions)) for prompt, completions in groups)
     for number, (prompt, completions) in enumerate(groups):

@@ -13,7 +13,7 @@ import torch
 import train_rl
 from conftest import ROOT
 from configurator import UserError, parse
-from data.pairs import encode_pairs, read_pairs
+from data.pairs import encode_pairs, to_pair
 from data.records import Source
 from data.rollouts import Episode, lay_out, read_episodes
 from data.tasks import arithmetic, facts
@@ -336,18 +336,22 @@ def test_layouts_compute_the_same():
                     assert torch.allclose(hidden[layout.last[row]], want[-1], atol=1e-5)
 
 
-def test_rows_of_a_gpu(monkeypatch):
-    """The layout that a GPU gets, a padded row for each document, on the CPU."""
+@pytest.mark.parametrize('share', [True, False])
+def test_rows_of_a_gpu(share, monkeypatch):
+    """The layout that a GPU gets, a padded row for each document, computed here."""
     model, _ = load_model('tiny')
     groups = [([5, 6, 7], [[8, 9], [10, 11, 12]]), ([20, 21], [[22], [23, 24]])]
-    one_row = lay_out(groups, torch.device('cpu'))
-    real = torch.tensor
+    one_row, real = lay_out(groups, torch.device('cpu'), share=True), torch.tensor
     monkeypatch.setattr(torch, 'tensor', lambda values, device=None: real(values))
-    for share in (True, False):
-        rows = lay_out(groups, type('Device', (), {'type': 'cuda'})(), share=share)
-        assert rows.idx.dim() == 2 and len(rows.idx) == (2 if share else 4) and (rows.positions is None) == (not share)
-        logp = lambda layout: model.token_stats(model.hidden(layout.idx, layout.positions).flatten(0, 1)[layout.source], layout.targets, extras=False)['logp']
-        assert torch.allclose(logp(rows), logp(one_row), atol=1e-5)
+    rows = lay_out(groups, type('Device', (), {'type': 'cuda'})(), share=share)
+    assert one_row.idx.shape == (1, 5 + 8 - 4) and len(rows.idx) == (2 if share else 4) and (rows.positions is None) == (not share)
+    logp = lambda layout: model.token_stats(model.hidden(layout.idx, layout.positions).flatten(0, 1)[layout.source], layout.targets, extras=False)['logp']
+    assert torch.allclose(logp(rows), logp(one_row), atol=1e-5)
+
+
+def test_long_rows_are_packed_on_a_cpu():
+    layout = lay_out([([1] * 10, [[2] * 190, [3] * 5])], torch.device('cpu'), share=False)
+    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 10, [[2] * 30, [3] * 5])], torch.device('cpu')).positions is None
 
 
 def episode(reward, stopped, n=2, **more):
@@ -404,18 +408,17 @@ def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
 # ---- the reward model -------------------------------------------------------------------------------------------------------
 
 def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
-    """Held-out pairs, whose chosen side neither length nor form alone tells; the same score from transformers' own class."""
+    """Full sentences are preferred to single words, also about people of whom there was no pair; transformers' own class says the same."""
     model, tokenizer = load_model('tiny')
-    encode = lambda split, n, seed: encode_pairs(tokenizer, [
-        pair for p in facts.problems(split, n, seed) for pair in [read_pairs_of(p)]], 128)[0]
 
-    def read_pairs_of(p):
-        from data.pairs import to_pair
-        return to_pair({'prompt': p['question'], 'chosen': facts.solution(p), 'rejected': facts.other_form(p)}, 'row', Source())
+    def pairs(split, n, seed):
+        found = [to_pair({'prompt': p['question'], 'chosen': long, 'rejected': short}, 'row', Source()) for p in facts.problems(split, n, seed)
+                 for short, long in [sorted((facts.solution(p), facts.other_form(p)), key=len)]]
+        return encode_pairs(tokenizer, found, 128)[0]
 
     value, machine = ValueModel(model), train_rl.setup('cpu')
-    result = train_reward_model(value, encode('train', 320, 0), encode('train', 64, 9), machine, 1, 16, 1e-3)
-    assert result['accuracy'] > 0.8
+    result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), machine, 1, 16, 1e-3)
+    assert result['accuracy'] > 0.9
     save_reward_model(value, tokenizer, tmp_path / 'rm')
     from transformers import AutoModelForSequenceClassification
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / 'rm')

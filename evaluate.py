@@ -12,7 +12,7 @@ import importlib
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configurator import UserError, as_dict, closest, from_dict, parse, run, setting
@@ -35,6 +35,7 @@ class Config:
     prompt_column: str | None = None  # column of the question; found out if not set
     answer_column: str | None = None  # column of the answer; found out if not set
     system_prompt: str | None = None  # system message of every row, a template over its columns
+    skip_bad_rows: bool = False  # leave out rows that cannot be read
     task: str | None = None  # in place of data: problems of data/tasks, each judged by the task's own reward
     num_samples: int | None = setting(None, also=('limit', 'max_samples'))  # at most so many rows, the first; of a task 200 if not set
     baselines: bool = False  # beside the models: the most frequent answer of the training rows, and that to the nearest question
@@ -75,11 +76,13 @@ from tqdm import tqdm
 import metrics
 import report
 from checkpoint import read_own, set_aside, write_json, write_text
-from data.chat import encode, parse_tool_calls, segments
-from data.records import EMBEDDED, Record, Source, read_rows, to_record
+from data.chat import encode, parse_tool_calls
+from data.encoded import Findings, pieces_of
+from data.records import Record, Source
 from model import load_model
 from runtime import describe_device, explain_out_of_memory, seed_for, setup
 from sample import generate
+from train_sft import Config as Training, records_of, sources_of
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Row:
 
 # ---- data -------------------------------------------------------------------------------------------------------------------
 
-def read_data(cfg, model_path):
+def read_data(cfg, model_path, machine):
     """What is to be evaluated -> (its name, Records held out, Records for training, task or None). The problem of a task's Record is
     its `where`."""
     if cfg.task:
@@ -113,39 +116,38 @@ def read_data(cfg, model_path):
         records = {split: [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}],
                                   problem.get('tools'), split, problem) for problem in problems] for split, problems in parts.items()}
         return f'the task {cfg.task}', records['eval'], records['train'], task
-    if cfg.data:
-        sources, system_prompt = [Source(cfg.data, cfg.subset, prompt_column=cfg.prompt_column, answer_column=cfg.answer_column)], cfg.system_prompt
-    else:
-        sources, system_prompt = trained_on(model_path)
-    records = [record for source in sources for record in read_source(source, cfg.split, system_prompt)]
-    name = ', '.join(source.name for source in sources)
-    held_out = [record for record in records if record.split == 'eval']
-    training = [record for record in records if record.split != 'eval']
-    chosen = {'train': training, 'all': records}.get(cfg.split, held_out or records)
-    if not held_out and cfg.split == 'eval':
-        print(f'{name}: no row is marked as held out (metadata "eval"), so all {len(records):,} are evaluated')
-        training = []
+    settings, findings = data_settings(cfg, model_path), Findings()
+    sources = sources_of(settings, machine)
+    if cfg.split not in ('train', 'eval', 'all'):
+        sources = [replace(source, split=cfg.split) for source in sources]
+    records = [record for _, record in records_of(settings, sources, findings, machine)]
+    name, held_out = ', '.join(source.name for source in sources), [record for record in records if record.split == 'eval']
+    for line in findings.lines():
+        print(f'{name}: {line}')
+    if not cfg.skip_bad_rows:
+        findings.stop()
+    chosen = {'train': [record for record in records if record.split == 'train'], 'all': records}.get(cfg.split, held_out or records)
     if not chosen:
         raise UserError(f'{name}: no row of the split {cfg.split!r} among {len(records)}')
+    if not held_out and cfg.split == 'eval':
+        print(f'{name}: no row is marked as held out (metadata "eval"), so all {len(records):,} are evaluated')
+    training = [record for record in records if record.split == 'train' and held_out]
     return name, chosen[:cfg.num_samples], training, None
 
 
-def trained_on(model_path):
-    """The data that the run which wrote a checkpoint was trained on -> (Sources, system_prompt); the embedded set where none is named."""
-    folder = Path(model_path)
-    config = next((saved['config'] for place in (folder, *folder.absolute().parents[:2]) if (saved := read_own(place / 'run_config.json'))), {})
-    section = config.get('data') or {}
-    sources = [Source(**{key: value for key, value in entry.items() if key in vars(Source())}) for entry in section.get('datasets') or ()]
-    if not any(source.name for source in sources):
-        print(f'no run_config.json beside {model_path} names data to be evaluated on: the embedded set of tool calls is taken (--data names another)')
-        return [Source('toolcalls')], None
-    return sources, section.get('system_prompt')
-
-
-def read_source(source, split, system_prompt):
-    """The Records of a source. Of a directory or a hub data set, whose splits are files of their own, the rows of `split` are held out."""
-    rows = read_rows(source.name, source.split if split in ('train', 'eval', 'all') else split, source.subset)
-    return [to_record(row, where, source, system_prompt) for where, row in rows]
+def data_settings(cfg, model_path):
+    """Which rows there are, and which of them are held out, as settings of train_sft.py: those of the run that wrote the checkpoint, where
+    no data is named."""
+    if cfg.data:
+        source = Source(cfg.data, cfg.subset, prompt_column=cfg.prompt_column, answer_column=cfg.answer_column)
+        return Training(datasets=[source], eval_fraction=0.0, system_prompt=cfg.system_prompt)
+    folder = Path(model_path).absolute()
+    saved = next(filter(None, (read_own(place / 'run_config.json') for place in (folder, *folder.parents[:2]))), {})
+    if saved.get('script') == 'train_sft.py':
+        return from_dict(Training, saved['config'])
+    print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are taken; --data and --task '
+          'name something else')
+    return Training(dataset_path='toolcalls')
 
 
 def task_module(name):
@@ -164,10 +166,8 @@ def texts_of(tokenizer, ids):
 
 def encode_records(tokenizer, records):
     """Records -> Rows with the ids that training uses and the sampler sees."""
-    chats = [segments(tokenizer, record.prompt + record.completion, record.tools) if isinstance(record.prompt, list)
-             else ([(record.prompt, False), (record.completion, True)], 0) for record in records]
-    rows = []
-    for record, chat in zip(records, encode(tokenizer, chats), strict=True):
+    rows, chats = [], encode(tokenizer, [pieces_of(tokenizer, record, 'completion') for record in records])
+    for record, chat in zip(records, chats, strict=True):
         start = chat.mask.index(True) or 1              # a text that follows no prompt is asked for by its first token
         answer = [token for token, target in zip(chat.ids[start:], chat.mask[start:]) if target]
         messages = record.prompt if isinstance(record.prompt, list) else [{'role': 'user', 'content': record.prompt}]
@@ -329,7 +329,7 @@ def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
     print(describe_device(machine))
     out_dir = Path(cfg.output_dir or os.path.join('evaluation', os.path.basename(os.path.normpath(names[0]))))
-    data, records, training, task = read_data(cfg, names[0])
+    data, records, training, task = read_data(cfg, names[0], machine)
     results = []
     for name in names:
         result, rows, tokenizer = evaluate(cfg, name, records, task, machine)

@@ -236,7 +236,7 @@ def test_only_rows_held_out_count(tmp_path, capsys):
 def test_columns_and_system_prompt(tmp_path):
     data = write_rows(tmp_path / 'rows.jsonl', [{'ask': 'Who?', 'say': 'Tom.', 'tone': 'kind'}])
     cfg = config('--data', data, '--prompt_column=ask', '--answer_column=say', '--system_prompt=Be {tone}.')
-    record = evaluate.read_data(cfg, 'tiny')[1][0]
+    record = evaluate.read_data(cfg, 'tiny', setup('cpu'))[1][0]
     assert record.prompt == [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Who?'}]
 
 

@@ -74,7 +74,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-import report
+import scorecard
 from checkpoint import read_own, set_aside, write_json, write_text
 from data.chat import encode, parse_tool_calls
 from data.encoded import Findings, pieces_of
@@ -342,8 +342,8 @@ def main(cfg):
                     trivial(metrics.nearest, 'answer to the nearest question', rows, seen, task)]
     evaluation = {'written_by': 'nanoforge', 'data': data, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results}
     write_results(out_dir, evaluation, cfg.num_examples)
-    print(report.text_table(*report.score_rows(results)))
-    print(report.text_table(*report.error_rows(results)))
+    print(scorecard.text_table(*scorecard.score_rows(results)))
+    print(scorecard.text_table(*scorecard.error_rows(results)))
     print(f'report: {out_dir / "evaluation.html"} (also .md and .json)')
     return results[0]['scores']
 
@@ -357,7 +357,7 @@ def write_results(out_dir, evaluation, num_examples):
             raise UserError(f'{there[0]} was not written by evaluate.py: choose another --output_dir')
         print(f'{out_dir} held an earlier evaluation: it is now in {set_aside(out_dir, there)}')
     write_json(out_dir / 'evaluation.json', evaluation)
-    markdown, html = report.evaluation_pages(evaluation, num_examples)
+    markdown, html = scorecard.pages_of(evaluation, num_examples)
     write_text(out_dir / 'evaluation.md', markdown)
     write_text(out_dir / 'evaluation.html', html)
 

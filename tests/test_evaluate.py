@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import metrics
-import report
+import scorecard
 from conftest import ROOT
 from configurator import UserError, parse
 from data.records import Record
@@ -289,10 +289,10 @@ def test_tables():
     rows = [{'correct': i == 0, 'error': None if i == 0 else 'echo', 'question': f'q{i % 2}', 'f1': i / 4, 'loss': 1.0, 'where': ''} for i in range(4)]
     result = {'name': 'm', 'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}, 'rows': rows,
               'errors': {kind: 3 * (kind == 'echo') for kind in metrics.ERRORS}}
-    assert report.score_rows([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
-    assert report.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
-    assert report.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
-    groups = dict(report.examples_of(rows, 5))
+    assert scorecard.score_rows([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
+    assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
+    assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
+    groups = dict(scorecard.examples_of(rows, 5))
     assert [row['question'] for row in groups['Best responses']] == ['q0', 'q1'] and 'Error: echo' not in groups      # each question once
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +14,15 @@ import evaluate
 import metrics
 import scorecard
 from conftest import ROOT
-from configurator import UserError, parse
+from checkpoint import write_json
+from configurator import UserError, as_dict, parse
+from data.encoded import digest
 from data.records import Record
 from data.tasks import arithmetic, questions, toolcalls
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
-from runtime import setup
+from runtime import seed_for, setup
+from train_sft import Config as Training
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
 PAIRS = [('The cat sat on the mat.', 'A cat sat on a mat'), ('Oslo', 'Tom lives in Oslo.'), ('', 'nothing was said'),
@@ -190,7 +192,7 @@ def test_scores_do_not_depend_on_the_batch(tmp_path):
 def test_a_task_is_judged_by_its_own_reward(tmp_path):
     scores = main(config('--task=arithmetic', '--num_samples=20', '--baselines', '--output-dir', str(tmp_path / 'out')))
     result, majority, nearest = results_in(tmp_path / 'out')['results']
-    problems = {problem['question']: problem for problem in arithmetic.problems('eval', 20, 42)}
+    problems = {problem['question']: problem for problem in arithmetic.problems('eval', 20, 0)}
     rewards = [arithmetic.reward(problems[row['question']], row['response']) for row in result['rows']]
     assert scores['reward'] == scores['accuracy'] == sum(rewards) / 20 and 0 < scores['reward'] < 0.6
     assert majority['scores']['accuracy'] < 0.1 and nearest['scores']['accuracy'] < 0.1
@@ -205,7 +207,7 @@ def test_a_right_model_would_get_full_marks():
         rows = encode_records(load_model('tiny')[1], records)
         for row in rows:
             row.response, row.called, row.tokens = row.reference, evaluate.read_calls(row.reference), row.answer
-        result = evaluate.result_of('right', rows)
+        result = metrics.result_of('right', rows)
         assert all(result['scores'][name] == pytest.approx(1) for name in ('accuracy', 'exact_match', 'f1', 'rougeL', 'stopped'))
         assert result['scores']['bleu'] == pytest.approx(100) and sum(result['errors'].values()) == 0
         assert all(row['exact_call'] == row['wanted'] for row in result['tools'].values())
@@ -233,10 +235,29 @@ def test_only_rows_held_out_count(tmp_path, capsys):
     assert results_in('all')['num_rows'] == 8 and 'all 8 are evaluated' in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
+    model, tokenizer = load_model('tiny')
+    save_model(model, tokenizer, str(tmp_path / 'run' / 'checkpoint-2'))
+    data = write_rows(tmp_path / 'rows.jsonl', [{'question': f'Question {i}?', 'answer': f'Answer {i}.'} for i in range(60)])
+    saved = {'written_by': 'nanoforge', 'run': '1', 'script': 'train_sft.py', 'config': as_dict(Training(dataset_path=data))}
+    write_json(tmp_path / 'run' / 'run_config.json', saved)
+    main(config('run/checkpoint-2', '--output-dir=sft', '--max_new_tokens=4'))
+    rows = results_in('sft')['results'][0]['rows']
+    held_out = [f'Question {i}?' for i in range(60)
+                if seed_for(42, 'held out', digest([{'role': 'user', 'content': f'Question {i}?'}])) < 0.1 * 2 ** 63]
+    assert [row['question'] for row in rows] == held_out and 1 < len(held_out) < 15
+    write_json(tmp_path / 'run' / 'run_config.json', {**saved, 'script': 'train_rl.py', 'config': {'data': {'task': 'facts', 'datasets': []}}})
+    main(config('run/checkpoint-2', '--output-dir=rl', '--num_samples=3'))
+    assert results_in('rl')['data'] == 'the task facts'
+    (tmp_path / 'run' / 'run_config.json').unlink()
+    main(config('run/checkpoint-2', '--output-dir=embedded', '--num_samples=3', '--max_new_tokens=4'))
+    assert results_in('embedded')['data'] == 'toolcalls' and 'the embedded tool calls are taken' in capsys.readouterr().out
+
+
 def test_columns_and_system_prompt(tmp_path):
     data = write_rows(tmp_path / 'rows.jsonl', [{'ask': 'Who?', 'say': 'Tom.', 'tone': 'kind'}])
     cfg = config('--data', data, '--prompt_column=ask', '--answer_column=say', '--system_prompt=Be {tone}.')
-    record = evaluate.read_data(cfg, 'tiny', setup('cpu'))[1][0]
+    record = evaluate.read_data(cfg, 'tiny', setup('cpu')).records[0]
     assert record.prompt == [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Who?'}]
 
 
@@ -262,14 +283,15 @@ def test_the_file_of_the_embedded_questions():
 
 # ---- the command ------------------------------------------------------------------------------------------------------------
 
-def test_the_command_and_what_it_leaves(tmp_path):
+def test_the_command_and_what_it_leaves(tmp_path, capsys):
     model, tokenizer = load_model('tiny')
     add_lora(model, 4, 8)
     save_model(model, tokenizer, str(tmp_path / 'adapter'))             # an adapter that changes nothing yet
     rows = [{'question': 'Say <script>alert(1)</script> & ```code```', 'answer': 'Tom | Mia', 'metadata': 'eval'}]
     rows += [{'question': problem['question'], 'answer': problem['answer'], 'metadata': 'eval'} for problem in questions.problems('eval', 3, 1)]
     data = write_rows(tmp_path / 'rows.jsonl', rows)
-    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter', '--data', data, '--output-dir', 'out']
+    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter', '--data', data, '--output-dir', 'out',
+             '--max_new_tokens=24']
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     for word in ('rouge', 'bleu', 'accuracy', 'perplexity', 'wrong answer'):
         assert word in done.stdout.lower()
@@ -281,8 +303,8 @@ def test_the_command_and_what_it_leaves(tmp_path):
     assert len(pictures) >= 3 and all(picture[:8] == b'\x89PNG\r\n\x1a\n' for picture in pictures)
     markdown = (tmp_path / 'out' / 'evaluation.md').read_text()
     assert '| accuracy |' in markdown and '````' in markdown and 'Worst responses' in markdown
-    again = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert 'earlier-1' in again.stdout and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
+    main(config('--data', data, '--output-dir=out', '--max_new_tokens=8'))
+    assert 'earlier-1' in capsys.readouterr().out and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
 
 
 def test_tables():

@@ -25,7 +25,7 @@ RESULTS = ('evaluation.json', 'evaluation.md', 'evaluation.html')
 @dataclass
 class Config:
     # models
-    model_path: str = setting('', also=('model', 'model_name', 'base_model_name'))  # directory, adapter, hub name, or `tiny`, which is the default
+    model_path: str = setting('', also=('model', 'base_model_name'))  # directory, adapter, hub name, or `tiny`, the default
     models: list[str] = setting([], positional=True)  # more of them, to be set side by side
     load_in_4bit: bool = False  # quantise the linear layers to NF4 as they are read
     load_in_8bit: bool = False  # quantise them to 8 bits
@@ -57,7 +57,8 @@ class Config:
     matmul: str = setting('auto', choices=('auto', 'float32', 'bf16'))  # products on a CPU; auto = bf16 where the processor has it
 
     def check(self):
-        for name, least in (('num_samples', 1), ('batch_size', 1), ('max_new_tokens', 1), ('num_examples', 0), ('temperature', 0), ('top_k', 0)):
+        for name, least in (('num_samples', 1), ('batch_size', 1), ('max_new_tokens', 1), ('num_examples', 0), ('temperature', 0),
+                            ('top_k', 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f'{name} must be {least} or more, not {getattr(self, name)}')
         if not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -175,8 +176,8 @@ def data_settings(cfg, saved, model_path):
         return Training(datasets=[source], eval_fraction=0.0, system_prompt=cfg.system_prompt)
     if saved.get('script') == 'train_sft.py':
         return from_dict(Training, saved['config'])
-    print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are taken; --data and --task '
-          'name something else')
+    print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are '
+          'taken; --data and --task name something else')
     return Training(dataset_path='toolcalls')
 
 
@@ -246,7 +247,8 @@ def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens):
             prompts = [row.prompt[-(model.config.block_size - room):] for row in batch]
             samples = generate(model, prompts, room, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, tokenizer.stop_ids,
                                seed=seed_for(cfg.seed, 'evaluate', at))
-            for row, tokens, length, stopped in zip(batch, *(tensor.tolist() for tensor in (samples.tokens, samples.lengths, samples.stopped))):
+            columns = (tensor.tolist() for tensor in (samples.tokens, samples.lengths, samples.stopped))
+            for row, tokens, length, stopped in zip(batch, *columns):
                 row.tokens, row.stopped = tokens[:length - stopped], stopped
                 row.response = text_of(tokenizer, tokens[:length])
                 row.called = read_calls(row.response)
@@ -260,11 +262,12 @@ def checked_rows(rows, context, max_new_tokens):
     if not fitting:
         raise UserError(f'every right answer is longer than the model\'s context of {context} tokens: nothing can be evaluated')
     if len(fitting) < len(rows):
-        print(f'{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: their answer alone does not fit the context of {context} tokens')
+        print(f'{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: their answer alone does not fit the context of '
+              f'{context} tokens')
     cut = sum(len(row.prompt) + max(len(row.answer), max_new_tokens) > context for row in fitting)
     if cut:
-        print(f'{cut:,} of {len(fitting):,} prompts lose their beginning where they do not fit the context of {context} tokens together with '
-              f'the answer or the {max_new_tokens} tokens allowed (longest prompt and answer: {longest})')
+        print(f'{cut:,} of {len(fitting):,} prompts lose their beginning where they do not fit the context of {context} tokens together '
+              f'with the answer or the {max_new_tokens} tokens allowed (longest prompt and answer: {longest})')
     return fitting
 
 
@@ -289,7 +292,8 @@ def evaluate(cfg, name, data, machine):
     allowed = cfg.max_new_tokens or max(32, 2 * max(len(row.answer) for row in rows))
     allowed = min(allowed, max(1, model.config.block_size // 2))
     rows = checked_rows(rows, model.config.block_size, allowed)
-    print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens each')
+    print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens '
+          'each')
     with explain_out_of_memory('--batch_size'):
         read_answers(model, rows, cfg.batch_size, machine)
         answer_questions(model, tokenizer, rows, cfg, machine, allowed)
@@ -315,8 +319,8 @@ def main(cfg):
                     trivial(metrics.nearest, 'answer to the nearest question', rows, training, data.task)]
     print(scorecard.text_table(*scorecard.score_rows(results)))
     print(scorecard.text_table(*scorecard.error_rows(results)))
-    write_results(out_dir, {'written_by': 'nanoforge', 'data': data.name, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results},
-                  cfg.num_examples)
+    evaluation = {'written_by': 'nanoforge', 'data': data.name, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results}
+    write_results(out_dir, evaluation, cfg.num_examples)
     print(f'report: {out_dir / "evaluation.html"} (also .md and .json)')
     return results[0]['scores']
 

@@ -136,7 +136,8 @@ def error_of(row):
 # ---- of a whole set ---------------------------------------------------------------------------------------------------------
 
 def judge(rows, task=None):
-    """Sets correct and error of each row (evaluate.Row): by the task's reward, else all calls the same, else the same words (SQuAD's exact match)."""
+    """Sets correct and error of each row (evaluate.Row): by the task's reward, else all calls the same, else the same
+    words (SQuAD's exact match)."""
     for row in rows:
         if task:
             row.correct = task.reward(row.problem, row.response) >= 1

@@ -149,9 +149,9 @@ class Config:
         if (self.filter_ratio > 0) != (self.filter_method in ('std', 'mean')):
             raise UserError(f'filter_ratio={self.filter_ratio:g} and filter_method={self.filter_method} do not fit: std and mean need a '
                             'ratio above 0, the others have none')
-        if self.specialization == 'prompt' and len(self.base_models) > 1:
-            raise UserError('base_models names several policies, but with specialization=prompt all agents share policy_0: '
-                            'set specialization=full')
+        others = set(self.base_models) - {'policy_0'} - {agent.policy_name for agent in self.agents.values()}
+        if self.specialization == 'prompt' and others:
+            raise UserError(f'base_models.{min(others)}: with specialization=prompt all agents share policy_0; set specialization=full')
 
     @property
     def order(self):
@@ -248,7 +248,7 @@ def policies_of(cfg):
 
 
 def load_team(cfg, machine, saved=None):
-    """{agent: Policy}, each with its optimizer; `saved`: a checkpoint of this team, else the models that base_models name."""
+    """{agent: Policy}, still without optimizers; `saved`: a checkpoint of this team, else the models that base_models name."""
     policies, paths = policies_of(cfg), {name: model.path for name, model in cfg.base_models.items()}
     first, team = paths.get('policy_0', 'tiny'), []
     unknown = set(paths) - set(policies) - {'policy_0'}
@@ -276,12 +276,10 @@ def load_team(cfg, machine, saved=None):
             for name, agents in policies.items():
                 source = paths.get(name) or first
                 team.append(Policy(name, *load_model(folder(saved or source, name), machine.device), agents))
-    lr = cfg.learning_rate or (1e-4 if cfg.specialization == 'lora' else 1e-5)
     for policy in team:
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         policy.model.set_matmul(machine.matmul)
-        policy.optimizer = new_optimizer(policy, 'adamw', lr, cfg.weight_decay)
     return {agent: policy for policy in team for agent in policy.agents}
 
 
@@ -759,7 +757,7 @@ def announce(cfg, team, task, directory, machine):
     machine.say(f'team      {"L0, a single agent" if len(cfg.order) == 1 else kind}; {cfg.rollout_mode}, {cfg.train_sample_num} candidates')
     machine.say(f'machine   {describe_device(machine)}')
     machine.say(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} episodes, optimizer steps of {cfg.train_batch_size} '
-                f'sequences at {policy.optimizer.param_groups[0]["lr"]:g}; logs in {directory}/')
+                f'sequences; logs in {directory}/')
 
 
 def write_team(team, directory):
@@ -785,6 +783,10 @@ def main(cfg):
         machine.close()
         return metrics
     scaler, step, best, bad, metrics = LossScale(machine.dtype), 0, -1.0, 0, {}
+    seconds = warm_up(cfg, team, task, machine) if cfg.demo_steps and not resumed else 0.0
+    base_lr = cfg.learning_rate or (1e-4 if cfg.specialization == 'lora' else 1e-5)
+    for policy in distinct(team):                   # after the warm-up, whose optimizers moved the weights into their own buffers
+        policy.optimizer = new_optimizer(policy, 'adamw', base_lr, cfg.weight_decay)
     if resumed:
         tensors, state = read_checkpoint(resumed)
         step, best, scaler = state['step'], state['best_success_rate'], LossScale(machine.dtype, state['loss_scale'])
@@ -797,7 +799,6 @@ def main(cfg):
             **read_own(os.path.join(directory, 'checkpoints', 'run_config.json')), 'config': as_dict(cfg)}))
     else:
         start_fresh(machine, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
-        seconds = warm_up(cfg, team, task, machine) if cfg.demo_steps else 0.0
     header = {'script': 'train_agents.py', 'task': task.__name__, 'machine': describe_device(machine)}
     log = Log(machine, directory, header, cfg.total_training_steps, cfg.tensorboard, cfg.wandb_project if cfg.wandb_enabled else None,
               step if resumed else None, name=os.path.relpath(directory, 'logs'))
@@ -809,7 +810,7 @@ def main(cfg):
         tensors = {f'{p.name}:{key}': value for p in distinct(team) for key, value in p.optimizer.state_dict().items()}
         checkpoints.save(step, lambda folder: write_team(team, folder), tensors, state, is_best)
 
-    base_lr, started, first = distinct(team)[0].optimizer.param_groups[0]['lr'], time.perf_counter(), step
+    started, first = time.perf_counter(), step
     while True:
         if step == cfg.total_training_steps or step > first and step % cfg.val_freq == 0 or step == 0 and cfg.val_before_train:
             metrics = validate(cfg, team, task, step, directory, machine)

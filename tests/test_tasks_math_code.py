@@ -40,7 +40,8 @@ def workers():
 @pytest.fixture(autouse=True)
 def nothing_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stored, '_said', set())
+    for function in (stored.say, stored.rows_of, math.stored_problems, code.stored_problems):
+        function.cache_clear()
 
 
 def sum_problem(**changes):
@@ -193,15 +194,18 @@ def test_agreeing_on_something_wrong_is_no_success():
     assert env.done and not env.success and (outcome.team, outcome.local) == (0, 0.2)
 
 
-@pytest.mark.parametrize('role', ['tool', 'reasoner'])
-def test_math_alone(role):
+def test_alone():
+    """Without the other agent an episode ends where one says again what it said before."""
     env = math.Env(sum_problem())
-    env.roles = (role,)
-    act(env, role, WRONG[role])
-    act(env, role, RIGHT[role])
-    assert env.turn == 2 and env.success and not env.done
-    act(env, role, RIGHT[role])
-    assert env.done and env.success and env.turn == 3
+    for text, done in ((WRONG, False), (RIGHT, False), (RIGHT, True)):
+        act(env, 'reasoner', text['reasoner'])
+        assert env.done == done
+    assert env.turn == 3 and env.success
+    env = code.Env(SUM)
+    for text, done in ((HALF, False), (GOOD, False), (GOOD, True)):
+        act(env, 'coder', program(text))
+        assert env.done == done
+    assert env.turn == 2 and env.success
 
 
 def test_what_a_program_prints_is_never_run(tmp_path):
@@ -264,15 +268,9 @@ def test_code_turns():
     assert env.program['program'] == 'print(sum(map(int, input().split())))'
     act(env, 'coder', program(GOOD))
     act(env, 'tester', 'no test')
-    assert env.success and not env.done and env.turn == 2
+    assert env.success and not env.done and env.turn == 3
     act(env, 'tester', test('1 4', 4))
     assert env.success and env.done
-    alone = code.Env(SUM)
-    alone.roles = ('coder',)
-    for text, turn, done in ((HALF, 1, False), (GOOD, 2, False), (GOOD, 3, True)):
-        act(alone, 'coder', program(text))
-        assert (alone.turn, alone.done) == (turn, done)
-    assert alone.success
 
 
 def test_candidates_are_told_apart():
@@ -371,7 +369,7 @@ def test_stored_problems(tmp_path, capsys):
     write(tmp_path / 'math/test/AIME24.jsonl', held)
     settings = {'data_dir': str(tmp_path), 'timeout': 1.0}
     train = math.problems('train', 14, 0, **settings)
-    assert '5 of 12 problems dropped because env.benchmark has them too' in capsys.readouterr().err
+    assert '5 of 12 problems dropped: a held-out file has them too' in capsys.readouterr().err
     assert {problem['answer'] for problem in train[:7]} == {str(n) for n in range(5, 12)} and len(train) == 14
     assert train[:7] != train[7:] and math.problems('train', 14, 0, **settings) == train != math.problems('train', 14, 1, **settings)
     found = math.problems('eval', 9, 0, **settings)
@@ -388,6 +386,9 @@ def test_stored_problems(tmp_path, capsys):
     write(tmp_path / 'math/train/mine.jsonl', [{'question': 'x', 'answer': '1'}])
     with pytest.raises(UserError, match='mine.jsonl line 1: "solution" must be a text'):
         math.problems('train', 3, 0, dataset='mine', **settings)
+    write(tmp_path / 'math/train/same.jsonl', held)
+    with pytest.raises(UserError, match='no problem is left'):
+        math.problems('train', 3, 0, dataset='same', **settings)
 
 
 def test_stored_programs(tmp_path, capsys):
@@ -395,7 +396,7 @@ def test_stored_programs(tmp_path, capsys):
     write(tmp_path / 'code/train/apps.jsonl', [row, {**row, 'question': 'Add them.', 'solution': ''}])
     problem, = code.problems('train', 1, 0, dataset='apps', data_dir=str(tmp_path), tests=3)
     assert len(problem['test_input']) == 3 and code.Env(problem).score('coder', program(row['solution'])).team == 1
-    assert '1 of 2 problems dropped: without a solution' in capsys.readouterr().err
+    assert '1 of 2 problems dropped: they have no solution' in capsys.readouterr().err
     write(tmp_path / 'code/train/bad.jsonl', [row, {**row, 'test_output': ['3']}])
     with pytest.raises(UserError, match='bad.jsonl line 2: a row has'):
         code.problems('train', 1, 0, dataset='bad', data_dir=str(tmp_path))
@@ -455,9 +456,9 @@ def test_math_rows_of_the_hub(load, capsys):
                        'Hothan/OlympiadBench': [{'question': 'Two?', 'final_answer': ['$2$']}, {'question': 'Many?', 'final_answer': ['1', '2']},
                                                 {'question': 'None?', 'final_answer': None}]})('gsm8k', 'OlympiadBench')
     assert 'openai/gsm8k: 1 rows dropped' in capsys.readouterr().out
-    problem, = math.problems('eval', 9, 0, benchmark='gsm8k')
+    problem, = math.problems('eval', 9, 0, dataset='gsm8k')
     assert math.Env(problem).score('reasoner', '\\boxed{1000}').team == 1
-    problem, = math.problems('eval', 9, 0, benchmark='olympiadbench')
+    problem, = math.problems('eval', 9, 0, dataset='olympiadbench')
     assert math.Env(problem).score('reasoner', '\\boxed{2}').team == 1
 
 
@@ -472,7 +473,9 @@ def test_code_rows_of_the_hub(load, capsys):
             {**apps, 'input_output': '{"fn_name": "f", "inputs": [[1]], "outputs": [1]}'}, {**apps, 'input_output': ''}]
     load('load_code', {'deepmind/code_contests': [contest], 'codeparrot/apps': rows})('code_contests', 'interview')
     assert 'interview: 2 problems dropped (no test on standard input and output), 1 without a solution' in capsys.readouterr().out
-    problem, = code.problems('train', 1, 0, benchmark='livecodebench')
+    problem, = code.problems('eval', 1, 0)
     assert problem['solution'] == add and problem['examples'] == [['5 5\n', '10\n']]
+    with pytest.raises(UserError, match='no problem is left'):      # here the hub has the same rows to train on
+        code.problems('train', 1, 0)
     assert code.Env(problem).score('tester', test('5 5', '10')).valid is False
-    assert len(code.problems('eval', 9, 0, benchmark='interview')) == 2
+    assert len(code.problems('eval', 9, 0, dataset='interview')) == 2

@@ -8,19 +8,20 @@ Problems come from the files that scripts/dataprocess/load_code.py wrote, or fro
 the squares of the even ones. What is computed belongs to one split, the wording too. The pupils of the team: the coder's
 leaves the condition out or mistakes it in six programs of ten; the tester's mistakes what its test should print in half of the tests.
 """
+import functools
 import random
 import re
 
 from configurator import UserError
 from data.sandbox import run_many, same_output
 from data.tasks.env import Outcome
-from data.tasks.stored import builds, code_block, picked, rows, say, shown
+from data.tasks.stored import builds, code_block, picked, problems_of, say, shown
 from data.tasks.world import split_of
 
 ROLES = ('coder', 'tester')
-TRAIN, TEST = ('code_contests', 'apps', 'interview'), ('code_contests', 'apps', 'interview', 'livecodebench')
-SETTINGS = {'dataset': ('code_contests', f'training problems: {", ".join(TRAIN)} or a file of yours in data_dir/code/train; several with +'),
-            'benchmark': ('code_contests', f'held-out problems: {", ".join(TEST)} or a file of yours in data_dir/code/test'),
+SETS = ('code_contests', 'apps', 'interview', 'livecodebench')
+SETTINGS = {'dataset': (None, f'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, several with +: {", ".join(SETS)} '
+                              'or a file of yours; code_contests where nothing is said'),
             'data_dir': ('datasets', 'where scripts/dataprocess/load_code.py put them'),
             'tests': (4, 'hidden tests of a training problem that count, at most; held-out problems keep all'),
             'timeout': (2.0, 'seconds that a program may run on one test'),
@@ -52,25 +53,30 @@ VALUE_WORDS = {'squares': 'its square', 'doubles': 'its double', 'plus {c}': 'it
 
 # ---- problems ---------------------------------------------------------------------------------------------------------------
 
-def problems(split, n, seed, dataset='code_contests', benchmark='code_contests', data_dir='datasets', tests=4, timeout=2.0, rules=False):
+def problems(split, n, seed, dataset=None, data_dir='datasets', tests=4, timeout=2.0, rules=False):
     """n problems {'question', 'examples', 'test_input', 'test_output', 'solution', 'parts', 'timeout', 'rules'} of a split: tests are
-    texts, the solution is a program that passes them, parts what a generated problem is made of. Of a stored benchmark there may be
+    texts, the solution is a program that passes them, parts what a generated problem is made of. Of a stored held-out set there may be
     fewer than n."""
     if tests < 1:
         raise UserError(f'env.tests={tests}: at least one test must count')
-    stored = rows('code', split, dataset if split == 'train' else benchmark, data_dir, TRAIN if split == 'train' else TEST)
-    if stored is None:
-        found = generated(split, n, f'{dataset if split == "train" else benchmark}/{seed}')
-    else:
-        held_out = (rows('code', 'eval', benchmark, data_dir, TEST) or []) if split == 'train' else []
-        found = [from_row(row, where) for where, row in stored]
-        solved = [problem for problem in found if problem['solution'] or split != 'train']
-        if len(solved) < len(found):
-            say(f'env.dataset: {len(found) - len(solved)} of {len(found)} problems dropped: without a solution no test can be judged')
-        found = picked(solved, held_out, split, n, seed)
+    dataset = dataset or 'code_contests'
+    stored = stored_problems(split, dataset, data_dir)
+    found = generated(split, n, f'{dataset}/{seed}') if stored is None else picked(stored, split, n, seed)
     last = tests if split == 'train' else None
     return [{**problem, 'test_input': problem['test_input'][:last], 'test_output': problem['test_output'][:last], 'timeout': timeout,
              'rules': rules} for problem in found]
+
+
+@functools.lru_cache(maxsize=8)
+def stored_problems(split, dataset, data_dir):
+    """Without a solution no test can be judged, so training leaves such problems out."""
+    found = problems_of('code', split, dataset, data_dir, SETS, from_row)
+    kept = found and [problem for problem in found if problem['solution'] or split != 'train']
+    if found and len(kept) < len(found):
+        say(f'env.dataset={dataset}: {len(found) - len(kept)} of {len(found)} problems dropped: they have no solution to judge tests by')
+    if found and not kept:
+        raise UserError(f'env.dataset={dataset}: no problem has a solution')
+    return kept
 
 
 def from_row(row, where):
@@ -135,17 +141,12 @@ def solution_of(parts):
 # ---- one episode ------------------------------------------------------------------------------------------------------------
 
 class Env:
-    """One episode. program: {'program', 'passed'}, the last one; failures: the tests that it or an earlier one did not pass; `roles` may
-    be cut to those that play."""
+    """One episode. program: {'program', 'passed'}, the last one; failures: the tests that it or an earlier one did not pass."""
     roles = ROLES
 
     def __init__(self, problem):
-        self.problem, self.turn, self.program, self.failures, self.agreed = problem, 0, None, [], False
-
-    @property
-    def done(self):
-        """The program passes the test; a coder who plays alone says again what it said before."""
-        return self.agreed
+        self.problem, self.turn, self.program, self.failures = problem, 0, None, []
+        self.tested, self.done = True, False        # done: the program passes a test; or the coder, alone, repeats itself
 
     @property
     def success(self):
@@ -215,13 +216,15 @@ class Env:
 
     def step(self, role, outcome):
         if role == 'coder':
-            before, self.program = self.program, outcome.action if outcome.valid else self.program
-            if len(self.roles) == 1:
-                self.agreed = bool(before) and outcome.valid and before['program'] == self.program['program']
+            again = outcome.valid and self.program is not None and outcome.action['program'] == self.program['program']
+            self.done = again and not self.tested      # no tester answered the last program: the coder plays alone
+            self.turn += not self.tested
+            self.program = outcome.action if outcome.valid else self.program
         elif outcome.valid:
-            self.agreed = outcome.action['passes']
-            self.failures += [] if self.agreed else [{key: shown(outcome.action[key]) for key in ('input', 'printed', 'expected')}]
-        self.turn += role == self.roles[-1]
+            self.done = outcome.action['passes']
+            self.failures += [] if self.done else [{key: shown(outcome.action[key]) for key in ('input', 'printed', 'expected')}]
+        self.turn += role == 'tester'
+        self.tested = role == 'tester'
 
     def solution(self, role):
         """A test's is the example of a hidden one."""
@@ -247,7 +250,7 @@ class Env:
         lines = [self.problem['question'], *(['-- program', self.program['program']] if self.program else ['-- no program yet'])]
         lines += [f'-- for {one["input"]} printed {one["printed"]}, a test expected {one["expected"]}' for one in self.failures]
         if self.program:
-            lines.append(f'-- hidden tests passed: {self.program["passed"]:.0%}' + (' (agreed with a test)' if self.agreed else ''))
+            lines.append(f'-- hidden tests passed: {self.program["passed"]:.0%}' + (' (passes its test)' if self.done else ''))
         return '\n'.join(lines)
 
 

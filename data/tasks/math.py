@@ -8,19 +8,20 @@ Mia gives Tom 7. How many pens does Tom have? A set of numbers belongs to one sp
 the tool agent's forgets or mistakes the last operation in half of the programs; the reasoner's distrusts programs, and answers by a
 sum of its own, without the carry, in three cases of five.
 """
+import functools
 import random
 
 from configurator import UserError
 from data.rewards import as_number, extract_answer, same_answer
 from data.sandbox import run_many
 from data.tasks.env import Outcome
-from data.tasks.stored import builds, code_block, picked, rows, shown
+from data.tasks.stored import builds, code_block, picked, problems_of, shown
 from data.tasks.world import ITEMS, NAMES, split_of
 
 ROLES = ('tool', 'reasoner')
-TRAIN, TEST = ('polaris', 'gsm8k', 'dapo_math', 'aime_past'), ('AIME24', 'AIME25', 'OlympiadBench', 'gsm8k')
-SETTINGS = {'dataset': ('polaris', f'training problems: {", ".join(TRAIN)} or a file of yours in data_dir/math/train; several with +'),
-            'benchmark': ('AIME24', f'held-out problems: {", ".join(TEST)} or a file of yours in data_dir/math/test'),
+SETS = ('polaris', 'gsm8k', 'dapo_math', 'aime_past', 'AIME24', 'AIME25', 'OlympiadBench')
+SETTINGS = {'dataset': (None, f'stems of data_dir/math/train, or for the held-out split of data_dir/math/test, several with +: {", ".join(SETS)} '
+                              'or a file of yours; polaris and AIME24 where nothing is said'),
             'data_dir': ('datasets', 'where scripts/dataprocess/load_math.py put them'),
             'steps': (2, 'operations in a generated problem'),
             'timeout': (2.0, 'seconds that a program may run'),
@@ -41,16 +42,18 @@ QUESTIONS = ['How many {items} does {name} have?', 'How many {items} are there n
 
 # ---- problems ---------------------------------------------------------------------------------------------------------------
 
-def problems(split, n, seed, dataset='polaris', benchmark='AIME24', data_dir='datasets', steps=2, timeout=2.0, rules=False):
+def problems(split, n, seed, dataset=None, data_dir='datasets', steps=2, timeout=2.0, rules=False):
     """n problems {'question', 'answer', 'numbers', 'signs', 'timeout', 'rules'} of a split; answer is the text of a number. numbers and
-    signs are what the answer is computed from, of generated problems. Of a stored benchmark there may be fewer than n."""
-    stored = rows('math', split, dataset if split == 'train' else benchmark, data_dir, TRAIN if split == 'train' else TEST)
-    if stored is None:
-        found = generated(split, n, f'{dataset if split == "train" else benchmark}/{seed}', steps)
-    else:
-        held_out = (rows('math', 'eval', benchmark, data_dir, TEST) or []) if split == 'train' else []
-        found = picked([from_row(row, where) for where, row in stored], held_out, split, n, seed)
+    signs are what the answer is computed from, of generated problems. Of a stored held-out set there may be fewer than n."""
+    dataset = dataset or {'train': 'polaris', 'eval': 'AIME24'}[split]
+    stored = stored_problems(split, dataset, data_dir)
+    found = generated(split, n, f'{dataset}/{seed}', steps) if stored is None else picked(stored, split, n, seed)
     return [{**problem, 'timeout': timeout, 'rules': rules} for problem in found]
+
+
+@functools.lru_cache(maxsize=8)
+def stored_problems(split, dataset, data_dir):
+    return problems_of('math', split, dataset, data_dir, SETS, from_row)
 
 
 def from_row(row, where):
@@ -99,27 +102,23 @@ def program(numbers, signs):
 # ---- one episode ------------------------------------------------------------------------------------------------------------
 
 class Env:
-    """One episode. tries: of each turn the program, what it printed, its last line, and the answer; `roles` may be cut to one."""
+    """One episode. tries: of each turn the program, what it printed, its last line, and the answer."""
     roles = ROLES
 
     def __init__(self, problem):
         self.problem, self.turn, self.tries, self.tool = problem, 0, [], None
 
     @property
-    def final(self):
-        """What the team said in each turn: the reasoner's answer, or what the program printed where the tool agent plays alone."""
-        return [one['answer' if 'reasoner' in self.roles else 'printed'] for one in self.tries]
-
-    @property
     def done(self):
-        """The two agree; an agent that plays alone says again what it said before."""
-        if len(self.roles) > 1:
-            return bool(self.tries) and bool(self.final[-1]) and same_answer(self.tries[-1]['printed'] or '', self.final[-1])
-        return len(self.tries) > 1 and bool(self.final[-1]) and same_answer(*(text or '' for text in self.final[-2:]))
+        """The answer is what the program printed or, where nothing was printed, what the answer was in the turn before."""
+        if not self.tries or self.tries[-1]['answer'] is None:
+            return False
+        other = self.tries[-1]['printed'] or (self.tries[-2]['answer'] if len(self.tries) > 1 else None)
+        return other is not None and same_answer(other, self.tries[-1]['answer'])
 
     @property
     def success(self):
-        return bool(self.tries) and bool(self.final[-1]) and same_answer(self.final[-1], self.problem['answer'])
+        return bool(self.tries) and same_answer(self.tries[-1]['answer'] or '', self.problem['answer'])
 
     def prompt(self, role):
         lines = [self.problem['question']]
@@ -165,8 +164,8 @@ class Env:
     def step(self, role, outcome):
         if role == 'tool':
             self.tool = outcome.action
-        if role == self.roles[-1]:
-            answer = outcome.action['answer'] if role == 'reasoner' and outcome.valid else None
+        else:
+            answer = outcome.action['answer'] if outcome.valid else None
             self.tries.append({'program': None, 'printed': None, **(self.tool or {}), 'answer': answer})
             self.tool, self.turn = None, self.turn + 1
 

@@ -1,4 +1,5 @@
 """Problems of mathematics and programming that scripts/dataprocess stored: DATA_DIR/{math,code}/{train,test}/STEM.jsonl (or .parquet)."""
+import functools
 import os
 import random
 import re
@@ -8,17 +9,15 @@ from configurator import UserError, closest
 from data.records import read_file
 
 GENERATED = 'generated'             # the column `source` of rows that the project's own generator made
-_said = set()
 
 
-def rows(domain, split, stems, data_dir, known):
-    """[(where, row)] of the stems (several joined by +), None where none of them is stored and all are `known`: the project's own
-    generator is then to stand in for them. UserError: neither stored nor known, or only some of them stored."""
-    folder = os.path.join(data_dir, domain, 'train' if split == 'train' else 'test')
-    files = {os.path.splitext(name)[0].lower(): os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])
-             if name.endswith(('.jsonl', '.parquet'))}
-    names = {name.lower(): name for name in known}
-    key, wanted = 'dataset' if split == 'train' else 'benchmark', stems.lower().split('+')
+def problems_of(domain, split, stems, data_dir, known, from_row):
+    """The problems from_row(row, where) of the stored stems (several joined by +) of a split; None where none of them is stored and
+    all are `known`: the project's own generator is then to stand in for them. Training problems that a held-out file of the
+    same folder has too are dropped, and counted. UserError: neither stored nor known, only some of them stored, none left."""
+    files, names, wanted = files_of(domain, split, data_dir), [name.lower() for name in known], stems.lower().split('+')
+    key, folder = ('dataset', 'train') if split == 'train' else ('benchmark', 'test')
+    folder = os.path.join(data_dir, domain, folder)
     for stem in wanted:
         if stem not in files and stem not in names:
             raise UserError(f"env.{key}={stem}: {folder} has no such file, and it is none of {', '.join(known)}{closest(stem, names)}")
@@ -29,37 +28,52 @@ def rows(domain, split, stems, data_dir, known):
         say(f'env.{key}={stems}: not in {folder}, so problems of the generator in data/tasks/{domain}.py stand in for it '
             f'(the real ones: python scripts/dataprocess/load_{domain}.py, with a network)')
         return None
-    found = [pair for stem in wanted for pair in read_file(files[stem])]
-    if any(row.get('source') == GENERATED for _, row in found):
+    rows = [pair for stem in wanted for pair in rows_of(files[stem])]
+    if any(row.get('source') == GENERATED for _, row in rows):
         say(f'env.{key}={stems}: the problems in {folder} are generated ones, not the data set of that name')
+    found = [from_row(row, where) for where, row in rows]
+    if split == 'train':
+        held_out = {plain(row.get('question')) for path in files_of(domain, 'eval', data_dir).values() for _, row in rows_of(path)}
+        kept = [problem for problem in found if plain(problem['question']) not in held_out]
+        if len(kept) < len(found):
+            say(f'env.{key}={stems}: {len(found) - len(kept)} of {len(found)} problems dropped: a held-out file has them too')
+        found = kept
+    if not found:
+        raise UserError(f'env.{key}={stems}: no problem is left; see the lines above')
     return found
 
 
-def say(line):
-    """Once in a process."""
-    if line not in _said:
-        print(line, file=sys.stderr, flush=True)
-    _said.add(line)
+def files_of(domain, split, data_dir):
+    """{stem in lower case: path}"""
+    folder = os.path.join(data_dir, domain, 'train' if split == 'train' else 'test')
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return {os.path.splitext(name)[0].lower(): os.path.join(folder, name) for name in sorted(names) if name.endswith(('.jsonl', '.parquet'))}
 
 
-def picked(found, held_out, split, n, seed):
-    """n of the problems (dicts with 'question'); for training, shuffled anew each time that all were used and without the questions
-    that are held out; else each at most once, so possibly fewer."""
-    plain = lambda text: re.sub(r'[\s.,;:!?"\']+', ' ', text).casefold().strip()
-    if split == 'train':
-        held_out = {plain(row['question']) for _, row in held_out}
-        kept = [problem for problem in found if plain(problem['question']) not in held_out]
-        if len(kept) < len(found):
-            say(f'env.dataset: {len(found) - len(kept)} of {len(found)} problems dropped because env.benchmark has them too')
-        found = kept
-    if not found:
-        raise UserError(f"env.{'dataset' if split == 'train' else 'benchmark'}: no problem is left; see the lines above")
+@functools.lru_cache(maxsize=64)
+def rows_of(path):
+    return list(read_file(path))
+
+
+def plain(question):
+    """A question without what does not change it."""
+    return re.sub(r'[\s.,;:!?"\']+', ' ', str(question)).casefold().strip()
+
+
+def picked(found, split, n, seed):
+    """n of the problems: for training shuffled, and anew each time that all were used; else each at most once, so possibly fewer."""
     if split != 'train' and n > len(found):
         say(f'env.benchmark: all {len(found)} problems, not {n}: there are no more')
     picks, draw = [], random.Random(f'stored/{split}/{seed}')
     while len(picks) < n and (split == 'train' or not picks):
         picks += draw.sample(found, len(found))
     return picks[:n]
+
+
+@functools.cache
+def say(line):
+    """Once in a process."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def shown(text, longest=300):

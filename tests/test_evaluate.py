@@ -309,7 +309,7 @@ def test_the_command_and_what_it_leaves(tmp_path, capsys):
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert len(pictures) >= 3 and all(picture[:8] == b'\x89PNG\r\n\x1a\n' for picture in pictures)
     markdown = (tmp_path / 'out' / 'evaluation.md').read_text()
-    assert '| accuracy |' in markdown and '````' in markdown and 'Worst responses' in markdown
+    assert '| accuracy |' in markdown and '````' in markdown and 'tiny: worst responses' in markdown
     main(config('--data', data, '--output-dir=out', '--max_new_tokens=8'))
     assert 'earlier-1' in capsys.readouterr().out and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
 
@@ -323,7 +323,7 @@ def test_tables():
     assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
     assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
     groups = dict(scorecard.examples_of(rows, 5))
-    assert [row['question'] for row in groups['Best responses']] == ['q0', 'q1'] and 'Error: echo' not in groups      # each question once
+    assert [row['question'] for row in groups['best responses']] == ['q0', 'q1'] and 'echo' not in groups      # each question once
 
 
 def test_print_config_takes_the_documented_command():

@@ -81,8 +81,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     """Draws `num_samples` continuations of each prompt (a list of id lists of any lengths) -> Samples.
 
     Token t of sample s of prompt i is the inverse CDF at a uniform number that depends on (seed, i, s, t) alone, so a sample does
-    not depend on its neighbours in the batch beyond rounding. temperature 0 takes the likeliest token. numbers: the i of each prompt
-    where they are a part of more (0, 1, ... if not given), so that it does not matter who draws which part.
+    not depend on its neighbours in the batch beyond rounding. temperature 0 takes the likeliest token. numbers: what stands for
+    i, one number a prompt, for prompts that are to draw the same whatever the batch (and rank) they come in.
 
     logp is that of the distribution the token was drawn from: logits with the repetition penalty, divided by the temperature,
     and, where top_k or top_p is on, of the tokens these leave, renormalised. With both off it is the full softmax's, as
@@ -118,8 +118,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             if device.type == 'cpu' and R * sum(p.numel() for p in model.parameters()) < ONE_THREAD:
                 torch.set_num_threads(1)
             rows = list(range(R))                   # rows[b] is the row of the result that row b of the batch draws
-            numbers = range(len(prompts)) if numbers is None else numbers
-            uniforms = uniform_numbers(seed, numbers, num_samples, T).to(device)                # (T, R), as the next two
+            uniforms = uniform_numbers(seed, numbers or range(len(prompts)), num_samples, T).to(device)     # (T, R), as the next two
             tokens, logp = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
             state, seen = [uniforms.t(), tokens.t(), logp.t(), *decoder.state], None
             if repetition_penalty != 1.0:
@@ -157,8 +156,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 
 def uniform_numbers(seed, numbers, num_samples, length):
-    """(length, len(numbers) * num_samples) float32 in [0, 1): Philox (Salmon et al. 2011) keyed by the seed, whose counter begins
-    at (prompt, sample), so that a number depends on seed, prompt, sample and position alone."""
+    """(length, prompts * num_samples) float32 in [0, 1): Philox (Salmon et al. 2011) keyed by the seed, whose counter begins at
+    (number of the prompt, sample), so that it depends on seed, prompt, sample and position alone."""
     u = np.empty((length, len(numbers) * num_samples), dtype=np.float32)
     for row in range(u.shape[1]):
         philox = np.random.Philox(key=seed % 2 ** 64, counter=[0, 0, row % num_samples, numbers[row // num_samples]])

@@ -27,9 +27,10 @@ from configurator import UserError, as_dict, from_dict, parse, run, setting
 from optim import SCHEDULES, learning_rate
 
 MAX_BAD_STEPS = 5       # optimizer steps in a row without a finite gradient after which a run stops
-# what env.benchmark or env.dataset may name -> the module in data/tasks that plays it
-TASKS = {'plan_path': 'plan_path', 'sokoban': 'sokoban', 'sudoku': 'sudoku', 'suduku': 'sudoku',
-         **dict.fromkeys(('polaris', 'dapo_math', 'aime_past', 'gsm8k', 'AIME24', 'AIME25', 'OlympiadBench'), 'math'),
+NAMES = ('plan_path', 'sokoban', 'sudoku', 'math', 'code')     # modules in data/tasks that a team plays
+# what env.dataset and env.benchmark are known to name -> one of them
+TASKS = {**{name: name for name in NAMES}, 'suduku': 'sudoku',
+         **dict.fromkeys(('polaris', 'dapo_math', 'aime_past', 'gsm8k', 'aime24', 'aime25', 'olympiadbench'), 'math'),
          **dict.fromkeys(('code_contests', 'apps', 'livecodebench', 'interview'), 'code')}
 
 
@@ -91,10 +92,15 @@ class Config:
     demo_batch_size: int = setting(64, path='demonstrations.batch_size')  # answers in each
     demo_learning_rate: float = setting(2e-3, path='demonstrations.learning_rate')  # of Muon for whole models, of AdamW for adapters; falls linearly to 0
     # environment
-    dataset: str | None = setting(None, path='env.dataset')  # training problems: a game, or math and code data sets such as polaris, code_contests
-    benchmark: str | None = setting(None, path='env.benchmark')  # held-out problems: a game, or math and code data sets such as AIME24, code_contests
+    task: str | None = setting(None, path='env.name', choices=NAMES)  # what is played; the data sets say so, or plan_path, where not set
+    dataset: str | None = setting(None, path='env.dataset')  # training problems: a game, or data sets of math and code (polaris, gsm8k, code_contests), joined by +
+    benchmark: str | None = setting(None, path='env.benchmark')  # held-out problems: a game, or data sets (AIME24, code_contests)
+    data_dir: str | None = setting(None, path='env.data_dir')  # math, code: where scripts/dataprocess stored them; by task if not set, as the rest
+    steps: int | None = setting(None, path='env.steps')  # math: operations in a generated problem
+    tests: int | None = setting(None, path='env.tests')  # code: hidden tests of a training problem at most
+    timeout: float | None = setting(None, path='env.timeout')  # math, code: seconds that a program may run
     max_turns: int = setting(4, path='env.max_turns')  # turns of an episode; in each, every agent acts once
-    map_size: int | None = setting(None, path='env.map_size')  # games: rows of the map; by game if not set, as the next five
+    map_size: int | None = setting(None, path='env.map_size')  # games: rows of the map
     min_moves: int | None = setting(None, path='env.min_moves')  # plan_path, sokoban: moves of the shortest solution at least
     max_moves: int | None = setting(None, path='env.max_moves')  # sokoban: and at most
     min_blanks: int | None = setting(None, path='env.min_blanks')  # sudoku: numbers to fill in at least
@@ -114,22 +120,22 @@ class Config:
     matmul: str = setting('auto', choices=('auto', 'float32', 'bf16'))  # products on a CPU; auto = bf16 where the processor has it
 
     def check(self):
-        for name in (self.dataset, self.benchmark):
-            if name is not None and name not in TASKS:
-                raise UserError(f"env: there is no data set '{name}'; there are {', '.join(TASKS)}")
-        if self.dataset and self.benchmark and TASKS[self.dataset] != TASKS[self.benchmark]:
-            raise UserError(f'env.dataset={self.dataset} is about {TASKS[self.dataset]}, env.benchmark={self.benchmark} about '
-                            f'{TASKS[self.benchmark]}: train and validate on the same kind of task')
+        kinds = {name: TASKS.get(name.split('+')[0].lower()) for name in (self.dataset, self.benchmark) if name}
+        for name, kind in kinds.items():
+            if not (kind or self.task or any(kinds.values())):
+                raise UserError(f"env: no data set '{name}' is known; there are {', '.join(TASKS)}; for a file of yours say env.name=math or code")
+            if kind and kind != task_name(self):
+                raise UserError(f"env: '{name}' is about {kind}, not {task_name(self)}: train and validate on the same kind of task")
         task = task_of(self)
         for name in self.turn_order:
             if name not in task.ROLES:
                 raise UserError(f"turn_order: {task.__name__.rpartition('.')[2]} has no agent '{name}', but {', '.join(task.ROLES)}")
-        if len(set(self.turn_order)) < len(self.turn_order) or self.turn_order and task.ROLES[-1] not in self.turn_order:
-            raise UserError(f'turn_order names each agent once, and {task.ROLES[-1]}, whose answers count, among them')
+        if len(set(self.turn_order)) < len(self.turn_order) or task.ACTS not in self.order:
+            raise UserError(f'turn_order names each agent once, and among them {task.ACTS}, without whom nothing happens')
         for key, agent in self.agents.items():
             if agent.name not in self.order:
                 raise UserError(f"agent_configs.{key}.name: '{agent.name}' is none of the agents in turn_order: {', '.join(self.order)}")
-        for key in ('map_size', 'min_moves', 'max_moves', 'min_blanks', 'max_blanks', 'rules'):
+        for key in ('data_dir', 'steps', 'tests', 'timeout', 'map_size', 'min_moves', 'max_moves', 'min_blanks', 'max_blanks', 'rules'):
             if getattr(self, key) is not None and key not in task.SETTINGS:
                 raise UserError(f'env.{key} means nothing to {task.__name__.rpartition(".")[2]}, which knows '
                                 f'{", ".join("env." + name for name in task.SETTINGS) or "no settings"}')
@@ -158,9 +164,15 @@ class Config:
         return self.turn_order or list(task_of(self).ROLES)
 
 
+def task_name(cfg):
+    """What is played: env.name, or what the data sets are about."""
+    named = [TASKS.get(name.split('+')[0].lower()) for name in (cfg.benchmark, cfg.dataset) if name]
+    return cfg.task or next(filter(None, named), 'plan_path')
+
+
 def task_of(cfg):
-    """The module of data/tasks that the configuration asks for."""
-    return importlib.import_module('data.tasks.' + TASKS[cfg.benchmark or cfg.dataset or 'plan_path'])
+    """The module of data/tasks that is played."""
+    return importlib.import_module('data.tasks.' + task_name(cfg))
 
 
 if __name__ == '__main__':
@@ -340,7 +352,7 @@ def draw_problems(cfg, task, step, machine):
 def env_settings(cfg, task, dataset):
     """What problems() of the task takes: env.* where they are set, else the task's defaults."""
     given = {key: getattr(cfg, key) for key in task.SETTINGS if getattr(cfg, key, None) is not None}
-    given.update({'dataset': dataset} if 'dataset' in task.SETTINGS and dataset else {})
+    given.update({'dataset': dataset} if 'dataset' in task.SETTINGS else {})
     return {**{key: default for key, (default, _) in task.SETTINGS.items()}, **given}
 
 
@@ -358,15 +370,21 @@ def play(cfg, team, task, cases, seed, samples, clock, temperature=None):
                 with clock('generate'):
                     groups = ask(cfg, team[agent], agent, acting, turn, seed_for(seed, turn, agent), samples, clock, temperature)
                 with clock('environment'):
-                    jobs = [(episode.env, candidate) for episode, group in zip(acting, groups) for candidate in group.candidates]
-                    for candidate, outcome in zip((c for _, c in jobs), pool.map(lambda job: job[0].score(agent, job[1].text), jobs)):
-                        candidate.outcome, candidate.reward = outcome, outcome.reward(cfg.alpha)
-                    for episode, group in zip(acting, groups):
+                    texts = [[candidate.text for candidate in group.candidates] for group in groups]
+                    scored = pool.map(lambda episode, texts: score(episode.env, agent, texts), acting, texts)
+                    for episode, group, outcomes in zip(acting, groups, scored):
+                        for candidate, outcome in zip(group.candidates, outcomes):
+                            candidate.outcome, candidate.reward = outcome, outcome.reward(cfg.alpha)
                         rewards = [candidate.reward for candidate in group.candidates]
                         group.executed = rewards.index(max(rewards)) if cfg.if_greedy else 0
                         episode.env.step(agent, group.candidates[group.executed].outcome)
                         episode.groups.append(group)
     return episodes
+
+
+def score(env, agent, texts):
+    """Outcomes of candidates; at once where the task can run their programs side by side."""
+    return env.score_many(agent, texts) if hasattr(env, 'score_many') else [env.score(agent, text) for text in texts]
 
 
 def ask(cfg, policy, agent, episodes, turn, seed, samples, clock, temperature=None):

@@ -60,7 +60,7 @@ def small(tmp_path_factory):
 def scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)     # logs/ goes there
     task = types.ModuleType('data.tasks.scripted')
-    task.ROLES, task.SETTINGS, task.Env = ScriptedEnv.roles, {}, ScriptedEnv
+    task.ROLES, task.ACTS, task.SETTINGS, task.Env = ScriptedEnv.roles, 'second', {}, ScriptedEnv
     task.problems = lambda split, n, seed: [{'word': f'{split} {i}'} for i in range(n)]
     monkeypatch.setitem(sys.modules, 'data.tasks.scripted', task)
     monkeypatch.setitem(train_agents.TASKS, 'scripted', 'scripted')
@@ -413,7 +413,7 @@ def test_levels_run_resume_and_are_evaluated(small, level):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['training.total_trainin_steps=3'], ['total_trainin_steps', 'total_training_steps']), (['env.benchmark=chess'], ['chess', 'sokoban']),
+    (['training.total_trainin_steps=3'], ['total_trainin_steps', 'total_training_steps']), (['env.benchmark=chess'], ['chess', 'sokoban', 'env.name']), (['env.name=chess'], ['chess', 'sokoban']),
     (['env.benchmark=sudoku', 'env.min_moves=3'], ['env.min_moves', 'sudoku', 'min_blanks']), (['training.train_sample_num=1'], ['two candidates']),
     (['turn_order=tool_agent'], ['plan_agent']), (['turn_order=reader plan_agent'], ['reader', 'tool_agent']),
     (['filter_method=std'], ['filter_ratio']), (['filter_ratio=0.3'], ['filter_method']), (['training.epoch_size=0'], ['epoch_size']),

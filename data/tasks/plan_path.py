@@ -19,7 +19,7 @@ from data.tasks.env import Outcome
 from data.tasks.world import split_of
 
 SIZE = 4
-ROLES = ('tool_agent', 'plan_agent')
+ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
 SETTINGS = {'map_size': (5, 'rows and columns of the grid'), 'min_moves': (4, 'moves of the shortest way at least'),
             'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}
 RULES = {'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',

@@ -16,7 +16,7 @@ from data.tasks.env import Outcome
 from data.tasks.plan_path import MOVES, name_of, read_moves, straight
 from data.tasks.world import split_of
 
-ROLES = ('tool_agent', 'plan_agent')
+ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
 SETTINGS = {'map_size': (6, 'rows and columns of the map, its frame of walls included'),
             'min_moves': (4, 'moves of the shortest solution at least'), 'max_moves': (12, 'and at most'),
             'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}

@@ -15,7 +15,7 @@ from configurator import UserError
 from data.tasks.env import Outcome
 from data.tasks.world import split_of
 
-ROLES = ('tool_agent', 'plan_agent')
+ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
 SETTINGS = {'map_size': (4, 'rows and columns: 4, 6, 9, 12 or 16'), 'min_blanks': (5, 'numbers to fill in at least'),
             'max_blanks': (8, 'and at most'),
             'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}

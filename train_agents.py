@@ -21,7 +21,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from configurator import UserError, as_dict, from_dict, parse, run, setting
 from optim import SCHEDULES, learning_rate
@@ -155,9 +155,13 @@ class Config:
         if (self.filter_ratio > 0) != (self.filter_method in ('std', 'mean')):
             raise UserError(f'filter_ratio={self.filter_ratio:g} and filter_method={self.filter_method} do not fit: std and mean need a '
                             'ratio above 0, the others have none')
+        if self.specialization == 'lora' and self.GPU_num > 1:
+            raise UserError('GPU_num above 1 shards whole models, not adapters: use specialization=prompt or full, or torchrun for more data')
         others = set(self.base_models) - {'policy_0'} - {agent.policy_name for agent in self.agents.values()}
         if self.specialization == 'prompt' and others:
             raise UserError(f'base_models.{min(others)}: with specialization=prompt all agents share policy_0; set specialization=full')
+
+    num_gpus = property(lambda self: self.GPU_num)      # so many processes are started where torchrun has started none
 
     @property
     def order(self):
@@ -187,6 +191,7 @@ from data.chat import encode, segments
 from lora import add_lora, load_adapter, set_adapter
 from model import load_model, save_model
 from optim import AdamW, make_optimizer
+from parallel import Shared, clip_grad_norm, shard, share, share_out, whole, whole_model
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 from train_rl import group_advantages, policy_loss
@@ -292,6 +297,8 @@ def load_team(cfg, machine, saved=None):
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         policy.model.set_matmul(machine.matmul)
+        if isinstance(machine, Shared):
+            shard(policy.model, machine)
     return {agent: policy for policy in team for agent in policy.agents}
 
 
@@ -453,16 +460,25 @@ COLUMNS = ('rank', 'group', 'candidate', 'agent', 'tokens', 'reward', 'advantage
 
 def gather(rows, width, machine):
     """Numbers [(width values)] of every rank -> float64 (N, width) of all ranks; every rank calls it, with any number of rows."""
-    mine = torch.tensor(rows, dtype=torch.float64).view(-1, width)
+    return gather_tensor(torch.tensor(rows, dtype=torch.float64).view(-1, width), machine)
+
+
+def gather_text(text, machine):
+    return bytes(gather_tensor(torch.tensor(list(text.encode(errors='replace')), dtype=torch.uint8), machine).tolist()).decode()
+
+
+def gather_tensor(mine, machine):
+    """(n, ...) of every rank, whatever its n -> (N, ...) of all, one rank's after the other's."""
     if machine.world_size == 1:
         return mine
-    longest = machine.max(len(mine))
-    padded = torch.full((longest, width), math.nan, dtype=torch.float64)
+    group = getattr(machine, 'copies', None)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(machine.world_size)]
+    dist.all_gather(counts, torch.tensor([len(mine)]), group=group)
+    padded = mine.new_zeros(max(map(int, counts)), *mine.shape[1:])
     padded[:len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(machine.world_size)]
-    dist.all_gather(parts, padded)
-    table = torch.cat(parts)
-    return table[~table[:, 0].isnan()]
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:int(count)] for part, count in zip(parts, counts)])
 
 
 def plan_batches(cfg, episodes, step, machine):
@@ -587,7 +603,7 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
         for grad in optimizer.grads:
             machine.sum(grad)
         scaler.unscale_(optimizer.grads)
-        norm = float(optimizer.clip_grad_norm(cfg.max_grad_norm))
+        norm = float(clip_grad_norm(model, optimizer, cfg.max_grad_norm, machine))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -606,7 +622,8 @@ def warm_up(cfg, team, task, machine):
     """Supervised steps on what the task's pupils answer, in the situations that they get into: from here on a model knows the form of
     an answer, much of the task, and the pupils' faults."""
     import random
-    started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, 'muon', cfg.demo_learning_rate, 0.01) for p in distinct(team)}
+    kind = 'adamw' if isinstance(machine, Shared) else 'muon'           # which needs whole matrices
+    started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in distinct(team)}
     losses = []
     for step in range(cfg.demo_steps):
         draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
@@ -656,7 +673,7 @@ def supervised_step(cfg, policy, optimizer, chats, step, machine):
         total += loss.detach()
     for grad in optimizer.grads:
         machine.sum(grad)
-    optimizer.clip_grad_norm(1.0)
+    clip_grad_norm(model, optimizer, 1.0, machine)
     optimizer.step()
     model.eval()
     return float(machine.sum(total))
@@ -676,10 +693,9 @@ def validate(cfg, team, task, step, directory, machine):
         prefix = 'validation/' if manner == 'sampled' else 'validation/greedy_'
         metrics.update({prefix + key: value for key, value in summary(cfg, episodes, machine).items()})
         records += [{'step': step, 'manner': manner, **record(episode)} for episode in episodes]
-    if machine.is_main or machine.world_size > 1:
-        lines = ''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in records)
-        name = f'step-{step}.jsonl' if machine.world_size == 1 else f'step-{step}-rank-{machine.rank}.jsonl'
-        with open(os.path.join(directory, 'validate', name), 'w', encoding='utf-8', errors='replace') as file:
+    lines = gather_text(''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in records), machine)
+    if machine.is_main:
+        with open(os.path.join(directory, 'validate', f'step-{step}.jsonl'), 'w', encoding='utf-8', errors='replace') as file:
             file.write(lines)
     return metrics
 
@@ -744,7 +760,7 @@ def open_run(cfg, machine):
         saved = read_own(os.path.join(directory, 'checkpoints', 'run_config.json'))
         if saved.get('script') == 'train_agents.py':
             found = Checkpoints(os.path.join(directory, 'checkpoints'), machine).latest()
-            cfg = from_dict(Config, saved['config'], cfg)
+            cfg = replace(from_dict(Config, saved['config'], cfg), GPU_num=cfg.GPU_num)
             cfg.check()
             return os.path.relpath(directory), cfg, found
         if cfg.resume != 'auto':
@@ -778,15 +794,16 @@ def announce(cfg, team, task, directory, machine):
                 f'sequences; logs in {directory}/')
 
 
-def write_team(team, directory):
-    """One policy is the model in the folder itself, several have a folder each."""
-    policies = distinct(team)
-    for policy in policies:
-        save_model(policy.use(), policy.tokenizer, directory if len(policies) == 1 else os.path.join(directory, policy.name))
+def write_team(team, models, directory):
+    """models {policy: what to save}. One policy is the model in the folder itself, several have a folder each."""
+    for policy in distinct(team):
+        policy.use()
+        save_model(models[policy.name], policy.tokenizer, directory if len(models) == 1 else os.path.join(directory, policy.name))
 
 
 def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
+    machine = share_out(machine, cfg.GPU_num) if cfg.GPU_num > 1 else machine
     stop = Stop(machine)
     directory, cfg, resumed = open_run(cfg, machine)
     texts, task = Texts(machine, directory), task_of(cfg)
@@ -809,8 +826,8 @@ def main(cfg):
         tensors, state = read_checkpoint(resumed)
         step, best, scaler = state['step'], state['best_success_rate'], LossScale(machine.dtype, state['loss_scale'])
         for policy in distinct(team):
-            policy.optimizer.load_state_dict({key.partition(':')[2]: value for key, value in tensors.items()
-                                              if key.partition(':')[0] == policy.name})
+            own = {key.partition(':')[2]: value for key, value in tensors.items() if key.partition(':')[0] == policy.name}
+            policy.optimizer.load_state_dict({key: share(key, value, machine) for key, value in own.items()})
         checkpoints.rewind(resumed)
         cut_episodes(directory, step, machine)
         machine.on_main(lambda: write_json(os.path.join(directory, 'checkpoints', 'run_config.json'), {
@@ -825,8 +842,11 @@ def main(cfg):
 
     def save(is_best):
         state = {'step': step, 'best_success_rate': best, 'loss_scale': scaler.state}
-        tensors = {f'{p.name}:{key}': value for p in distinct(team) for key, value in p.optimizer.state_dict().items()}
-        checkpoints.save(step, lambda folder: write_team(team, folder), tensors, state, is_best)
+        models, tensors = {}, {}
+        for p in distinct(team):
+            models[p.name] = whole_model(p.model, machine) if isinstance(machine, Shared) else p.model
+            tensors.update({f'{p.name}:{key}': value for key, value in whole(p.optimizer.state_dict(), machine).items()})
+        checkpoints.save(step, lambda folder: write_team(team, models, folder), tensors, state, is_best)
 
     started, first = time.perf_counter(), step
     while True:

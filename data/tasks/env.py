@@ -7,6 +7,7 @@
     Env(problem)                            one episode: plain Python, deterministic, copied by copy.deepcopy
         env.prompt(role)                    the chat that the acting agent sees in the present state
         env.score(role, text) -> Outcome    what a candidate would earn; the state stays as it is
+        env.score_many(role, texts)         the same for several, where a task can do that faster (programs in the sandbox)
         env.step(role, outcome)             executes one: the next agent sees the new state
         env.done, env.success, env.turn     turn counts rounds of all roles, from 0
         env.view()                          the state for a terminal

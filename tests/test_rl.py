@@ -14,8 +14,9 @@ import train_rl
 from conftest import ROOT
 from configurator import UserError, parse
 from data.pairs import encode_pairs, to_pair
+from data.questions import draw_problems
 from data.records import Source
-from data.rollouts import Episode, lay_out, read_episodes
+from data.rollouts import Episode, Table, lay_out, read_episodes
 from data.tasks import arithmetic, facts
 from model import load_model
 from train_rl import Config, main
@@ -376,7 +377,7 @@ def test_critic_is_asked_behind_what_was_cut_off():
 
 
 def test_adaptive_beta():
-    table = train_rl.Table(torch.zeros(4, 7, dtype=torch.float64), [0, 1, 2, 3], [])
+    table = Table(torch.zeros(4, 7, dtype=torch.float64), [0, 1, 2, 3], [])
     table['k1'] = torch.tensor([3.0, 3.0, 3.0, 3.0])
     cfg = Config(kl_target=1.0, kl_horizon=40)
     assert train_rl.adapt_beta(cfg, 0.1, table) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))      # the error is clipped at 0.2
@@ -386,8 +387,7 @@ def test_adaptive_beta():
 
 def test_problems_are_drawn_without_replacement():
     problems = list(range(10))
-    cfg = Config(seed=1)
-    drawn = [p for at in range(0, 30, 6) for p in train_rl.draw_problems(cfg, problems, at, 6)]
+    drawn = [p for at in range(0, 30, 6) for p in draw_problems(problems, at, 6, seed=1)]
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == problems and drawn[:10] != drawn[10:20]
 
 

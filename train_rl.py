@@ -114,7 +114,7 @@ class Config:
     kl_target: float | None = setting(None, 'training.kl_target')  # adapt beta so that the KL of a completion stays near this (Ziegler et al. 2019); not set = fixed
     kl_horizon: int = setting(10000, 'training.kl_horizon')  # completions over which it adapts
     entropy_coef: float = setting(0.0, 'training.entropy_coef')  # weight of an entropy bonus
-    num_generations: int | None = setting(None, 'training.num_generations')  # completions of a prompt: 8, ppo 1
+    num_generations: int | None = setting(None, 'training.num_generations')  # completions of a prompt: 8, ppo 4 (any number; they share the prompt's computation)
     num_iterations: int = setting(1, 'training.num_iterations', also=('training.num_ppo_epochs',))  # passes over a rollout
     steps_per_generation: int | None = setting(None, 'training.steps_per_generation')  # micro-batches of a rollout; as many as of an optimizer step if not set
     temperature: float = setting(1.0, 'training.temperature')  # of sampling, and of every log-probability in the loss
@@ -418,7 +418,7 @@ def kl_estimate(logp, ref_logp, kind):
     if kind == 'k2':
         return d.square() / 2
     if kind == 'k3':
-        return torch.exp(-d) + d - 1
+        return torch.expm1(-d) + d                          # exp(-d) - 1 + d would round to below 0
     raise UserError(f'kl_estimate: kind={kind!r} is none of k1, k2, k3')
 
 
@@ -812,11 +812,11 @@ def describe_rollout(cfg, learner, table, scorer):
     rewards, groups = table['reward'][scored], table.by_group('reward')
     metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else torch.zeros(())}
     for name in scorer.names if len(scorer.names) > 1 else ():
-        found = table[name][~table[name].isnan()]
-        metrics[f'rewards/{os.path.basename(name)}/mean'] = found.mean() if len(found) else math.nan
+        found = table[f'rewards/{name}']
+        metrics[f'rewards/{os.path.basename(name)}/mean'] = found.nanmean()
     right = next((name for name in ('task', 'exact') if name in scorer.names), None)
     if right:
-        metrics['success_rate'] = table[right].nanmean()
+        metrics['success_rate'] = table[f'rewards/{right}'].nanmean()
     if cfg.num_generations > 1:
         metrics['frac_reward_zero_std'] = 1 - len(table.alive()) / len(table.groups)
     metrics.update({'completions/mean_length': lengths.mean(), 'completions/clipped_ratio': 1 - table['stopped'].mean(),
@@ -837,7 +837,7 @@ def resolve(cfg, machine):
     """cfg with every setting that was left to be chosen; each choice is said."""
     ppo, c = cfg.algorithm == 'ppo', cfg.composition()
     embedded = not cfg.datasets
-    default = {'num_generations': 1 if ppo else 8, 'steps_per_generation': (2 if embedded and c['surrogate'] != 'reinforce' else 1)
+    default = {'num_generations': 4 if ppo else 8, 'steps_per_generation': (2 if embedded and c['surrogate'] != 'reinforce' else 1)
                * cfg.gradient_accumulation_steps if 'gradient_accumulation_steps' not in cfg.typed else cfg.gradient_accumulation_steps,
                'max_completion_length': 48 if embedded else cfg.max_length - cfg.max_prompt_length,
                'beta': 0.05 if ppo else 0.0, 'kl': 'reward' if cfg.algorithm in ('ppo', 'rloo', 'reinforce++') else 'k3',

@@ -126,12 +126,13 @@ def lay_out(groups, device, keep_last=False, share=None):
 class Table:
     """What every rank must know of a rollout, one row a completion, group by group.
 
-    columns: reward, scored, length, stopped, logp (sum as sampled), k1 and k3 (sums, to the reference), then the rewards by name.
+    columns: reward, scored, length, stopped, logp (sum as sampled), k1 and k3 (sums, to the reference), then rewards/NAME for each.
     """
     COLUMNS = ('reward', 'scored', 'length', 'stopped', 'logp', 'k1', 'k3')
 
     def __init__(self, values, groups, names):
-        self.values, self.groups, self.names = values, list(groups), [*self.COLUMNS, *names]    # values (N, len(names)) float64
+        self.values, self.groups = values, list(groups)                 # values (N, columns) float64
+        self.rewards, self.names = list(names), [*self.COLUMNS, *(f'rewards/{name}' for name in names)]
         self.drawn = len(self.groups)
 
     @staticmethod
@@ -164,12 +165,12 @@ class Table:
         return [group for group, is_alive in zip(self.groups, (low < high).tolist()) if is_alive]
 
     def extend(self, other):
-        return Table(torch.cat((self.values, other.values)), self.groups + other.groups, self.names[len(self.COLUMNS):])
+        return Table(torch.cat((self.values, other.values)), self.groups + other.groups, self.rewards)
 
     def select(self, groups):
         places = {group: i for i, group in enumerate(self.groups)}
         rows = self.values.view(len(self.groups), -1, self.values.size(1))[[places[group] for group in groups]]
-        table = Table(rows.flatten(0, 1), groups, self.names[len(self.COLUMNS):])
+        table = Table(rows.flatten(0, 1), groups, self.rewards)
         table.drawn = self.drawn
         return table
 

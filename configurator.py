@@ -243,6 +243,7 @@ def command_line(cls, argv):
             found[-1][1] = f'{found[-1][1] or ""} {word}'.strip()
         elif positional:
             found.append([positional.pop(0), word])
+            takes = 'list' if entry_type(hints[found[-1][0]]) else ''
         else:
             raise UserError(f"'{word}' belongs to no flag: write --name=value, name=value or a {'|'.join(FILES)} file")
     for key, value in found:

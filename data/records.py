@@ -21,8 +21,8 @@ from configurator import UserError, closest, setting
 from data.chat import ROLES, normal_messages, normal_tools
 
 SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')
-EMBEDDED = {'toolcalls': 'data.tasks.toolcalls', 'facts': 'data.tasks.facts'}  # name: the module whose rows() are the set; see embedded_rows
-SIZES = {'toolcalls': (800, 200), 'facts': (1600, 56)}                          # rows for training and held out, frozen
+EMBEDDED = {'toolcalls': 'data.tasks.toolcalls', 'questions': 'data.tasks.questions', 'facts': 'data.tasks.facts'}  # the module whose rows() are it
+SIZES = {'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56)}     # rows for training and held out, frozen
 LISTS = ('qa_pairs', 'data', 'rows', 'examples')    # under which a JSON object keeps its rows
 SPLITS = {'train': ('train', 'training'), 'eval': ('eval', 'evaluation', 'validation', 'valid', 'val', 'dev'), 'test': ('test',)}
 SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'model': 'assistant', 'system': 'system',

@@ -299,6 +299,15 @@ def test_positional():
     cfg = parse(Sample, ['--stream', 'runs/lr=1', '--prompt', 'a = b'])
     assert (cfg.model_path, cfg.prompt, cfg.stream) == ('runs/lr=1', 'a = b', True)
 
+    @dataclass
+    class Compare:
+        model_path: str = ''
+        models: list[str] = setting([], positional=True)
+
+    cfg = parse(Compare, ['--model-path', 'a', 'b', 'c'])
+    assert (cfg.model_path, cfg.models) == ('a', ['b', 'c'])
+    assert parse(Compare, ['a', 'b', 'c']).models == ['a', 'b', 'c']
+
 
 def test_run(capsys):
     assert run(lambda cfg: {'loss': cfg}, 1) is None

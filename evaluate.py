@@ -1,0 +1,366 @@
+"""Scores any checkpoint: what it gives to the right answers, and what it answers itself.
+
+    python evaluate.py --model-path models/theta_checkpoint_epoch_26
+    python evaluate.py models/theta_checkpoint_epoch_1 models/theta_checkpoint_epoch_2 --data qa.json --output-dir compared
+    python evaluate.py tiny --task arithmetic
+
+Perplexity and token accuracy are of the right answers, read with the prompt before them; everything else compares what the model
+writes after the prompt with the right answer. Without --data and --task the held-out rows are those of the data that the checkpoint
+was trained on (its run_config.json), or of the embedded tool-calling set. Leaves evaluation.json, .md and .html, pictures inside.
+"""
+import importlib
+import math
+import os
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from configurator import UserError, as_dict, closest, from_dict, parse, run, setting
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RESULTS = ('evaluation.json', 'evaluation.md', 'evaluation.html')
+
+
+@dataclass
+class Config:
+    # models
+    model_path: str = setting('', also=('model', 'model_name', 'base_model_name'))  # directory, adapter, hub name, or `tiny`, which is the default
+    models: list[str] = setting([], positional=True)  # more of them, to be set side by side
+    load_in_4bit: bool = False  # quantise the linear layers to NF4 as they are read
+    load_in_8bit: bool = False  # quantise them to 8 bits
+    # data
+    data: str = setting('', also=('dataset_path', 'test_data'))  # file, directory, embedded set (toolcalls, questions) or hub data set
+    subset: str | None = None  # the configuration of a hub data set
+    split: str = 'eval'  # rows marked so in their metadata; where a file marks none, all. Or train, all, or a split of a hub data set
+    prompt_column: str | None = None  # column of the question; found out if not set
+    answer_column: str | None = None  # column of the answer; found out if not set
+    system_prompt: str | None = None  # system message of every row, a template over its columns
+    skip_bad_rows: bool = False  # leave out rows that cannot be read
+    task: str | None = None  # in place of data: problems of data/tasks, each judged by the task's own reward
+    num_samples: int | None = setting(None, also=('limit', 'max_samples'))  # at most so many rows, the first; of a task 200 if not set
+    baselines: bool = False  # beside the models: the most frequent answer of the training rows, and that to the nearest question
+    # generation
+    batch_size: int = setting(32, also=('per_device_eval_batch_size',))  # rows at a time; lower it when memory runs out
+    max_new_tokens: int | None = None  # of a response; twice the longest right answer, at least 32, if not set
+    temperature: float = 0.0  # 0 = always the likeliest token
+    top_k: int = 0  # only the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability; 1 = all
+    repetition_penalty: float = 1.0  # above 1: tokens that were there already become less likely; 1 = off
+    seed: int = 42  # of what is drawn
+    # output
+    output_dir: str | None = setting(None, also=('output',))  # folder of the results; evaluation/<name of the first model> if not set
+    num_examples: int = 5  # best, worst, and of each kind of error, in the report
+    # machine
+    device: str = 'auto'  # auto = cuda, mps or cpu; or cuda:1, ...
+    dtype: str = setting('auto', choices=('auto', 'float32', 'bfloat16', 'float16'))  # on a GPU; float32 on a CPU
+    matmul: str = setting('auto', choices=('auto', 'float32', 'bf16'))  # products on a CPU; auto = bf16 where the processor has it
+
+    def check(self):
+        for name, least in (('num_samples', 1), ('batch_size', 1), ('max_new_tokens', 1), ('num_examples', 0), ('temperature', 0), ('top_k', 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UserError(f'{name} must be {least} or more, not {getattr(self, name)}')
+        if not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise UserError(f'top_p={self.top_p} must be above 0 and at most 1, repetition_penalty={self.repetition_penalty} above 0')
+        if self.task and self.data:
+            raise UserError(f'--task={self.task} brings its own problems, and --data={self.data} others: leave one out')
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
+
+
+if __name__ == '__main__':
+    cfg = parse(Config)     # before torch is imported
+
+import torch
+from tqdm import tqdm
+
+import metrics
+import scorecard
+from checkpoint import read_own, set_aside, write_json, write_text
+from data.chat import encode, parse_tool_calls
+from data.encoded import Findings, pieces_of
+from data.records import Record, Source
+from model import load_model
+from runtime import describe_device, explain_out_of_memory, seed_for, setup
+from sample import generate
+from train_sft import Config as Training, records_of, sources_of
+
+
+@dataclass
+class Row:
+    """One question, what is right, and what became of it. prompt and answer are token ids, the stop token of the answer included."""
+    where: str
+    question: str
+    reference: str
+    prompt: list
+    answer: list
+    wanted: list                # the right tool calls, [{'name', 'arguments'}]
+    problem: dict | None = None # of a task
+    loss: float = 0.0           # nats over all tokens of the answer
+    hits: int = 0               # tokens of the answer that are the likeliest after the right ones before them
+    response: str = ''
+    tokens: list = field(default_factory=list)
+    stopped: bool = True
+    called: list | None = field(default_factory=list)   # the tool calls in the response; None where they cannot be read
+    correct: bool = False
+    error: str | None = None    # a key of metrics.ERRORS
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------------
+
+def read_data(cfg, model_path, machine):
+    """What is to be evaluated -> (its name, Records held out, Records for training, task or None). The problem of a task's Record is
+    its `where`."""
+    if cfg.task:
+        task = task_module(cfg.task)
+        parts = {split: task.problems(split, count, cfg.seed) for split, count in (('eval', cfg.num_samples or 200), ('train', 1000))}
+        records = {split: [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}],
+                                  problem.get('tools'), split, problem) for problem in problems] for split, problems in parts.items()}
+        return f'the task {cfg.task}', records['eval'], records['train'], task
+    settings, findings = data_settings(cfg, model_path), Findings()
+    sources = sources_of(settings, machine)
+    if cfg.split not in ('train', 'eval', 'all'):
+        sources = [replace(source, split=cfg.split) for source in sources]
+    records = [record for _, record in records_of(settings, sources, findings, machine)]
+    name, held_out = ', '.join(source.name for source in sources), [record for record in records if record.split == 'eval']
+    for line in findings.lines():
+        print(f'{name}: {line}')
+    if not cfg.skip_bad_rows:
+        findings.stop()
+    chosen = {'train': [record for record in records if record.split == 'train'], 'all': records}.get(cfg.split, held_out or records)
+    if not chosen:
+        raise UserError(f'{name}: no row of the split {cfg.split!r} among {len(records)}')
+    if not held_out and cfg.split == 'eval':
+        print(f'{name}: no row is marked as held out (metadata "eval"), so all {len(records):,} are evaluated')
+    training = [record for record in records if record.split == 'train' and held_out]
+    return name, chosen[:cfg.num_samples], training, None
+
+
+def data_settings(cfg, model_path):
+    """Which rows there are, and which of them are held out, as settings of train_sft.py: those of the run that wrote the checkpoint, where
+    no data is named."""
+    if cfg.data:
+        source = Source(cfg.data, cfg.subset, prompt_column=cfg.prompt_column, answer_column=cfg.answer_column)
+        return Training(datasets=[source], eval_fraction=0.0, system_prompt=cfg.system_prompt)
+    folder = Path(model_path).absolute()
+    saved = next(filter(None, (read_own(place / 'run_config.json') for place in (folder, *folder.parents[:2]))), {})
+    if saved.get('script') == 'train_sft.py':
+        return from_dict(Training, saved['config'])
+    print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are taken; --data and --task '
+          'name something else')
+    return Training(dataset_path='toolcalls')
+
+
+def task_module(name):
+    """data/tasks/<name>.py, which must have what an evaluation needs."""
+    folder = os.path.join(HERE, 'data', 'tasks')
+    known = sorted(file[:-3] for file in os.listdir(folder) if file.endswith('.py') and '\ndef reward(' in Path(folder, file).read_text())
+    if name not in known:
+        raise UserError(f"there is no task '{name}'{closest(name, known)} (tasks: {', '.join(known)})")
+    return importlib.import_module(f'data.tasks.{name}')
+
+
+def texts_of(tokenizer, ids):
+    """Token ids without their stop token -> text."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids).strip()
+
+
+def encode_records(tokenizer, records):
+    """Records -> Rows with the ids that training uses and the sampler sees."""
+    rows, chats = [], encode(tokenizer, [pieces_of(tokenizer, record, 'completion') for record in records])
+    for record, chat in zip(records, chats, strict=True):
+        start = chat.mask.index(True) or 1              # a text that follows no prompt is asked for by its first token
+        answer = [token for token, target in zip(chat.ids[start:], chat.mask[start:]) if target]
+        messages = record.prompt if isinstance(record.prompt, list) else [{'role': 'user', 'content': record.prompt}]
+        question = next((message['content'] for message in reversed(messages) if message['role'] == 'user'), '')
+        reference = texts_of(tokenizer, answer)
+        calls = record.completion[-1].get('tool_calls') or [] if isinstance(record.completion, list) else []
+        is_problem = isinstance(record.where, dict)
+        rows.append(Row('' if is_problem else record.where, question, reference, chat.ids[:start], answer,
+                        [call['function'] for call in calls] or read_calls(reference) or [], record.where if is_problem else None))
+    return rows
+
+
+def read_calls(text):
+    """The tool calls in a text, None where they cannot be read."""
+    try:
+        return parse_tool_calls(text)
+    except ValueError:
+        return None
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------------
+
+def read_answers(model, rows, batch_size, machine):
+    """Sets loss and hits of each row: the model reads prompt and right answer. Prompts that are too long lose their beginning."""
+    context, order = model.config.block_size, sorted(rows, key=lambda row: len(row.prompt) + len(row.answer))
+    with tqdm(total=len(rows), desc='reading answers', unit=' rows', disable=None) as bar, torch.inference_mode(), machine.autocast():
+        for at in range(0, len(order), batch_size):
+            batch = order[at:at + batch_size]
+            idx = torch.zeros(len(batch), max(min(len(row.prompt) + len(row.answer), context + 1) for row in batch), dtype=torch.long)
+            targets = torch.full_like(idx, -1)
+            for r, row in enumerate(batch):
+                ids = (row.prompt + row.answer)[-context - 1:]
+                idx[r, :len(ids)] = torch.tensor(ids)
+                targets[r, len(ids) - len(row.answer):len(ids)] = idx[r, len(ids) - len(row.answer):len(ids)]
+            idx, targets = idx[:, :-1].to(model.device), targets[:, 1:].to(model.device)
+            stats = model.token_stats(model.hidden(idx), targets)
+            for row, loss, hits in zip(batch, (-stats['logp'].sum(-1)).tolist(), stats['correct'].sum(-1).tolist()):
+                row.loss, row.hits = loss, hits
+            bar.update(len(batch))
+
+
+def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens):
+    """Sets response, tokens, stopped and called of each row: the model writes what follows the prompt."""
+    room = min(max_new_tokens, model.config.block_size - 1)
+    order = sorted(rows, key=lambda row: len(row.prompt))
+    with tqdm(total=len(rows), desc='answering', unit=' rows', disable=None) as bar, machine.autocast():
+        for at in range(0, len(order), cfg.batch_size):
+            batch = order[at:at + cfg.batch_size]
+            prompts = [row.prompt[-(model.config.block_size - room):] for row in batch]
+            samples = generate(model, prompts, room, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, tokenizer.stop_ids,
+                               seed=seed_for(cfg.seed, 'evaluate', at))
+            for row, tokens, length, stopped in zip(batch, *(tensor.tolist() for tensor in (samples.tokens, samples.lengths, samples.stopped))):
+                row.tokens, row.stopped = tokens[:length - stopped], stopped
+                row.response = texts_of(tokenizer, tokens[:length])
+                row.called = read_calls(row.response)
+            bar.update(len(batch))
+
+
+def checked_rows(rows, context, max_new_tokens):
+    """Rows whose answer fits into the context, the others counted and said; UserError where none does."""
+    fitting = [row for row in rows if len(row.answer) < context]
+    longest = max(len(row.prompt) + len(row.answer) for row in rows)
+    if not fitting:
+        raise UserError(f'every right answer is longer than the model\'s context of {context} tokens: nothing can be evaluated')
+    if len(fitting) < len(rows):
+        print(f'{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: their answer alone does not fit the context of {context} tokens')
+    cut = sum(len(row.prompt) + max(len(row.answer), max_new_tokens) > context for row in fitting)
+    if cut:
+        print(f'{cut:,} of {len(fitting):,} prompts lose their beginning where they do not fit the context of {context} tokens together with '
+              f'the answer or the {max_new_tokens} tokens allowed (longest prompt and answer: {longest})')
+    return fitting
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------------------
+
+def judge(rows, task=None):
+    """Sets correct and error of each row: by the task's reward, else all calls the same, else the same words (SQuAD's exact match)."""
+    for row in rows:
+        if task:
+            row.correct = task.reward(row.problem, row.response) >= 1
+        elif row.wanted or row.called != []:
+            row.correct = metrics.compare_calls(row.called, row.wanted)['exact_call']
+        else:
+            row.correct = metrics.squad_match(row.response, row.reference)
+        row.error = metrics.error_of(vars(row))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def scores_of(rows, task=None, read=True):
+    """{measure: value} of judged rows. Shares and F-measures in 0..1, BLEU in 0..100; read: whether a model has read the answers."""
+    pairs = [(row.response, row.reference) for row in rows]
+    scores = {'accuracy': mean(row.correct for row in rows)}
+    if task:
+        scores['reward'] = mean(task.reward(row.problem, row.response) for row in rows)
+    with_calls = [row for row in rows if row.wanted or row.called != []]
+    if any(row.wanted for row in rows):
+        compared = [metrics.compare_calls(row.called, row.wanted) for row in with_calls]
+        scores.update({name: mean(row[name] for row in compared) for name in compared[0]})
+    if read:
+        tokens = sum(len(row.answer) for row in rows)
+        loss = sum(row.loss for row in rows) / tokens
+        scores.update(loss=loss, perplexity=math.exp(min(loss, 700)), token_accuracy=sum(row.hits for row in rows) / tokens)
+    scores.update(exact_match=mean(metrics.exact_match(*pair) for pair in pairs), f1=mean(metrics.f1(*pair) for pair in pairs))
+    overlaps = metrics.rouge(pairs)
+    scores.update({name: mean(row[name] for row in overlaps) for name in overlaps[0]})
+    scores.update(metrics.bleu(pairs))
+    if read:
+        scores.update(stopped=mean(row.stopped for row in rows), mean_tokens=mean(len(row.tokens) for row in rows))
+    return scores
+
+
+def result_of(name, rows, task=None, read=True, **facts):
+    """What the report says of one model or trivial solver: scores, errors by kind, calls by tool, every row."""
+    judge(rows, task)
+    errors = {kind: sum(row.error == kind for row in rows) for kind in metrics.ERRORS}
+    return {'name': name, **facts, 'scores': scores_of(rows, task, read), 'errors': errors,
+            'tools': metrics.per_tool([(row.called, row.wanted) for row in rows if row.wanted]),
+            'rows': [{'where': row.where, 'question': row.question, 'reference': row.reference, 'response': row.response,
+                      'correct': row.correct, 'error': row.error, 'stopped': row.stopped, 'f1': metrics.f1(row.response, row.reference),
+                      'loss': row.loss / len(row.answer) if read else None, 'num_tokens': len(row.tokens) if read else None,
+                      'answer_tokens': len(row.answer)} for row in rows]}
+
+
+def trivial(solver, name, rows, training, task):
+    """The result of a solver that only looks at the training rows."""
+    responses = solver([row.question for row in rows], [(row.question, row.reference) for row in training])
+    rows = [Row(row.where, row.question, row.reference, row.prompt, row.answer, row.wanted, row.problem, response=response,
+                called=read_calls(response)) for row, response in zip(rows, responses)]
+    return result_of(name, rows, task, read=False)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------
+
+def evaluate(cfg, name, records, task, machine):
+    """One model on the records -> (its result, its rows)."""
+    begun = time.perf_counter()
+    model, tokenizer = load_model(name, machine.device, machine.dtype, cfg.load_in_4bit, cfg.load_in_8bit)
+    if tokenizer is None:
+        raise UserError(f'{name} has no tokenizer beside its weights: copy tokenizer.json there')
+    model.set_matmul(machine.matmul)
+    rows = encode_records(tokenizer, records)
+    allowed = cfg.max_new_tokens or max(32, 2 * max(len(row.answer) for row in rows))
+    allowed = min(allowed, max(1, model.config.block_size // 2))
+    rows = checked_rows(rows, model.config.block_size, allowed)
+    print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens each')
+    with explain_out_of_memory('--batch_size'):
+        read_answers(model, rows, cfg.batch_size, machine)
+        answer_questions(model, tokenizer, rows, cfg, machine, allowed)
+    result = result_of(name, rows, task, seconds=time.perf_counter() - begun, max_new_tokens=allowed)
+    return result, rows, tokenizer
+
+
+def main(cfg):
+    names = [name for name in (cfg.model_path, *cfg.models) if name] or ['tiny']
+    machine = setup(cfg.device, cfg.dtype, cfg.matmul)
+    print(describe_device(machine))
+    out_dir = Path(cfg.output_dir or os.path.join('evaluation', os.path.basename(os.path.normpath(names[0]))))
+    data, records, training, task = read_data(cfg, names[0], machine)
+    results = []
+    for name in names:
+        result, rows, tokenizer = evaluate(cfg, name, records, task, machine)
+        results.append(result)
+    if cfg.baselines:
+        if not training:
+            raise UserError(f'--baselines look at training rows, and {data} has none: mark them with metadata "train"')
+        seen = encode_records(tokenizer, training)
+        results += [trivial(metrics.majority, 'most frequent answer', rows, seen, task),
+                    trivial(metrics.nearest, 'answer to the nearest question', rows, seen, task)]
+    evaluation = {'written_by': 'nanoforge', 'data': data, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results}
+    write_results(out_dir, evaluation, cfg.num_examples)
+    print(scorecard.text_table(*scorecard.score_rows(results)))
+    print(scorecard.text_table(*scorecard.error_rows(results)))
+    print(f'report: {out_dir / "evaluation.html"} (also .md and .json)')
+    return results[0]['scores']
+
+
+def write_results(out_dir, evaluation, num_examples):
+    """The JSON, Markdown and HTML files; those of an earlier evaluation move to earlier-1/ in the folder."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    there = [out_dir / name for name in RESULTS if (out_dir / name).exists()]
+    if there:
+        if not read_own(out_dir / 'evaluation.json'):
+            raise UserError(f'{there[0]} was not written by evaluate.py: choose another --output_dir')
+        print(f'{out_dir} held an earlier evaluation: it is now in {set_aside(out_dir, there)}')
+    write_json(out_dir / 'evaluation.json', evaluation)
+    markdown, html = scorecard.pages_of(evaluation, num_examples)
+    write_text(out_dir / 'evaluation.md', markdown)
+    write_text(out_dir / 'evaluation.html', html)
+
+
+if __name__ == '__main__':
+    run(main, cfg)

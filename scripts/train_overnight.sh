@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Trains through the night with the guide's settings: 100 epochs, a checkpoint after each under models/, every line in logs/.
+#   bash scripts/train_overnight.sh --dataset_path my_questions.json
+# Arguments go on to train_sft.py; its exit status is this script's, and a signal to this script is one to it.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
+mkdir -p logs || exit 1
+log=logs/train_overnight_$(date +%Y%m%d_%H%M%S)_$$.log
+echo "log: $log"
+exec > >(exec tee -i "$log") 2>&1
+exec "${PYTHON:-python}" "$root/train_sft.py" --recipe "$root/recipes/training/sft/theta.yaml" "$@"

@@ -1,0 +1,353 @@
+"""evaluate.py and metrics.py against independent answers: scores by hand and by the libraries called directly, perplexity by
+transformers; what the command leaves behind, and what it says to mistakes."""
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+import metrics
+import scorecard
+from conftest import ROOT
+from configurator import UserError, parse
+from data.records import Record
+from data.tasks import arithmetic, questions, toolcalls
+from evaluate import Config, Row, encode_records, main, read_answers
+from model import add_lora, load_model, save_model
+from runtime import setup
+
+TINY = os.path.join(ROOT, 'data', 'tiny')
+PAIRS = [('The cat sat on the mat.', 'A cat sat on a mat'), ('Oslo', 'Tom lives in Oslo.'), ('', 'nothing was said'),
+         ('it is it is it', 'it is'), ('wholly other words here', 'nothing in common')]
+
+
+@pytest.fixture(autouse=True)
+def in_scratch_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    return load_model('tiny')
+
+
+def config(*words):
+    return parse(Config, [*words, '--device=cpu'])
+
+
+def results_in(folder):
+    with open(os.path.join(folder, 'evaluation.json')) as file:
+        return json.load(file)
+
+
+def mistake(*words):
+    """The message of a UserError that main raises."""
+    with pytest.raises(UserError) as caught:
+        main(config(*words))
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- scores of texts --------------------------------------------------------------------------------------------------------
+
+def test_f1_counts_words_as_squad_does():
+    assert metrics.f1('The cat sat on the mat.', 'A cat sat on a mat') == 1.0      # articles and punctuation do not count
+    assert metrics.f1('Oslo', 'Tom lives in Oslo.') == pytest.approx(2 * 1 * 0.25 / 1.25)
+    assert metrics.f1('it is it is it', 'it is') == pytest.approx(2 * (2 / 5) * 1 / (2 / 5 + 1))
+    assert metrics.f1('', 'nothing') == 0 and metrics.f1('the', 'a') == 1
+    assert not metrics.exact_match('cat', 'Cat') and metrics.exact_match(' a  cat\n', 'a cat')
+    assert metrics.squad_match('The Cat!', 'cat') and not metrics.squad_match('cats', 'cat')
+
+
+def test_rouge_is_that_of_rouge_score():
+    from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    for (response, reference), ours in zip(PAIRS, metrics.rouge(PAIRS), strict=True):
+        assert ours == {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
+    assert metrics.rouge([('кот сидит', 'кот сидит')])[0]['rougeL'] == 1        # its own tokenizer drops other scripts: 0
+
+
+def test_bleu_is_that_of_sacrebleu():
+    import sacrebleu
+    responses, references = map(list, zip(*PAIRS))
+    ours = metrics.bleu(PAIRS)
+    assert ours['bleu'] == sacrebleu.corpus_bleu(responses, [references]).score
+    assert ours['bleu1'] > ours['bleu2'] > ours['bleu3'] > ours['bleu'] > 0
+    assert metrics.bleu([('a b c d e', 'a b c d e')])['bleu'] == pytest.approx(100)
+
+
+# ---- scores of calls --------------------------------------------------------------------------------------------------------
+
+def call(name, **arguments):
+    return {'name': name, 'arguments': arguments}
+
+
+@pytest.mark.parametrize('called, exact, tool, arguments', [
+    ([call('a', x=1), call('b', y='z')], True, True, True),
+    ([call('a', x=1.0, unset=None), call('b', y='z')], True, True, True),       # JSON has one kind of number, null is not there
+    ([call('a', x=True), call('b', y='z')], False, True, False),                # but true is no number
+    ([call('b', y='z'), call('a', x=1)], False, False, False),                  # another order
+    ([call('b', x=1), call('a', y='z')], False, False, True),
+    ([call('a', x=1)], False, False, False),
+    ([], False, False, False), (None, False, False, False)])
+def test_calls_are_compared_as_values(called, exact, tool, arguments):
+    found = metrics.compare_calls(called, [call('a', x=1), call('b', y='z')])
+    assert found == {'exact_call': exact, 'right_tool': tool, 'right_arguments': arguments}
+
+
+def test_nested_values():
+    assert metrics.same_value({'a': [1, {'b': 'c'}]}, {'a': [1.0, {'b': 'c', 'd': None}]})
+    assert not metrics.same_value([1, 2], [2, 1]) and not metrics.same_value([1], [1, 2]) and not metrics.same_value('1', 1)
+
+
+def test_table_by_tool():
+    pairs = [([call('a', x=1)], [call('a', x=1)]), ([call('a', x=2)], [call('a', x=1)]), ([call('b')], [call('a', x=1)]),
+             ([call('b')], [call('a', x=1)]), ([], [call('b')]), (None, [call('b')]), (None, [call('b'), call('a')])]
+    assert metrics.per_tool(pairs) == {'a': {'wanted': 5, 'right_tool': 2, 'exact_call': 1, 'instead': 'b'},
+                                       'b': {'wanted': 3, 'right_tool': 0, 'exact_call': 0, 'instead': '(malformed)'}}
+
+
+# ---- what is wrong ----------------------------------------------------------------------------------------------------------
+
+def test_loops():
+    assert metrics.loops([5] * 8) and metrics.loops([9, 9, 1, 2, 3] * 2 + [1, 2, 3] * 4)
+    assert not metrics.loops([5] * 7) and not metrics.loops([1, 2, 3] * 3) and not metrics.loops(list(range(40))) and not metrics.loops([])
+    assert not metrics.loops([5] * 8 + [6])                                     # it ended
+
+
+QUESTION = 'Where does Tom live now, in which city?'
+CASES = {
+    'empty': dict(response=' \n'), 'loops': dict(response='so ' * 20, tokens=[7] * 20, stopped=False),
+    'never stops': dict(stopped=False), 'malformed call': dict(response='<tool_call>{', called=None),
+    'wrong tool': dict(called=[call('b')], wanted=[call('a', x=1)]), 'wrong argument': dict(called=[call('a', x=2)], wanted=[call('a', x=1)]),
+    'echo': dict(response='Where does Tom live now, in which city? I say'), 'too short': dict(response='Oslo', reference='a b c d e f Oslo'),
+    'partly right': dict(response='Tom lives in Rome.'), 'wrong answer': dict(response='No.')}
+
+
+@pytest.mark.parametrize('kind', metrics.ERRORS)
+def test_each_kind_of_error(kind):
+    row = dict(correct=False, response='words', tokens=[1, 2], stopped=True, called=[], wanted=[], question=QUESTION, reference='Tom lives in Oslo.')
+    assert metrics.error_of({**row, **CASES[kind]}) == kind
+    assert metrics.error_of({**row, **CASES[kind], 'correct': True}) is None
+
+
+def test_no_call_where_one_is_wanted_and_a_call_where_none_is():
+    row = dict(correct=False, response='words', tokens=[1], stopped=True, question='q', reference='r')
+    assert metrics.error_of({**row, 'called': [], 'wanted': [call('a')]}) == 'wrong tool'
+    assert metrics.error_of({**row, 'called': [call('a')], 'wanted': []}) == 'wrong tool'
+
+
+def test_trivial_solvers():
+    training = [('where is the red cat', 'here'), ('where is the blue dog', 'there'), ('what is the time', 'there'), ('how old is the cat', 'nine')]
+    assert metrics.majority(['anything'] * 2, training) == ['there'] * 2
+    assert metrics.nearest(['is the blue dog home', 'old cat', 'unheard', 'What TIME is it?'], training) == ['there', 'nine', 'here', 'there']
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------------
+
+def test_loss_and_hits_are_those_of_transformers(tiny):
+    from transformers import AutoModelForCausalLM
+    model, tokenizer = tiny
+    theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    records = [Record(arithmetic.prompt(problem), [{'role': 'assistant', 'content': arithmetic.solution(problem)}], None, 'eval', '')
+               for problem in arithmetic.problems('eval', 4, 0)]
+    records += [Record('Tom lives in', ' Oslo, near the river.', None, 'eval', ''), Record('', 'Tom has a dog.', None, 'eval', '')]
+    rows = encode_records(tokenizer, records)
+    assert rows[0].answer[-1] in tokenizer.stop_ids and tokenizer.decode(rows[0].prompt).endswith('<|im_start|>assistant\n')
+    read_answers(model, rows, 3, setup('cpu'))
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.answer])
+        labels = ids.clone()
+        labels[0, :len(row.prompt)] = -100
+        with torch.no_grad():
+            found = theirs(ids, labels=labels)
+        assert row.loss == pytest.approx(found.loss.item() * len(row.answer), abs=1e-4)
+        likeliest = found.logits[0, len(row.prompt) - 1:-1].argmax(-1)
+        assert row.hits == (likeliest == torch.tensor(row.answer)).sum()
+
+
+def test_a_long_prompt_loses_its_beginning(tiny):
+    model, tokenizer = tiny
+    rows = [Row('', 'q', 'r', [400] * 500 + tokenizer.encode('Tom lives in'), tokenizer.encode(' Oslo.'), [])]
+    read_answers(model, rows, 1, setup('cpu'))
+    ids = torch.tensor([(rows[0].prompt + rows[0].answer)[-model.config.block_size - 1:]])
+    with torch.no_grad():
+        logp = torch.log_softmax(model(ids[:, :-1]), -1)[0].gather(1, ids[0, 1:, None])[-len(rows[0].answer):].sum()
+    assert rows[0].loss == pytest.approx(-logp.item(), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_batch(tmp_path):
+    scores = [main(config('--data', 'toolcalls', '--num_samples=9', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}')) for size in (1, 9)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_a_task_is_judged_by_its_own_reward(tmp_path):
+    scores = main(config('--task=arithmetic', '--num_samples=20', '--baselines', '--output-dir', str(tmp_path / 'out')))
+    result, majority, nearest = results_in(tmp_path / 'out')['results']
+    problems = {problem['question']: problem for problem in arithmetic.problems('eval', 20, 42)}
+    rewards = [arithmetic.reward(problems[row['question']], row['response']) for row in result['rows']]
+    assert scores['reward'] == scores['accuracy'] == sum(rewards) / 20 and 0 < scores['reward'] < 0.6
+    assert majority['scores']['accuracy'] < 0.1 and nearest['scores']['accuracy'] < 0.1
+    assert 'perplexity' not in majority['scores'] and len({row['response'] for row in majority['rows']}) == 1
+
+
+def test_a_right_model_would_get_full_marks():
+    """What the rows count as right is right: the reference itself, as response."""
+    for task in (toolcalls, questions):
+        records = [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}], problem.get('tools'), 'eval', '')
+                   for problem in task.problems('eval', 30, 0)]
+        rows = encode_records(load_model('tiny')[1], records)
+        for row in rows:
+            row.response, row.called, row.tokens = row.reference, evaluate.read_calls(row.reference), row.answer
+        result = evaluate.result_of('right', rows)
+        assert all(result['scores'][name] == pytest.approx(1) for name in ('accuracy', 'exact_match', 'f1', 'rougeL', 'stopped'))
+        assert result['scores']['bleu'] == pytest.approx(100) and sum(result['errors'].values()) == 0
+        assert all(row['exact_call'] == row['wanted'] for row in result['tools'].values())
+        assert bool(result['tools']) == (task is toolcalls)
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------------
+
+def write_rows(path, rows):
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(path)
+
+
+def test_only_rows_held_out_count(tmp_path, capsys):
+    rows = [{'question': f'Question {i}?', 'answer': f'Answer {i}.', 'metadata': 'eval' if i < 3 else 'train'} for i in range(8)]
+    data = write_rows(tmp_path / 'rows.jsonl', rows)
+    main(config('--data', data, '--output-dir=out'))
+    assert [row['question'] for row in results_in('out')['results'][0]['rows']] == ['Question 0?', 'Question 1?', 'Question 2?']
+    main(config('--data', data, '--output-dir=train', '--split=train', '--num_samples=2'))
+    assert [row['question'] for row in results_in('train')['results'][0]['rows']] == ['Question 3?', 'Question 4?']
+    for row in rows:
+        del row['metadata']
+    (tmp_path / 'all.json').write_text(json.dumps({'qa_pairs': rows}))
+    main(config('--data', 'all.json', '--output-dir=all'))
+    assert results_in('all')['num_rows'] == 8 and 'all 8 are evaluated' in capsys.readouterr().out
+
+
+def test_columns_and_system_prompt(tmp_path):
+    data = write_rows(tmp_path / 'rows.jsonl', [{'ask': 'Who?', 'say': 'Tom.', 'tone': 'kind'}])
+    cfg = config('--data', data, '--prompt_column=ask', '--answer_column=say', '--system_prompt=Be {tone}.')
+    record = evaluate.read_data(cfg, 'tiny', setup('cpu'))[1][0]
+    assert record.prompt == [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Who?'}]
+
+
+def test_the_embedded_questions_share_nothing():
+    rows = {split: questions.rows(split, count, 0) for split, count in (('train', 800), ('eval', 200))}
+    names, asked = ({split: {form(row['question']) for row in rows[split]} for split in rows} for form in (
+        lambda text: re.search(r'\b(?:[A-Z][a-z]+)\b', text.split('. ')[-1].split(' ', 1)[1])[0],
+        lambda text: re.sub(r' [A-Z]\w+', '', text.rsplit('. ', 1)[1])))
+    assert not names['train'] & names['eval'] and not asked['train'] & asked['eval']
+    training = [(row['question'], row['answer']) for row in rows['train']]
+    for solver in (metrics.nearest, metrics.majority):
+        answers = solver([row['question'] for row in rows['eval']], training)
+        assert sum(answer == row['answer'] for answer, row in zip(answers, rows['eval'])) < 10
+    assert rows['eval'] == questions.rows('eval', 200, 0) and len({row['question'] for row in rows['train']}) == 800
+
+
+def test_the_file_of_the_embedded_questions():
+    script = os.path.join(ROOT, 'data', 'tasks', 'questions.py')
+    done = subprocess.run([sys.executable, script, 'train=3', 'eval=2'], capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)['qa_pairs']
+    assert [row['metadata'] for row in rows] == ['train'] * 3 + ['eval'] * 2 and rows[0].keys() == {'question', 'answer', 'metadata'}
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------
+
+def test_the_command_and_what_it_leaves(tmp_path):
+    model, tokenizer = load_model('tiny')
+    add_lora(model, 4, 8)
+    save_model(model, tokenizer, str(tmp_path / 'adapter'))             # an adapter that changes nothing yet
+    rows = [{'question': 'Say <script>alert(1)</script> & ```code```', 'answer': 'Tom | Mia', 'metadata': 'eval'}]
+    rows += [{'question': problem['question'], 'answer': problem['answer'], 'metadata': 'eval'} for problem in questions.problems('eval', 3, 1)]
+    data = write_rows(tmp_path / 'rows.jsonl', rows)
+    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter', '--data', data, '--output-dir', 'out']
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    for word in ('rouge', 'bleu', 'accuracy', 'perplexity', 'wrong answer'):
+        assert word in done.stdout.lower()
+    ours, adapter = results_in('out')['results']
+    assert ours['name'] == 'tiny' and adapter['name'] == 'adapter' and ours['scores'] == pytest.approx(adapter['scores'], rel=1e-4)
+    page = (tmp_path / 'out' / 'evaluation.html').read_text()
+    assert '<script' not in page and '&lt;script&gt;' in page and not re.search(r'(src|href)="(?!data:)', page)
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert len(pictures) >= 3 and all(picture[:8] == b'\x89PNG\r\n\x1a\n' for picture in pictures)
+    markdown = (tmp_path / 'out' / 'evaluation.md').read_text()
+    assert '| accuracy |' in markdown and '````' in markdown and 'Worst responses' in markdown
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert 'earlier-1' in again.stdout and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
+
+
+def test_tables():
+    rows = [{'correct': i == 0, 'error': None if i == 0 else 'echo', 'question': f'q{i % 2}', 'f1': i / 4, 'loss': 1.0, 'where': ''} for i in range(4)]
+    result = {'name': 'm', 'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}, 'rows': rows,
+              'errors': {kind: 3 * (kind == 'echo') for kind in metrics.ERRORS}}
+    assert scorecard.score_rows([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
+    assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
+    assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
+    groups = dict(scorecard.examples_of(rows, 5))
+    assert [row['question'] for row in groups['Best responses']] == ['q0', 'q1'] and 'Error: echo' not in groups      # each question once
+
+
+def test_print_config_takes_the_documented_command():
+    done = subprocess.run([sys.executable, 'evaluate.py', '--model-path', 'models/theta_checkpoint_epoch_26', '--print_config'], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)['model_path'] == 'models/theta_checkpoint_epoch_26'
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('words, said', [
+    (['--task=arithmetic', '--data=x.jsonl'], 'leave one out'), (['--batch_size=0'], 'batch_size must be 1 or more'),
+    (['--temperature=-1'], 'temperature must be 0 or more'), (['--top_p=0'], 'top_p=0'), (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'),
+    (['--num_examples=-1'], 'num_examples must be 0 or more'), (['--dtype=int3'], 'is none of'), (['--model-pth=x'], 'did you mean')])
+def test_settings_without_meaning(words, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        config(*words)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_mistakes_are_named(tmp_path):
+    assert 'not a local directory' in mistake('--model-path', 'models/theta_checkpoint_epoch_26', '--task=facts')
+    (tmp_path / 'bare').mkdir()
+    assert 'not a model directory' in mistake('--model-path', 'bare', '--task=facts')
+    assert 'arithmetic' in mistake('--task=arithmetics')
+    (tmp_path / 'empty.jsonl').write_text('')
+    assert 'holds no row' in mistake('--data', 'empty.jsonl')
+    assert 'no such file' in mistake('--data', 'absent.jsonl')
+    write_rows(tmp_path / 'bad.jsonl', [{'question': 'Who?', 'answer': 'Tom'}, {'question': 'Who?'}])
+    assert 'bad.jsonl line 2' in mistake('--data', 'bad.jsonl')
+    write_rows(tmp_path / 'void.jsonl', [{'question': 'Who?', 'answer': ' '}])
+    assert 'answer' in mistake('--data', 'void.jsonl')
+    write_rows(tmp_path / 'train.jsonl', [{'question': 'Who?', 'answer': 'Tom', 'metadata': 'eval'}])
+    assert "no row of the split 'train'" in mistake('--data', 'train.jsonl', '--split=train')
+    assert 'training rows' in mistake('--data', 'train.jsonl', '--baselines')
+    write_rows(tmp_path / 'long.jsonl', [{'question': 'Who?', 'answer': 'Tom and Mia ' * 200}])
+    assert 'longer than the model\'s context' in mistake('--data', 'long.jsonl')
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'evaluation.md').write_text('mine')
+    assert 'not written by evaluate.py' in mistake('--task=facts', '--num_samples=1', '--output-dir=out')
+    assert (tmp_path / 'out' / 'evaluation.md').read_text() == 'mine'
+    model, _ = load_model('tiny')
+    save_model(model, None, str(tmp_path / 'mute'))
+    assert 'no tokenizer' in mistake('mute', '--task=facts')
+
+
+def test_rows_too_long_are_left_out_and_counted(tmp_path, capsys):
+    rows = [{'question': 'Who?', 'answer': 'Tom'}, {'question': 'Who?', 'answer': 'Tom and Mia ' * 200}, {'question': 'Why? ' * 300, 'answer': 'So.'}]
+    main(config('--data', write_rows(tmp_path / 'rows.jsonl', rows), '--output-dir=out'))
+    said = capsys.readouterr().out
+    assert '1 of 3 rows are left out' in said and '1 of 2 prompts lose their beginning' in said
+    assert results_in('out')['num_rows'] == 2
+
+
+def test_the_mistake_is_one_line_and_status_2():
+    done = subprocess.run([sys.executable, 'evaluate.py', '--model-path', 'nowhere/at/all'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and 'Traceback' not in done.stderr

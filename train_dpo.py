@@ -9,6 +9,7 @@ The loss of a pair is a function of four numbers, the log-probability of either 
 (dpo_loss); a step takes its mean over all pairs of the step, counted over micro-batches and ranks. The two answers stand behind one
 copy of their prompt, and only their tokens reach the head. Dropout is off, so that policy and reference differ in nothing but weights.
 """
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -36,18 +37,18 @@ class Config:
     # model
     base_model_name: str = setting('tiny', 'model.base_model_name', also=('model', 'model_name'))  # directory, hub name, a PEFT adapter, or `tiny`, the embedded model
     torch_dtype: str = setting('bfloat16', 'model.torch_dtype', choices=('float32', 'bfloat16', 'float16'))  # of frozen weights on a GPU (LoRA's base, the reference); what trains is float32
-    low_cpu_mem_usage: bool = setting(True, 'model.low_cpu_mem_usage')  # nothing to do: weights are always mapped from disk, without a second copy
+    low_cpu_mem_usage: bool = setting(True, 'model.low_cpu_mem_usage')  # weights are mapped from disk, never held twice; false is said to change nothing
     load_in_8bit: bool = setting(False, 'model.load_in_8bit')  # quantise the frozen weights to 8 bits (needs use_lora)
     load_in_4bit: bool = setting(False, 'model.load_in_4bit')  # to 4 bits: QLoRA (needs use_lora)
-    bnb_4bit_compute_dtype: str = setting('bfloat16', 'model.bnb_4bit_compute_dtype', choices=('float32', 'bfloat16', 'float16'))  # of products with 4-bit weights
+    bnb_4bit_compute_dtype: str | None = setting(None, 'model.bnb_4bit_compute_dtype', choices=('float32', 'bfloat16', 'float16'))  # of products with 4-bit weights; as all others if not set
     bnb_4bit_quant_type: str = setting('nf4', 'model.bnb_4bit_quant_type', choices=('nf4', 'fp4'))  # the sixteen values of a 4-bit weight
     bnb_4bit_use_double_quant: bool = setting(True, 'model.bnb_4bit_use_double_quant')  # quantise the scales of 4-bit weights too
-    use_flash_attention: bool = setting(False, 'model.use_flash_attention')  # nothing to do: attention always runs in fused kernels
+    use_flash_attention: bool = setting(False, 'model.use_flash_attention')  # attention always runs in fused kernels; true is said to change nothing
     use_lora: bool = setting(False, 'model.use_lora')  # train a low-rank adapter instead of all weights
     lora_r: int = setting(8, 'model.lora_r')  # its rank
     lora_alpha: float = setting(16, 'model.lora_alpha')  # its change counts alpha / r times
     lora_dropout: float = setting(0.05, 'model.lora_dropout')  # on its input, if disable_dropout is false
-    lora_target_modules: list[str] | None = setting(None, 'model.lora_target_modules')  # names as in PEFT (q_proj, all-linear); the family's usual ones if not set
+    lora_target_modules: list[str] = setting([], 'model.lora_target_modules')  # layers with an adapter, names as in PEFT (q_proj); empty = every linear one but the head
     lora_bias: str = setting('none', 'model.lora_bias', choices=('none', 'all', 'lora_only'))  # which biases train too
     # data
     datasets: list[Source] = setting([Source(name='facts')], 'data.datasets')  # one or more; `facts` is the embedded preference set
@@ -55,7 +56,7 @@ class Config:
     max_prompt_length: int | None = setting(None, 'data.max_prompt_length')  # a longer prompt loses its beginning; if not set it is never cut
     system_prompt: str | None = setting(None, 'data.system_prompt')  # template over the columns of a row: the system message of every prompt
     apply_chat_template: bool = setting(True, 'data.apply_chat_template')  # false: texts as they are, for models that do not chat
-    remove_unused_columns: bool = setting(False, 'data.remove_unused_columns')  # nothing to do: of a row only named columns are kept
+    remove_unused_columns: bool = setting(True, 'data.remove_unused_columns')  # of a row only the columns that are named are kept; false is said to change nothing
     dataset_num_proc: int = setting(1, 'data.dataset_num_proc')  # processes that render and tokenise
     eval_fraction: float = setting(0.05, 'data.eval_fraction')  # held out, by the hash of the prompt, where no row's metadata says "eval"
     max_eval_pairs: int = setting(512, 'data.max_eval_pairs')  # so many of the held-out pairs are looked at
@@ -66,7 +67,7 @@ class Config:
     beta: float = setting(0.1, 'training.beta')  # how much a log-ratio counts: the larger, the nearer the policy stays to the reference
     label_smoothing: float = setting(0.0, 'training.label_smoothing')  # share of pairs that are labelled the wrong way round (cDPO, robust DPO)
     gamma: float = setting(0.0, 'training.gamma')  # margin by which SimPO wants the chosen answer to win
-    rpo_alpha: float = setting(0.0, 'training.rpo_alpha')  # weight of an SFT term: minus the mean log-probability of the chosen answer's tokens
+    rpo_alpha: float | None = setting(None, 'training.rpo_alpha')  # weight of an SFT term, minus the mean log-probability of the chosen answer's tokens; if not set 1 for small models, which would forget how to speak, else 0
     reference: str = setting('auto', 'training.reference', choices=('auto', 'adapters_off', 'copy', 'cache'))  # auto: adapters off under LoRA, else a frozen copy; cache: log-probabilities computed once, kept on disk
     reference_cache: str = setting('models/reference_logps', 'training.reference_cache')  # folder of these, shared by runs
     disable_dropout: bool = setting(True, 'training.disable_dropout')  # false: the adapter's dropout acts on the policy
@@ -93,7 +94,7 @@ class Config:
     fp16: bool = setting(False, 'training.fp16')  # in float16, with loss scaling
     gradient_checkpointing: bool = setting(False, 'training.gradient_checkpointing')  # compute activations again in backward: less memory, a third more time
     deepspeed_config: str | None = setting(None, 'training.deepspeed_config')  # there is no DeepSpeed here: an error that names what to use
-    dataloader_num_workers: int = setting(0, 'training.dataloader_num_workers')  # nothing to do: the ids are in memory, a batch is cut in less than a millisecond
+    dataloader_num_workers: int = setting(0, 'training.dataloader_num_workers')  # steps whose batches a thread makes ahead
     dataloader_pin_memory: bool = setting(False, 'training.dataloader_pin_memory')  # copy batches to the GPU from page-locked memory, while it computes
     dataloader_drop_last: bool = setting(True, 'training.dataloader_drop_last')  # leave out an epoch's last batch where it is not full
     resume: bool | str = setting(False, 'training.resume', choices=('auto',))  # go on with the run in output_dir; auto: if there is one
@@ -124,11 +125,12 @@ class Config:
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
         for name in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'logging_steps', 'save_steps', 'eval_steps', 'max_length',
-                     'max_prompt_length', 'max_new_tokens', 'num_gpus', 'lora_r', 'save_total_limit'):
+                     'max_prompt_length', 'max_new_tokens', 'num_gpus', 'lora_r', 'save_total_limit', 'dataset_num_proc'):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f'{name} must be 1 or more, not {getattr(self, name)}')
-        for name in ('warmup_steps', 'weight_decay', 'max_grad_norm', 'gamma', 'rpo_alpha', 'eval_samples', 'max_eval_pairs', 'lora_dropout'):
-            if getattr(self, name) < 0:
+        for name in ('warmup_steps', 'weight_decay', 'max_grad_norm', 'gamma', 'rpo_alpha', 'eval_samples', 'max_eval_pairs', 'lora_dropout',
+                     'dataloader_num_workers'):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f'{name} must be 0 or more, not {getattr(self, name)}')
         for name in ('beta', 'learning_rate', 'num_train_epochs', 'lora_alpha'):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
@@ -243,12 +245,13 @@ class Batch(NamedTuple):
     lengths: torch.Tensor       # (S,) tokens of each answer
 
 
-def make_batch(groups, device, pin=False):
-    """[(prompt ids, [answer ids, ...]), ...] -> Batch. On a CPU all stand in one row, without padding; on a GPU in rows as long as the
-    longest, filled by best fit."""
+def make_batch(groups, device, pin=False, one_row=None):
+    """[(prompt ids, [answer ids, ...]), ...] -> Batch. one_row: without padding, as a CPU likes it, which attends document by document;
+    else rows as long as the longest, filled by best fit, since a GPU makes a mask of (T, T) a row."""
+    one_row = device.type == 'cpu' if one_row is None else one_row
     sizes = [len(prompt) + sum(len(answer) - 1 for answer in answers) for prompt, answers in groups]
-    width = sum(sizes) if device.type == 'cpu' else max(sizes)
-    bins = [list(range(len(groups)))] if device.type == 'cpu' else best_fit(sizes, width)
+    width = sum(sizes) if one_row else max(sizes)
+    bins = [list(range(len(groups)))] if one_row else best_fit(sizes, width)
     idx, positions = np.zeros((len(bins), width), np.int64), np.tile(np.arange(width), (len(bins), 1))
     starts = {}
     for row, members in enumerate(bins):
@@ -285,7 +288,7 @@ def load_data(cfg, tokenizer, context, machine):
     for source in cfg.datasets:
         raw, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
         splits = {pair.where: pair.split for pair in raw}
-        found, more, cuts = encode_pairs(tokenizer, raw, max_length, cfg.max_prompt_length)
+        found, more, cuts = encode_pairs(tokenizer, raw, max_length, cfg.max_prompt_length, cfg.dataset_num_proc)
         drops.update(more)
         marked = 'eval' in splits.values()
         own, own_held = [], []
@@ -355,10 +358,30 @@ def micro_batches(cfg, pairs, indices, machine):
                          cfg.dataloader_pin_memory), part
 
 
+class Loader:
+    """(indices of all pairs of a step, this rank's micro-batches), made `dataloader_num_workers` steps ahead by a thread."""
+
+    def __init__(self, cfg, feed, pairs, machine):
+        self.cfg, self.feed, self.pairs, self.machine, self.ahead = cfg, feed, pairs, machine, {}
+        self.pool = concurrent.futures.ThreadPoolExecutor(1) if cfg.dataloader_num_workers else None
+
+    def make(self, step):
+        indices = self.feed.pairs(step)
+        return indices, list(micro_batches(self.cfg, self.pairs, indices, self.machine))
+
+    def __call__(self, step):
+        if not self.pool:
+            return self.make(step)
+        for later in range(step, min(step + 1 + self.cfg.dataloader_num_workers, self.feed.total)):
+            if later not in self.ahead:
+                self.ahead[later] = self.pool.submit(self.make, later)
+        return self.ahead.pop(step).result()
+
+
 # ---- policy and reference ---------------------------------------------------------------------------------------------------
 
 def mode_of(cfg):
-    return 'QLoRA' if cfg.load_in_4bit else 'LoRA' if cfg.use_lora else 'full'
+    return 'QLoRA' if cfg.load_in_4bit or cfg.load_in_8bit else 'LoRA' if cfg.use_lora else 'full'
 
 
 def load(cfg, name, machine, trainable):
@@ -377,7 +400,7 @@ def build_policy(cfg, resumed, machine):
         raise UserError(f'{cfg.base_model_name} has no tokenizer beside it')
     if cfg.use_lora and not getattr(model, 'adapters', None):
         torch.manual_seed(seed_for(cfg.seed, 'adapter'))
-        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules, cfg.lora_bias)
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules or 'all-linear', cfg.lora_bias)
     elif not cfg.use_lora and getattr(model, 'adapters', None):
         merge_lora(model, keep=False)
     for adapter in (adapter for layer in lora_layers(model) for adapter in layer.lora.values()):
@@ -392,7 +415,7 @@ def answer_logps(model, batch):
     hidden = model.hidden(batch.idx, batch.positions).flatten(0, 1)[batch.source]                  # (N, C)
     logp = model.token_stats(hidden[None], batch.targets[None], extras=False)['logp'][0]           # (N,)
     inside = torch.arange(int(batch.lengths.max()), device=logp.device) < batch.lengths[:, None]   # (S, longest)
-    return torch.zeros(inside.shape, device=logp.device).masked_scatter(inside, logp).sum(1)
+    return logp.new_zeros(inside.shape).masked_scatter(inside, logp).sum(1)
 
 
 class Reference:
@@ -550,10 +573,8 @@ def notes(cfg):
         yield 'low_cpu_mem_usage=false changes nothing: weights are mapped from disk, never read twice'
     if cfg.use_flash_attention:
         yield 'use_flash_attention changes nothing: attention always runs in fused kernels, those of torch'
-    if cfg.remove_unused_columns:
-        yield 'remove_unused_columns changes nothing: of a row only the columns that are named are kept'
-    if cfg.dataloader_num_workers:
-        yield f'dataloader_num_workers={cfg.dataloader_num_workers} changes nothing: the ids are in memory, and a batch is cut in less than a millisecond'
+    if not cfg.remove_unused_columns:
+        yield 'remove_unused_columns=false changes nothing: a row is encoded as it is read, and no column is kept'
     if cfg.use_lora and cfg.lora_dropout and cfg.disable_dropout:
         yield f'lora_dropout={cfg.lora_dropout} is not applied, so that policy and reference differ in weights alone (disable_dropout=false applies it)'
 
@@ -591,12 +612,16 @@ def show_data(tokenizer, pairs, train, held, feed, machine):
 
 def choose(cfg, model, from_base, steps, machine):
     """Fills in what is unset and says so; returns the kind of reference."""
-    if cfg.learning_rate is None:
-        small = model.num_params() < SMALL
-        cfg.learning_rate = RATES[mode_of(cfg)] * (30 if small else 1)
-        machine.say(f'learning_rate {cfg.learning_rate:g}, that of {mode_of(cfg)}' + (' for a model this small' if small else ''))
+    small = model.num_params() < SMALL
+    chosen = {'learning_rate': RATES[mode_of(cfg)] * (30 if small else 1), 'rpo_alpha': 1.0 if small and cfg.loss_type != 'orpo' else 0.0}
+    chosen = {name: value for name, value in chosen.items() if getattr(cfg, name) is None}
+    for name, value in chosen.items():
+        setattr(cfg, name, value)
+    if chosen:
+        machine.say('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) +
+                    f' for {mode_of(cfg)} training' + ' of a small model' * small + ' (type the flags for others)')
     if cfg.warmup_steps >= steps:
-        machine.say(f'warmup_steps={cfg.warmup_steps} is clamped to {steps // 2}: there are {steps} steps')
+        machine.say(f'note      warmup_steps={cfg.warmup_steps} is clamped to {steps // 2}: there are {steps} steps')
         cfg.warmup_steps = steps // 2
     if cfg.loss_type in REFERENCE_FREE:
         return 'none'
@@ -663,10 +688,11 @@ def main(cfg):
     reference = Reference(cfg, kind, model, from_base, not resumed, pairs, used, machine)
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
     step, num_tokens, best_loss, scaler = 0, 0, math.inf, LossScale(machine.dtype)
+    window = [0.0] * (len(KEYS) + 2)        # since the last log line: sums of KEYS, tokens, steps
     if resumed:
         tensors, state = read_checkpoint(resumed)
         optimizer.load_state_dict(tensors)
-        step, num_tokens, scaler = state['step'], state['num_tokens'], LossScale(machine.dtype, state['loss_scale'])
+        step, num_tokens, window, scaler = state['step'], state['num_tokens'], state['window'], LossScale(machine.dtype, state['loss_scale'])
         best_loss = math.inf if state['best_eval_loss'] is None else state['best_eval_loss']
         checkpoints.rewind(resumed)
         machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
@@ -678,11 +704,12 @@ def main(cfg):
     log = Log(machine, cfg.output_dir, header, feed.total, cfg.tensorboard, wandb if cfg.wandb_enabled else None, step if resumed else None)
 
     def save(best):
-        state = {'step': step, 'num_tokens': num_tokens, 'loss_scale': scaler.state,
+        state = {'step': step, 'num_tokens': num_tokens, 'window': window, 'loss_scale': scaler.state,
                  'best_eval_loss': best_loss if math.isfinite(best_loss) else None}
         checkpoints.save(step, lambda directory: save_model(model, tokenizer, directory), optimizer.state_dict(), state, best)
 
-    first, bad_steps, window, since, metrics = step, 0, [], time.perf_counter(), {}
+    loader = Loader(cfg, feed, pairs, machine)
+    first, bad_steps, since, metrics = step, 0, time.perf_counter(), {}
     while True:
         looked = bool(held) and (step % cfg.eval_steps == 0 or step == feed.total) and (step > first or not resumed)
         if looked:
@@ -704,22 +731,21 @@ def main(cfg):
 
         lr = learning_rate(step, cfg.lr_scheduler, cfg.learning_rate, 0.0, cfg.warmup_steps, feed.total)
         optimizer.set_lr(lr)
-        indices = feed.pairs(step)
-        batches = list(micro_batches(cfg, pairs, indices, machine))
+        indices, batches = loader(step)
         means, norm, good = train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, machine)
-        window.append(torch.cat([means, means.new_tensor([sum(batch.idx.numel() for batch, _ in batches)])]))
-        step, bad_steps = step + 1, 0 if good else bad_steps + 1
+        tokens = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in map(pairs.__getitem__, indices))
+        step, bad_steps, num_tokens = step + 1, 0 if good else bad_steps + 1, num_tokens + tokens
+        window = [a + b for a, b in zip(window, [*machine.sum(means).tolist(), tokens, 1])]
         if not good:
             machine.say(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
             if bad_steps == MAX_BAD_STEPS:
                 raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower training.learning_rate={cfg.learning_rate:g}; '
                                 f'the checkpoints in {cfg.output_dir} are good')
         if step % cfg.logging_steps == 0 or step == feed.total:
-            *means, tokens = machine.sum(torch.stack(window).mean(0)).tolist()
-            seconds, num_tokens = time.perf_counter() - since, num_tokens + round(tokens * len(window))
-            log.write(step, {**dict(zip(KEYS, means)), 'epoch': feed.epochs(step), 'learning_rate': lr, 'grad_norm': norm,
-                             'num_tokens': num_tokens, 'tokens_per_second': round(tokens * len(window) / seconds)})
-            window, since = [], time.perf_counter()
+            *sums, tokens, steps = window
+            log.write(step, {**{key: value / steps for key, value in zip(KEYS, sums)}, 'epoch': feed.epochs(step), 'learning_rate': lr,
+                             'grad_norm': norm, 'num_tokens': num_tokens, 'tokens_per_second': round(tokens / (time.perf_counter() - since))})
+            window, since = [0.0] * len(window), time.perf_counter()
         log.progress(step)
     log.close()
     machine.say(f'the model is in {cfg.output_dir}/' + (f' (eval_loss {best_loss:.4f})' if held else '') + f': python sample.py {cfg.output_dir} --chat')

@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import time
+import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ RESULTS = ('evaluation.json', 'evaluation.md', 'evaluation.html')
 @dataclass
 class Config:
     # models
-    model_path: str = setting('', also=('model', 'model_name', 'base_model_name'))  # directory, adapter, hub name, or `tiny`, which is the default
+    model_path: str = setting('', also=('model', 'base_model_name'))  # directory, adapter, hub name, or `tiny`, the default
     models: list[str] = setting([], positional=True)  # more of them, to be set side by side
     load_in_4bit: bool = False  # quantise the linear layers to NF4 as they are read
     load_in_8bit: bool = False  # quantise them to 8 bits
@@ -56,7 +57,8 @@ class Config:
     matmul: str = setting('auto', choices=('auto', 'float32', 'bf16'))  # products on a CPU; auto = bf16 where the processor has it
 
     def check(self):
-        for name, least in (('num_samples', 1), ('batch_size', 1), ('max_new_tokens', 1), ('num_examples', 0), ('temperature', 0), ('top_k', 0)):
+        for name, least in (('num_samples', 1), ('batch_size', 1), ('max_new_tokens', 1), ('num_examples', 0), ('temperature', 0),
+                            ('top_k', 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f'{name} must be {least} or more, not {getattr(self, name)}')
         if not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -107,77 +109,103 @@ class Row:
 
 # ---- data -------------------------------------------------------------------------------------------------------------------
 
+@dataclass
+class Data:
+    """What is evaluated. training: the other rows of the same data, for trivial solvers; task and problems: of a task, one a record."""
+    name: str
+    records: list
+    training: list
+    task: types.ModuleType | None = None
+    problems: list | None = None
+
+
 def read_data(cfg, model_path, machine):
-    """What is to be evaluated -> (its name, Records held out, Records for training, task or None). The problem of a task's Record is
-    its `where`."""
-    if cfg.task:
-        task = task_module(cfg.task)
-        parts = {split: task.problems(split, count, cfg.seed) for split, count in (('eval', cfg.num_samples or 200), ('train', 1000))}
-        records = {split: [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}],
-                                  problem.get('tools'), split, problem) for problem in problems] for split, problems in parts.items()}
-        return f'the task {cfg.task}', records['eval'], records['train'], task
-    settings, findings = data_settings(cfg, model_path), Findings()
+    """What the command names, else what the run that wrote the checkpoint held out, else the embedded tool calls -> Data."""
+    saved = {} if cfg.data or cfg.task else saved_run(model_path)
+    if name := cfg.task or task_trained_on(saved):
+        return read_task(name, cfg.num_samples or 200)
+    settings, findings = data_settings(cfg, saved, model_path), Findings()
     sources = sources_of(settings, machine)
     if cfg.split not in ('train', 'eval', 'all'):
         sources = [replace(source, split=cfg.split) for source in sources]
     records = [record for _, record in records_of(settings, sources, findings, machine)]
-    name, held_out = ', '.join(source.name for source in sources), [record for record in records if record.split == 'eval']
+    name = ', '.join(source.name for source in sources)
     for line in findings.lines():
         print(f'{name}: {line}')
     if not cfg.skip_bad_rows:
         findings.stop()
-    chosen = {'train': [record for record in records if record.split == 'train'], 'all': records}.get(cfg.split, held_out or records)
+    training, held_out = ([record for record in records if record.split == split] for split in ('train', 'eval'))
+    chosen = {'train': training, 'all': records}.get(cfg.split, held_out or records)
     if not chosen:
         raise UserError(f'{name}: no row of the split {cfg.split!r} among {len(records)}')
     if not held_out and cfg.split == 'eval':
         print(f'{name}: no row is marked as held out (metadata "eval"), so all {len(records):,} are evaluated')
-    training = [record for record in records if record.split == 'train' and held_out]
-    return name, chosen[:cfg.num_samples], training, None
+    return Data(name, chosen[:cfg.num_samples], training if held_out else [])
 
 
-def data_settings(cfg, model_path):
+def read_task(name, count):
+    """data/tasks/<name>.py, which must have what an evaluation needs, and its problems -> Data."""
+    folder = os.path.join(HERE, 'data', 'tasks')
+    known = sorted(file[:-3] for file in os.listdir(folder) if file.endswith('.py') and '\ndef reward(' in Path(folder, file).read_text())
+    if name not in known:
+        raise UserError(f"there is no task '{name}'{closest(name, known)} (tasks: {', '.join(known)})")
+    task = importlib.import_module(f'data.tasks.{name}')
+    parts = [(split, task.problems(split, size, 0)) for split, size in (('eval', count), ('train', 1000))]
+    records = [[Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}], problem.get('tools'), split,
+                       f'{name} problem {i}') for i, problem in enumerate(problems)] for split, problems in parts]
+    return Data(f'the task {name}', *records, task, parts[0][1])
+
+
+def saved_run(model_path):
+    """The run_config.json of the run that wrote a checkpoint, {} where there is none."""
+    folder = Path(model_path).absolute()
+    return next(filter(None, (read_own(place / 'run_config.json') for place in (folder, *folder.parents[:2]))), {})
+
+
+def task_trained_on(saved):
+    """The task that a run of train_rl.py drew its problems from, None where it had other data."""
+    data = saved['config']['data'] if saved.get('script') == 'train_rl.py' else {}
+    return None if data.get('datasets') else data.get('task')
+
+
+def data_settings(cfg, saved, model_path):
     """Which rows there are, and which of them are held out, as settings of train_sft.py: those of the run that wrote the checkpoint, where
     no data is named."""
     if cfg.data:
         source = Source(cfg.data, cfg.subset, prompt_column=cfg.prompt_column, answer_column=cfg.answer_column)
         return Training(datasets=[source], eval_fraction=0.0, system_prompt=cfg.system_prompt)
-    folder = Path(model_path).absolute()
-    saved = next(filter(None, (read_own(place / 'run_config.json') for place in (folder, *folder.parents[:2]))), {})
     if saved.get('script') == 'train_sft.py':
         return from_dict(Training, saved['config'])
-    print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are taken; --data and --task '
-          'name something else')
+    print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are '
+          'taken; --data and --task name something else')
     return Training(dataset_path='toolcalls')
 
 
-def task_module(name):
-    """data/tasks/<name>.py, which must have what an evaluation needs."""
-    folder = os.path.join(HERE, 'data', 'tasks')
-    known = sorted(file[:-3] for file in os.listdir(folder) if file.endswith('.py') and '\ndef reward(' in Path(folder, file).read_text())
-    if name not in known:
-        raise UserError(f"there is no task '{name}'{closest(name, known)} (tasks: {', '.join(known)})")
-    return importlib.import_module(f'data.tasks.{name}')
-
-
-def texts_of(tokenizer, ids):
+def text_of(tokenizer, ids):
     """Token ids without their stop token -> text."""
     return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids).strip()
 
 
-def encode_records(tokenizer, records):
+def encode_records(tokenizer, records, problems=None):
     """Records -> Rows with the ids that training uses and the sampler sees."""
-    rows, chats = [], encode(tokenizer, [pieces_of(tokenizer, record, 'completion') for record in records])
-    for record, chat in zip(records, chats, strict=True):
+    rows, chats = [], encode(tokenizer, [pieces(tokenizer, record) for record in records])
+    for record, chat, problem in zip(records, chats, problems or [None] * len(records), strict=True):
         start = chat.mask.index(True) or 1              # a text that follows no prompt is asked for by its first token
         answer = [token for token, target in zip(chat.ids[start:], chat.mask[start:]) if target]
         messages = record.prompt if isinstance(record.prompt, list) else [{'role': 'user', 'content': record.prompt}]
         question = next((message['content'] for message in reversed(messages) if message['role'] == 'user'), '')
-        reference = texts_of(tokenizer, answer)
         calls = record.completion[-1].get('tool_calls') or [] if isinstance(record.completion, list) else []
-        is_problem = isinstance(record.where, dict)
-        rows.append(Row('' if is_problem else record.where, question, reference, chat.ids[:start], answer,
-                        [call['function'] for call in calls] or read_calls(reference) or [], record.where if is_problem else None))
+        reference = text_of(tokenizer, answer)
+        wanted = [call['function'] for call in calls] or read_calls(reference) or []
+        rows.append(Row(record.where, question, reference, chat.ids[:start], answer, wanted, problem))
     return rows
+
+
+def pieces(tokenizer, record):
+    try:
+        return pieces_of(tokenizer, record, 'completion')
+    except UserError as error:
+        raise UserError(f'{record.where}: {error}') from None
 
 
 def read_calls(text):
@@ -219,9 +247,10 @@ def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens):
             prompts = [row.prompt[-(model.config.block_size - room):] for row in batch]
             samples = generate(model, prompts, room, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, tokenizer.stop_ids,
                                seed=seed_for(cfg.seed, 'evaluate', at))
-            for row, tokens, length, stopped in zip(batch, *(tensor.tolist() for tensor in (samples.tokens, samples.lengths, samples.stopped))):
+            columns = (tensor.tolist() for tensor in (samples.tokens, samples.lengths, samples.stopped))
+            for row, tokens, length, stopped in zip(batch, *columns):
                 row.tokens, row.stopped = tokens[:length - stopped], stopped
-                row.response = texts_of(tokenizer, tokens[:length])
+                row.response = text_of(tokenizer, tokens[:length])
                 row.called = read_calls(row.response)
             bar.update(len(batch))
 
@@ -233,94 +262,42 @@ def checked_rows(rows, context, max_new_tokens):
     if not fitting:
         raise UserError(f'every right answer is longer than the model\'s context of {context} tokens: nothing can be evaluated')
     if len(fitting) < len(rows):
-        print(f'{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: their answer alone does not fit the context of {context} tokens')
+        print(f'{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: their answer alone does not fit the context of '
+              f'{context} tokens')
     cut = sum(len(row.prompt) + max(len(row.answer), max_new_tokens) > context for row in fitting)
     if cut:
-        print(f'{cut:,} of {len(fitting):,} prompts lose their beginning where they do not fit the context of {context} tokens together with '
-              f'the answer or the {max_new_tokens} tokens allowed (longest prompt and answer: {longest})')
+        print(f'{cut:,} of {len(fitting):,} prompts lose their beginning where they do not fit the context of {context} tokens together '
+              f'with the answer or the {max_new_tokens} tokens allowed (longest prompt and answer: {longest})')
     return fitting
 
 
-# ---- scores -----------------------------------------------------------------------------------------------------------------
-
-def judge(rows, task=None):
-    """Sets correct and error of each row: by the task's reward, else all calls the same, else the same words (SQuAD's exact match)."""
-    for row in rows:
-        if task:
-            row.correct = task.reward(row.problem, row.response) >= 1
-        elif row.wanted or row.called != []:
-            row.correct = metrics.compare_calls(row.called, row.wanted)['exact_call']
-        else:
-            row.correct = metrics.squad_match(row.response, row.reference)
-        row.error = metrics.error_of(vars(row))
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def scores_of(rows, task=None, read=True):
-    """{measure: value} of judged rows. Shares and F-measures in 0..1, BLEU in 0..100; read: whether a model has read the answers."""
-    pairs = [(row.response, row.reference) for row in rows]
-    scores = {'accuracy': mean(row.correct for row in rows)}
-    if task:
-        scores['reward'] = mean(task.reward(row.problem, row.response) for row in rows)
-    with_calls = [row for row in rows if row.wanted or row.called != []]
-    if any(row.wanted for row in rows):
-        compared = [metrics.compare_calls(row.called, row.wanted) for row in with_calls]
-        scores.update({name: mean(row[name] for row in compared) for name in compared[0]})
-    if read:
-        tokens = sum(len(row.answer) for row in rows)
-        loss = sum(row.loss for row in rows) / tokens
-        scores.update(loss=loss, perplexity=math.exp(min(loss, 700)), token_accuracy=sum(row.hits for row in rows) / tokens)
-    scores.update(exact_match=mean(metrics.exact_match(*pair) for pair in pairs), f1=mean(metrics.f1(*pair) for pair in pairs))
-    overlaps = metrics.rouge(pairs)
-    scores.update({name: mean(row[name] for row in overlaps) for name in overlaps[0]})
-    scores.update(metrics.bleu(pairs))
-    if read:
-        scores.update(stopped=mean(row.stopped for row in rows), mean_tokens=mean(len(row.tokens) for row in rows))
-    return scores
-
-
-def result_of(name, rows, task=None, read=True, **facts):
-    """What the report says of one model or trivial solver: scores, errors by kind, calls by tool, every row."""
-    judge(rows, task)
-    errors = {kind: sum(row.error == kind for row in rows) for kind in metrics.ERRORS}
-    return {'name': name, **facts, 'scores': scores_of(rows, task, read), 'errors': errors,
-            'tools': metrics.per_tool([(row.called, row.wanted) for row in rows if row.wanted]),
-            'rows': [{'where': row.where, 'question': row.question, 'reference': row.reference, 'response': row.response,
-                      'correct': row.correct, 'error': row.error, 'stopped': row.stopped, 'f1': metrics.f1(row.response, row.reference),
-                      'loss': row.loss / len(row.answer) if read else None, 'num_tokens': len(row.tokens) if read else None,
-                      'answer_tokens': len(row.answer)} for row in rows]}
-
+# ---- the command ------------------------------------------------------------------------------------------------------------
 
 def trivial(solver, name, rows, training, task):
     """The result of a solver that only looks at the training rows."""
     responses = solver([row.question for row in rows], [(row.question, row.reference) for row in training])
     rows = [Row(row.where, row.question, row.reference, row.prompt, row.answer, row.wanted, row.problem, response=response,
                 called=read_calls(response)) for row, response in zip(rows, responses)]
-    return result_of(name, rows, task, read=False)
+    return metrics.result_of(name, rows, task, read=False)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------------
-
-def evaluate(cfg, name, records, task, machine):
-    """One model on the records -> (its result, its rows)."""
+def evaluate(cfg, name, data, machine):
+    """One model on the data -> (its result, its Rows, its tokenizer)."""
     begun = time.perf_counter()
     model, tokenizer = load_model(name, machine.device, machine.dtype, cfg.load_in_4bit, cfg.load_in_8bit)
     if tokenizer is None:
         raise UserError(f'{name} has no tokenizer beside its weights: copy tokenizer.json there')
     model.set_matmul(machine.matmul)
-    rows = encode_records(tokenizer, records)
+    rows = encode_records(tokenizer, data.records, data.problems)
     allowed = cfg.max_new_tokens or max(32, 2 * max(len(row.answer) for row in rows))
     allowed = min(allowed, max(1, model.config.block_size // 2))
     rows = checked_rows(rows, model.config.block_size, allowed)
-    print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens each')
+    print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens '
+          'each')
     with explain_out_of_memory('--batch_size'):
         read_answers(model, rows, cfg.batch_size, machine)
         answer_questions(model, tokenizer, rows, cfg, machine, allowed)
-    result = result_of(name, rows, task, seconds=time.perf_counter() - begun, max_new_tokens=allowed)
+    result = metrics.result_of(name, rows, data.task, max_new_tokens=allowed, seconds=time.perf_counter() - begun)
     return result, rows, tokenizer
 
 
@@ -329,35 +306,40 @@ def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
     print(describe_device(machine))
     out_dir = Path(cfg.output_dir or os.path.join('evaluation', os.path.basename(os.path.normpath(names[0]))))
-    data, records, training, task = read_data(cfg, names[0], machine)
-    results = []
+    earlier_results(out_dir)
+    data, results = read_data(cfg, names[0], machine), []
+    if cfg.baselines and not data.training:
+        raise UserError(f'--baselines look at training rows, and {data.name} has none: mark them with metadata "train", others with "eval"')
     for name in names:
-        result, rows, tokenizer = evaluate(cfg, name, records, task, machine)
+        result, rows, tokenizer = evaluate(cfg, name, data, machine)
         results.append(result)
     if cfg.baselines:
-        if not training:
-            raise UserError(f'--baselines look at training rows, and {data} has none: mark them with metadata "train"')
-        seen = encode_records(tokenizer, training)
-        results += [trivial(metrics.majority, 'most frequent answer', rows, seen, task),
-                    trivial(metrics.nearest, 'answer to the nearest question', rows, seen, task)]
-    evaluation = {'written_by': 'nanoforge', 'data': data, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results}
-    write_results(out_dir, evaluation, cfg.num_examples)
+        training = encode_records(tokenizer, data.training)
+        results += [trivial(metrics.majority, 'most frequent answer', rows, training, data.task),
+                    trivial(metrics.nearest, 'answer to the nearest question', rows, training, data.task)]
     print(scorecard.text_table(*scorecard.score_rows(results)))
     print(scorecard.text_table(*scorecard.error_rows(results)))
+    evaluation = {'written_by': 'nanoforge', 'data': data.name, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results}
+    write_results(out_dir, evaluation, cfg.num_examples)
     print(f'report: {out_dir / "evaluation.html"} (also .md and .json)')
     return results[0]['scores']
+
+
+def earlier_results(out_dir):
+    """What an earlier evaluation left in a folder; UserError where something else has these names."""
+    there = [out_dir / name for name in RESULTS if (out_dir / name).exists()]
+    if there and not read_own(out_dir / 'evaluation.json'):
+        raise UserError(f'{there[0]} was not written by evaluate.py: choose another --output_dir')
+    return there
 
 
 def write_results(out_dir, evaluation, num_examples):
     """The JSON, Markdown and HTML files; those of an earlier evaluation move to earlier-1/ in the folder."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    there = [out_dir / name for name in RESULTS if (out_dir / name).exists()]
-    if there:
-        if not read_own(out_dir / 'evaluation.json'):
-            raise UserError(f'{there[0]} was not written by evaluate.py: choose another --output_dir')
+    if there := earlier_results(out_dir):
         print(f'{out_dir} held an earlier evaluation: it is now in {set_aside(out_dir, there)}')
-    write_json(out_dir / 'evaluation.json', evaluation)
     markdown, html = scorecard.pages_of(evaluation, num_examples)
+    write_json(out_dir / 'evaluation.json', evaluation)
     write_text(out_dir / 'evaluation.md', markdown)
     write_text(out_dir / 'evaluation.html', html)
 

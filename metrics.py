@@ -133,6 +133,61 @@ def error_of(row):
     return None if row['correct'] else next(name for name in ERRORS if found[name])
 
 
+# ---- of a whole set ---------------------------------------------------------------------------------------------------------
+
+def judge(rows, task=None):
+    """Sets correct and error of each row (evaluate.Row): by the task's reward, else all calls the same, else the same
+    words (SQuAD's exact match)."""
+    for row in rows:
+        if task:
+            row.correct = task.reward(row.problem, row.response) >= 1
+        elif row.wanted or row.called != []:
+            row.correct = compare_calls(row.called, row.wanted)['exact_call']
+        else:
+            row.correct = squad_match(row.response, row.reference)
+        row.error = error_of(vars(row))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def scores_of(rows, task=None, read=True):
+    """{measure: value} of judged rows. Shares and F-measures in 0..1, BLEU in 0..100; read: whether a model has read the answers."""
+    pairs = [(row.response, row.reference) for row in rows]
+    scores = {'accuracy': mean(row.correct for row in rows)}
+    if task:
+        scores['reward'] = mean(task.reward(row.problem, row.response) for row in rows)
+    with_calls = [row for row in rows if row.wanted or row.called != []]
+    if any(row.wanted for row in rows):
+        compared = [compare_calls(row.called, row.wanted) for row in with_calls]
+        scores.update({name: mean(row[name] for row in compared) for name in compared[0]})
+    if read:
+        tokens = sum(len(row.answer) for row in rows)
+        loss = sum(row.loss for row in rows) / tokens
+        scores.update(loss=loss, perplexity=math.exp(min(loss, 700)), token_accuracy=sum(row.hits for row in rows) / tokens)
+    scores.update(exact_match=mean(exact_match(*pair) for pair in pairs), f1=mean(f1(*pair) for pair in pairs))
+    overlaps = rouge(pairs)
+    scores.update({name: mean(row[name] for row in overlaps) for name in overlaps[0]})
+    scores.update(bleu(pairs))
+    if read:
+        scores.update(stopped=mean(row.stopped for row in rows), mean_tokens=mean(len(row.tokens) for row in rows))
+    return scores
+
+
+def result_of(name, rows, task=None, read=True, **facts):
+    """What the report says of one model or trivial solver: scores, errors by kind, calls by tool, every row."""
+    judge(rows, task)
+    errors = {kind: sum(row.error == kind for row in rows) for kind in ERRORS}
+    return {'name': name, **facts, 'scores': scores_of(rows, task, read), 'errors': errors,
+            'tools': per_tool([(row.called, row.wanted) for row in rows if row.wanted]),
+            'rows': [{'where': row.where, 'question': row.question, 'reference': row.reference, 'response': row.response,
+                      'correct': row.correct, 'error': row.error, 'stopped': row.stopped, 'f1': f1(row.response, row.reference),
+                      'loss': row.loss / len(row.answer) if read else None, 'num_tokens': len(row.tokens) if read else None,
+                      'answer_tokens': len(row.answer)} for row in rows]}
+
+
 # ---- trivial solvers --------------------------------------------------------------------------------------------------------
 
 def majority(questions, training):

@@ -1,6 +1,7 @@
 """
 Pictures drawn from what a run wrote down: they are made from log.jsonl alone, so a resumed run's picture is whole.
 """
+import html
 import itertools
 import json
 import math
@@ -165,3 +166,49 @@ def write_png(figure, png_path):
     temporary = Path(png_path).with_name('.nanoforge-tmp-' + Path(png_path).name)
     figure.savefig(temporary, format='png')
     temporary.replace(png_path)
+
+
+# ---- episodes of agents -----------------------------------------------------------------------------------------------------
+
+PAGE = '''<!doctype html><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222; background: #fff }}
+details {{ border: 1px solid #ddd; border-radius: 6px; margin: .5em 0; padding: .4em .8em }}
+summary {{ cursor: pointer }} h2 {{ margin-top: 1.6em }}
+.turn {{ display: flex; gap: 1.4em; align-items: flex-start; margin: .8em 0; flex-wrap: wrap }}
+pre {{ font: 15px/1.2 ui-monospace, monospace; margin: 0; padding: .5em .7em; background: #f5f5f5; border-radius: 4px; white-space: pre-wrap }}
+table {{ border-collapse: collapse; flex: 1; min-width: 24em }} td, th {{ padding: .15em .6em; text-align: left; vertical-align: top;
+border-bottom: 1px solid #eee }} td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
+tr.executed {{ background: #fff3c4; font-weight: 600 }} .good {{ color: #1a7f37 }} .bad {{ color: #b3261e }} .prompt {{ color: #666 }}
+</style><h1>{title}</h1><p>What every agent was asked in each state, its candidates with reward and advantage, and in yellow the one that
+was executed.</p>{body}
+'''
+
+
+def episodes_page(directory, newest=40):
+    """episodes.html in the folder of a run of agents: the newest episodes of episodes.jsonl as trees, and some of the last validation."""
+    directory = Path(directory)
+    found = sorted((directory / 'validate').glob('step-*.jsonl'), key=lambda path: int(path.stem.split('-')[1]))
+    sections = []
+    for title, path, count in (('Training', directory / 'episodes.jsonl', newest), ('Validation', found[-1] if found else None, 20)):
+        lines = path.read_text(encoding='utf-8').splitlines() if path and path.exists() else []
+        if lines:
+            sections.append(f'<h2>{title}</h2>' + ''.join(map(episode_html, map(json.loads, lines[-count:][::-1]))))
+    temporary = directory / '.nanoforge-tmp-episodes.html'
+    temporary.write_text(PAGE.format(title=html.escape(directory.parent.parent.name), body=''.join(sections)), encoding='utf-8')
+    temporary.replace(directory / 'episodes.html')
+
+
+def episode_html(episode):
+    """One episode as <details>: a row for every turn of every agent."""
+    end = '<b class="good">solved</b>' if episode['success'] else '<b class="bad">not solved</b>'
+    manner = f', {episode["manner"]}' if 'manner' in episode else ''
+    parts = []
+    for turn in episode['turns']:
+        rows = ''.join(
+            f'<tr{" class=executed" if k == turn["executed"] else ""}><td>{html.escape(c["text"])}</td><td>{html.escape(c["note"])}</td>'
+            f'<td class=n>{c["reward"]:.2f}</td><td class=n>{c["advantage"]:+.2f}</td></tr>' for k, c in enumerate(turn['candidates']))
+        parts.append(f'<p><b>turn {turn["turn"] + 1}, {html.escape(turn["agent"])}</b> '
+                     f'<span class=prompt>{html.escape(turn["messages"][-1]["content"])}</span></p><div class=turn>'
+                     f'<pre>{html.escape(turn["view"])}</pre><table><tr><th>answer<th>outcome<th>reward<th>advantage</tr>{rows}</table></div>')
+    return (f'<details><summary>step {episode["step"]}{manner}, problem {episode["episode"]}: {end}, reward {episode["reward"]:.2f}, '
+            f'{len(episode["turns"])} answers</summary>{"".join(parts)}<pre>{html.escape(episode["end"])}</pre></details>')

@@ -286,14 +286,15 @@ class Log:
     header       what the run is: script, data set, whether it is a stand-in, device ...
     total_steps  for the ETA, in the progress bar on a terminal, else in the lines
     wandb        name of a project, or a dict of wandb.init's own settings (project, entity, name, tags)
+    name         of the run, if not out_dir's with the time
     """
 
-    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None):
+    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None, name=None):
         self.run, self.total, self.first_step, self.began = run, total_steps, resume_step or 0, time.monotonic()
         self.path, self.widths, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), {}, None, None
         if not run.is_main:
             return
-        name = f'{os.path.basename(os.path.abspath(out_dir))}-{time.strftime("%Y%m%d-%H%M%S")}'
+        name = name or f'{os.path.basename(os.path.abspath(out_dir))}-{time.strftime("%Y%m%d-%H%M%S")}'
         with writing(self.path):
             if resume_step is not None:
                 name = cut_log(self.path, resume_step) or name
@@ -313,7 +314,8 @@ class Log:
             except ImportError:
                 raise UserError('wandb is not installed: pip install wandb, or leave the wandb flag out') from None
             settings = wandb if isinstance(wandb, dict) else {'project': wandb}
-            self.wandb = client.init(**{'name': name, 'id': name, 'resume': 'allow', 'config': header, **settings})
+            run_id = name.replace('/', '-')
+            self.wandb = client.init(**{'name': run_id, 'id': run_id, 'resume': 'allow', 'config': header, **settings})
         self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True, leave=False,
                         disable=not sys.stderr.isatty())
 

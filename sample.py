@@ -77,11 +77,12 @@ class Samples(NamedTuple):
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, stop_ids=(),
-             num_samples=1, seed=0, on_token=None):
+             num_samples=1, seed=0, on_token=None, numbers=None):
     """Draws `num_samples` continuations of each prompt (a list of id lists of any lengths) -> Samples.
 
     Token t of sample s of prompt i is the inverse CDF at a uniform number that depends on (seed, i, s, t) alone, so a sample does
-    not depend on its neighbours in the batch beyond rounding. temperature 0 takes the likeliest token.
+    not depend on its neighbours in the batch beyond rounding. temperature 0 takes the likeliest token. numbers: what stands for
+    i, one number a prompt, for prompts that are to draw the same whatever the batch (and rank) they come in.
 
     logp is that of the distribution the token was drawn from: logits with the repetition penalty, divided by the temperature,
     and, where top_k or top_p is on, of the tokens these leave, renormalised. With both off it is the full softmax's, as
@@ -117,7 +118,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             if device.type == 'cpu' and R * sum(p.numel() for p in model.parameters()) < ONE_THREAD:
                 torch.set_num_threads(1)
             rows = list(range(R))                   # rows[b] is the row of the result that row b of the batch draws
-            uniforms = uniform_numbers(seed, len(prompts), num_samples, T).to(device)           # (T, R), as the next two
+            uniforms = uniform_numbers(seed, numbers or range(len(prompts)), num_samples, T).to(device)     # (T, R), as the next two
             tokens, logp = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
             state, seen = [uniforms.t(), tokens.t(), logp.t(), *decoder.state], None
             if repetition_penalty != 1.0:
@@ -154,12 +155,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     return result._replace(tokens=result.tokens[:, :t + 1], logp=result.logp[:, :t + 1])
 
 
-def uniform_numbers(seed, num_prompts, num_samples, length):
-    """(length, num_prompts * num_samples) float32 in [0, 1): Philox (Salmon et al. 2011) keyed by the seed, whose counter begins
-    at (prompt, sample), so that a number depends on seed, prompt, sample and position alone."""
-    u = np.empty((length, num_prompts * num_samples), dtype=np.float32)
+def uniform_numbers(seed, numbers, num_samples, length):
+    """(length, prompts * num_samples) float32 in [0, 1): Philox (Salmon et al. 2011) keyed by the seed, whose counter begins at
+    (number of the prompt, sample), so that it depends on seed, prompt, sample and position alone."""
+    u = np.empty((length, len(numbers) * num_samples), dtype=np.float32)
     for row in range(u.shape[1]):
-        philox = np.random.Philox(key=seed % 2 ** 64, counter=[0, 0, row % num_samples, row // num_samples])
+        philox = np.random.Philox(key=seed % 2 ** 64, counter=[0, 0, row % num_samples, numbers[row // num_samples]])
         u[:, row] = np.random.Generator(philox).random(length, dtype=np.float32)
     return torch.from_numpy(u)
 

@@ -10,13 +10,14 @@ import re
 from metrics import ERRORS
 
 COLOURS = ['#3b6fb6', '#d9622b', '#4a9b6e', '#8d62a9', '#b8912f', '#5aa9c4', '#b5527a', '#777777']
-ERROR_COLOURS = dict(zip(('correct', *ERRORS), ['#4a9b6e', '#1f1f1f', '#5d3a7a', '#8d62a9', '#b5527a', '#d9622b', '#e8a15f', '#5aa9c4', '#8fb8e0',
-                                               '#d8c25a', '#b0b0b0']))
+ERROR_COLOURS = dict(zip(('correct', *ERRORS), ['#4a9b6e', '#1f1f1f', '#5d3a7a', '#8d62a9', '#b5527a', '#d9622b', '#e8a15f', '#5aa9c4',
+                                               '#8fb8e0', '#d8c25a', '#b0b0b0']))
 PALE = {'#e8a15f', '#8fb8e0', '#d8c25a', '#b0b0b0'}      # dark writing on these
 MEASURES = {'accuracy': ('accuracy', '{:.1%}'), 'reward': ('reward', '{:.3f}'), 'exact_call': ('exact call', '{:.1%}'),
             'right_tool': ('right tool', '{:.1%}'), 'right_arguments': ('right arguments', '{:.1%}'),
-            'perplexity': ('perplexity', '{:,.4g}'), 'token_accuracy': ('token accuracy', '{:.1%}'), 'exact_match': ('exact match', '{:.1%}'),
-            'f1': ('F1', '{:.1%}'), 'rouge1': ('ROUGE-1', '{:.1%}'), 'rouge2': ('ROUGE-2', '{:.1%}'), 'rougeL': ('ROUGE-L', '{:.1%}'),
+            'perplexity': ('perplexity', '{:,.4g}'), 'token_accuracy': ('token accuracy', '{:.1%}'),
+            'exact_match': ('exact match', '{:.1%}'), 'f1': ('F1', '{:.1%}'),
+            'rouge1': ('ROUGE-1', '{:.1%}'), 'rouge2': ('ROUGE-2', '{:.1%}'), 'rougeL': ('ROUGE-L', '{:.1%}'),
             'bleu': ('BLEU', '{:.1f}'), 'bleu1': ('BLEU-1', '{:.1f}'), 'bleu2': ('BLEU-2', '{:.1f}'), 'bleu3': ('BLEU-3', '{:.1f}'),
             'stopped': ('stopped by itself', '{:.1%}'), 'mean_tokens': ('tokens a response', '{:.1f}')}
 HELP = '''Accuracy: all tool calls the same in order, where there are any; the reward of the task, where there is one; else the same words
@@ -56,7 +57,9 @@ def text_table(headers, rows):
 
 def examples_of(rows, num):
     """[(heading, rows)]: the best responses, the worst, and the first of each kind of error; each row once, equal questions once."""
-    unique, taken = {row['question']: row for row in reversed(rows)}, set()
+    unique, taken = {}, set()
+    for row in rows:
+        unique.setdefault(row['question'], row)
 
     def pick(found):
         found = [row for row in found if row['question'] not in taken][:num]
@@ -64,10 +67,10 @@ def examples_of(rows, num):
         return found
 
     ranked = sorted(unique.values(), key=lambda row: (-row['correct'], -row['f1'], row['loss'] or 0.0))
-    groups = [('Best responses', pick([row for row in ranked if row['correct'] or row['f1'] > 0])),
-              ('Worst responses', pick([row for row in reversed(ranked) if not row['correct']]))]
-    for kind in dict.fromkeys(row['error'] for row in rows if row['error']):
-        groups.append((f'Error: {kind}', pick([row for row in unique.values() if row['error'] == kind])))
+    groups = [('best responses', pick([row for row in ranked if row['correct'] or row['f1'] > 0])),
+              ('worst responses', pick([row for row in reversed(ranked) if not row['correct']]))]
+    for kind in ERRORS:
+        groups.append((kind, pick([row for row in unique.values() if row['error'] == kind])))
     return [(heading, found) for heading, found in groups if found]
 
 
@@ -132,14 +135,15 @@ def picture_of_errors(results):
     figure, (axes,) = canvas(1.6 + 0.45 * len(results))
     left, places = [0.0] * len(results), range(len(results))
     for kind, colour in ERROR_COLOURS.items():
-        widths = [(sum(row['error'] is None for row in result['rows']) if kind == 'correct' else result['errors'][kind]) / len(result['rows'])
-                  for result in results]
+        counts = [result['errors'].get(kind, sum(row['correct'] for row in result['rows'])) for result in results]
+        widths = [count / len(result['rows']) for count, result in zip(counts, results)]
         if not any(widths):
             continue
         axes.barh(places, widths, left=left, color=colour, label=kind, edgecolor='white', height=0.7)
         for place, start, width in zip(places, left, widths):
             if width > 0.06:
-                axes.text(start + width / 2, place, f'{width:.0%}', ha='center', va='center', fontsize=9, color='#222222' if colour in PALE else 'white')
+                axes.text(start + width / 2, place, f'{width:.0%}', ha='center', va='center', fontsize=9,
+                          color='#222222' if colour in PALE else 'white')
         left = [start + width for start, width in zip(left, widths)]
     axes.set_yticks(places, [result['name'] for result in results])
     axes.invert_yaxis()
@@ -157,8 +161,10 @@ def picture_of_rows(models):
     lengths.plot([0, longest], [0, longest], color='#777777', linewidth=1, linestyle=':')
     for result, colour in zip(models, itertools.cycle(COLOURS)):
         rows = result['rows']
-        losses.plot(sorted(row['loss'] for row in rows), [(i + 1) / len(rows) for i in range(len(rows))], color=colour, linewidth=1.8, label=result['name'])
-        lengths.scatter([row['answer_tokens'] for row in rows], [row['num_tokens'] for row in rows], s=14, color=colour, alpha=0.35, linewidths=0)
+        losses.plot(sorted(row['loss'] for row in rows), [(i + 1) / len(rows) for i in range(len(rows))], color=colour, linewidth=1.8,
+                    label=result['name'])
+        lengths.scatter([row['answer_tokens'] for row in rows], [row['num_tokens'] for row in rows], s=14, color=colour, alpha=0.35,
+                        linewidths=0)
     losses.set_xlabel('loss of the right answer (nats a token)')
     losses.set_ylabel('share of rows below')
     losses.set_xscale('log')
@@ -166,7 +172,7 @@ def picture_of_rows(models):
     lengths.set_xlabel('tokens of the right answer')
     lengths.set_ylabel('tokens of the response')
     if len(models) > 1:
-        losses.legend(frameon=False, fontsize=8, loc='lower right')
+        figure.legend(loc='outside upper left', ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -174,9 +180,10 @@ def picture_of_progress(models):
     """Scores over the number in which the names of checkpoints end."""
     figure, (axes,) = canvas(3.4)
     points = sorted((int(re.search(r'(\d+)\D*$', result['name'])[1]), result['scores']) for result in models)
-    for key, colour in zip(('accuracy', 'token_accuracy', 'f1', 'rougeL'), COLOURS):
-        axes.plot([number for number, _ in points], [scores[key] for _, scores in points], color=colour, marker='o', label=MEASURES[key][0])
+    for key, colour, line in zip(('accuracy', 'token_accuracy', 'f1', 'rougeL'), COLOURS, ('-', '-', '-', ':')):
+        axes.plot(*zip(*((number, scores[key]) for number, scores in points)), line, color=colour, marker='o', label=MEASURES[key][0])
     axes.set_xlabel('checkpoint')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     share_axis(axes.yaxis)
     figure.legend(loc='outside upper left', ncols=4, frameon=False, fontsize=9)
     return figure
@@ -197,18 +204,19 @@ def pictures_of(results):
 def pages_of(evaluation, num_examples=5):
     """What evaluate.py found -> (Markdown, HTML): the tables, the pictures (in the HTML, inside the file), examples."""
     results = evaluation['results']
-    blocks = [('text', f'{evaluation["num_rows"]:,} rows of {evaluation["data"]}.'), ('table', *score_rows(results)), ('text', ' '.join(HELP.split())),
-              ('heading', 'What is right, and what is wrong'), ('table', *error_rows(results, meanings=True))]
+    blocks = [('text', f'{evaluation["num_rows"]:,} rows of {evaluation["data"]}.'), ('table', *score_rows(results)),
+              ('text', ' '.join(HELP.split())), ('heading', 'What is right, and what is wrong'),
+              ('table', *error_rows(results, meanings=True))]
     models = [result for result in results if is_model(result)]
     for result in models:
         if result['tools']:
-            blocks += [('heading', f'Calls by tool: {result["name"]}'),
+            blocks += [('heading', f'{result["name"]}: calls by tool'),
                        ('table', ['tool', 'wanted', 'right tool', 'exact call', 'most often instead'],
                         [[tool, str(row['wanted']), f'{row["right_tool"] / row["wanted"]:.1%}', f'{row["exact_call"] / row["wanted"]:.1%}',
                           row['instead']] for tool, row in result['tools'].items()])]
     for result in models:
         for heading, rows in examples_of(result['rows'], num_examples) if num_examples else ():
-            blocks.append(('heading', f'{heading}: {result["name"]}'))
+            blocks.append(('heading', f'{result["name"]}: {heading}'))
             blocks += [('example', row) for row in rows]
     title = 'Evaluation of ' + ', '.join(result['name'] for result in models)
     return markdown_page(title, blocks), html_page(title, blocks, pictures_of(results))
@@ -240,10 +248,13 @@ def markdown_page(title, blocks):
 
 
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:62rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #e6e6e6}
-td:first-child,th:first-child,td.words{text-align:left}th{border-bottom:2px solid #999}img{max-width:100%}h2{margin-top:2.5rem;font-size:1.2rem}
+table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #e6e6e6}
+td:first-child,th:first-child,td.words{text-align:left}
+th{border-bottom:2px solid #999}img{max-width:100%}h2{margin-top:2.5rem;font-size:1.2rem}
 .example{border-left:4px solid #d9622b;padding:.2rem 1rem;margin:1rem 0;background:#fafafa}.correct{border-color:#4a9b6e}
-.example b{display:inline-block;width:6rem;color:#777;font-weight:normal}.example div{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0}
+.example b{display:inline-block;width:6rem;color:#777;font-weight:normal}
+.example div{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0}
 .facts{color:#777;font-size:.85rem}'''
 
 
@@ -266,11 +277,12 @@ def html_page(title, blocks, pictures):
         elif kind == 'example':
             row = block[0]
             texts = ''.join(f'<div><b>{name}</b> {html.escape(row[name])}</div>' for name in ('question', 'reference', 'response'))
-            parts.append(f'<div class="example{" correct" if row["correct"] else ""}">{texts}<div class=facts>{html.escape(described(row))}</div></div>')
+            kind = 'example correct' if row['correct'] else 'example'
+            parts.append(f'<div class="{kind}">{texts}<div class=facts>{html.escape(described(row))}</div></div>')
         else:
             tag = {'heading': 'h2', 'text': 'p'}[kind]
             parts.append(f'<{tag}>{html.escape(block[0])}</{tag}>')
     place = next((i for i, block in enumerate(blocks) if block[0] == 'heading'), len(parts))       # behind the first table
     body = '\n'.join([*parts[:place], *drawn, *parts[place:]])
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
-            f'<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n')
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+            f'<style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n')

@@ -68,7 +68,8 @@ def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, 
             counts.update(made)
     done = ', '.join(f'{counts[name]} {name}' for name in ('wordings', 'synonyms', 'typos'))
     say(f'augmentation: {len(training):,} training rows and {len(copies):,} copies of them ({done}); {counts["left out"]:,} copies left '
-        f'out, as nothing in them could change or the question is there already; {len(records) - len(training):,} held-out rows as they were')
+        f'out, as nothing in them could change or the question is there already; {len(records) - len(training):,} held-out rows '
+        'as they were')
     return [*records, *copies]
 
 

@@ -62,7 +62,8 @@ def test_what_never_changes():
 
 
 def test_synonyms_are_never_words_of_the_answer():
-    copies = augment([record('Please choose one.', 'I pick this one.')], 0, factor=50, synonyms=1, typos=0, wordings=0, say=lambda line: None)
+    copies = augment([record('Please choose one.', 'I pick this one.')], 0, factor=50, synonyms=1, typos=0, wordings=0,
+                     say=lambda line: None)
     assert [copy.prompt[-1]['content'] for copy in copies] == ['Please choose one.', 'Please select one.']
     assert copies[1].prompt[0] == copies[0].prompt[0]           # the system message is not the question
 

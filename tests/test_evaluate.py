@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +14,15 @@ import evaluate
 import metrics
 import scorecard
 from conftest import ROOT
-from configurator import UserError, parse
+from checkpoint import write_json
+from configurator import UserError, as_dict, parse
+from data.encoded import digest
 from data.records import Record
 from data.tasks import arithmetic, questions, toolcalls
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
-from runtime import setup
+from runtime import seed_for, setup
+from train_sft import Config as Training
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
 PAIRS = [('The cat sat on the mat.', 'A cat sat on a mat'), ('Oslo', 'Tom lives in Oslo.'), ('', 'nothing was said'),
@@ -125,14 +127,17 @@ QUESTION = 'Where does Tom live now, in which city?'
 CASES = {
     'empty': dict(response=' \n'), 'loops': dict(response='so ' * 20, tokens=[7] * 20, stopped=False),
     'never stops': dict(stopped=False), 'malformed call': dict(response='<tool_call>{', called=None),
-    'wrong tool': dict(called=[call('b')], wanted=[call('a', x=1)]), 'wrong argument': dict(called=[call('a', x=2)], wanted=[call('a', x=1)]),
-    'echo': dict(response='Where does Tom live now, in which city? I say'), 'too short': dict(response='Oslo', reference='a b c d e f Oslo'),
+    'wrong tool': dict(called=[call('b')], wanted=[call('a', x=1)]),
+    'wrong argument': dict(called=[call('a', x=2)], wanted=[call('a', x=1)]),
+    'echo': dict(response='Where does Tom live now, in which city? I say'),
+    'too short': dict(response='Oslo', reference='a b c d e f Oslo'),
     'partly right': dict(response='Tom lives in Rome.'), 'wrong answer': dict(response='No.')}
 
 
 @pytest.mark.parametrize('kind', metrics.ERRORS)
 def test_each_kind_of_error(kind):
-    row = dict(correct=False, response='words', tokens=[1, 2], stopped=True, called=[], wanted=[], question=QUESTION, reference='Tom lives in Oslo.')
+    row = dict(correct=False, response='words', tokens=[1, 2], stopped=True, called=[], wanted=[], question=QUESTION,
+               reference='Tom lives in Oslo.')
     assert metrics.error_of({**row, **CASES[kind]}) == kind
     assert metrics.error_of({**row, **CASES[kind], 'correct': True}) is None
 
@@ -144,9 +149,11 @@ def test_no_call_where_one_is_wanted_and_a_call_where_none_is():
 
 
 def test_trivial_solvers():
-    training = [('where is the red cat', 'here'), ('where is the blue dog', 'there'), ('what is the time', 'there'), ('how old is the cat', 'nine')]
+    training = [('where is the red cat', 'here'), ('where is the blue dog', 'there'), ('what is the time', 'there'),
+                ('how old is the cat', 'nine')]
     assert metrics.majority(['anything'] * 2, training) == ['there'] * 2
-    assert metrics.nearest(['is the blue dog home', 'old cat', 'unheard', 'What TIME is it?'], training) == ['there', 'nine', 'here', 'there']
+    questions = ['is the blue dog home', 'old cat', 'unheard', 'What TIME is it?']
+    assert metrics.nearest(questions, training) == ['there', 'nine', 'here', 'there']
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------------
@@ -183,14 +190,15 @@ def test_a_long_prompt_loses_its_beginning(tiny):
 
 
 def test_scores_do_not_depend_on_the_batch(tmp_path):
-    scores = [main(config('--data', 'toolcalls', '--num_samples=9', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}')) for size in (1, 9)]
+    scores = [main(config('--data', 'toolcalls', '--num_samples=9', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}'))
+              for size in (1, 9)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
 def test_a_task_is_judged_by_its_own_reward(tmp_path):
     scores = main(config('--task=arithmetic', '--num_samples=20', '--baselines', '--output-dir', str(tmp_path / 'out')))
     result, majority, nearest = results_in(tmp_path / 'out')['results']
-    problems = {problem['question']: problem for problem in arithmetic.problems('eval', 20, 42)}
+    problems = {problem['question']: problem for problem in arithmetic.problems('eval', 20, 0)}
     rewards = [arithmetic.reward(problems[row['question']], row['response']) for row in result['rows']]
     assert scores['reward'] == scores['accuracy'] == sum(rewards) / 20 and 0 < scores['reward'] < 0.6
     assert majority['scores']['accuracy'] < 0.1 and nearest['scores']['accuracy'] < 0.1
@@ -200,12 +208,12 @@ def test_a_task_is_judged_by_its_own_reward(tmp_path):
 def test_a_right_model_would_get_full_marks():
     """What the rows count as right is right: the reference itself, as response."""
     for task in (toolcalls, questions):
-        records = [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}], problem.get('tools'), 'eval', '')
-                   for problem in task.problems('eval', 30, 0)]
+        records = [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}], problem.get('tools'), 'eval',
+                          '') for problem in task.problems('eval', 30, 0)]
         rows = encode_records(load_model('tiny')[1], records)
         for row in rows:
             row.response, row.called, row.tokens = row.reference, evaluate.read_calls(row.reference), row.answer
-        result = evaluate.result_of('right', rows)
+        result = metrics.result_of('right', rows)
         assert all(result['scores'][name] == pytest.approx(1) for name in ('accuracy', 'exact_match', 'f1', 'rougeL', 'stopped'))
         assert result['scores']['bleu'] == pytest.approx(100) and sum(result['errors'].values()) == 0
         assert all(row['exact_call'] == row['wanted'] for row in result['tools'].values())
@@ -233,10 +241,30 @@ def test_only_rows_held_out_count(tmp_path, capsys):
     assert results_in('all')['num_rows'] == 8 and 'all 8 are evaluated' in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
+    model, tokenizer = load_model('tiny')
+    save_model(model, tokenizer, str(tmp_path / 'run' / 'checkpoint-2'))
+    data = write_rows(tmp_path / 'rows.jsonl', [{'question': f'Question {i}?', 'answer': f'Answer {i}.'} for i in range(60)])
+    saved = {'written_by': 'nanoforge', 'run': '1', 'script': 'train_sft.py', 'config': as_dict(Training(dataset_path=data))}
+    write_json(tmp_path / 'run' / 'run_config.json', saved)
+    main(config('run/checkpoint-2', '--output-dir=sft', '--max_new_tokens=4'))
+    rows = results_in('sft')['results'][0]['rows']
+    held_out = [f'Question {i}?' for i in range(60)
+                if seed_for(42, 'held out', digest([{'role': 'user', 'content': f'Question {i}?'}])) < 0.1 * 2 ** 63]
+    assert [row['question'] for row in rows] == held_out and 1 < len(held_out) < 15
+    saved.update(script='train_rl.py', config={'data': {'task': 'facts', 'datasets': []}})
+    write_json(tmp_path / 'run' / 'run_config.json', saved)
+    main(config('run/checkpoint-2', '--output-dir=rl', '--num_samples=3'))
+    assert results_in('rl')['data'] == 'the task facts'
+    (tmp_path / 'run' / 'run_config.json').unlink()
+    main(config('run/checkpoint-2', '--output-dir=embedded', '--num_samples=3', '--max_new_tokens=4'))
+    assert results_in('embedded')['data'] == 'toolcalls' and 'the embedded tool calls are taken' in capsys.readouterr().out
+
+
 def test_columns_and_system_prompt(tmp_path):
     data = write_rows(tmp_path / 'rows.jsonl', [{'ask': 'Who?', 'say': 'Tom.', 'tone': 'kind'}])
     cfg = config('--data', data, '--prompt_column=ask', '--answer_column=say', '--system_prompt=Be {tone}.')
-    record = evaluate.read_data(cfg, 'tiny', setup('cpu'))[1][0]
+    record = evaluate.read_data(cfg, 'tiny', setup('cpu')).records[0]
     assert record.prompt == [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Who?'}]
 
 
@@ -262,14 +290,15 @@ def test_the_file_of_the_embedded_questions():
 
 # ---- the command ------------------------------------------------------------------------------------------------------------
 
-def test_the_command_and_what_it_leaves(tmp_path):
+def test_the_command_and_what_it_leaves(tmp_path, capsys):
     model, tokenizer = load_model('tiny')
     add_lora(model, 4, 8)
     save_model(model, tokenizer, str(tmp_path / 'adapter'))             # an adapter that changes nothing yet
     rows = [{'question': 'Say <script>alert(1)</script> & ```code```', 'answer': 'Tom | Mia', 'metadata': 'eval'}]
-    rows += [{'question': problem['question'], 'answer': problem['answer'], 'metadata': 'eval'} for problem in questions.problems('eval', 3, 1)]
+    rows += questions.rows('eval', 3, 1)
     data = write_rows(tmp_path / 'rows.jsonl', rows)
-    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter', '--data', data, '--output-dir', 'out']
+    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter', '--data', data, '--output-dir', 'out',
+             '--max_new_tokens=24']
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     for word in ('rouge', 'bleu', 'accuracy', 'perplexity', 'wrong answer'):
         assert word in done.stdout.lower()
@@ -280,20 +309,21 @@ def test_the_command_and_what_it_leaves(tmp_path):
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert len(pictures) >= 3 and all(picture[:8] == b'\x89PNG\r\n\x1a\n' for picture in pictures)
     markdown = (tmp_path / 'out' / 'evaluation.md').read_text()
-    assert '| accuracy |' in markdown and '````' in markdown and 'Worst responses' in markdown
-    again = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert 'earlier-1' in again.stdout and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
+    assert '| accuracy |' in markdown and '````' in markdown and 'tiny: worst responses' in markdown
+    main(config('--data', data, '--output-dir=out', '--max_new_tokens=8'))
+    assert 'earlier-1' in capsys.readouterr().out and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
 
 
 def test_tables():
-    rows = [{'correct': i == 0, 'error': None if i == 0 else 'echo', 'question': f'q{i % 2}', 'f1': i / 4, 'loss': 1.0, 'where': ''} for i in range(4)]
+    rows = [{'correct': i == 0, 'error': None if i == 0 else 'echo', 'question': f'q{i % 2}', 'f1': i / 4, 'loss': 1.0, 'where': ''}
+            for i in range(4)]
     result = {'name': 'm', 'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}, 'rows': rows,
               'errors': {kind: 3 * (kind == 'echo') for kind in metrics.ERRORS}}
     assert scorecard.score_rows([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
     assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
     assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
     groups = dict(scorecard.examples_of(rows, 5))
-    assert [row['question'] for row in groups['Best responses']] == ['q0', 'q1'] and 'Error: echo' not in groups      # each question once
+    assert [row['question'] for row in groups['best responses']] == ['q0', 'q1'] and 'echo' not in groups      # each question once
 
 
 def test_print_config_takes_the_documented_command():
@@ -306,7 +336,8 @@ def test_print_config_takes_the_documented_command():
 
 @pytest.mark.parametrize('words, said', [
     (['--task=arithmetic', '--data=x.jsonl'], 'leave one out'), (['--batch_size=0'], 'batch_size must be 1 or more'),
-    (['--temperature=-1'], 'temperature must be 0 or more'), (['--top_p=0'], 'top_p=0'), (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'),
+    (['--temperature=-1'], 'temperature must be 0 or more'), (['--top_p=0'], 'top_p=0'),
+    (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'),
     (['--num_examples=-1'], 'num_examples must be 0 or more'), (['--dtype=int3'], 'is none of'), (['--model-pth=x'], 'did you mean')])
 def test_settings_without_meaning(words, said, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -341,7 +372,8 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_rows_too_long_are_left_out_and_counted(tmp_path, capsys):
-    rows = [{'question': 'Who?', 'answer': 'Tom'}, {'question': 'Who?', 'answer': 'Tom and Mia ' * 200}, {'question': 'Why? ' * 300, 'answer': 'So.'}]
+    rows = [{'question': 'Who?', 'answer': 'Tom'}, {'question': 'Who?', 'answer': 'Tom and Mia ' * 200},
+            {'question': 'Why? ' * 300, 'answer': 'So.'}]
     main(config('--data', write_rows(tmp_path / 'rows.jsonl', rows), '--output-dir=out'))
     said = capsys.readouterr().out
     assert '1 of 3 rows are left out' in said and '1 of 2 prompts lose their beginning' in said

@@ -57,16 +57,16 @@ def test_the_enhanced_recipe_explains_each_parameter_and_is_enhanced():
 def test_enhanced_run_and_its_evaluation(tmp_path):
     """Arguments with spaces pass on, the log holds what was said, rows held out of training are those that are evaluated."""
     data, rows = question_file(tmp_path, 30)
-    done = subprocess.run([*script('train_overnight_enhanced'), '--dataset_path', data, '--epochs', '1', '--output_dir', 'my models', *SHORT],
-                          cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    words = ['--dataset_path', data, '--epochs', '1', '--output_dir', 'my models', *SHORT]
+    done = subprocess.run([*script('train_overnight_enhanced'), *words], cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (log,) = glob.glob(str(tmp_path / 'logs' / 'train_overnight_enhanced_*.log'))
     with open(log) as file:
         said = file.read()
     assert 'augmentation: ' in said and 'eval_loss' in said and said in done.stdout
     checkpoint = os.path.join('my models', 'theta_checkpoint_epoch_1')
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', checkpoint, '--device=cpu', '--max_new_tokens=8'],
-                          cwd=tmp_path, capture_output=True, text=True)
+    words = ['--model-path', checkpoint, '--device=cpu', '--max_new_tokens=8']
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'evaluate.py'), *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and 'rouge' in done.stdout.lower(), done.stderr
     with open(tmp_path / 'evaluation' / 'theta_checkpoint_epoch_1' / 'evaluation.json') as file:
         asked = {row['question'] for row in json.load(file)['results'][0]['rows']}
@@ -75,7 +75,8 @@ def test_enhanced_run_and_its_evaluation(tmp_path):
 
 
 def test_exit_status_of_a_mistake(tmp_path):
-    done = subprocess.run([*script('train_overnight'), '--dataset_path', 'no such.json'], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    done = subprocess.run([*script('train_overnight'), '--dataset_path', 'no such.json'], cwd=tmp_path, env=ENV, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and 'no such.json: no such file' in done.stdout + done.stderr
 
 

@@ -121,11 +121,12 @@ def test_inverse_cdf_never_draws_what_has_no_probability():
 
 
 def test_uniforms_are_uniform_and_depend_on_their_own_place_only():
-    u = uniform_numbers(7, 3, 4, 1000)
+    u = uniform_numbers(7, range(3), 4, 1000)
     assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.01 and len(set(u[0].tolist())) == 12
-    assert torch.equal(uniform_numbers(7, 1, 2, 10), u[:10, :2]) and torch.equal(uniform_numbers(7, 3, 2, 10)[:, 2], u[:10, 4])
-    assert not torch.equal(uniform_numbers(8, 1, 1, 10), u[:10, :1])
-    assert not torch.allclose(uniform_numbers(7, 1, 1, 1000)[1:], uniform_numbers(7, 1, 2, 999)[:, 1:])
+    assert torch.equal(uniform_numbers(7, range(1), 2, 10), u[:10, :2]) and torch.equal(uniform_numbers(7, range(3), 2, 10)[:, 2], u[:10, 4])
+    assert not torch.equal(uniform_numbers(8, range(1), 1, 10), u[:10, :1])
+    assert not torch.allclose(uniform_numbers(7, range(1), 1, 1000)[1:], uniform_numbers(7, range(1), 2, 999)[:, 1:])
+    assert torch.equal(uniform_numbers(7, [2, 0], 4, 1000), u[:, [8, 9, 10, 11, 0, 1, 2, 3]])      # whatever the batch
 
 
 # ---- batches, stops, lengths ----------------------------------------------------------------------------------------------

@@ -1,0 +1,432 @@
+"""train_sft.py: its loss is transformers', its step does not depend on how the batch is cut, a killed run ends as if it had not been."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import train_sft
+from configurator import UserError, as_dict, parse
+from conftest import ROOT
+from data.encoded import Findings, Rows, encode_records, fit
+from data.records import to_record
+from data.tasks import facts
+from data.tasks.world import NAMES, ROOMS
+from model import load_model
+from train_sft import Batches, Config, Diagnosis, negative_logp, tensors
+
+TINY = os.path.join(ROOT, 'data', 'tiny')
+FAST = ['--sample_rows=0', '--report_to=none', '--matmul=float32', '--device=cpu', '--logging_steps=1']
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def questions(count=24, held_out=4, path='qa.jsonl'):
+    rows = [{'messages': [{'role': 'user', 'content': p['question']}, {'role': 'assistant', 'content': p['answer']}], 'metadata': split}
+            for split, n in (('train', count), ('eval', held_out)) for p in facts.problems('train', n, split)]
+    Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return path
+
+
+def sft(*args):
+    """train_sft.py in this process: its metrics."""
+    return train_sft.main(parse(Config, [*FAST, *map(str, args)]))
+
+
+def script(*args, **more):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'train_sft.py'), *FAST, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120, **more)
+
+
+def weights(directory):
+    return load_file(os.path.join(directory, 'model.safetensors'))
+
+
+def log_lines(directory):
+    return [json.loads(line) for line in Path(directory, 'log.jsonl').read_text().splitlines()]
+
+
+def encoded(tokenizer, count=6, **settings):
+    rows, findings = Rows(), Findings()
+    records = [(0, to_record({'question': p['question'], 'answer': p['answer']}, f'row {i}')) for i, p in enumerate(facts.problems('train', count, 3))]
+    encode_records(records, tokenizer, rows, findings, **settings)
+    return rows.close()
+
+
+# ---- loss -------------------------------------------------------------------------------------------------------------------
+
+def test_loss_and_gradient_are_those_of_transformers():
+    from transformers import AutoModelForCausalLM
+    ours, tokenizer = load_model('tiny')
+    theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    rows = encoded(tokenizer)
+    x, y, positions = tensors(rows, [[i] for i in range(6)], torch.device('cpu'), False)
+    cfg = parse(Config, [])
+    loss, _ = negative_logp(cfg, ours, x, y, positions)
+    loss = loss / (y >= 0).sum()
+    loss.backward()
+    # their labels are shifted inside, and padding is masked
+    ids = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    labels = torch.cat([torch.full_like(y[:, :1], -100), torch.where(y >= 0, y, -100)], 1)
+    for b in range(6):
+        ids[b, int(rows.lengths[b]) - 1] = rows[b][0][-1]
+    mask = torch.arange(ids.size(1)) < torch.tensor(rows.lengths)[:, None]
+    reference = theirs(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+    reference.backward()
+    assert abs(loss.item() - reference.item()) < 1e-5
+    named = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, named['model.' + name].grad, atol=1e-5, rtol=1e-4), name
+    norm = lambda model: torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert norm(ours) == pytest.approx(norm(theirs), rel=1e-5)
+
+
+def test_packed_rows_give_the_same_loss_and_gradient():
+    model, tokenizer = load_model('tiny')
+    rows, cfg, found = encoded(tokenizer), parse(Config, []), []
+    for items, packed in (([[i] for i in range(6)], False), ([[0, 3, 5], [1, 2], [4]], True)):
+        model.zero_grad()
+        loss, correct = negative_logp(cfg, model, *tensors(rows, items, torch.device('cpu'), packed), extras=True)
+        loss.backward()
+        found.append((loss.item(), int(correct), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[0][1] == found[1][1]
+    assert torch.allclose(found[0][2], found[1][2], atol=1e-4 * found[0][2].abs().max())
+
+
+def test_label_smoothing_is_that_of_cross_entropy():
+    model, tokenizer = load_model('tiny')
+    model.train()
+    x, y, positions = tensors(encoded(tokenizer), [[i] for i in range(6)], torch.device('cpu'), False)
+    loss, _ = negative_logp(parse(Config, ['--label_smoothing=0.1']), model, x, y, positions)
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, label_smoothing=0.1, reduction='sum')
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_neftune_noise_is_bounded_and_only_in_training():
+    model, tokenizer = load_model('tiny')
+    x, y, positions = tensors(encoded(tokenizer), [[0], [1]], torch.device('cpu'), False)
+    seen, hidden = [], model.hidden
+    model.hidden = lambda idx, positions, embeddings=None: seen.append(embeddings) or hidden(idx, positions, embeddings=embeddings)
+    cfg = parse(Config, ['--neftune_noise_alpha=5'])
+    negative_logp(cfg, model.eval(), x, y, positions)
+    negative_logp(cfg, model.train(), x, y, positions)
+    noise = (seen[1] - model.embed_tokens(x)).abs()
+    bound = 5 / (torch.tensor([len(encoded(tokenizer)[i][0]) - 1 for i in range(2)]) * model.config.n_embd).sqrt()
+    assert seen[0] is None
+    for row, limit in zip(noise, bound):
+        assert 0.9 * limit < row.max() <= 1.001 * limit
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------------------
+
+def test_the_step_does_not_depend_on_how_the_batch_is_cut():
+    data = questions()
+    common = ['--dataset_path', data, '--max_steps=3', '--learning_rate=3e-4', '--eval_strategy=no']
+    sft(*common, '--output_dir=a', '--per_device_train_batch_size=8', '--gradient_accumulation_steps=1')
+    sft(*common, '--output_dir=b', '--per_device_train_batch_size=1', '--gradient_accumulation_steps=8')
+    done = script(*common, '--output_dir=c', '--per_device_train_batch_size=4', '--gradient_accumulation_steps=1', '--num-gpus=2')
+    assert done.returncode == 0, done.stderr
+    start, a, b, c = (weights(directory) for directory in (TINY, 'a', 'b', 'c'))
+    for name in a:
+        assert (a[name] - b[name]).abs().max() < 1e-5 and (a[name] - c[name]).abs().max() < 1e-5, name
+    assert max((a[name] - start[name].float()).abs().max() for name in a) > 3e-4
+    losses = [[line['loss'] for line in log_lines(directory) if 'grad_norm' in line] for directory in 'abc']
+    assert np.allclose(losses[0], losses[1], atol=1e-5) and np.allclose(losses[0], losses[2], atol=1e-5)
+
+
+def batches(*args, weights=(1.0,), ranks=1, count=50):
+    rows = encoded(load_model('tiny')[1], count)
+    return Batches(parse(Config, ['--max_length=384', *args]), rows, list(weights), ranks)
+
+
+@pytest.mark.parametrize('args', [[], ['--no-group_by_length'], ['--packing']])
+def test_an_epoch_sees_every_row_once(args):
+    plan = batches('--batch-size=4', '--grad-accum=2', *args)
+    for epoch in range(2):
+        seen = [i for step in range(plan.steps_per_epoch) for batch in plan.of_step(epoch * plan.steps_per_epoch + step) for item in batch for i in item]
+        assert sorted(seen) == list(range(50))
+    assert plan.of_step(0) != plan.of_step(plan.steps_per_epoch)
+
+
+def test_packing_and_grouping_lower_padding():
+    waste = [batches('--batch-size=8', '--grad-accum=1', *args, count=1000).padding() for args in (['--no-group_by_length'], [], ['--packing'])]
+    assert waste[0] > waste[1] and waste[0] > waste[2]
+    assert all(plan <= 384 for plan in map(batches('--packing').length, batches('--packing').packs))
+
+
+def test_weights_of_data_sets_and_drop_last():
+    plan = batches(weights=[2.5])
+    drawn = plan.drawn(0)
+    assert len(drawn) == 125 and set(np.bincount(drawn)) == {2, 3} and not np.array_equal(plan.drawn(0)[100:], plan.drawn(1)[100:])
+    assert batches('--batch-size=8', '--grad-accum=1').steps_per_epoch == 7
+    assert batches('--batch-size=8', '--grad-accum=1', '--dataloader_drop_last').steps_per_epoch == 6
+    with pytest.raises(UserError, match='drops all'):
+        batches('--batch-size=64', '--dataloader_drop_last')
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('mask, max_length, max_prompt, kept, targets, lost', [
+    ('0011', 9, None, 'abcd', '0011', ''), ('00110', 9, None, 'abcd', '0011', ''), ('0000', 9, None, '', '', 'fully masked rows'),
+    ('1000', 9, None, '', '', 'fully masked rows'), ('00011', 4, None, 'bcde', '0011', 'prompts trimmed from the left'),
+    ('00011', 3, None, 'cde', '011', 'prompts trimmed from the left'), ('00011', 2, None, '', '', 'completions that do not fit'),
+    ('00011', 9, 1, 'cde', '011', 'prompts trimmed from the left'), ('0110011', 5, None, 'cdefg', '00011', 'earlier turns not learned'),
+    ('0110011', 4, None, 'defg', '0011', 'earlier turns not learned'), ('111', 9, None, 'abc', '111', '')])
+def test_rows_that_are_too_long(mask, max_length, max_prompt, kept, targets, lost):
+    ids, left, what = fit(list('abcdefg'[:len(mask)]), [c == '1' for c in mask], max_length, max_prompt)
+    assert (''.join(ids), ''.join('01'[t] for t in left), what) == (kept, targets, lost)
+
+
+def test_what_is_lost_is_counted_and_said(capsys):
+    long = {'question': 'Where is Oslo? ' * 40, 'answer': 'Here.'}
+    Path('qa.json').write_text(json.dumps([long, {'question': 'Why?', 'answer': 'Because. ' * 60}, {'question': 'Who?', 'answer': 'Tom.'}]))
+    sft('--dataset_path=qa.json', '--max_length=64', '--max_steps=1', '--output_dir=o', '--eval_fraction=0')
+    said = capsys.readouterr().out
+    assert re.search(r'1 prompts trimmed from the left: --max_length=\d+ would keep', said)
+    assert re.search(r'1 completions that do not fit: dropped: max_length=64 is too short, --max_length=\d+ would hold every row', said)
+    assert 'eval_loss nan' in said and '"metadata": "eval"' in said
+    assert [line['eval_loss'] for line in log_lines('o') if 'eval_loss' in line] == [None]
+
+
+def test_processes_render_the_same_rows():
+    tokenizer = load_model('tiny')[1]
+    one, two = encoded(tokenizer, 1100), encoded(tokenizer, 1100, num_proc=2)
+    assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.lengths, two.lengths)
+
+
+def test_check_shows_the_mask_and_what_is_wrong(capsys):
+    call = {'role': 'assistant', 'tool_calls': [{'function': {'name': 'ring', 'arguments': {'whom': 'Tom'}}}]}
+    ask = {'role': 'user', 'content': 'Call Tom.'}
+    tools = [{'function': {'name': 'ring', 'parameters': {'properties': {'who': {'type': 'string'}}, 'required': ['who']}}}]
+    good = {'messages': [ask, {'role': 'assistant', 'content': 'No.'}]}
+    rows = [good, good, {'messages': [ask, call], 'tools': tools}, {**good, 'metadata': 'eval'}, {**good, 'metadata': 'Eval'}]
+    Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    with pytest.raises(UserError, match='unreadable rows, calls that break their schema: a run would stop here'):
+        sft('--dataset_path=d.jsonl', '--check', '--eval_fraction=0')
+    said = capsys.readouterr().out
+    assert '<|im_start|>assistant\n⟦No.<|im_end|>⟧' in said
+    assert "1 unreadable rows" in said and "d.jsonl line 5: metadata: 'Eval' must be exactly 'eval'" in said
+    assert 'd.jsonl line 3: ring is called without who' in said and '1 rows repeated in training' in said
+    assert 'd.jsonl line 4 is d.jsonl line 1' in said
+    with pytest.raises(UserError, match="line 5: metadata: 'Eval' must be"):
+        sft('--dataset_path=d.jsonl')
+    assert sft('--dataset_path=d.jsonl', '--skip_bad_rows', '--max_steps=1', '--output_dir=o')['step'] == 1
+
+
+def test_a_mistake_is_one_line_and_exit_status_2():
+    Path('bad.jsonl').write_text('{"messages": []}\n')
+    done = script('--dataset_path=bad.jsonl')
+    assert done.returncode == 2 and done.stderr == ('train_sft.py: error: bad.jsonl line 1: messages: an empty list; --skip_bad_rows leaves '
+                                                    'such rows out\n')
+    assert not os.path.exists('models')
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------------------
+
+def wait_for(path, words, process):
+    deadline = time.monotonic() + 60
+    while not (os.path.exists(path) and words in Path(path).read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize('number, how', [(signal.SIGKILL, []), (signal.SIGTERM, ['--ema=0.9', '--dropout=0.1', '--packing'])])
+def test_a_killed_run_ends_as_if_it_had_not_been(number, how):
+    common = ['--dataset_path', questions(40), '--epochs=3', '--batch-size=4', '--grad-accum=2', '--learning_rate=1e-3', '--save_steps=4',
+              '--eval_steps=9', '--max_length=128', *how]
+    sft(*common, '--output_dir=whole')
+    command = [sys.executable, os.path.join(ROOT, 'train_sft.py'), *FAST, *common, '--output_dir=cut']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    wait_for('cut/log.jsonl', '"step": 9,', process)
+    process.send_signal(number)
+    out = process.communicate()[0]
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert number == signal.SIGKILL or '--output_dir=cut --resume' in out
+    sft('--resume', '--output_dir=cut')
+    assert Path('cut/model.safetensors').read_bytes() == Path('whole/model.safetensors').read_bytes()
+    last = [max(Path(name).glob('checkpoint-*'), key=lambda path: int(path.name[11:])) for name in ('cut', 'whole')]
+    for file in ('model.safetensors', 'optimizer.safetensors'):
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes()
+    steps = [[(line['step'], line['loss']) for line in log_lines(name) if 'grad_norm' in line] for name in ('cut', 'whole')]
+    assert steps[0] == steps[1]
+
+
+def test_theta_checkpoints_are_numbered_on(capsys):
+    data = questions(12)
+    theta = ['--recipe', os.path.join(ROOT, 'recipes/training/sft/theta.yaml'), '--dataset_path', data, '--batch-size=4', '--grad-accum=1']
+    sft(*theta, '--epochs=2', '--warmup-steps=500', '--checkpoint-dir=models')
+    assert 'warm-up of 500 steps in a run of 6' in capsys.readouterr().out
+    first = Path('models/theta_checkpoint_epoch_2/model.safetensors').read_bytes()
+    assert {'model.safetensors', 'optimizer.safetensors', 'trainer_state.json'} <= set(os.listdir('models/theta_checkpoint_epoch_1'))
+    state = json.loads(Path('models/theta_checkpoint_epoch_1/trainer_state.json').read_text())
+    assert state['epoch'] == 1 and state['metrics']['eval_loss'] > 0
+    sft(*theta, '--epochs=1', '--load-checkpoint=models/theta_checkpoint_epoch_2', '--checkpoint-dir=models')
+    assert Path('models/theta_checkpoint_epoch_2/model.safetensors').read_bytes() == first
+    assert os.path.exists('models/theta_checkpoint_epoch_3/model.safetensors') and os.path.exists('models/best')
+    assert {line['epoch'] for line in log_lines('models') if 'eval_loss' in line} == {3.0}
+
+
+@pytest.mark.parametrize('how', [['--use_lora'], ['--use_lora', '--load_in_4bit'], ['--use_lora', '--load_in_8bit']])
+def test_lora(how):
+    sft('--dataset_path', questions(8), *how, '--max_steps=2', '--learning_rate=1e-2', '--output_dir=o', '--save_merged', '--save_only_model')
+    assert os.path.exists('o/adapter_model.safetensors') and not os.path.exists('o/model.safetensors')
+    adapted, merged, base = load_model('o')[0], load_model('o/merged')[0], load_model('tiny')[0]
+    idx = torch.arange(1, 40)[None]
+    assert torch.allclose(adapted(idx), merged(idx), atol=1e-4) and not torch.allclose(adapted(idx), base(idx), atol=1e-2)
+    assert sft('--resume', '--output_dir=o', '--max_steps=3')['step'] == 3
+    assert sft('--dataset_path', 'qa.jsonl', '--use_lora', '--load-checkpoint=o', '--max_steps=1', '--output_dir=p')['step'] == 1
+
+
+def test_full_fine_tuning_learns_and_the_best_model_is_in_the_root():
+    rows = [{'question': f'Is {name} in the {room}?', 'answer': 'I do not know.', 'metadata': 'eval' if name in NAMES[:4] else 'train'}
+            for name in NAMES for room in ROOMS[:4]]
+    Path('here.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    result = sft('--dataset_path=here.jsonl', '--epochs=4', '--batch-size=8', '--grad-accum=1', '--eval_steps=8', '--eval_on_start',
+                 '--gradient_checkpointing', '--dataloader_num_workers=2', '--output_dir=o', '--learning_rate=2e-4')
+    lines = log_lines('o')
+    losses = [line['eval_loss'] for line in lines if 'eval_loss' in line]
+    assert min(losses) < 0.2 * losses[0] and result['best_eval_loss'] == pytest.approx(min(losses))
+    logged = [line for line in lines if 'grad_norm' in line]
+    assert list(logged[0]) == ['step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'mean_token_accuracy', 'num_tokens', 'tokens_per_second']
+    assert {'train_loss', 'train_runtime', 'train_steps_per_second'} <= lines[-1].keys()
+    assert lines[-1]['train_loss'] == pytest.approx(np.mean([line['loss'] for line in logged]))
+    assert sft('--dataset_path=here.jsonl', '--model=o', '--max_steps=1', '--learning_rate=1e-9', '--output_dir=p')['eval_loss'] == pytest.approx(
+        min(losses), abs=1e-4)
+
+
+def test_early_stopping_freeze_and_nothing_overwritten(capsys):
+    common = ['--dataset_path', questions(), '--output_dir=o', '--batch-size=8', '--grad-accum=1']
+    result = sft(*common, '--epochs=50', '--eval_steps=1', '--patience=2', '--learning_rate=0.05', '--freeze', 'embed_tokens', 'layers.0',
+                 '--lr_scheduler_type=plateau')
+    assert result['step'] < 50 and 'no better evaluation in 2' in capsys.readouterr().out
+    start, now = weights(TINY), weights('o/last')
+    changed = {name for name in now if not torch.equal(now[name], start[name].float())}
+    assert changed and not any('embed_tokens' in name or 'layers.0.' in name for name in changed) and any('layers.1.' in name for name in changed)
+    before = Path('o/log.jsonl').read_bytes()
+    sft(*common, '--max_steps=1')
+    assert Path('o/earlier-1/log.jsonl').read_bytes() == before
+
+
+def test_augmentation_is_of_training_rows_only(capsys):
+    pytest.importorskip('data.augment')
+    sft('--dataset_path', questions(), '--augment', '--max_steps=1', '--output_dir=o')
+    said = capsys.readouterr().out
+    assert '4 held-out rows as they were' in said
+    assert int(re.search(r'(\d+) rows to train on, 4 held out', said)[1]) > 30
+
+
+def test_tensorboard_has_what_the_guide_promises():
+    sft('--dataset_path', questions(), '--max_steps=2', '--output_dir=models/x', '--report_to=tensorboard', '--sample_rows=1', '--eval_steps=2')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    [folder] = Path('logs').iterdir()
+    tags = EventAccumulator(str(folder)).Reload().Tags()
+    assert {'loss', 'eval_loss', 'learning_rate', 'grad_norm', 'num_tokens'} <= set(tags['scalars'])
+    assert 'examples/text_summary' in tags['tensors'] and 'gradients/layers.0.mlp.up_proj.weight' in tags['histograms']
+
+
+def test_nohup_keeps_the_exit_status():
+    done = script('--dataset_path=none.jsonl', '--nohup')
+    assert done.returncode == 0 and re.search(r'PID \d+; follow it: tail -f logs/training_\d{8}_\d{6}\.log', done.stdout)
+    log = Path(done.stdout.split()[-1])
+    deadline = time.monotonic() + 60
+    while 'exit status' not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert 'none.jsonl: no such file' in log.read_text() and log.read_text().endswith('exit status 2\n')
+
+
+def test_older_launchers():
+    questions()
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.launch', '--nproc_per_node=2', os.path.join(ROOT, 'train_sft.py'), '--distributed',
+                           *FAST, '--dataset_path=qa.jsonl', '--max_steps=1', '--output_dir=o'], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    assert '2 processes' in done.stdout and os.path.exists('o/model.safetensors')
+
+
+# ---- what is said -----------------------------------------------------------------------------------------------------------
+
+class Ear:
+    def __init__(self):
+        self.heard = []
+
+    def say(self, text):
+        self.heard.append(text)
+
+
+def test_red_flags_are_named_once():
+    ear = Ear()
+    diagnosis, progress = Diagnosis(ear), train_sft.Progress()
+    diagnosis.train(0.0, 0.0), diagnosis.train(0.0, 0.0), diagnosis.train(float('nan'), 1.0), diagnosis.train(0.5, 1.0)
+    for step, (train, held_out) in enumerate([(1.0, 2.0), (0.8, 2.1), (0.6, 2.2), (0.5, float('nan'))], 1):
+        progress.step, progress.loss_sum = step, progress.loss_sum + train
+        diagnosis.evaluation(progress, held_out)
+    assert [re.search('nothing is learned|not finite|overfitting|no held-out', text)[0] for text in ear.heard] == [
+        'nothing is learned', 'not finite', 'overfitting', 'no held-out']
+    for _ in range(4):
+        diagnosis.step(False, parse(Config, ['--lr=1']))
+    with pytest.raises(UserError, match='5 steps in a row'):
+        diagnosis.step(False, parse(Config, ['--lr=1']))
+
+
+@pytest.mark.parametrize('args, words', [
+    ('--bf16 --fp16', 'exclude each other'), ('--load_in_4bit', 'needs use_lora=true'), ('--load_in_4bit --load_in_8bit', 'choose one'),
+    ('training.deepspeed_config=ds.json', '--num_gpus=N or torchrun'), ('--epochs=0', 'above 0'), ('--max_steps=0', 'max_steps'),
+    ('--max_length=10 --max_prompt_length=10', 'no room'), ('--checkpoint_name=last', '{step} or {epoch}'), ('--lora_dropout=1', 'below 1'),
+    ('--patience=2 --eval_strategy=no', 'eval_strategy=no'), ('--freeze norm --use_lora', 'frozen anyway'), ('data.datasets[0].weight=2', 'needs a name'),
+    ('--eval_strategy=sometimes', 'steps, epoch, no'), ('--lerning_rate=1', 'learning_rate')])
+def test_contradictions_are_refused(args, words, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        parse(Config, args.split())
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+
+
+def test_a_typed_precision_beats_the_recipe(capsys):
+    recipe = os.path.join(ROOT, 'recipes/training/sft/llama3_3B_lora.yaml')
+    cfg = parse(Config, ['--recipe', recipe, '--fp16'])
+    assert (cfg.bf16, cfg.fp16, train_sft.precision(cfg)) == (False, True, 'float16')
+    assert train_sft.precision(parse(Config, ['--recipe', recipe])) == 'bfloat16'
+    assert train_sft.precision(parse(Config, ['--no-bf16'])) == 'float32' and train_sft.precision(parse(Config, [])) == 'auto'
+    sft('--dataset_path', questions(8), '--bf16', '--max_steps=1', '--output_dir=o')
+    assert 'bfloat16 on a CPU means float32' in capsys.readouterr().out
+
+
+def test_learning_rates_by_mode(capsys):
+    for args, rate in (([], 1e-3), (['--model=somewhere/else'], 1e-5), (['--use_lora'], 1e-4), (['--use_lora', '--load_in_4bit'], 2e-4)):
+        cfg = parse(Config, args)
+        plan = type('Plan', (), {'steps_per_epoch': 10})
+        train_sft.choose(cfg, [], plan, Ear())
+        assert (cfg.learning_rate, cfg.num_train_epochs) == (rate, 3)
+
+
+def test_both_spellings_are_one_setting():
+    for args, name, value in (('--batch-size 2', 'per_device_train_batch_size', 2), ('--grad-accum=3', 'gradient_accumulation_steps', 3),
+                              ('--max-seq-length 5', 'max_length', 5), ('--epochs 2', 'num_train_epochs', 2), ('--checkpoint-dir x', 'output_dir', 'x'),
+                              ('training.save_steps=7', 'save_steps', 7), ('data.datasets[0].name=y', 'datasets', None)):
+        assert value is None or getattr(parse(Config, args.split()), name) == value
+        assert name in parse(Config, args.split()).typed
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in Path(ROOT, 'recipes/training/sft').glob('*.yaml')))
+def test_shipped_recipes_explain_every_parameter(name):
+    path = os.path.join(ROOT, 'recipes/training/sft', name)
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        is_section = re.fullmatch(r'\w+:', line)
+        assert not line or line.startswith('#') or is_section or re.search(r':\s.*  # \w', line) or re.search(r':  # \w', line), f'{path} line {number}'
+    assert as_dict(parse(Config, ['--recipe', path]))['training']['algorithm'] == 'sft'

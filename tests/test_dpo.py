@@ -225,8 +225,8 @@ def test_a_step_does_not_depend_on_how_it_is_cut(llama, pairs):
         torch.testing.assert_close(sums, found[0][1], rtol=1e-5, atol=1e-6)
 
 
-def test_two_ranks_give_the_losses_of_one(preferences):
-    flags = [f'--{k}={v}' for k, v in {**SMALL, 'matmul': 'float32', 'max_steps': 6, 'reference': 'cache'}.items()] + [f'data.datasets[0].name={preferences}']
+def test_two_ranks_give_the_losses_of_one(llama, preferences):
+    flags = [f'--{k}={v}' for k, v in {**SMALL, 'matmul': 'float32', 'max_steps': 4, 'reference': 'cache', 'base_model_name': llama[1]}.items()] + [f'data.datasets[0].name={preferences}']
     for ranks in (1, 2):
         done = subprocess.run([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags, f'--num_gpus={ranks}', f'--output_dir=out{ranks}',
                                f'--reference_cache=cache{ranks}', f'--batch_size={4 // ranks}'],
@@ -305,12 +305,12 @@ def test_references_under_lora(llama, pairs, preferences):
 def test_modes_learn_and_leave_the_base_alone(preferences, mode):
     settings = {'full': dict(gradient_checkpointing=True), 'lora': dict(use_lora=True, gradient_checkpointing=True, learning_rate=3e-3),
                 'qlora': dict(use_lora=True, load_in_4bit=True, learning_rate=3e-3), '8bit': dict(use_lora=True, load_in_8bit=True, learning_rate=3e-3)}[mode]
-    metrics = main(config(datasets=[train_dpo.Source(name=preferences)], max_steps=12, eval_steps=12, **settings))
-    assert metrics['eval_rewards/accuracies'] > 0.7 and metrics['eval_loss'] < math.log(2) and metrics['step'] == 12
+    metrics = main(config(datasets=[train_dpo.Source(name=preferences)], max_steps=8, eval_steps=8, **settings))
+    assert metrics['eval_rewards/accuracies'] > 0.7 and metrics['eval_loss'] < math.log(2) and metrics['step'] == 8
     log = lines()
     keys = {'loss', 'epoch', 'learning_rate', 'grad_norm', 'num_tokens', 'tokens_per_second', 'rewards/chosen', 'rewards/rejected',
             'rewards/accuracies', 'rewards/margins', 'logps/chosen', 'logps/rejected'}
-    assert all(keys <= line.keys() for line in log if 'loss' in line) and sum('loss' in line for line in log) == 12
+    assert all(keys <= line.keys() for line in log if 'loss' in line) and sum('loss' in line for line in log) == 8
     assert {'loss.png', 'margins.png', 'run_config.json', 'last', 'best'} <= set(os.listdir('models/dpo'))
     tensors = 'model.safetensors' if mode == 'full' else 'adapter_model.safetensors'
     assert os.path.exists(f'models/dpo/{tensors}') and load_model('models/dpo')[0].config.vocab_size == 1024
@@ -331,15 +331,17 @@ def test_dropout_acts_only_where_asked_for(llama, preferences):
 KILLER = '''
 import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
-import torch, train_dpo                      # imported once; every run below is a fork of this process
+import matplotlib.figure, torch, train_dpo    # imported once; every run below is a fork of this process
 from configurator import parse
 torch.set_num_threads(1)
 sys.stdout = open(os.devnull, 'w')
 rng, flags = random.Random(0), {flags!r}
 
 
-def attempt(out_dir, kill_after=None):
-    started = any(name.startswith('checkpoint') for name in (os.listdir(out_dir) if os.path.isdir(out_dir) else ()))
+def attempt(out_dir, kill_at=None):
+    """Runs to the end, or to a SIGKILL a moment after a checkpoint of step `kill_at` or later is there; True when it ended."""
+    steps = lambda: [int(name[11:]) for name in (os.listdir(out_dir) if os.path.isdir(out_dir) else ()) if name.startswith('checkpoint-')]
+    started = bool(steps())
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -350,32 +352,31 @@ def attempt(out_dir, kill_after=None):
             sys.stderr.write(repr(error))
         finally:
             os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if kill_at is not None:
+        while max(steps(), default=0) < kill_at:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     assert status in (0, signal.SIGKILL), status
     return status == 0
 
 
-begun = time.time()
 assert attempt('whole')
-seconds, kills = time.time() - begun, 0
-while kills < 5 and not attempt('killed', rng.uniform(0.15, 0.5) * seconds):
-    kills += 1
-while not attempt('killed'):
-    pass
-sys.stderr.write('%d kills' % kills)
+for step in (4, 12, 16):
+    assert not attempt('killed', step)
+assert attempt('killed')
 '''
 
 
 @pytest.mark.parametrize('more', (['--use_lora', '--disable_dropout=false'], ['--reference=cache', '--dataloader_num_workers=2']))
 def test_kills_change_nothing(llama, preferences, more):
     """SIGKILL at random moments, resumed each time: weights, optimizer state and log are those of a run left alone."""
-    settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 60, 'eval_steps': 15, 'logging_steps': 5, 'eval_samples': 0, 'learning_rate': 0.01}
+    settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 24, 'save_steps': 4, 'eval_steps': 12, 'logging_steps': 5, 'eval_samples': 0,
+                'learning_rate': 0.01}
     flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}', *more]
     done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=flags)], capture_output=True, text=True)
-    assert done.returncode == 0 and re.fullmatch(r'[2-5] kills', done.stderr), done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     tensors = 'adapter_model.safetensors' if '--use_lora' in more else 'model.safetensors'
     for name in (tensors, 'optimizer.safetensors', 'trainer_state.json'):
         with open(f'whole/last/{name}', 'rb') as a, open(f'killed/last/{name}', 'rb') as b:

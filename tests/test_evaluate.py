@@ -22,6 +22,7 @@ from data.tasks import arithmetic, questions, toolcalls
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
 from runtime import seed_for, setup
+from sample import generate
 from train_sft import Config as Training
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
@@ -187,6 +188,19 @@ def test_a_long_prompt_loses_its_beginning(tiny):
     with torch.no_grad():
         logp = torch.log_softmax(model(ids[:, :-1]), -1)[0].gather(1, ids[0, 1:, None])[-len(rows[0].answer):].sum()
     assert rows[0].loss == pytest.approx(-logp.item(), abs=1e-4)
+
+
+def test_a_prompt_is_cut_only_where_the_answer_needs_the_room(tiny, capsys):
+    """As many tokens as allowed would not fit behind the prompt, but the answer does: nothing is lost."""
+    model, tokenizer = tiny
+    question, context = 'Repeat: Tom, Mia, Ben. ' * 40, model.config.block_size
+    record = Record(question, ' So be it.', None, 'eval', '')
+    (row,) = encode_records(tokenizer, [record])
+    row.prompt = row.prompt[-(context - len(row.answer)):]
+    assert evaluate.checked_rows([row], context, len(row.answer)) == [row] and capsys.readouterr().out == ''
+    evaluate.answer_questions(model, tokenizer, [row], Config(), setup('cpu'), 100, len(row.answer))
+    whole = generate(model, [row.prompt], 100, temperature=0, stop_ids=tokenizer.stop_ids)
+    assert row.tokens == whole.tokens[0, :whole.lengths[0] - int(whole.stopped[0])].tolist() and len(row.tokens) <= len(row.answer)
 
 
 def test_scores_do_not_depend_on_the_batch(tmp_path):

@@ -6,8 +6,8 @@
 PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the rows are
 half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, both at their defaults
 for what orders and pads a batch; `ungrouped` is ours without batches of similar lengths, padded as TRL's. Each side runs in a process
-of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included. floor is the time of the float32 matrix products
-of a step of real tokens at the machine's measured rate. The last line is JSON.
+of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included. floor is the time of
+the float32 matrix products of a step of real tokens at the machine's measured rate. The last line is JSON.
 """
 import argparse
 import json
@@ -45,7 +45,8 @@ def write_inputs(directory, steps, count):
     tokenizer.save(os.path.join(directory, 'model'))
     rows = []
     for calls, question in zip(toolcalls.rows('train', steps * BATCH // 2, 'bench'), facts.problems('train', steps * BATCH // 2, 'bench')):
-        rows += [(calls['messages'], calls['tools']), (facts.prompt(question) + [{'role': 'assistant', 'content': question['answer']}], None)]
+        answer = {'role': 'assistant', 'content': question['answer']}
+        rows += [(calls['messages'], calls['tools']), ([*facts.prompt(question), answer], None)]
     with open(os.path.join(directory, 'rows.jsonl'), 'w') as file:
         for messages, tools in rows:
             (prompt, _), (completion, _), *_ = chat.segments(tokenizer, messages, tools)[0]
@@ -77,8 +78,8 @@ def trl(directory, options):
     torch.set_num_threads(options.threads)
     path = os.path.join(directory, 'model')
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
-    config = SFTConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps, max_length=384,
-                       learning_rate=1e-3, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
+    config = SFTConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
+                       max_length=384, learning_rate=1e-3, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
                        report_to='none', save_strategy='no', dataloader_pin_memory=False, disable_tqdm=True, logging_steps=options.steps)
     if options.tokenise:
         def prepare(count):
@@ -119,8 +120,9 @@ def ours(directory, options):
 
     import train_sft as script
     from configurator import parse
-    from data.encoded import Findings, Rows, encode_records
+    from data.encoded import Rows, encode_records
     from data.records import read_rows, to_record
+    from diagnosis import Findings
     torch.set_num_threads(options.threads)
     flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
              '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
@@ -160,14 +162,17 @@ def floor(directory, options):
     rate = 100 * 2 * 2048 * 256 * 1024 / (time.perf_counter() - begun)
     from data.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(os.path.join(directory, 'model'))
-    tokens = BATCH * statistics.mean(len(tokenizer.encode(row['prompt'] + row['completion'])) for row in read(os.path.join(directory, 'rows.jsonl')))
+    rows = read(os.path.join(directory, 'rows.jsonl'))
+    tokens = BATCH * statistics.mean(len(tokenizer.encode(row['prompt'] + row['completion'])) for row in rows)
     weights = 4 * (4 * 256 * 256 + 3 * 256 * 512)
     return {'seconds': 6 * weights * tokens / rate, 'tokens_of_a_step': tokens, 'gflops': rate / 1e9}
 
 
 def measure(side, directory, options):
-    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--tokenise={options.tokenise}', f'--threads={options.threads}']
-    done = subprocess.run([options.trl if side == 'trl' else sys.executable, os.path.abspath(__file__), *flags], capture_output=True, text=True,
+    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--tokenise={options.tokenise}',
+             f'--threads={options.threads}']
+    python = options.trl if side == 'trl' else sys.executable
+    done = subprocess.run([python, os.path.abspath(__file__), *flags], capture_output=True, text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': str(options.threads), 'TOKENIZERS_PARALLELISM': 'true'}, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -198,8 +203,8 @@ def main():
             ratios = {'tokenise': [t['seconds'] / o['seconds'] for t, o in zip(found['trl'], found['ours'])]}
         else:
             found['floor'] = [measure('floor', directory, options)]
-            ratios = {side: [o['supervised_tokens_per_second'] / t['supervised_tokens_per_second'] for t, o in zip(found['trl'], found[side])]
-                      for side in ('ours', 'ours_bf16', 'ungrouped')}
+            rate = 'supervised_tokens_per_second'
+            ratios = {side: [ours[rate] / theirs[rate] for theirs, ours in zip(found['trl'], found[side])] for side in ('ours', 'ours_bf16', 'ungrouped')}
         print(json.dumps({'ratios': {side: round(statistics.median(values), 2) for side, values in ratios.items()}, 'runs': found}))
 
 

@@ -9,7 +9,6 @@ writes after the prompt with the right answer. Without --data and --task the hel
 was trained on (its run_config.json), or of the embedded tool-calling set. Leaves evaluation.json, .md and .html, pictures inside.
 """
 import importlib
-import math
 import os
 import time
 import types
@@ -238,15 +237,15 @@ def read_answers(model, rows, batch_size, machine):
             bar.update(len(batch))
 
 
-def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens):
-    """Sets response, tokens, stopped and called of each row: the model writes what follows the prompt."""
-    room = min(max_new_tokens, model.config.block_size - 1)
+def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens, room):
+    """Sets response, tokens, stopped and called of each row: the model writes what follows the prompt, of which the end is kept that
+    leaves `room` tokens of its context."""
     order = sorted(rows, key=lambda row: len(row.prompt))
     with tqdm(total=len(rows), desc='answering', unit=' rows', disable=None) as bar, machine.autocast():
         for at in range(0, len(order), cfg.batch_size):
             batch = order[at:at + cfg.batch_size]
             prompts = [row.prompt[-(model.config.block_size - room):] for row in batch]
-            samples = generate(model, prompts, room, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, tokenizer.stop_ids,
+            samples = generate(model, prompts, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty, tokenizer.stop_ids,
                                seed=seed_for(cfg.seed, 'evaluate', at))
             columns = (tensor.tolist() for tensor in (samples.tokens, samples.lengths, samples.stopped))
             for row, tokens, length, stopped in zip(batch, *columns):
@@ -256,7 +255,7 @@ def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens):
             bar.update(len(batch))
 
 
-def checked_rows(rows, context, max_new_tokens):
+def checked_rows(rows, context, room):
     """Rows whose answer fits into the context, the others counted and said; UserError where none does."""
     fitting = [row for row in rows if len(row.answer) < context]
     longest = max(len(row.prompt) + len(row.answer) for row in rows)
@@ -265,10 +264,10 @@ def checked_rows(rows, context, max_new_tokens):
     if len(fitting) < len(rows):
         print(f'{len(rows) - len(fitting):,} of {len(rows):,} rows are left out: their answer alone does not fit the context of '
               f'{context} tokens')
-    cut = sum(len(row.prompt) + max(len(row.answer), max_new_tokens) > context for row in fitting)
+    cut = sum(len(row.prompt) + max(len(row.answer), room) > context for row in fitting)
     if cut:
         print(f'{cut:,} of {len(fitting):,} prompts lose their beginning where they do not fit the context of {context} tokens together '
-              f'with the answer or the {max_new_tokens} tokens allowed (longest prompt and answer: {longest})')
+              f'with the answer or {room} tokens for a response (longest prompt and answer: {longest})')
     return fitting
 
 
@@ -290,14 +289,15 @@ def evaluate(cfg, name, data, machine):
         raise UserError(f'{name} has no tokenizer beside its weights: copy tokenizer.json there')
     model.set_matmul(machine.matmul)
     rows = encode_records(tokenizer, data.records, data.problems)
-    allowed = cfg.max_new_tokens or max(32, 2 * max(len(row.answer) for row in rows))
-    allowed = min(allowed, max(1, model.config.block_size // 2))
-    rows = checked_rows(rows, model.config.block_size, allowed)
+    longest = max(len(row.answer) for row in rows)
+    allowed = cfg.max_new_tokens or max(32, 2 * longest)
+    room = min(allowed, longest, max(1, model.config.block_size // 2))
+    rows = checked_rows(rows, model.config.block_size, room)
     print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens '
           'each')
     with explain_out_of_memory('--batch_size'):
         read_answers(model, rows, cfg.batch_size, machine)
-        answer_questions(model, tokenizer, rows, cfg, machine, allowed)
+        answer_questions(model, tokenizer, rows, cfg, machine, allowed, room)
     result = metrics.result_of(name, rows, data.task, max_new_tokens=allowed, seconds=time.perf_counter() - begun)
     return result, rows, tokenizer
 
@@ -305,6 +305,8 @@ def evaluate(cfg, name, data, machine):
 def main(cfg):
     names = [name for name in (cfg.model_path, *cfg.models) if name] or ['tiny']
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
+    if machine.world_size > 1:
+        raise UserError('evaluate.py runs in one process: start it without torchrun')
     print(describe_device(machine))
     out_dir = Path(cfg.output_dir or os.path.join('evaluation', os.path.basename(os.path.normpath(names[0]))))
     earlier_results(out_dir)

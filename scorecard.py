@@ -57,7 +57,9 @@ def text_table(headers, rows):
 
 def examples_of(rows, num):
     """[(heading, rows)]: the best responses, the worst, and the first of each kind of error; each row once, equal questions once."""
-    unique, taken = {row['question']: row for row in reversed(rows)}, set()
+    unique, taken = {}, set()
+    for row in rows:
+        unique.setdefault(row['question'], row)
 
     def pick(found):
         found = [row for row in found if row['question'] not in taken][:num]
@@ -65,10 +67,10 @@ def examples_of(rows, num):
         return found
 
     ranked = sorted(unique.values(), key=lambda row: (-row['correct'], -row['f1'], row['loss'] or 0.0))
-    groups = [('Best responses', pick([row for row in ranked if row['correct'] or row['f1'] > 0])),
-              ('Worst responses', pick([row for row in reversed(ranked) if not row['correct']]))]
-    for kind in dict.fromkeys(row['error'] for row in rows if row['error']):
-        groups.append((f'Error: {kind}', pick([row for row in unique.values() if row['error'] == kind])))
+    groups = [('best responses', pick([row for row in ranked if row['correct'] or row['f1'] > 0])),
+              ('worst responses', pick([row for row in reversed(ranked) if not row['correct']]))]
+    for kind in ERRORS:
+        groups.append((kind, pick([row for row in unique.values() if row['error'] == kind])))
     return [(heading, found) for heading, found in groups if found]
 
 
@@ -170,7 +172,7 @@ def picture_of_rows(models):
     lengths.set_xlabel('tokens of the right answer')
     lengths.set_ylabel('tokens of the response')
     if len(models) > 1:
-        losses.legend(frameon=False, fontsize=8, loc='lower right')
+        figure.legend(loc='outside upper left', ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -178,9 +180,10 @@ def picture_of_progress(models):
     """Scores over the number in which the names of checkpoints end."""
     figure, (axes,) = canvas(3.4)
     points = sorted((int(re.search(r'(\d+)\D*$', result['name'])[1]), result['scores']) for result in models)
-    for key, colour in zip(('accuracy', 'token_accuracy', 'f1', 'rougeL'), COLOURS):
-        axes.plot([number for number, _ in points], [scores[key] for _, scores in points], color=colour, marker='o', label=MEASURES[key][0])
+    for key, colour, line in zip(('accuracy', 'token_accuracy', 'f1', 'rougeL'), COLOURS, ('-', '-', '-', ':')):
+        axes.plot(*zip(*((number, scores[key]) for number, scores in points)), line, color=colour, marker='o', label=MEASURES[key][0])
     axes.set_xlabel('checkpoint')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     share_axis(axes.yaxis)
     figure.legend(loc='outside upper left', ncols=4, frameon=False, fontsize=9)
     return figure
@@ -207,13 +210,13 @@ def pages_of(evaluation, num_examples=5):
     models = [result for result in results if is_model(result)]
     for result in models:
         if result['tools']:
-            blocks += [('heading', f'Calls by tool: {result["name"]}'),
+            blocks += [('heading', f'{result["name"]}: calls by tool'),
                        ('table', ['tool', 'wanted', 'right tool', 'exact call', 'most often instead'],
                         [[tool, str(row['wanted']), f'{row["right_tool"] / row["wanted"]:.1%}', f'{row["exact_call"] / row["wanted"]:.1%}',
                           row['instead']] for tool, row in result['tools'].items()])]
     for result in models:
         for heading, rows in examples_of(result['rows'], num_examples) if num_examples else ():
-            blocks.append(('heading', f'{heading}: {result["name"]}'))
+            blocks.append(('heading', f'{result["name"]}: {heading}'))
             blocks += [('example', row) for row in rows]
     title = 'Evaluation of ' + ', '.join(result['name'] for result in models)
     return markdown_page(title, blocks), html_page(title, blocks, pictures_of(results))

@@ -21,15 +21,16 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from configurator import UserError, as_dict, from_dict, parse, run, setting
 from optim import SCHEDULES, learning_rate
 
 MAX_BAD_STEPS = 5       # optimizer steps in a row without a finite gradient after which a run stops
-# what env.benchmark or env.dataset may name -> the module in data/tasks that plays it
-TASKS = {'plan_path': 'plan_path', 'sokoban': 'sokoban', 'sudoku': 'sudoku', 'suduku': 'sudoku',
-         **dict.fromkeys(('polaris', 'dapo_math', 'aime_past', 'gsm8k', 'AIME24', 'AIME25', 'OlympiadBench'), 'math'),
+NAMES = ('plan_path', 'sokoban', 'sudoku', 'math', 'code')     # modules in data/tasks that a team plays
+# what env.dataset and env.benchmark are known to name -> one of them
+TASKS = {**{name: name for name in NAMES}, 'suduku': 'sudoku',
+         **dict.fromkeys(('polaris', 'dapo_math', 'aime_past', 'gsm8k', 'aime24', 'aime25', 'olympiadbench'), 'math'),
          **dict.fromkeys(('code_contests', 'apps', 'livecodebench', 'interview'), 'code')}
 
 
@@ -91,15 +92,21 @@ class Config:
     demo_batch_size: int = setting(64, path='demonstrations.batch_size')  # answers in each
     demo_learning_rate: float = setting(2e-3, path='demonstrations.learning_rate')  # of Muon for whole models, of AdamW for adapters; falls linearly to 0
     # environment
-    dataset: str | None = setting(None, path='env.dataset')  # training problems: a game, or math and code data sets such as polaris, code_contests
-    benchmark: str | None = setting(None, path='env.benchmark')  # held-out problems: a game, or math and code data sets such as AIME24, code_contests
+    task: str | None = setting(None, path='env.name', choices=NAMES)  # what is played; the data sets say so, or plan_path, where not set
+    dataset: str | None = setting(None, path='env.dataset')  # training problems: a game, or data sets of math and code (polaris, gsm8k, code_contests), joined by +
+    benchmark: str | None = setting(None, path='env.benchmark')  # held-out problems: a game, or data sets (AIME24, code_contests)
+    data_dir: str | None = setting(None, path='env.data_dir')  # math, code: where scripts/dataprocess stored them; by task if not set, as the rest
+    steps: int | None = setting(None, path='env.steps')  # math: operations in a generated problem
+    tests: int | None = setting(None, path='env.tests')  # code: hidden tests of a training problem at most
+    timeout: float | None = setting(None, path='env.timeout')  # math, code: seconds that a program may run
     max_turns: int = setting(4, path='env.max_turns')  # turns of an episode; in each, every agent acts once
-    map_size: int | None = setting(None, path='env.map_size')  # games: rows of the map; by game if not set, as the next five
+    map_size: int | None = setting(None, path='env.map_size')  # games: rows of the map
     min_moves: int | None = setting(None, path='env.min_moves')  # plan_path, sokoban: moves of the shortest solution at least
     max_moves: int | None = setting(None, path='env.max_moves')  # sokoban: and at most
     min_blanks: int | None = setting(None, path='env.min_blanks')  # sudoku: numbers to fill in at least
     max_blanks: int | None = setting(None, path='env.max_blanks')  # sudoku: and at most
     rules: bool | None = setting(None, path='env.rules')  # explain the rules in a system message, for models that were not warmed up on them
+    allow_weak_sandbox: bool = False  # math, code: run programs that agents wrote even where the system cannot shut them in
     # run
     seed: int = 1337  # of problems, candidates, demonstrations and their order
     resume: bool | str = setting(False, choices=('auto',))  # go on with the latest run of the experiment; auto: start where there is none
@@ -114,22 +121,22 @@ class Config:
     matmul: str = setting('auto', choices=('auto', 'float32', 'bf16'))  # products on a CPU; auto = bf16 where the processor has it
 
     def check(self):
-        for name in (self.dataset, self.benchmark):
-            if name is not None and name not in TASKS:
-                raise UserError(f"env: there is no data set '{name}'; there are {', '.join(TASKS)}")
-        if self.dataset and self.benchmark and TASKS[self.dataset] != TASKS[self.benchmark]:
-            raise UserError(f'env.dataset={self.dataset} is about {TASKS[self.dataset]}, env.benchmark={self.benchmark} about '
-                            f'{TASKS[self.benchmark]}: train and validate on the same kind of task')
+        kinds = {name: TASKS.get(name.split('+')[0].lower()) for name in (self.dataset, self.benchmark) if name}
+        for name, kind in kinds.items():
+            if not (kind or self.task or any(kinds.values())):
+                raise UserError(f"env: no data set '{name}' is known; there are {', '.join(TASKS)}; for a file of yours say env.name=math or code")
+            if kind and kind != task_name(self):
+                raise UserError(f"env: '{name}' is about {kind}, not {task_name(self)}: train and validate on the same kind of task")
         task = task_of(self)
         for name in self.turn_order:
             if name not in task.ROLES:
                 raise UserError(f"turn_order: {task.__name__.rpartition('.')[2]} has no agent '{name}', but {', '.join(task.ROLES)}")
-        if len(set(self.turn_order)) < len(self.turn_order) or self.turn_order and task.ROLES[-1] not in self.turn_order:
-            raise UserError(f'turn_order names each agent once, and {task.ROLES[-1]}, whose answers count, among them')
+        if len(set(self.turn_order)) < len(self.turn_order) or task.ACTS not in self.order:
+            raise UserError(f'turn_order names each agent once, and among them {task.ACTS}, without whom nothing happens')
         for key, agent in self.agents.items():
             if agent.name not in self.order:
                 raise UserError(f"agent_configs.{key}.name: '{agent.name}' is none of the agents in turn_order: {', '.join(self.order)}")
-        for key in ('map_size', 'min_moves', 'max_moves', 'min_blanks', 'max_blanks', 'rules'):
+        for key in ('data_dir', 'steps', 'tests', 'timeout', 'map_size', 'min_moves', 'max_moves', 'min_blanks', 'max_blanks', 'rules'):
             if getattr(self, key) is not None and key not in task.SETTINGS:
                 raise UserError(f'env.{key} means nothing to {task.__name__.rpartition(".")[2]}, which knows '
                                 f'{", ".join("env." + name for name in task.SETTINGS) or "no settings"}')
@@ -149,18 +156,28 @@ class Config:
         if (self.filter_ratio > 0) != (self.filter_method in ('std', 'mean')):
             raise UserError(f'filter_ratio={self.filter_ratio:g} and filter_method={self.filter_method} do not fit: std and mean need a '
                             'ratio above 0, the others have none')
+        if self.specialization == 'lora' and self.GPU_num > 1:
+            raise UserError('GPU_num above 1 shards whole models, not adapters: use specialization=prompt or full, or torchrun for more data')
         others = set(self.base_models) - {'policy_0'} - {agent.policy_name for agent in self.agents.values()}
         if self.specialization == 'prompt' and others:
             raise UserError(f'base_models.{min(others)}: with specialization=prompt all agents share policy_0; set specialization=full')
+
+    num_gpus = property(lambda self: self.GPU_num)      # so many processes are started where torchrun has started none
 
     @property
     def order(self):
         return self.turn_order or list(task_of(self).ROLES)
 
 
+def task_name(cfg):
+    """What is played: env.name, or what the data sets are about."""
+    named = [TASKS.get(name.split('+')[0].lower()) for name in (cfg.benchmark, cfg.dataset) if name]
+    return cfg.task or next(filter(None, named), 'plan_path')
+
+
 def task_of(cfg):
-    """The module of data/tasks that the configuration asks for."""
-    return importlib.import_module('data.tasks.' + TASKS[cfg.benchmark or cfg.dataset or 'plan_path'])
+    """The module of data/tasks that is played."""
+    return importlib.import_module('data.tasks.' + task_name(cfg))
 
 
 if __name__ == '__main__':
@@ -171,10 +188,12 @@ import torch.distributed as dist
 
 import report
 from checkpoint import Checkpoints, point, read_checkpoint, read_own, start_fresh, write_json
+from data import sandbox
 from data.chat import encode, segments
 from lora import add_lora, load_adapter, set_adapter
 from model import load_model, save_model
 from optim import AdamW, make_optimizer
+from parallel import Shared, clip_grad_norm, shard, share, share_out, whole, whole_model
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 from train_rl import group_advantages, policy_loss
@@ -280,6 +299,8 @@ def load_team(cfg, machine, saved=None):
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         policy.model.set_matmul(machine.matmul)
+        if isinstance(machine, Shared):
+            shard(policy.model, machine)
     return {agent: policy for policy in team for agent in policy.agents}
 
 
@@ -340,7 +361,7 @@ def draw_problems(cfg, task, step, machine):
 def env_settings(cfg, task, dataset):
     """What problems() of the task takes: env.* where they are set, else the task's defaults."""
     given = {key: getattr(cfg, key) for key in task.SETTINGS if getattr(cfg, key, None) is not None}
-    given.update({'dataset': dataset} if 'dataset' in task.SETTINGS and dataset else {})
+    given.update({'dataset': dataset} if 'dataset' in task.SETTINGS else {})
     return {**{key: default for key, (default, _) in task.SETTINGS.items()}, **given}
 
 
@@ -358,15 +379,21 @@ def play(cfg, team, task, cases, seed, samples, clock, temperature=None):
                 with clock('generate'):
                     groups = ask(cfg, team[agent], agent, acting, turn, seed_for(seed, turn, agent), samples, clock, temperature)
                 with clock('environment'):
-                    jobs = [(episode.env, candidate) for episode, group in zip(acting, groups) for candidate in group.candidates]
-                    for candidate, outcome in zip((c for _, c in jobs), pool.map(lambda job: job[0].score(agent, job[1].text), jobs)):
-                        candidate.outcome, candidate.reward = outcome, outcome.reward(cfg.alpha)
-                    for episode, group in zip(acting, groups):
+                    texts = [[candidate.text for candidate in group.candidates] for group in groups]
+                    scored = pool.map(lambda episode, texts: score(episode.env, agent, texts), acting, texts)
+                    for episode, group, outcomes in zip(acting, groups, scored):
+                        for candidate, outcome in zip(group.candidates, outcomes):
+                            candidate.outcome, candidate.reward = outcome, outcome.reward(cfg.alpha)
                         rewards = [candidate.reward for candidate in group.candidates]
                         group.executed = rewards.index(max(rewards)) if cfg.if_greedy else 0
                         episode.env.step(agent, group.candidates[group.executed].outcome)
                         episode.groups.append(group)
     return episodes
+
+
+def score(env, agent, texts):
+    """Outcomes of candidates; at once where the task can run their programs side by side."""
+    return env.score_many(agent, texts) if hasattr(env, 'score_many') else [env.score(agent, text) for text in texts]
 
 
 def ask(cfg, policy, agent, episodes, turn, seed, samples, clock, temperature=None):
@@ -435,16 +462,25 @@ COLUMNS = ('rank', 'group', 'candidate', 'agent', 'tokens', 'reward', 'advantage
 
 def gather(rows, width, machine):
     """Numbers [(width values)] of every rank -> float64 (N, width) of all ranks; every rank calls it, with any number of rows."""
-    mine = torch.tensor(rows, dtype=torch.float64).view(-1, width)
+    return gather_tensor(torch.tensor(rows, dtype=torch.float64).view(-1, width), machine)
+
+
+def gather_text(text, machine):
+    return bytes(gather_tensor(torch.tensor(list(text.encode(errors='replace')), dtype=torch.uint8), machine).tolist()).decode()
+
+
+def gather_tensor(mine, machine):
+    """(n, ...) of every rank, whatever its n -> (N, ...) of all, one rank's after the other's."""
     if machine.world_size == 1:
         return mine
-    longest = machine.max(len(mine))
-    padded = torch.full((longest, width), math.nan, dtype=torch.float64)
+    group = getattr(machine, 'copies', None)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(machine.world_size)]
+    dist.all_gather(counts, torch.tensor([len(mine)]), group=group)
+    padded = mine.new_zeros(max(map(int, counts)), *mine.shape[1:])
     padded[:len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(machine.world_size)]
-    dist.all_gather(parts, padded)
-    table = torch.cat(parts)
-    return table[~table[:, 0].isnan()]
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:int(count)] for part, count in zip(parts, counts)])
 
 
 def plan_batches(cfg, episodes, step, machine):
@@ -569,7 +605,7 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
         for grad in optimizer.grads:
             machine.sum(grad)
         scaler.unscale_(optimizer.grads)
-        norm = float(optimizer.clip_grad_norm(cfg.max_grad_norm))
+        norm = float(clip_grad_norm(model, optimizer, cfg.max_grad_norm, machine))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -588,7 +624,8 @@ def warm_up(cfg, team, task, machine):
     """Supervised steps on what the task's pupils answer, in the situations that they get into: from here on a model knows the form of
     an answer, much of the task, and the pupils' faults."""
     import random
-    started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, 'muon', cfg.demo_learning_rate, 0.01) for p in distinct(team)}
+    kind = 'adamw' if isinstance(machine, Shared) else 'muon'           # which needs whole matrices
+    started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in distinct(team)}
     losses = []
     for step in range(cfg.demo_steps):
         draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
@@ -638,7 +675,7 @@ def supervised_step(cfg, policy, optimizer, chats, step, machine):
         total += loss.detach()
     for grad in optimizer.grads:
         machine.sum(grad)
-    optimizer.clip_grad_norm(1.0)
+    clip_grad_norm(model, optimizer, 1.0, machine)
     optimizer.step()
     model.eval()
     return float(machine.sum(total))
@@ -658,10 +695,9 @@ def validate(cfg, team, task, step, directory, machine):
         prefix = 'validation/' if manner == 'sampled' else 'validation/greedy_'
         metrics.update({prefix + key: value for key, value in summary(cfg, episodes, machine).items()})
         records += [{'step': step, 'manner': manner, **record(episode)} for episode in episodes]
-    if machine.is_main or machine.world_size > 1:
-        lines = ''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in records)
-        name = f'step-{step}.jsonl' if machine.world_size == 1 else f'step-{step}-rank-{machine.rank}.jsonl'
-        with open(os.path.join(directory, 'validate', name), 'w', encoding='utf-8', errors='replace') as file:
+    lines = gather_text(''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in records), machine)
+    if machine.is_main:
+        with open(os.path.join(directory, 'validate', f'step-{step}.jsonl'), 'w', encoding='utf-8', errors='replace') as file:
             file.write(lines)
     return metrics
 
@@ -726,7 +762,7 @@ def open_run(cfg, machine):
         saved = read_own(os.path.join(directory, 'checkpoints', 'run_config.json'))
         if saved.get('script') == 'train_agents.py':
             found = Checkpoints(os.path.join(directory, 'checkpoints'), machine).latest()
-            cfg = from_dict(Config, saved['config'], cfg)
+            cfg = replace(from_dict(Config, saved['config'], cfg), GPU_num=cfg.GPU_num)
             cfg.check()
             return os.path.relpath(directory), cfg, found
         if cfg.resume != 'auto':
@@ -760,18 +796,21 @@ def announce(cfg, team, task, directory, machine):
                 f'sequences; logs in {directory}/')
 
 
-def write_team(team, directory):
-    """One policy is the model in the folder itself, several have a folder each."""
-    policies = distinct(team)
-    for policy in policies:
-        save_model(policy.use(), policy.tokenizer, directory if len(policies) == 1 else os.path.join(directory, policy.name))
+def write_team(team, models, directory):
+    """models {policy: what to save}. One policy is the model in the folder itself, several have a folder each."""
+    for policy in distinct(team):
+        policy.use()
+        save_model(models[policy.name], policy.tokenizer, directory if len(models) == 1 else os.path.join(directory, policy.name))
 
 
 def main(cfg):
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
+    machine = share_out(machine, cfg.GPU_num) if cfg.GPU_num > 1 else machine
     stop = Stop(machine)
     directory, cfg, resumed = open_run(cfg, machine)
     texts, task = Texts(machine, directory), task_of(cfg)
+    if getattr(task, 'RUNS_PROGRAMS', False):
+        sandbox.start(cfg.allow_weak_sandbox)       # or it refuses, before the work
     checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), machine)
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)
@@ -791,8 +830,8 @@ def main(cfg):
         tensors, state = read_checkpoint(resumed)
         step, best, scaler = state['step'], state['best_success_rate'], LossScale(machine.dtype, state['loss_scale'])
         for policy in distinct(team):
-            policy.optimizer.load_state_dict({key.partition(':')[2]: value for key, value in tensors.items()
-                                              if key.partition(':')[0] == policy.name})
+            own = {key.partition(':')[2]: value for key, value in tensors.items() if key.partition(':')[0] == policy.name}
+            policy.optimizer.load_state_dict({key: share(key, value, machine) for key, value in own.items()})
         checkpoints.rewind(resumed)
         cut_episodes(directory, step, machine)
         machine.on_main(lambda: write_json(os.path.join(directory, 'checkpoints', 'run_config.json'), {
@@ -807,8 +846,11 @@ def main(cfg):
 
     def save(is_best):
         state = {'step': step, 'best_success_rate': best, 'loss_scale': scaler.state}
-        tensors = {f'{p.name}:{key}': value for p in distinct(team) for key, value in p.optimizer.state_dict().items()}
-        checkpoints.save(step, lambda folder: write_team(team, folder), tensors, state, is_best)
+        models, tensors = {}, {}
+        for p in distinct(team):
+            models[p.name] = whole_model(p.model, machine) if isinstance(machine, Shared) else p.model
+            tensors.update({f'{p.name}:{key}': value for key, value in whole(p.optimizer.state_dict(), machine).items()})
+        checkpoints.save(step, lambda folder: write_team(team, models, folder), tensors, state, is_best)
 
     started, first = time.perf_counter(), step
     while True:

@@ -60,7 +60,7 @@ def small(tmp_path_factory):
 def scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)     # logs/ goes there
     task = types.ModuleType('data.tasks.scripted')
-    task.ROLES, task.SETTINGS, task.Env = ScriptedEnv.roles, {}, ScriptedEnv
+    task.ROLES, task.ACTS, task.SETTINGS, task.Env = ScriptedEnv.roles, 'second', {}, ScriptedEnv
     task.problems = lambda split, n, seed: [{'word': f'{split} {i}'} for i in range(n)]
     monkeypatch.setitem(sys.modules, 'data.tasks.scripted', task)
     monkeypatch.setitem(train_agents.TASKS, 'scripted', 'scripted')
@@ -392,6 +392,22 @@ def test_two_ranks_train_what_one_does(small):
     assert gaps.median() < 1e-5
 
 
+def test_two_shards_are_one_model(small):
+    """GPU_num=2 starts two processes that hold half of the heads each; what they save is whole, and goes on in one process."""
+    words = ['training.total_training_steps=2', 'training.learning_rate=1e-4', 'training.val_freq=1']
+    go(small, *words)
+    finish(start(small, *words, 'GPU_num=2', 'training.experiment_name=two', 'training.total_training_steps=1'))
+    go(small, *words, 'training.experiment_name=two', '--resume')
+    logs = [[json.loads(line) for line in open(f'logs/{e}/latest/log.jsonl')] for e in ('x', 'two')]
+    for one, two in zip(*([line for line in log if 'loss' in line] for log in logs)):
+        for key in ('loss', 'reward', 'grad_norm', 'optimizer_steps', 'dead_groups', 'plan_agent/tokens'):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+    models = [load_model(f'logs/{e}/latest/checkpoints/last')[0] for e in ('x', 'two')]
+    assert max((a - b).abs().max() for a, b in zip(*(model.parameters() for model in models))) < 5e-4
+    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(*(model.parameters() for model in models))])
+    assert gaps.median() < 1e-6
+
+
 @pytest.mark.parametrize('level', ['lora', 'full'])
 def test_levels_run_resume_and_are_evaluated(small, level):
     words = [f'specialization={level}', 'training.total_training_steps=2', 'training.val_freq=1']
@@ -413,11 +429,11 @@ def test_levels_run_resume_and_are_evaluated(small, level):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['training.total_trainin_steps=3'], ['total_trainin_steps', 'total_training_steps']), (['env.benchmark=chess'], ['chess', 'sokoban']),
+    (['training.total_trainin_steps=3'], ['total_trainin_steps', 'total_training_steps']), (['env.benchmark=chess'], ['chess', 'sokoban', 'env.name']), (['env.name=chess'], ['chess', 'sokoban']),
     (['env.benchmark=sudoku', 'env.min_moves=3'], ['env.min_moves', 'sudoku', 'min_blanks']), (['training.train_sample_num=1'], ['two candidates']),
     (['turn_order=tool_agent'], ['plan_agent']), (['turn_order=reader plan_agent'], ['reader', 'tool_agent']),
     (['filter_method=std'], ['filter_ratio']), (['filter_ratio=0.3'], ['filter_method']), (['training.epoch_size=0'], ['epoch_size']),
-    (['base_models.policy_1.path=tiny'], ['policy_1', 'specialization=full']), (['env.dataset=polaris', 'env.benchmark=sokoban'], ['polaris', 'sokoban']),
+    (['specialization=lora', 'GPU_num=2'], ['GPU_num', 'adapters']), (['base_models.policy_1.path=tiny'], ['policy_1', 'specialization=full']), (['env.dataset=polaris', 'env.benchmark=sokoban'], ['polaris', 'sokoban']),
     (['agent_policy_configs.agent_configs.agent_0.name=judge'], ['judge', 'plan_agent']), (['training.learning_rate=-1'], ['learning_rate'])])
 def test_mistakes_are_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as stop:

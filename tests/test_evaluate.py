@@ -22,6 +22,7 @@ from data.tasks import arithmetic, questions, toolcalls
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
 from runtime import seed_for, setup
+from sample import generate
 from train_sft import Config as Training
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
@@ -189,6 +190,19 @@ def test_a_long_prompt_loses_its_beginning(tiny):
     assert rows[0].loss == pytest.approx(-logp.item(), abs=1e-4)
 
 
+def test_a_prompt_is_cut_only_where_the_answer_needs_the_room(tiny, capsys):
+    """As many tokens as allowed would not fit behind the prompt, but the answer does: nothing is lost."""
+    model, tokenizer = tiny
+    question, context = 'Repeat: Tom, Mia, Ben. ' * 40, model.config.block_size
+    record = Record(question, ' So be it.', None, 'eval', '')
+    (row,) = encode_records(tokenizer, [record])
+    row.prompt = row.prompt[-(context - len(row.answer)):]
+    assert evaluate.checked_rows([row], context, len(row.answer)) == [row] and capsys.readouterr().out == ''
+    evaluate.answer_questions(model, tokenizer, [row], Config(), setup('cpu'), 100, len(row.answer))
+    whole = generate(model, [row.prompt], 100, temperature=0, stop_ids=tokenizer.stop_ids)
+    assert row.tokens == whole.tokens[0, :whole.lengths[0] - int(whole.stopped[0])].tolist() and len(row.tokens) <= len(row.answer)
+
+
 def test_scores_do_not_depend_on_the_batch(tmp_path):
     scores = [main(config('--data', 'toolcalls', '--num_samples=9', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}'))
               for size in (1, 9)]
@@ -282,8 +296,8 @@ def test_the_embedded_questions_share_nothing():
 
 
 def test_the_file_of_the_embedded_questions():
-    script = os.path.join(ROOT, 'data', 'tasks', 'questions.py')
-    done = subprocess.run([sys.executable, script, 'train=3', 'eval=2'], capture_output=True, text=True, check=True)
+    words = [sys.executable, '-m', 'data.tasks.questions', 'train=3', 'eval=2']
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)['qa_pairs']
     assert [row['metadata'] for row in rows] == ['train'] * 3 + ['eval'] * 2 and rows[0].keys() == {'question', 'answer', 'metadata'}
 
@@ -309,7 +323,7 @@ def test_the_command_and_what_it_leaves(tmp_path, capsys):
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert len(pictures) >= 3 and all(picture[:8] == b'\x89PNG\r\n\x1a\n' for picture in pictures)
     markdown = (tmp_path / 'out' / 'evaluation.md').read_text()
-    assert '| accuracy |' in markdown and '````' in markdown and 'Worst responses' in markdown
+    assert '| accuracy |' in markdown and '````' in markdown and 'tiny: worst responses' in markdown
     main(config('--data', data, '--output-dir=out', '--max_new_tokens=8'))
     assert 'earlier-1' in capsys.readouterr().out and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
 
@@ -323,7 +337,7 @@ def test_tables():
     assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
     assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
     groups = dict(scorecard.examples_of(rows, 5))
-    assert [row['question'] for row in groups['Best responses']] == ['q0', 'q1'] and 'Error: echo' not in groups      # each question once
+    assert [row['question'] for row in groups['best responses']] == ['q0', 'q1'] and 'echo' not in groups      # each question once
 
 
 def test_print_config_takes_the_documented_command():

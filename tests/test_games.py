@@ -234,16 +234,16 @@ def test_no_text_breaks_a_game(game):
 
 @pytest.mark.parametrize('game', GAMES)
 def test_pupils(game):
-    """Half of the proposals do not work, and the timid plan agent rarely ends in three turns; what is right always works."""
+    """A quarter of the proposals is careless, and the shy plan agent rarely ends in three turns; what is right always works."""
     draw, solved, works, turns = random.Random(0), 0, 0, 0
     for problem in some(game, 200):
         env = game.Env(problem)
         assert env.score('plan_agent', env.solution('plan_agent')).note == 'works'
         while env.turn < 3 and not env.done:
             turns, works = turns + 1, works + (act(env, 'tool_agent', env.demonstration('tool_agent', draw)).note == 'works')
-            assert act(env, 'plan_agent', env.demonstration('plan_agent', draw)).team > -1.2
+            act(env, 'plan_agent', env.demonstration('plan_agent', draw))
         solved += env.success
-    assert 0.15 < solved / 200 < 0.35 and 0.4 < works / turns < 0.75
+    assert 0.15 < solved / 200 < 0.35 and 0.7 < works / turns < 0.95
 
 
 @pytest.mark.parametrize('game', GAMES)

@@ -3,9 +3,12 @@
     problems(split, n, seed, **settings)    n problems (JSON-able dicts) of 'train' or 'eval', disjoint whatever the seeds
     SETTINGS                                {name: (default, what it means)}: the env.* keys that problems() takes
     ROLES                                   the agents in turn order
+    ACTS                                    the agent without whom nothing happens: alone it is a team of one
+    RUNS_PROGRAMS                           True where programs that agents write are run, in data/sandbox.py (may be left out)
     Env(problem)                            one episode: plain Python, deterministic, copied by copy.deepcopy
         env.prompt(role)                    the chat that the acting agent sees in the present state
         env.score(role, text) -> Outcome    what a candidate would earn; the state stays as it is
+        env.score_many(role, texts)         the same for several, where a task can do that faster (programs in the sandbox)
         env.step(role, outcome)             executes one: the next agent sees the new state
         env.done, env.success, env.turn     turn counts rounds of all roles, from 0
         env.view()                          the state for a terminal

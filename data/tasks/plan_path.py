@@ -6,8 +6,8 @@ column, walls or no walls; otherwise it is a shortest way.
 
 Env is the same for a team over several turns: the tool agent proposes a way, which is tried on a copy; the plan agent sees
 what came of it and walks, up to its first illegal move. The next turn begins where it ended. The pupils of the team know
-ways, but the tool agent's does not look at the walls in half of the turns, and the plan agent's is timid: in nine turns of
-ten it dares only the first move.
+ways, but the tool agent's does not look at the walls in a quarter of the turns, and the plan agent's is shy: in nine turns of
+ten it stops one move before the goal, and steps back from it where it stands beside it.
 """
 import itertools
 import random
@@ -19,7 +19,7 @@ from data.tasks.env import Outcome
 from data.tasks.world import split_of
 
 SIZE = 4
-ROLES = ('tool_agent', 'plan_agent')
+ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
 SETTINGS = {'map_size': (5, 'rows and columns of the grid'), 'min_moves': (4, 'moves of the shortest way at least'),
             'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}
 RULES = {'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',
@@ -28,7 +28,7 @@ RULES = {'tool_agent': 'Propose the shortest way from the start to the goal of a
 EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends at {last}. '
              'Moves: U up, D down, L left, R right. End with the moves after ####, such as: #### [D, R, R]')
 STEP, ILLEGAL, GOAL, SHORTEST, UNREADABLE = -0.01, -0.1, 1.0, 0.5, -1.0      # rewards; 1 per cell nearer to the goal besides
-TIMID, BLIND = 0.9, 0.5             # of the pupils' turns
+SHY, BLIND = 0.9, 0.25              # of the pupils' turns
 MOVES = {'U': (-1, 0), 'D': (1, 0), 'L': (0, -1), 'R': (0, 1)}
 # A wording is one of each, in any order, with the same sign between them.
 STARTS = ['from {start}', 'start at {start}', 'start: {start}', 'you are at {start}']
@@ -212,8 +212,9 @@ class Env:
             moves = straight(self.at, self.goal)
         if role == 'plan_agent' and self.proposal and self.proposal.note == 'works':
             moves = ''.join(self.proposal.action)
-        if role == 'plan_agent' and draw.random() < TIMID:
-            moves = moves[:1]
+        if role == 'plan_agent' and draw.random() < SHY:
+            back = [move for move in MOVES if move != moves[0] and self.walk(move)[0]]
+            moves = moves[:-1] or draw.choice(back or [moves])
         return write(self.at, moves)
 
     def view(self):

@@ -5,7 +5,7 @@ that no solution of a held-out puzzle occurs in training.
 
 The tool agent proposes a grid, which is checked; the plan agent sees what came of it and fills in. A grid that changes a given
 number, or in which a number stands twice, is refused. The pupils of the team know the solution, but the tool agent's looks only
-along the rows in half of the turns, and the plan agent's is timid: in nine turns of ten it dares to fill only the first blank.
+along the rows in a quarter of the turns, and the plan agent's is shy: in nine turns of ten it leaves the last blank open.
 """
 import json
 import random
@@ -15,9 +15,9 @@ from configurator import UserError
 from data.tasks.env import Outcome
 from data.tasks.world import split_of
 
-ROLES = ('tool_agent', 'plan_agent')
-SETTINGS = {'map_size': (4, 'rows and columns: 4, 6, 9, 12 or 16'), 'min_blanks': (5, 'numbers to fill in at least'),
-            'max_blanks': (8, 'and at most'),
+ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
+SETTINGS = {'map_size': (4, 'rows and columns: 4, 6, 9, 12 or 16'), 'min_blanks': (7, 'numbers to fill in at least'),
+            'max_blanks': (10, 'and at most'),
             'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}
 RULES = {'tool_agent': 'Propose how to fill this Sudoku.',
          'plan_agent': 'Fill in this Sudoku. What somebody proposes was checked; take it over, or correct it.'}
@@ -26,10 +26,10 @@ EXPLAINED = (' It has {size} rows of the numbers 1 to {size}, 0 for a blank: non
              'you leave blank, or with what you fill in, as a list of [row, column, number] counted from 1.')
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3), 12: (3, 4), 16: (4, 4)}       # rows and columns of a box
 SOLVED, QUICK, STEP, FILLED, UNIT, TWICE, GIVEN, UNREADABLE = 2.0, 0.5, -0.01, 0.5, 0.02, -0.5, -0.3, -1.0      # rewards
-TIMID, BLIND = 0.9, 0.5             # of the pupils' turns
+SHY, BLIND = 0.9, 0.25              # of the pupils' turns
 
 
-def problems(split, n, seed, map_size=4, min_blanks=5, max_blanks=8, rules=False):
+def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=False):
     """n problems {'size', 'grid', 'solution', 'rules'} of a split; grids are lists of rows, 0 for a blank."""
     if map_size not in BOXES or not 1 <= min_blanks <= max_blanks <= map_size ** 2:
         raise UserError(f'Sudoku needs env.map_size of {", ".join(map(str, BOXES))} and 1 <= env.min_blanks <= env.max_blanks, not '
@@ -200,11 +200,11 @@ class Env:
                 draw.shuffle(missing)
                 rows.append([number or missing.pop() for number in line])
             return write(rows)
-        if role == 'plan_agent' and draw.random() < TIMID:
-            grid, (row, column) = [line[:] for line in self.grid], blanks[0]
-            grid[row][column] = self.answer[row][column]
-            return write(grid)
-        return write(self.answer)
+        grid = [line[:] for line in self.answer]
+        if role == 'plan_agent' and draw.random() < SHY:
+            row, column = blanks[-1]
+            grid[row][column] = 0
+        return write(grid)
 
     def view(self):
         tall, wide = BOXES[len(self.grid)]

@@ -1,0 +1,183 @@
+"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels each, and run together.
+
+    machine = share_out(setup(...), 2)          # ranks 0 and 1 hold one copy of each model, 2 and 3 the next
+    shard(model, machine)                       # in place, after loading
+    state = whole(model, dict(model.named_parameters()), machine)       # on every rank, to save it
+
+As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels are cut by
+rows, those out of them by columns, with one sum over the group behind each. Embedding, norms and head are whole on every rank and
+stay equal, as their gradients are.
+"""
+import copy
+import re
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from configurator import UserError
+from model import GPT, Linear, load_weights
+from runtime import Run
+
+ROWS, COLUMNS = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$', r'\.(o|down)_proj\.weight$'
+PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, but each sees the gradient of its own heads only
+
+
+@dataclass
+class Shared(Run):
+    """A Run whose ranks and sums are those of data parallelism: the processes of a tensor group count as one."""
+    shards: int = 1
+    shard: int = 0
+    first: bool = True          # of all processes
+    copies: object = None       # process group of this shard's copies
+    group: object = None        # process group of this copy's shards
+
+    @property
+    def is_main(self):
+        return self.first
+
+    def sum(self, tensor):
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self.copies)
+        return tensor
+
+    def max(self, value):
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def close(self):
+        dist.destroy_process_group()
+
+
+def share_out(machine, shards):
+    """A Run -> Shared, `shards` neighbouring ranks to a copy of each model. UserError where the ranks do not come out even."""
+    if machine.world_size % shards:
+        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {machine.world_size}: start a multiple of {shards}')
+    copies = machine.world_size // shards
+    groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
+    peers = [dist.new_group(range(s, machine.world_size, shards)) for s in range(shards)]
+    copy_of, shard = divmod(machine.rank, shards)
+    return Shared(machine.device, machine.dtype, machine.matmul, copy_of, machine.local_rank, copies, shards, shard,
+                  machine.rank == 0, peers[shard], groups[copy_of])
+
+
+class Enter(torch.autograd.Function):
+    """What every shard reads: as it is; its gradient is the sum of what the shards say."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class Leave(torch.autograd.Function):
+    """What the shards computed, summed; its gradient goes to each as it is."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.contiguous()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class ColumnLinear(Linear):
+    """A linear layer of which each shard holds some input channels; x (..., in / shards) -> the whole output. A class of its own, so
+    that the sampler calls it as it is."""
+    group = None
+
+    def forward(self, x):
+        bias, self.bias = self.bias, None
+        try:
+            y = Leave.apply(super().forward(x), self.group)
+        finally:
+            self.bias = bias
+        return y if bias is None else y + bias
+
+
+def shard(model, machine):
+    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config counts the share's heads."""
+    if not isinstance(model, GPT) or getattr(model, 'adapters', None) or getattr(model.layers[0].self_attn.q_proj, 'plain_class', None):
+        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full precision: set GPU_num=1')
+    cfg, n = model.config, machine.shards
+    for name in ('n_head', 'n_kv_head', 'n_inner'):
+        if getattr(cfg, name) % n:
+            raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of {model.name_or_path} evenly')
+    model.whole_config, model.config = cfg, replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
+    for name, p in list(model.named_parameters()):
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(share(name, p.data, machine).clone()))
+    if cfg.tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    enter = lambda module, args: (Enter.apply(args[0], machine.group), *args[1:])
+    for layer in model.layers:
+        layer.self_attn.cfg = model.config
+        layer.self_attn.register_forward_pre_hook(enter)
+        layer.mlp.register_forward_pre_hook(enter)
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.__class__, linear.group = ColumnLinear, machine.group
+
+
+def dimension(name):
+    """The dimension in which a parameter (or its optimizer state) is cut, None where every shard has it whole."""
+    return 0 if re.search(ROWS, name) else 1 if re.search(COLUMNS, name) else None
+
+
+def share(name, tensor, machine):
+    """This rank's share of a whole tensor."""
+    cut = dimension(name)
+    return tensor if cut is None or not tensor.dim() or not isinstance(machine, Shared) else tensor.chunk(machine.shards, cut)[machine.shard]
+
+
+def whole(tensors, machine):
+    """{name: share} -> {name: whole tensor}; called on all ranks together."""
+    if not isinstance(machine, Shared):
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        cut = dimension(name)
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(machine.shards)]
+        if cut is not None and tensor.dim():
+            dist.all_gather(parts, tensor.detach().contiguous(), group=machine.group)
+        found[name] = tensor.detach() if cut is None or not tensor.dim() else torch.cat(parts, cut)
+    return found
+
+
+def whole_model(model, machine):
+    """A copy of a sharded model in one piece, to save; called on all ranks together."""
+    state = whole(dict(model.named_parameters()), machine)
+    with torch.device('meta'):
+        full = GPT(copy.deepcopy(model.whole_config))
+    load_weights(full, state, model.name_or_path, device=machine.device)
+    return full
+
+
+def clip_grad_norm(model, optimizer, max_norm, machine):
+    """optimizer.clip_grad_norm for a model that may be sharded: the norm of the whole model's gradient before, a tensor ().
+
+    First the gradients of what each shard saw a part of are summed over the shards.
+    """
+    if not isinstance(machine, Shared):
+        return optimizer.clip_grad_norm(max_norm)
+    squares = torch.zeros(2, device=machine.device)                 # of what is cut, of what is not
+    for name, p in model.named_parameters():
+        if re.search(PARTIAL, name):
+            dist.all_reduce(p.grad, group=machine.group)
+        squares[int(dimension(name) is None)] += p.grad.square().sum()
+    dist.all_reduce(squares[0], group=machine.group)
+    norm = squares.sum().sqrt()
+    if max_norm > 0 and norm.isfinite():
+        for grad in optimizer.grads:
+            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

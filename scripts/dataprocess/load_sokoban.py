@@ -1,0 +1,38 @@
+"""Puzzles of the games of train_agents.py: datasets/game/{train,test}/{sokoban,sudoku,plan_path}.jsonl
+
+    python scripts/dataprocess/load_sokoban.py
+    python scripts/dataprocess/load_sokoban.py --names sokoban --num_rows 5000
+
+train_agents.py makes the same puzzles from its seed and needs no file: these are to look at, to solve by other means, and to learn
+from (train_sft.py reads "question" and "answer"). No hub is asked: the project's own generators make all puzzles, every one solvable,
+and no training puzzle is a held-out one. A row has "question" (what the plan agent is asked), "answer" (a right reply), "picture",
+"problem" (what Env takes) and "source".
+"""
+import store
+
+from configurator import UserError, run
+from data.tasks import plan_path, sokoban, sudoku
+
+GAMES = {'sokoban': sokoban, 'sudoku': sudoku, 'plan_path': plan_path}
+
+
+def rows_of(game, split, n, seed):
+    """n rows of a game with its default settings."""
+    for problem in game.problems(split, n, seed, **{name: default for name, (default, _) in game.SETTINGS.items()}):
+        env = game.Env(problem)
+        answer = env.solution('plan_agent')
+        if not env.score('plan_agent', answer).valid:
+            raise UserError(f'the generator made a puzzle without a solution: {problem}')
+        yield {'question': env.prompt('plan_agent')[-1]['content'], 'answer': answer, 'picture': env.view(), 'problem': problem}
+
+
+def main(args):
+    print('puzzles of the generators in data/tasks: there is no data set on the hub for these games')
+    for split in ('train', 'test'):
+        for name in args.names:
+            make = lambda part, n: rows_of(GAMES[name], part, n, args.seed)
+            store.write(args, 'game', split, name, store.generated_rows(args, split, make))
+
+
+if __name__ == '__main__':
+    run(lambda _: main(store.arguments(__doc__, GAMES)), None)

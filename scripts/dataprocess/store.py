@@ -1,0 +1,93 @@
+"""What the load_*.py have in common: their flags, the question whether the hub answers, and files that are complete or absent."""
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+
+from configurator import UserError
+from data.prepare import Parser
+from data.tasks.stored import GENERATED
+
+GENERATED_ROWS = {'train': 1000, 'test': 300}
+
+
+def arguments(doc, stems, argv=None):
+    """The parsed flags; stems: what can be loaded."""
+    parser = Parser(doc)
+    parser.add_argument('--names', nargs='+', default=list(stems), choices=stems, metavar='NAME', help=f'which: {", ".join(stems)} (default: all)')
+    parser.add_argument('--output', default='datasets', help='the folder to write to (default: datasets)')
+    parser.add_argument('--num_rows', type=int, help='rows of a file at most (default: all; generated ones: '
+                        f'{GENERATED_ROWS["train"]} for training, {GENERATED_ROWS["test"]} held out)')
+    parser.add_argument('--seed', type=int, default=0, help='of generated problems (default: 0)')
+    parser.add_argument('--offline', action='store_true', help='generated problems, without asking the hub')
+    parser.add_argument('--overwrite', action='store_true', help='replace files that are there')
+    parser.add_argument('--allow_weak_sandbox', action='store_true', help='run programs where the system cannot shut them in')
+    args = parser.parse_args(argv)
+    if args.num_rows is not None and args.num_rows < 1:
+        raise UserError(f'--num_rows={args.num_rows}: at least 1')
+    return args
+
+
+def use_hub(args, domain):
+    """Whether to load from the hub; where not, it is said loudly what is written instead."""
+    endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
+    reason = '--offline'
+    if not args.offline:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(endpoint, method='HEAD'), timeout=10):
+                return True
+        except urllib.error.HTTPError:      # it answers
+            return True
+        except (OSError, ValueError) as error:
+            reason = f'{endpoint} does not answer ({getattr(error, "reason", error)})'
+    print('=' * 100 + f'\n{reason}: these files will hold problems of the generator in data/tasks/{domain}.py, not the data sets whose '
+          f'names they bear.\nTheir column "source" says "{GENERATED}". With a network: the same command with --overwrite.\n' + '=' * 100,
+          file=sys.stderr, flush=True)
+    return False
+
+
+def hub(name, subset=None, split='train', files=None, streaming=False):
+    """The rows of a data set of the hub; files: of its files these, as JSON. UserError where it cannot be loaded."""
+    import datasets
+    try:
+        if files:
+            yield from datasets.load_dataset('json', data_files=[f'hf://datasets/{name}/{file}' for file in files], split='train',
+                                             streaming=streaming)
+        else:
+            yield from datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except Exception as error:      # its client raises a dozen kinds: not found, gated, no such split, the network went away
+        raise UserError(f'{name} on the Hugging Face hub: {type(error).__name__}: {str(error).splitlines()[0][:150]}; leave it out of '
+                        '--names, or say --offline') from None
+
+
+def generated_rows(args, split, make):
+    """make(split, n), as rows of a file."""
+    return ({**row, 'source': GENERATED} for row in make('train' if split == 'train' else 'eval', args.num_rows or GENERATED_ROWS[split]))
+
+
+def write(args, domain, split, stem, rows):
+    """Rows (dicts) into OUTPUT/DOMAIN/SPLIT/STEM.jsonl under a temporary name that becomes the real one in the end. A file that is there
+    stays, unless --overwrite."""
+    path = os.path.join(args.output, domain, split, f'{stem}.jsonl')
+    if os.path.exists(path) and not args.overwrite:
+        print(f'{path}: is there already; --overwrite replaces it')
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    count = 0
+    try:
+        with open(f'{path}.writing', 'w', encoding='utf-8') as file:
+            for count, row in enumerate(rows, 1):
+                file.write(json.dumps(row, ensure_ascii=False) + '\n')
+                if count == args.num_rows:
+                    break
+        if not count:
+            raise UserError(f'{path}: the data set has no row of the expected form')
+        os.replace(f'{path}.writing', path)
+    finally:
+        if os.path.exists(f'{path}.writing'):
+            os.remove(f'{path}.writing')
+    print(f'{path}: {count:,} rows')

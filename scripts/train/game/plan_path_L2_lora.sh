@@ -1,0 +1,18 @@
+#!/bin/bash
+# Plan-Path, L2: one model, a LoRA adapter per agent. As it stands it trains the embedded model in minutes; for a real one set base_models below
+# (and leave out the recipe, whose lengths and rates are for a model of a million parameters).
+set -e
+cd "$(dirname "$0")/../../.."
+
+export CUDA_VISIBLE_DEVICES=0
+export TOKENIZERS_PARALLELISM=false
+GPU_num=1
+
+python train_agents.py recipes/training/agents/plan_path.yaml \
+    GPU_num=$GPU_num \
+    base_models.policy_0.path=tiny \
+    specialization=lora \
+    training.experiment_name=plan_path_L2_lora \
+    env.dataset=plan_path \
+    env.benchmark=plan_path \
+    "$@"

@@ -1,0 +1,18 @@
+#!/bin/bash
+# Sudoku with a single policy that both agents share. As it stands it trains the embedded model in minutes; for a real one set base_models below
+# (and leave out the recipe, whose lengths and rates are for a model of a million parameters).
+set -e
+cd "$(dirname "$0")/../../.."
+
+export CUDA_VISIBLE_DEVICES=0
+export TOKENIZERS_PARALLELISM=false
+GPU_num=1
+
+python train_agents.py recipes/training/agents/sudoku.yaml \
+    GPU_num=$GPU_num \
+    base_models.policy_0.path=tiny \
+    specialization=prompt \
+    training.experiment_name=sudoku_single \
+    env.dataset=sudoku \
+    env.benchmark=sudoku \
+    "$@"

@@ -107,6 +107,7 @@ class Config:
     min_blanks: int | None = setting(None, path='env.min_blanks')  # sudoku: numbers to fill in at least
     max_blanks: int | None = setting(None, path='env.max_blanks')  # sudoku: and at most
     rules: bool | None = setting(None, path='env.rules')  # explain the rules in a system message, for models that were not warmed up on them
+    allow_weak_sandbox: bool = False  # math, code: run programs that agents wrote even where the system cannot shut them in
     # run
     seed: int = 1337  # of problems, candidates, demonstrations and their order
     resume: bool | str = setting(False, choices=('auto',))  # go on with the latest run of the experiment; auto: start where there is none
@@ -188,6 +189,7 @@ import torch.distributed as dist
 
 import report
 from checkpoint import Checkpoints, point, read_checkpoint, read_own, start_fresh, write_json
+from data import sandbox
 from data.chat import encode, segments
 from lora import add_lora, load_adapter, set_adapter
 from model import load_model, save_model
@@ -818,6 +820,8 @@ def main(cfg):
     stop = Stop(machine)
     directory, cfg, resumed = open_run(cfg, machine)
     texts, task = Texts(machine, directory), task_of(cfg)
+    if getattr(task, 'RUNS_PROGRAMS', False):
+        sandbox.start(cfg.allow_weak_sandbox)       # or it refuses, before the work
     checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), machine)
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -479,3 +480,15 @@ def test_code_rows_of_the_hub(load, capsys):
         code.problems('train', 1, 0)
     assert code.Env(problem).score('tester', test('5 5', '10')).valid is False
     assert len(code.problems('eval', 9, 0, dataset='interview')) == 2
+
+
+@pytest.mark.skipif(not shutil.which('unshare'), reason='needs unshare(1)')
+def test_training_refuses_where_programs_cannot_be_shut_in(tmp_path):
+    """In a user namespace that allows no others: one line before any work, and what to say to go on."""
+    command = [sys.executable, os.path.join(ROOT, 'train_agents.py'), 'env.benchmark=AIME24', 'training.total_training_steps=0',
+               'training.validate_episodes=2', 'training.max_prompt_length=200', 'training.max_response_length=30', 'env.max_turns=1']
+    inside = ['unshare', '-Ur', 'sh', '-c', 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', 'sh']
+    result = subprocess.run(inside + command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and 'the sandbox refuses to run programs' in result.stderr and 'Traceback' not in result.stderr
+    result = subprocess.run([*inside, *command, '--allow_weak_sandbox'], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and 'sandbox: WEAK, as allowed' in result.stderr, result.stderr

@@ -19,6 +19,7 @@ from data.tasks.stored import builds, code_block, picked, problems_of, say, show
 from data.tasks.world import split_of
 
 ROLES, ACTS = ('coder', 'tester'), 'coder'
+RUNS_PROGRAMS = True
 SETS = ('code_contests', 'apps', 'interview', 'livecodebench')
 SETTINGS = {'dataset': (None, f'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, several with +: {", ".join(SETS)} '
                               'or a file of yours; code_contests where nothing is said'),

@@ -19,6 +19,7 @@ from data.tasks.stored import builds, code_block, picked, problems_of, shown
 from data.tasks.world import ITEMS, NAMES, split_of
 
 ROLES, ACTS = ('tool', 'reasoner'), 'reasoner'
+RUNS_PROGRAMS = True
 SETS = ('polaris', 'gsm8k', 'dapo_math', 'aime_past', 'AIME24', 'AIME25', 'OlympiadBench')
 SETTINGS = {'dataset': (None, f'stems of data_dir/math/train, or for the held-out split of data_dir/math/test, several with +: {", ".join(SETS)} '
                               'or a file of yours; polaris and AIME24 where nothing is said'),

@@ -6,7 +6,6 @@ import re
 import sys
 
 from configurator import UserError, closest
-from data.records import read_file
 
 GENERATED = 'generated'             # the column `source` of rows that the project's own generator made
 
@@ -52,6 +51,7 @@ def files_of(domain, split, data_dir):
 
 @functools.lru_cache(maxsize=64)
 def rows_of(path):
+    from data.records import read_file      # only here: it takes longer to import than --print_config may take
     return list(read_file(path))
 
 

@@ -1,0 +1,532 @@
+"""train_rl.py in short real runs of the embedded model: what they leave, that counts, ranks and kills change nothing, and forty mistakes."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_rl
+from conftest import ROOT
+from configurator import UserError, parse
+from data.pairs import encode_pairs, to_pair
+from data.records import Source
+from data.rollouts import Episode, lay_out, read_episodes
+from data.tasks import arithmetic, facts
+from model import load_model
+from train_rl import Config, main
+from values import ValueModel, load_reward_model, save_reward_model, train_reward_model
+
+TINY = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4, max_steps=4, logging_steps=1,
+            eval_steps=2, eval_problems=6, num_problems=64, max_completion_length=24, learning_rate=2e-4, warmup_steps=0, temperature=1.5,
+            rewards=['task', 'length'], length_buffer=20, device='cpu', matmul='float32', tensorboard=False)
+PPO = dict(algorithm='ppo', value_model_name='tiny', num_generations=1)
+
+
+@pytest.fixture(autouse=True)
+def in_scratch_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)     # logs/ goes there
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(out='out', **changes):
+    changes = {**TINY, 'output_dir': str(out), **changes}
+    cfg = Config(**changes)
+    cfg.typed = frozenset(changes)
+    cfg.check()
+    return cfg
+
+
+def flags(**changes):
+    spell = lambda value: ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    return [f'--{key}={spell(value)}' for key, value in {**TINY, **changes}.items()]
+
+
+def lines(out='out'):
+    with open(os.path.join(out, 'log.jsonl')) as f:
+        return [json.loads(line) for line in f][1:]
+
+
+def read(*path):
+    with open(os.path.join(*path), 'rb') as f:
+        return f.read()
+
+
+def problems_file(tmp_path, rows=40, name='sums.jsonl', **more):
+    path = tmp_path / name
+    path.write_text(''.join(json.dumps({'question': f'What is {i} plus {i + 1}?', 'answer': f'#### {2 * i + 1}', **more}) + '\n' for i in range(1, rows + 1)))
+    return str(path)
+
+
+def pairs_file(tmp_path, n=40):
+    path = tmp_path / 'pairs.jsonl'
+    rows = [{'prompt': p['question'], 'chosen': facts.solution(p), 'rejected': facts.other_form(p)} for p in facts.problems('train', n, 0)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(path)
+
+
+# ---- short runs -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('how', [dict(), dict(algorithm='gspo'), PPO], ids=['grpo', 'gspo', 'ppo'])
+def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
+    metrics = main(config(**how))
+    for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl', 'rollouts.jsonl', 'rollouts.html',
+                 'reward.png', 'checkpoint-4/optimizer.safetensors', 'checkpoint-4/trainer_state.json', 'checkpoint-4/manifest.json'):
+        assert os.path.getsize(tmp_path / 'out' / name) > 0
+    log = lines()
+    assert [line['step'] for line in log if 'loss' in line] == [1, 2, 3, 4]
+    assert [line['step'] for line in log if 'eval_accuracy' in line] == [0, 2, 4] and metrics['eval_accuracy'] == log[-1]['eval_accuracy']
+    keys = {'reward', 'reward_std', 'success_rate', 'loss', 'grad_norm', 'learning_rate', 'num_tokens', 'entropy', 'approx_kl', 'ratio_mean',
+            'ratio_max', 'ratio_min', 'completions/mean_length', 'completions/clipped_ratio', 'clip_ratio/region_mean'}
+    keys |= {'value_loss', 'explained_variance', 'kl', 'beta'} if how == PPO else {'frac_reward_zero_std'}
+    updates = [line for line in log if 'loss' in line]
+    assert all(keys <= line.keys() for line in updates), keys - updates[0].keys()
+    # a rollout feeds two updates: in the first the ratio is 1, exactly, and sampler and training agree; the second is off-policy
+    assert updates[0]['ratio_max'] == updates[0]['ratio_min'] == 1 and updates[0]['sampling/logp_gap_max'] < 1e-4
+    assert updates[1]['ratio_max'] > 1 > updates[1]['ratio_min'] and 'sampling/logp_gap_max' not in updates[1]
+    episodes = read_episodes('out/rollouts.jsonl')
+    assert sorted({e.step for e in episodes}) == [0, 2] and len(episodes) == 32
+    model, tokenizer = load_model('out')
+    for e in episodes[:8]:
+        assert tokenizer.decode(e.completion_ids[:-1] if e.stopped else e.completion_ids) == e.text
+        assert e.rewards['task'] == arithmetic.reward(e.problem, e.text) and e.reward == sum(e.rewards.values()) and len(e.logp) == len(e.completion_ids)
+        assert e.completion_ids[-1] in tokenizer.stop_ids or not e.stopped
+    said = capsys.readouterr().out
+    assert 'reward' in said and 'kl' in said
+    assert main(config('replayed', **how)) is not None and read('out/last/model.safetensors') == read('replayed/last/model.safetensors')
+
+
+def test_every_preset_runs(capsys):
+    for name in train_rl.PRESETS:
+        once = dict(steps_per_generation=1) if train_rl.PRESETS[name]['surrogate'] == 'reinforce' else {}
+        main(config(name, **{**TINY, **(PPO if name == 'ppo' else {}), 'algorithm': name, 'max_steps': 1, 'eval_steps': 0, 'eval_problems': 2, 'beta': 0.02, **once}))
+        assert all(math.isfinite(line['loss']) and line['kl'] >= 0 for line in lines(name) if 'loss' in line)
+    assert 'length' in json.load(open('dapo/run_config.json'))['config']['training']['rewards']
+
+
+def test_same_gradient_however_the_batch_is_cut(tmp_path):
+    """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4; with groups of 4, on two ranks of one group each."""
+    for how, kind in ((dict(beta=0.1, kl='k3', num_iterations=2), 'grpo'), (dict(PPO, beta=0.1), 'ppo')):
+        how = {**TINY, **how, 'max_steps': 2, 'eval_steps': 0, 'optimizer': 'sgd', 'learning_rate': 1e-2}
+        for cut, (size, accumulate, sampled) in {'one': (8, 1, 2), 'eight': (1, 8, 16), 'two': (4, 2, 4)}.items():
+            main(config(f'{kind}-{cut}', **{**how, 'per_device_train_batch_size': size, 'gradient_accumulation_steps': accumulate,
+                                             'steps_per_generation': sampled}))
+        command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**{**how, 'per_device_train_batch_size': 4, 'output_dir': f'{kind}-ranks'}),
+                   '--num_gpus=2']
+        done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        reference = lines(f'{kind}-one')
+        for cut in ('eight', 'two', 'ranks'):
+            for a, b in zip(reference, lines(f'{kind}-{cut}')):
+                for key in ('loss', 'grad_norm', 'kl', 'reward', 'value_loss', 'approx_kl', 'explained_variance', 'num_tokens'):
+                    assert a.get(key) == pytest.approx(b.get(key), abs=2e-5), (kind, cut, key)
+        texts = lambda out: sorted((e.step, e.group, e.sample, e.text) for e in read_episodes(f'{out}/rollouts.jsonl'))
+        assert texts(f'{kind}-one') == texts(f'{kind}-ranks')
+
+
+def test_uneven_work_per_rank(tmp_path):
+    """Three groups on two ranks, with refills that leave one rank without any: it ends, and equals one process."""
+    how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
+           'steps_per_generation': 1, 'temperature': 0.7}
+    command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks'), '--num_gpus=2']
+    done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    main(config('one', **{**how, 'per_device_train_batch_size': 12}))
+    for a, b in zip(lines('one'), lines('ranks')):
+        for key in ('loss', 'grad_norm', 'reward', 'groups_drawn'):
+            assert a.get(key) == pytest.approx(b.get(key), abs=2e-5)
+    assert all(line['frac_reward_zero_std'] == 0 for line in lines('one') if 'loss' in line)
+    assert any(line.get('groups_drawn', 0) > 3 for line in lines('one'))
+
+
+KILLER = '''
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch, train_rl                      # imported once; every run below is a fork of this process
+from configurator import parse
+torch.set_num_threads(1)
+sys.stdout = open(os.devnull, 'w')
+rng, flags = random.Random(3), {flags!r}
+
+
+def attempt(out_dir, kill_after=None):
+    """Runs to the end or to a SIGKILL after so many seconds; True when it ended."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            saved = os.path.isdir(out_dir) and any(n.startswith('checkpoint') for n in os.listdir(out_dir))
+            train_rl.main(parse(train_rl.Config, [*(['--resume'] if saved else flags), '--output_dir=' + out_dir]))
+            code = 0
+        except BaseException as error:
+            sys.stderr.write(repr(error))
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+
+begun = time.time()
+assert attempt('whole')
+seconds, kills = time.time() - begun, 0
+while kills < {kills} and not attempt('killed', rng.uniform(0.3, 0.7) * seconds):
+    kills += 1
+while not attempt('killed'):
+    pass
+sys.stderr.write('%d kills' % kills)
+'''
+
+
+@pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=12),
+                                 dict(PPO, max_steps=10)], ids=['lora', 'ppo'])
+def test_kills_change_nothing(how, tmp_path):
+    """SIGKILL at random moments, resumed each time: weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
+    if how.get('algorithm') == 'ppo':
+        pairs = pairs_file(tmp_path)
+        how = {**how, 'rewards': ['model']}
+        extra = [f'data.datasets[0].name={pairs}', 'data.datasets[0].chosen_column=chosen', 'data.datasets[0].rejected_column=rejected']
+    else:
+        extra = []
+    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=[*flags(**how, save_steps=2), *extra], kills=3)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.endswith('kills'), done.stderr
+    assert int(done.stderr.split()[-2]) >= 2, done.stderr
+    weights = 'adapter_model.safetensors' if how.get('use_lora') else 'model.safetensors'
+    for name in (weights, 'optimizer.safetensors', 'trainer_state.json'):
+        assert read('whole/last', name) == read('killed/last', name), name
+    assert read('whole/rollouts.jsonl') == read('killed/rollouts.jsonl')
+    curve = lambda out: [(line['step'], line['loss'], line['reward']) for line in lines(out) if 'loss' in line]
+    assert curve('whole') == curve('killed')
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(output_dir='out', max_steps=10000, eval_steps=0)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step'):
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.stdout.read()
+    assert process.wait() == 143 and '--resume' in said
+    step = json.load(open('out/last/trainer_state.json'))['step']
+    cfg = Config(resume=True, output_dir='out', max_steps=step + 2)
+    cfg.typed = frozenset({'resume', 'output_dir', 'max_steps'})
+    main(cfg)
+    assert json.load(open('out/last/trainer_state.json'))['step'] == step + 2
+    assert json.load(open('out/run_config.json'))['config']['training']['learning_rate'] == 2e-4
+
+
+def test_replay(capsys):
+    main(config(max_steps=8, save_steps=4, save_total_limit=1, eval_steps=0))
+    capsys.readouterr()
+    before = {name: read('out', name) for name in ('log.jsonl', 'rollouts.jsonl', 'model.safetensors')}
+    for step in (2, 6):                         # from the start, whose checkpoint is gone, and from checkpoint-8's predecessor or the start
+        cfg = Config(replay=step, output_dir='out')
+        cfg.typed = frozenset({'replay', 'output_dir'})
+        assert main(cfg) == {'same': 16, 'completions': 16}
+        said = capsys.readouterr().out
+        assert f'to step {step}' in said and said.count('--- group') == 4 and ('made likelier' in said or 'nothing to learn' in said)
+    assert all(read('out', name) == content for name, content in before.items())
+    cfg.replay = 3
+    with pytest.raises(UserError, match='nearest one is'):
+        main(cfg)
+
+
+# ---- modes ------------------------------------------------------------------------------------------------------------------
+
+def test_lora_and_its_reference(capsys):
+    main(config(use_lora=True, lora_dropout=0.0, beta=0.05, max_steps=4, learning_rate=5e-3))
+    log = [line for line in lines() if 'loss' in line]
+    assert log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['kl'] > 1e-6      # adapters off are the start
+    assert os.path.exists('out/adapter_model.safetensors') and not os.path.exists('out/model.safetensors')
+    base, _ = load_model('tiny')
+    tuned, _ = load_model('out')
+    for (name, a), (_, b) in zip(base.named_parameters(), [(n, p) for n, p in tuned.named_parameters() if 'lora' not in n]):
+        assert torch.equal(a, b), name
+    full = config('full', beta=0.05, max_steps=2)
+    main(full)
+    assert [line for line in lines('full') if 'loss' in line][0]['kl'] == pytest.approx(0, abs=1e-6)
+    # an adapter is trained further only against a frozen copy of itself
+    main(config('further', base_model_name='out', use_lora=True, beta=0.05, max_steps=2))
+    assert [line for line in lines('further') if 'loss' in line][0]['kl'] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('bits', ['load_in_4bit', 'load_in_8bit'])
+def test_quantised(bits):
+    main(config(use_lora=True, beta=0.05, max_steps=2, gradient_checkpointing=True, eval_steps=0, **{bits: True}))
+    assert math.isfinite(lines()[-2]['loss']) and os.path.exists('out/adapter_model.safetensors')
+
+
+def test_ppo_on_a_shared_trunk():
+    main(config(**PPO, share_critic=True, max_steps=4, eval_steps=0))
+    from safetensors.torch import load_file
+    saved = load_file('out/last/optimizer.safetensors')
+    assert [key for key in saved if key.startswith('critic/')] == ['critic/weight'] and saved['critic/weight'].abs().sum() > 0
+
+
+def test_data_set_with_a_users_reward(tmp_path, capsys):
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n'
+                                      '    return [None if i % 4 == 3 else float(len(c)) for i, c in enumerate(completions)]\n')
+    path = problems_file(tmp_path, level=3)
+    main(config(datasets=[Source(path)], rewards=[f'{tmp_path}/mine.py:score', 'tags'], eval_steps=0, max_steps=2, max_prompt_length=100,
+                mask_truncated=True, importance_cap=2.0, dual_clip=3.0, entropy_coef=0.01))
+    log = [line for line in lines() if 'loss' in line]
+    assert log[0]['unscored'] >= 4 and {'rewards/mine.py:score/mean', 'rewards/tags/mean'} <= log[0].keys()
+    episodes = read_episodes('out/rollouts.jsonl')
+    assert all(e.reward is None and e.advantage == 0 for e in episodes if e.sample == 3)
+    assert all(e.problem['level'] == 3 and 'system' in e.problem for e in episodes)
+    assert '36 problems, 4 held out' in capsys.readouterr().out
+
+
+def test_counts_are_rounded_up_to_whole_groups(capsys):
+    main(config(per_device_train_batch_size=1, gradient_accumulation_steps=6, steps_per_generation=4, num_generations=4, max_steps=1, eval_steps=0))
+    said = capsys.readouterr().out
+    assert 'rounded up to 8' in said and len(read_episodes('out/rollouts.jsonl')) == 8
+
+
+def test_the_documented_recipe_on_one_device(capsys, monkeypatch):
+    """GSPO as shipped: batch 1, 8 generations, 4 steps per generation; another model, and embedded problems."""
+    monkeypatch.setattr(sys, 'argv', ['train_rl.py'])
+    cfg = parse(Config, ['--recipe', os.path.join(ROOT, 'recipes/training/gspo/llama3_3B_lora.yaml'), 'model.base_model_name=tiny', 'data.datasets=[]',
+                         'training.output_dir=out', 'training.max_steps=1', '--eval_problems=4', '--num_problems=16', '--max_completion_length=24'])
+    main(cfg)
+    assert len(read_episodes('out/rollouts.jsonl')) == 16 and 'lengths   clamped' in capsys.readouterr().out
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------------------
+
+def test_layouts_compute_the_same():
+    """A prompt shared by its completions, or with each of them; with and without their last tokens; as on a GPU: every log-probability
+    is that of the row alone."""
+    model, _ = load_model('tiny')
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(3, 900) for _ in range(n)]
+    groups = [(ids(7), [ids(3), ids(1), ids(6)]), (ids(2), [ids(1)]), (ids(4), [ids(2), ids(2)])]
+    alone = [(prompt, completion) for prompt, completions in groups for completion in completions]
+
+    class Gpu:
+        type = 'gpu'
+
+    for share in (None, True, False):
+        for keep_last in (False, True):
+            layout = lay_out(groups, torch.device('cpu'), keep_last, share)
+            hidden = model.hidden(layout.idx, layout.positions).flatten(0, 1)
+            logp = model.token_stats(hidden[layout.source], layout.targets, extras=False)['logp']
+            for row, (prompt, completion) in enumerate(alone):
+                want = model.hidden(torch.tensor([prompt + completion]))[0]
+                got = model.token_stats(want[None, len(prompt) - 1:-1], torch.tensor([completion]), extras=False)['logp'][0]
+                assert torch.allclose(logp[row, :len(completion)], got, atol=1e-5)
+                assert (logp[row, len(completion):] == 0).all() and (layout.targets[row, len(completion):] == -1).all()
+                if keep_last:
+                    assert torch.allclose(hidden[layout.last[row]], want[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize('share', [True, False])
+def test_rows_of_a_gpu(share, monkeypatch):
+    """The layout that a GPU gets, a padded row for each document, computed here."""
+    model, _ = load_model('tiny')
+    groups = [([5, 6, 7], [[8, 9], [10, 11, 12]]), ([20, 21], [[22], [23, 24]])]
+    one_row, real = lay_out(groups, torch.device('cpu'), share=True), torch.tensor
+    monkeypatch.setattr(torch, 'tensor', lambda values, device=None: real(values))
+    rows = lay_out(groups, type('Device', (), {'type': 'cuda'})(), share=share)
+    assert one_row.idx.shape == (1, 5 + 8 - 4) and len(rows.idx) == (2 if share else 4) and (rows.positions is None) == (not share)
+    logp = lambda layout: model.token_stats(model.hidden(layout.idx, layout.positions).flatten(0, 1)[layout.source], layout.targets, extras=False)['logp']
+    assert torch.allclose(logp(rows), logp(one_row), atol=1e-5)
+
+
+def test_long_rows_are_packed_on_a_cpu():
+    layout = lay_out([([1] * 10, [[2] * 190, [3] * 5])], torch.device('cpu'), share=False)
+    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 10, [[2] * 30, [3] * 5])], torch.device('cpu')).positions is None
+
+
+def episode(reward, stopped, n=2, **more):
+    return Episode(0, more.pop('group', 0), more.pop('sample', 0), {}, [1], [2] * n, [-0.1] * n, stopped, '', {'task': reward}, reward, **more)
+
+
+def test_critic_is_asked_behind_what_was_cut_off():
+    """gae by hand: the reward at the last token, beta k1 off each, V behind a row that was cut off and not behind a stop token."""
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = train_rl.Batch([episode(1.0, True), episode(0.5, False, 1)], None, mask, torch.zeros(2, 2), old=torch.tensor([[-1., -2.], [-1., 0.]]),
+                           reference=torch.tensor([[-1.5, -2.], [-0.8, 9.]]), values=torch.tensor([[0.2, 0.4], [0.1, 7.]]), behind=torch.tensor([5., 3.]))
+    machine = train_rl.setup('cpu')
+    about = train_rl.ask_critic([[batch]], 1.0, 1.0, 0.1, machine)
+    # returns with lam = 1: what is still to come. Row 0: 1 - 0.1 * (0.5 + 0), then 1; row 1: 0.5 - 0.1 * -0.2 + 3
+    assert batch.returns.tolist() == [pytest.approx([0.95, 1.0]), pytest.approx([3.52, 0.0])]
+    raw = torch.tensor([0.95 - 0.2, 1 - 0.4, 3.52 - 0.1])
+    white = (raw - raw.mean()) / raw.std(unbiased=False)
+    assert batch.advantages[mask].tolist() == pytest.approx(white.tolist(), abs=1e-5) and batch.advantages[1, 1] == 0
+    assert batch.episodes[0].advantage == pytest.approx(white[:2].mean().item(), abs=1e-5)
+    returns = torch.tensor([0.95, 1.0, 3.52])
+    assert about['explained_variance'] == pytest.approx(1 - (raw.square().mean() / returns.var(unbiased=False)).item(), abs=1e-5)
+
+
+def test_adaptive_beta():
+    table = train_rl.Table(torch.zeros(4, 7, dtype=torch.float64), [0, 1, 2, 3], [])
+    table['k1'] = torch.tensor([3.0, 3.0, 3.0, 3.0])
+    cfg = Config(kl_target=1.0, kl_horizon=40)
+    assert train_rl.adapt_beta(cfg, 0.1, table) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))      # the error is clipped at 0.2
+    table['k1'] = torch.tensor([0.9, 0.9, 0.9, 0.9])
+    assert train_rl.adapt_beta(cfg, 0.1, table) == pytest.approx(0.1 * (1 - 0.1 * 4 / 40))
+
+
+def test_problems_are_drawn_without_replacement():
+    problems = list(range(10))
+    cfg = Config(seed=1)
+    drawn = [p for at in range(0, 30, 6) for p in train_rl.draw_problems(cfg, problems, at, 6)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == problems and drawn[:10] != drawn[10:20]
+
+
+def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
+    from report_rl import rollouts_page
+    members = [episode(1.0, True, advantage=1.0), episode(0.0, False, sample=1, advantage=-1.0), episode(None, True, sample=2)]
+    for e in members:
+        e.text, e.problem = '<script>alert(1)</script>', {'question': 'How <many>?', 'answer': '5'}
+    (tmp_path / 'rollouts.jsonl').write_text(''.join(e.line() + '\n' for e in members) + '{"cut')
+    rollouts_page(tmp_path / 'rollouts.jsonl', tmp_path / 'page.html', 'a run')
+    page = (tmp_path / 'page.html').read_text()
+    assert '<script' not in page and 'src=' not in page and 'http' not in page and '&lt;script&gt;' in page and 'How &lt;many&gt;?' in page
+    assert 'cut off' in page and 'unscored' in page and page.count('class=sample') == 3 and page.count('class=group') == 1
+    green, red, grey = (page.split('class=sample style="background:')[i][:12] for i in (1, 2, 3))
+    assert green.startswith('hsl(140') and red.startswith('hsl(8') and grey.startswith('#eeeeee')
+
+
+# ---- the reward model -------------------------------------------------------------------------------------------------------
+
+def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
+    """Full sentences are preferred to single words, also about people of whom there was no pair; transformers' own class says the same."""
+    model, tokenizer = load_model('tiny')
+
+    def pairs(split, n, seed):
+        found = [to_pair({'prompt': p['question'], 'chosen': long, 'rejected': short}, 'row', Source()) for p in facts.problems(split, n, seed)
+                 for short, long in [sorted((facts.solution(p), facts.other_form(p)), key=len)]]
+        return encode_pairs(tokenizer, found, 128)[0]
+
+    value, machine = ValueModel(model), train_rl.setup('cpu')
+    result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), machine, 1, 16, 1e-3)
+    assert result['accuracy'] > 0.9
+    save_reward_model(value, tokenizer, tmp_path / 'rm')
+    from transformers import AutoModelForSequenceClassification
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / 'rm')
+    ours = load_reward_model(str(tmp_path / 'rm'), machine.device, tokenizer)
+    groups = [([5, 6, 7, 8], [[9, 10], [11]])]
+    with torch.no_grad():
+        scores = ours.rewards(groups)
+        for row, ids in enumerate(([5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11])):
+            assert theirs(torch.tensor([ids])).logits[0, 0].item() == pytest.approx(scores[row].item(), abs=1e-4)
+        assert torch.allclose(scores, value.rewards(groups), atol=1e-5)
+
+
+def test_ppo_from_pairs_and_a_reward_model_used_again(tmp_path, capsys):
+    sources = [Source(pairs_file(tmp_path), chosen_column='chosen', rejected_column='rejected')]
+    main(config(**PPO, datasets=sources, rewards=['model'], reward_batch_size=8, max_steps=2, eval_steps=0))
+    assert 'held-out pairs' in capsys.readouterr().out and os.path.exists('out/reward_model/model.safetensors')
+    main(config('again', datasets=[Source(problems_file(tmp_path))], rewards=['model'], reward_model_path='out/reward_model', max_steps=2, eval_steps=0, max_prompt_length=100))
+    assert all('model' in e.rewards for e in read_episodes('again/rollouts.jsonl'))
+
+
+def test_a_foreign_reward_model_reads_texts(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    backend = Tokenizer(models.WordLevel({'[UNK]': 0, '[PAD]': 1, 'What': 2, 'is': 3}, unk_token='[UNK]'))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token='[UNK]', pad_token='[PAD]', model_max_length=64).save_pretrained(tmp_path / 'bert')
+    BertForSequenceClassification(BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                             max_position_embeddings=64, num_labels=1)).save_pretrained(tmp_path / 'bert')
+    main(config(datasets=[Source(problems_file(tmp_path))], rewards=['model'], reward_model_path=str(tmp_path / 'bert'), max_steps=1, eval_steps=0, max_prompt_length=100))
+    assert len({e.reward for e in read_episodes('out/rollouts.jsonl')}) > 1
+
+
+# ---- forty mistakes ---------------------------------------------------------------------------------------------------------
+
+YAML = 'training:\n  algorithm: grpo\n'
+MISTAKES = {                        # command line -> words of the one line that it ends with
+    'unknown algorithm': (['training.algorithm=grop'], ['grop', 'grpo']),
+    'another script': (['training.algorithm=dpo'], ['train_dpo.py']),
+    'unknown key': (['training.num_generation=4'], ['num_generation', 'num_generations']),
+    'not a number': (['training.learning_rate=fast'], ['learning_rate', 'fast', 'float']),
+    'zero where one is least': (['training.num_iterations=0'], ['num_iterations', '1 or more']),
+    'negative': (['training.beta=-0.1'], ['beta', '0 or more']),
+    'zero rate': (['training.learning_rate=0'], ['learning_rate', 'above 0']),
+    'discount above one': (['training.gamma=1.5'], ['gamma', '0 to 1']),
+    'no steps': (['training.max_steps=0'], ['max_steps', '-1']),
+    'no room for completions': (['data.max_length=100', 'data.max_prompt_length=100'], ['max_prompt_length', 'no room']),
+    'a group of one': (['training.num_generations=1'], ['num_generations=1', '2 or more']),
+    'ppo without a critic': (['training.algorithm=ppo'], ['value_model_name']),
+    'ppo with groups': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--scale=group'], ['scale', 'critic']),
+    'ppo with refills': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--dynamic_sampling'], ['dynamic_sampling', 'no groups']),
+    'ppo with epsilon': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--epsilon=0.1'], ['cliprange', 'epsilon']),
+    'critic settings without a critic': (['training.gamma=0.9'], ['gamma', 'ppo']),
+    'sequence ratio over tokens': (['--ratio=sequence', '--mean=token'], ['mean=token', 'length']),
+    'geometric mean over tokens': (['--surrogate=gmpo', '--mean=token'], ['gmpo', 'mean=sequence']),
+    'ratio without a ratio': (['--surrogate=reinforce', '--ratio=sequence'], ['reinforce', 'ratio']),
+    'old data without a ratio': (['--surrogate=reinforce', '--num_iterations=2'], ['reinforce', 'older policy']),
+    'dual clip below one': (['--dual_clip=0.5'], ['dual_clip', 'above 1']),
+    'epsilon of one': (['training.epsilon=1'], ['epsilon', 'below 1']),
+    'nothing to adapt': (['--kl_target=0.1', '--beta=0'], ['kl_target', 'beta']),
+    'bits without adapters': (['model.load_in_4bit=true'], ['use_lora']),
+    'two kinds of bits': (['model.load_in_4bit=true', 'model.load_in_8bit=true', 'model.use_lora=true'], ['exclude']),
+    'two precisions': (['--bf16', '--fp16'], ['bf16 and fp16']),
+    'deepspeed': (['training.deepspeed_config=zero3.json'], ['DeepSpeed', 'num_gpus']),
+    'weights without rewards': (['--reward_weights=1'], ['reward_weights', 'name the rewards']),
+    'recipe that is no YAML': (['--recipe', 'broken.yaml'], ['broken.yaml', 'YAML']),
+    'recipe that is a list': (['--recipe', 'list.yaml'], ['list.yaml', 'section']),
+    'reward file that is not there': (['--reward=none.py:score'], ['none.py']),
+    'unknown reward': (['--reward=exakt'], ['exakt', 'exact']),
+    'reward of an absent model': (['--reward=model'], ['reward_model_path']),
+    'reward model that is none': (['--reward=model', 'model.reward_model_path=tiny'], ['Qwen3ForCausalLM', 'sequence classifier']),
+    'generation longer than the context': (['--max_completion_length=400'], ['max_completion_length=400', '384']),
+    'model that is not there': (['model.base_model_name=./nowhere'], ['nowhere']),
+    'data that is not there': (['data.datasets[0].name=nowhere.jsonl'], ['nowhere.jsonl', 'no such file']),
+    'column that is not there': (['data.datasets[0].name=sums.jsonl', 'data.datasets[0].answer_column=anser'], ['anser', "did you mean 'answer'"]),
+    'answer that is empty': (['data.datasets[0].name=empty.jsonl'], ['empty.jsonl line 1', 'no answer']),
+    'prompts that are too long': (['data.datasets[0].name=sums.jsonl', '--max_prompt_length=3'], ['max_prompt_length=3', 'no problem is left']),
+    'pairs without a rejected side': (['data.datasets[0].name=sums.jsonl', 'data.datasets[0].chosen_column=answer'], ['rejected', 'sums.jsonl line 1']),
+    'buffer longer than completions': (['--length_buffer=90', '--max_completion_length=50'], ['length_buffer=90']),
+    'nothing to resume': (['--resume', '--output_dir=fresh'], ['fresh', '--resume']),
+    'nothing to replay': (['--replay=3', '--output_dir=run'], ['run/rollouts.jsonl']),
+}
+
+
+def test_forty_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys):
+    """Each is named with what was meant, before any step; no two by the same check."""
+    (tmp_path / 'broken.yaml').write_text('training: [1,\n')
+    (tmp_path / 'list.yaml').write_text('- training\n')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'run_config.json').write_text(json.dumps({'written_by': 'nanoforge', 'script': 'train_rl.py', 'config': {}}))
+    problems_file(tmp_path)
+    (tmp_path / 'empty.jsonl').write_text(json.dumps({'question': 'q', 'answer': 'so ####'}) + '\n')
+    monkeypatch.setattr(sys, 'argv', ['train_rl.py'])
+    assert len(MISTAKES) >= 40
+    origins = {}
+    for name, (argv, words) in MISTAKES.items():
+        with pytest.raises((UserError, SystemExit)) as stopped:
+            main(parse(Config, ['--num_problems=8', '--eval_problems=2', '--device=cpu', '--no-tensorboard', *argv]))
+        said = capsys.readouterr().err
+        error, message = stopped.value, str(stopped.value)
+        if stopped.type is SystemExit:          # parse() has said it; the UserError is what it was handling
+            assert error.code == 2, name
+            error, message = error.__context__, said
+        assert all(word in message for word in words) and len(message.strip().splitlines()) == 1, f'{name}: {message}'
+        while isinstance(error.__context__, UserError):     # where it was raised first, before a file and a row were put in front
+            error = error.__context__
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        origins.setdefault((frame.tb_frame.f_code.co_filename, frame.tb_lineno), []).append(name)
+    assert all(len(names) == 1 for names in origins.values()), [names for names in origins.values() if len(names) > 1]
+    assert not os.path.exists('models')

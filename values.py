@@ -1,0 +1,174 @@
+"""A model that says one number: PPO's critic (a value for every token) and the reward model (one for a whole text).
+
+Both are the trunk of a language model with a scalar head, on disk what transformers calls a sequence classifier with one label: its
+AutoModelForSequenceClassification opens what is written here, and what it writes is opened here.
+"""
+import json
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+from data.rollouts import lay_out
+from data.tokenizer import load_tokenizer, read_json
+from families import config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
+from lora import merge_lora
+from model import GPT, find_model, load_model, load_weights, read_safetensors
+from optim import learning_rate, make_optimizer
+from runtime import explain_out_of_memory, seed_for
+
+
+class ValueModel(nn.Module):
+    """trunk: a GPT, whose own head is not used. The scalar head begins at 0: every value is. own: what belongs to this model alone,
+    all of it or, on a trunk that is somebody else's, the head."""
+
+    def __init__(self, trunk, own=True):
+        super().__init__()
+        self.trunk, self.score = trunk, nn.Linear(trunk.config.n_embd, 1, bias=False, device=trunk.device)
+        self.own_trunk = own
+        nn.init.zeros_(self.score.weight)
+        if own and isinstance(trunk, GPT) and not trunk.config.tied:        # a head of its own would only take memory
+            trunk.lm_head.weight, trunk.config.tied = trunk.embed_tokens.weight, True
+
+    @property
+    def own(self):
+        return self if self.own_trunk else self.score
+
+    def read(self, hidden):
+        """(..., C) -> (...) float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.float()).squeeze(-1)
+
+    def values(self, layout):
+        """A data.rollouts.Layout -> (values (B, T) before each token, values (B,) behind the last one; the layout has keep_last)."""
+        hidden = self.trunk.hidden(layout.idx, layout.positions).flatten(0, 1)
+        return self.read(hidden[layout.source]), self.read(hidden[layout.last])
+
+    def rewards(self, groups):
+        """[(prompt ids, [completion ids, ...])] -> (n,), what it says behind each completion."""
+        layout = lay_out(groups, self.score.weight.device, keep_last=True)
+        return self.read(self.trunk.hidden(layout.idx, layout.positions).flatten(0, 1)[layout.last])
+
+
+class ForeignReward:
+    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer: it reads texts."""
+
+    def __init__(self, directory, device):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=False, use_safetensors=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:      # whatever its loading code raises, it is this directory that cannot be used
+            reason = (str(error).strip() or type(error).__name__).partition('\n')[0]
+            raise UserError(f'{directory}: transformers does not open it as a sequence classifier ({reason})') from None
+        self.model.to(device).eval()
+
+    def texts(self, chats):
+        """[messages, the last one the assistant's] -> (n,)."""
+        if self.tokenizer.chat_template:
+            texts = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        else:
+            texts = ['\n\n'.join(message['content'] for message in chat) for chat in chats]
+        scores = []
+        with torch.no_grad():           # one at a time: not every tokenizer has a padding token
+            for text in texts:
+                encoded = self.tokenizer(text, return_tensors='pt', truncation=True).to(self.model.device)
+                scores.append(self.model(**encoded).logits[0, 0].float())
+        return torch.stack(scores)
+
+
+def load_reward_model(name_or_path, device, tokenizer):
+    """A directory or hub name of a sequence classifier with one label -> ValueModel or ForeignReward, frozen, in eval mode."""
+    directory = find_model(name_or_path)
+    hf = read_json(os.path.join(directory, 'config.json'))
+    classes = hf.get('architectures') or ['']
+    if not classes[0].endswith('ForSequenceClassification'):
+        raise UserError(f'reward_model_path={name_or_path}: a {classes[0] or "model of no known class"}, not a sequence classifier '
+                        '(...ForSequenceClassification with one label)')
+    labels = len(hf.get('id2label') or {0: '', 1: ''})
+    if labels != 1:
+        raise UserError(f'reward_model_path={name_or_path} has {labels} labels; a reward model has one')
+    shape = config_from_hf({**hf, 'tie_word_embeddings': True})
+    if shape is None or load_tokenizer(directory).sha256 != tokenizer.sha256:
+        return ForeignReward(directory, device)
+    weights = read_safetensors(directory)
+    score = weights.pop('score.weight')
+    with torch.device('meta'):
+        trunk = GPT(shape)
+    load_weights(trunk, from_hf_weights(shape, weights), directory, torch.float32, device)
+    model = ValueModel(trunk)
+    model.score.weight.data.copy_(score)
+    return model.requires_grad_(False).eval()
+
+
+def save_reward_model(model, tokenizer, directory):
+    """Writes a ValueModel as a sequence classifier of transformers."""
+    from safetensors.torch import save_file
+    os.makedirs(directory, exist_ok=True)
+    if getattr(model.trunk, 'adapters', None):
+        merge_lora(model.trunk, keep=False)
+    if not isinstance(model.trunk, GPT):
+        raise UserError(f'a reward model on {model.trunk.config.arch} cannot be saved: use one of the families of model.py')
+    hf = config_to_hf(model.trunk.config)
+    name = hf['architectures'][0].replace('LMHeadModel', 'ForCausalLM').replace('ForCausalLM', 'ForSequenceClassification')
+    hf.update(architectures=[name], id2label={'0': 'LABEL_0'}, label2id={'LABEL_0': 0},
+              pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id)
+    weights = {**to_hf_weights(model.trunk, hf['model_type']), 'score.weight': model.score.weight}
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, os.path.join(directory, 'model.safetensors'),
+              metadata={'format': 'pt'})
+    tokenizer.save(directory)
+    with open(os.path.join(directory, 'config.json'), 'w') as file:
+        json.dump(hf, file, indent=2)
+
+
+# ---- Bradley-Terry ----------------------------------------------------------------------------------------------------------
+
+def train_reward_model(model, pairs, held_out, machine, epochs=1, batch_size=32, lr=1e-4, seed=0):
+    """Fits a ValueModel to preference pairs (data.pairs.TokenPair) by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
+    averaged over the pairs of a step; returns {'loss', 'accuracy': share of held-out pairs whose chosen side scores higher}.
+
+    The pair's two completions lie behind one prompt, which is computed once.
+    """
+    optimizer = make_optimizer('adamw', model, lr, weight_decay=0.01, betas=(0.9, 0.99))
+    steps, loss, step = max(1, epochs * len(pairs) // batch_size), torch.zeros(()), 0
+    model.train()
+    for epoch in range(epochs):
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed_for(seed, 'pairs', epoch))).tolist()
+        for at in range(0, len(order) - batch_size + 1 if len(order) >= batch_size else 1, batch_size):
+            batch = [pairs[i] for i in order[at:at + batch_size]]
+            optimizer.set_lr(learning_rate(step, 'linear', lr, 0.0, steps // 20, steps))
+            optimizer.zero_grad()
+            torch.manual_seed(seed_for(seed, 'reward dropout', step, machine.rank))
+            own, loss = batch[machine.rank::machine.world_size], torch.zeros((), device=machine.device)
+            if own:
+                with explain_out_of_memory('--reward_batch_size', '--max_length'), machine.autocast():
+                    margin = margins(model, own)
+                loss = -F.logsigmoid(margin).sum() / len(batch)
+                loss.backward()
+                loss = loss.detach()
+            machine.sum(loss)
+            for grad in optimizer.grads:
+                machine.sum(grad)
+            if optimizer.clip_grad_norm(1.0).isfinite():
+                optimizer.step()
+            step += 1
+            if step % max(1, steps // 5) == 0:
+                machine.say(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')
+    return {'loss': loss.item(), 'accuracy': pair_accuracy(model, held_out, machine, batch_size)}
+
+
+def margins(model, pairs):
+    """(n,): the chosen side's score less the rejected one's."""
+    scores = model.rewards([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs])
+    return scores[0::2] - scores[1::2]
+
+
+@torch.no_grad()
+def pair_accuracy(model, pairs, machine, batch_size=32):
+    model.eval()
+    right = torch.zeros((), device=machine.device)
+    for at in range(machine.rank * batch_size, len(pairs), machine.world_size * batch_size):
+        right += (margins(model, pairs[at:at + batch_size]) > 0).sum()
+    return machine.sum(right).item() / max(len(pairs), 1)

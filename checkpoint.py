@@ -27,7 +27,8 @@ from configurator import UserError
 
 TEMPORARY = '.nanoforge-tmp-'
 STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')               # of a checkpoint; the others are the model
-RUN_FILES = ('log.jsonl', 'loss.png', 'reward.png', 'samples.txt', 'rollouts.jsonl', 'rollouts.html', 'reward_model', 'manifest.json', 'last', 'best')      # of the root, beside the model's
+RUN_FILES = ('log.jsonl', 'loss.png', 'reward.png', 'margins.png', 'samples.txt', 'rollouts.jsonl', 'rollouts.html', 'reward_model',
+             'manifest.json', 'last', 'best')       # of the root, beside the model's
 
 
 @contextlib.contextmanager

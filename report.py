@@ -4,7 +4,10 @@ Pictures drawn from what a run wrote down: they are made from log.jsonl alone, s
 import html
 import itertools
 import json
+import math
 from pathlib import Path
+
+COLOURS = ('#3b6fb6', '#d9622b', '#4c9a52', '#8a5fb0')
 
 
 def read_log(path):
@@ -100,6 +103,66 @@ def loss_picture(log_path, png_path, title):
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
         axes.tick_params(labelsize=10)
+    write_png(figure, png_path)
+
+
+def curves(log_path, png_path, title, panels):
+    """Draw curves of a log.jsonl over steps, one panel below the other, and write a PNG. panels: [(label of the axis, {key of the
+    log: name of the curve})]; keys that the log lacks are left out, and panels without any."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    series, _ = read_log(log_path)
+    panels = [(label, {key: name for key, name in keys.items() if key in series}) for label, keys in panels]
+    panels = [(label, keys) for label, keys in panels if keys]
+    if not panels:
+        return
+    figure = Figure(figsize=(9, 1 + 2.2 * len(panels)), dpi=120, layout='constrained')
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, keys) in zip(all_axes, panels):
+        for colour, (key, name) in zip(COLOURS, keys.items()):
+            steps, values = series[key]
+            axes.plot(steps, values, color=colour, linewidth=1.6, marker='o', markersize=4 if len(steps) < 40 else 0,
+                      label=f'{name} {values[-1]:.3g}')
+        axes.set_ylabel(label, fontsize=11)
+        axes.legend(loc='lower left', bbox_to_anchor=(-0.01, 1), ncols=4, frameon=False, fontsize=10, borderaxespad=0.2)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color='#e6e6e6', linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02)
+    figure.suptitle(title, fontsize=13, x=0.02, ha='left')
+    all_axes[-1].set_xlabel('step', fontsize=11)
+    all_axes[-1].xaxis.set_major_formatter(EngFormatter(sep=''))
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    write_png(figure, png_path)
+
+
+def margins(values, png_path, title):
+    """Draw a histogram of reward margins of preference pairs, those above 0 (ordered as wanted) in another colour; writes a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout='constrained')
+    axes = figure.subplots()
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    width = (high - low) / 30 or 0.1
+    start = -math.ceil(-low / width) * width                    # an edge at 0
+    edges = [start + width * i for i in range(math.ceil((high - start) / width) + 2)]
+    for colour, name, part in ((COLOURS[1], 'rejected preferred', [v for v in values if v < 0]),
+                               ('#777777', 'ties', [v for v in values if v == 0]),
+                               (COLOURS[0], 'chosen preferred', [v for v in values if v > 0])):
+        if part:
+            axes.hist(part, edges, color=colour, label=f'{name}: {len(part):,} ({len(part) / len(values):.0%})')
+    axes.axvline(0, color='black', linewidth=1)
+    axes.set_xlabel('reward margin', fontsize=11)
+    axes.set_ylabel('pairs', fontsize=11)
+    axes.set_title(title, fontsize=13, loc='left')
+    axes.legend(frameon=False, fontsize=11)
+    axes.spines[['top', 'right']].set_visible(False)
+    write_png(figure, png_path)
+
+
+def write_png(figure, png_path):
+    """Whole or not at all."""
     temporary = Path(png_path).with_name('.nanoforge-tmp-' + Path(png_path).name)
     figure.savefig(temporary, format='png')
     temporary.replace(png_path)
@@ -125,7 +188,8 @@ def episodes_page(directory, newest=40):
     """episodes.html in the folder of a run of agents: the newest episodes of episodes.jsonl as trees, and some of the last validation."""
     directory = Path(directory)
     found = sorted((directory / 'validate').glob('step-*.jsonl'), key=lambda path: int(path.stem.split('-')[1]))
-    sections = []
+    sections = [svg_curves(read_log(directory / 'log.jsonl')[0], {'reward': '#3b6fb6'}),
+                svg_curves(read_log(directory / 'log.jsonl')[0], {'validation/success_rate': '#1a7f37', 'validation/greedy_success_rate': '#d9622b'})]
     for title, path, count in (('Training', directory / 'episodes.jsonl', newest), ('Validation', found[-1] if found else None, 20)):
         lines = path.read_text(encoding='utf-8').splitlines() if path and path.exists() else []
         if lines:
@@ -133,6 +197,25 @@ def episodes_page(directory, newest=40):
     temporary = directory / '.nanoforge-tmp-episodes.html'
     temporary.write_text(PAGE.format(title=html.escape(directory.parent.parent.name), body=''.join(sections)), encoding='utf-8')
     temporary.replace(directory / 'episodes.html')
+
+
+def svg_curves(series, colours, width=440, height=150):
+    """Curves of {name: ([steps], [values])} as one SVG with its first and last values; '' where there are none."""
+    shown = {name: series[name] for name in colours if len(series.get(name, ([], []))[0]) > 1}
+    if not shown:
+        return ''
+    steps, values = ([x for pair in shown.values() for x in pair[i]] for i in (0, 1))
+    low, high, last = min(values), max(values), max(steps) or 1
+    place = lambda step, value: f'{width * step / last:.1f},{10 + (height - 20) * (high - value) / ((high - low) or 1):.1f}'
+    lines = ''.join(f'<polyline fill="none" stroke-width="2" stroke="{colours[name]}" points="{" ".join(map(place, *pair))}"/>'
+                    for name, pair in shown.items())
+    words = '<br>'.join(f'<span style="color:{colours[name]}">{html.escape(name)} {short(pair[1][0])} &rarr; {short(pair[1][-1])}</span>'
+                        for name, pair in shown.items())
+    return f'<div class=turn><svg width="{width}" height="{height}" style="background:#fafafa">{lines}</svg><p>{words}</p></div>'
+
+
+def short(value):
+    return f'{value:.3f}' if abs(value) < 100 else f'{value:.0f}'
 
 
 def episode_html(episode):

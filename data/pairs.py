@@ -7,6 +7,10 @@
 A mistake in a row's form is a UserError that names file, row and field. A pair of which nothing can be learned (an empty or the same
 answer on both sides, dialogues that part early) is dropped, counted by its reason and said.
 """
+import concurrent.futures
+import contextlib
+import functools
+import multiprocessing
 import re
 from dataclasses import dataclass
 
@@ -177,28 +181,41 @@ def check_answers(prompt, chosen, rejected):
 
 # ---- pairs -> ids -----------------------------------------------------------------------------------------------------------
 
-def encode_pairs(tokenizer, pairs, max_length, max_prompt_length=None):
+def encode_pairs(tokenizer, pairs, max_length, max_prompt_length=None, num_proc=1):
     """[Pair] -> ([TokenPair], Drops, cuts). The model's chat template is applied once; texts get the end token.
 
     A prompt longer than max_prompt_length loses its beginning, an answer that then exceeds max_length its end, but never all of
-    it; cuts counts both: {'prompts': n, 'answers': n}.
+    it; cuts counts both: {'prompts': n, 'answers': n}. num_proc: processes that render.
     """
     found, drops, cuts = [], Drops(), {'prompts': 0, 'answers': 0}
-    for start in range(0, len(pairs), CHUNK):
-        chunk, chats = [], []
-        for pair in pairs[start:start + CHUNK]:
-            try:
-                chats += [cut_in_pieces(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
-                chunk.append(pair)
-            except Dropped as reason:
-                drops.add(reason, pair.where)
-        rows = encode(tokenizer, chats)
-        for pair, chosen, rejected in zip(chunk, rows[0::2], rows[1::2]):
-            try:
-                found.append(fit(tokenizer, pair, chosen, rejected, max_length, max_prompt_length, cuts))
-            except Dropped as reason:
-                drops.add(reason, pair.where)
+    chunks = [pairs[at:at + CHUNK] for at in range(0, len(pairs), CHUNK)]
+    with contextlib.ExitStack() as stack:
+        over = map
+        if num_proc > 1 and len(chunks) > 1:
+            spawn = multiprocessing.get_context('spawn')
+            over = stack.enter_context(concurrent.futures.ProcessPoolExecutor(min(num_proc, len(chunks)), spawn)).map
+        for chunk, rows in zip(chunks, over(functools.partial(encode_chunk, tokenizer), chunks)):
+            for pair, row in zip(chunk, rows):
+                try:
+                    if isinstance(row, Dropped):
+                        raise row
+                    found.append(fit(pair, *row, max_length, max_prompt_length, cuts))
+                except Dropped as reason:
+                    drops.add(reason, pair.where)
     return found, drops, cuts
+
+
+def encode_chunk(tokenizer, pairs):
+    """For each Pair two chat.Rendered, or Dropped."""
+    chats, rows = [], []
+    for pair in pairs:
+        try:
+            chats += [cut_in_pieces(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
+            rows.append(None)
+        except Dropped as reason:
+            rows.append(reason)
+    encoded = iter(encode(tokenizer, chats))
+    return [row or (next(encoded), next(encoded)) for row in rows]
 
 
 def cut_in_pieces(tokenizer, pair, side):
@@ -215,7 +232,7 @@ def cut_in_pieces(tokenizer, pair, side):
         raise Dropped(f'that the chat template refuses ({error})') from None
 
 
-def fit(tokenizer, pair, chosen, rejected, max_length, max_prompt_length, cuts):
+def fit(pair, chosen, rejected, max_length, max_prompt_length, cuts):
     """Two chat.Rendered -> TokenPair within the lengths; cuts is counted up."""
     prompt, rejected_prompt = (row.ids[:row.mask.index(True)] if True in row.mask else row.ids for row in (chosen, rejected))
     chosen, rejected = ([token for token, target in zip(row.ids, row.mask) if target] for row in (chosen, rejected))

@@ -72,6 +72,13 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_beginning_of_the_answers
     assert cuts == {'prompts': 1, 'answers': 2}
 
 
+def test_several_processes_encode_the_same(tokenizer, monkeypatch):
+    monkeypatch.setattr('data.pairs.CHUNK', 2)
+    pairs = [Pair([{'role': 'user', 'content': f'{n}?'}], YES, NO if n % 2 else {'role': 'assistant', 'content': '<|im_end|>'}, None, 'train', str(n))
+             for n in range(5)]
+    assert encode_pairs(tokenizer, pairs, 100, None, 2) == encode_pairs(tokenizer, pairs, 100)
+
+
 def rows(value, name='pairs.jsonl'):
     return name, '\n'.join(json.dumps(row) for row in value)
 
@@ -180,7 +187,7 @@ def test_malformed_inputs(tmp_path, monkeypatch):
 def test_a_prompt_that_the_template_writes_in_two_ways(tokenizer):
     chosen, rejected = render(tokenizer, [ASK, YES]), render(tokenizer, [AGAIN, NO])
     with pytest.raises(Dropped, match='writes in two ways'):
-        fit(tokenizer, None, chosen, rejected, 100, None, {'prompts': 0, 'answers': 0})
+        fit(None, chosen, rejected, 100, None, {'prompts': 0, 'answers': 0})
 
 
 def test_drops_are_counted_by_reason():

@@ -99,3 +99,11 @@ def rows(split, n, seed):
     different = {problem['question']: problem for problem in problems(split, 20 * n, seed)}
     return [{'prompt': problem['question'], 'chosen': problem['answer'], 'rejected': other_form(problem), 'metadata': split}
             for problem in list(different.values())[:n]]
+
+
+def in_form(prompt, text):
+    """Whether an answer has the form, a word or a sentence, that the prompt (with one of REQUESTS in it) asks for: the rule that makes
+    one side of a row the chosen one."""
+    asked = {form for split in REQUESTS.values() for form, requests in split.items()
+             for request in requests if all(part in prompt for part in request.split('{q}'))}
+    return asked == {'sentence' if ' ' in text.strip() else 'word'}

@@ -159,6 +159,11 @@ class Plan:
         if self.packed and device.type == 'cpu':            # positions of each, row after row
             flat = positions.expand(B, T).flatten()
             self.documents = flat.split(ops.document_lengths(positions.expand(B, T)).tolist())
+        self.branches = None
+        if self.documents and any(len(d) != d[-1] - d[0] + 1 for d in self.documents) and not cfg.attn_softcap:
+            branches = ops.Branches(positions.expand(B, T))
+            if branches.cost < sum(len(d) ** 2 for d in self.documents):                # not where padding eats it up
+                self.branches = branches
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
@@ -182,6 +187,8 @@ class Plan:
         """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> (B, H, T, D)."""
         (B, H, T, D), S = q.shape, k.size(2)
         window = window if window and S > window else 0
+        if self.branches and not window:
+            return self.branches.attend(q, k, v, scale)
         if not self.documents:
             causal = not (self.packed or self.slots or window)
             return attention(q, k, v, None if causal else self.mask(window), scale, softcap)

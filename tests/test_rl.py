@@ -356,7 +356,7 @@ def test_rows_of_a_gpu(share, monkeypatch):
 
 def test_long_rows_are_packed_on_a_cpu():
     layout = lay_out([([1] * 10, [[2] * 190, [3] * 5])], torch.device('cpu'), share=False)
-    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 10, [[2] * 30, [3] * 5])], torch.device('cpu')).positions is None
+    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 4, [[2] * 90, [3] * 50])], torch.device('cpu')).positions is None
 
 
 def episode(reward, stopped, n=2, **more):

@@ -78,8 +78,9 @@ import metrics
 import scorecard
 from checkpoint import read_own, set_aside, write_json, write_text
 from data.chat import encode, parse_tool_calls
-from data.encoded import Findings, pieces_of
+from data.encoded import pieces_of
 from data.records import Record, Source
+from diagnosis import Findings
 from model import load_model
 from runtime import describe_device, explain_out_of_memory, seed_for, setup
 from sample import generate

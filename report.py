@@ -188,7 +188,8 @@ def episodes_page(directory, newest=40):
     """episodes.html in the folder of a run of agents: the newest episodes of episodes.jsonl as trees, and some of the last validation."""
     directory = Path(directory)
     found = sorted((directory / 'validate').glob('step-*.jsonl'), key=lambda path: int(path.stem.split('-')[1]))
-    sections = []
+    sections = [svg_curves(read_log(directory / 'log.jsonl')[0], {'reward': '#3b6fb6'}),
+                svg_curves(read_log(directory / 'log.jsonl')[0], {'validation/success_rate': '#1a7f37', 'validation/greedy_success_rate': '#d9622b'})]
     for title, path, count in (('Training', directory / 'episodes.jsonl', newest), ('Validation', found[-1] if found else None, 20)):
         lines = path.read_text(encoding='utf-8').splitlines() if path and path.exists() else []
         if lines:
@@ -196,6 +197,25 @@ def episodes_page(directory, newest=40):
     temporary = directory / '.nanoforge-tmp-episodes.html'
     temporary.write_text(PAGE.format(title=html.escape(directory.parent.parent.name), body=''.join(sections)), encoding='utf-8')
     temporary.replace(directory / 'episodes.html')
+
+
+def svg_curves(series, colours, width=440, height=150):
+    """Curves of {name: ([steps], [values])} as one SVG with its first and last values; '' where there are none."""
+    shown = {name: series[name] for name in colours if len(series.get(name, ([], []))[0]) > 1}
+    if not shown:
+        return ''
+    steps, values = ([x for pair in shown.values() for x in pair[i]] for i in (0, 1))
+    low, high, last = min(values), max(values), max(steps) or 1
+    place = lambda step, value: f'{width * step / last:.1f},{10 + (height - 20) * (high - value) / ((high - low) or 1):.1f}'
+    lines = ''.join(f'<polyline fill="none" stroke-width="2" stroke="{colours[name]}" points="{" ".join(map(place, *pair))}"/>'
+                    for name, pair in shown.items())
+    words = '<br>'.join(f'<span style="color:{colours[name]}">{html.escape(name)} {short(pair[1][0])} &rarr; {short(pair[1][-1])}</span>'
+                        for name, pair in shown.items())
+    return f'<div class=turn><svg width="{width}" height="{height}" style="background:#fafafa">{lines}</svg><p>{words}</p></div>'
+
+
+def short(value):
+    return f'{value:.3f}' if abs(value) < 100 else f'{value:.0f}'
 
 
 def episode_html(episode):

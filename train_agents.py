@@ -14,14 +14,15 @@ Deviations from the paper: the old log-probabilities are those of the sampler, w
 sampling/logp_gap), and the deviation of a group is kept off 0 by 1e-4.
 """
 import contextlib
-import copy
 import importlib
 import json
 import math
 import os
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from configurator import UserError, as_dict, from_dict, parse, run, setting
 from optim import SCHEDULES, learning_rate
@@ -106,6 +107,7 @@ class Config:
     min_blanks: int | None = setting(None, path='env.min_blanks')  # sudoku: numbers to fill in at least
     max_blanks: int | None = setting(None, path='env.max_blanks')  # sudoku: and at most
     rules: bool | None = setting(None, path='env.rules')  # explain the rules in a system message, for models that were not warmed up on them
+    allow_weak_sandbox: bool = False  # math, code: run programs that agents wrote even where the system cannot shut them in
     # run
     seed: int = 1337  # of problems, candidates, demonstrations and their order
     resume: bool | str = setting(False, choices=('auto',))  # go on with the latest run of the experiment; auto: start where there is none
@@ -187,6 +189,7 @@ import torch.distributed as dist
 
 import report
 from checkpoint import Checkpoints, point, read_checkpoint, read_own, start_fresh, write_json
+from data import sandbox
 from data.chat import encode, segments
 from lora import add_lora, load_adapter, set_adapter
 from model import load_model, save_model
@@ -324,6 +327,11 @@ def distinct(team):
     return list({policy.name: policy for policy in team.values()}.values())
 
 
+def settings_of(cfg, agent):
+    """The entry of agent_configs about an agent, or one with the defaults."""
+    return next((entry for entry in cfg.agents.values() if entry.name == agent), Agent(agent))
+
+
 def clamp_lengths(cfg, team, machine):
     """Answers get at most half of the context, prompts the rest; said where that is less than asked for."""
     context = min(policy.model.config.block_size for policy in distinct(team))
@@ -399,7 +407,7 @@ def ask(cfg, policy, agent, episodes, turn, seed, samples, clock, temperature=No
     if not episodes:
         return []
     if temperature is None:
-        temperature = next((a.temperature for a in cfg.agents.values() if a.name == agent), 1.0)
+        temperature = settings_of(cfg, agent).temperature
     messages = [episode.env.prompt(agent) for episode in episodes]
     prompts = [row.ids for row in encode(policy.tokenizer, [segments(policy.tokenizer, chat, None, 'completion', True) for chat in messages])]
     clock.truncated += sum(len(prompt) > cfg.max_prompt_length for prompt in prompts)
@@ -455,6 +463,7 @@ def give_advantages(cfg, episodes):
 
 # ---- updates ----------------------------------------------------------------------------------------------------------------
 
+TOTALS = ('loss', 'entropy', 'tokens', 'clipped', 'kl', 'grad_norm', 'gap', 'gap_tokens', 'steps', 'skipped')      # summed over an iteration
 COLUMNS = ('rank', 'group', 'candidate', 'agent', 'tokens', 'reward', 'advantage', 'episode', 'turn')
 
 
@@ -556,11 +565,20 @@ def answer_stats(model, rows, temperature, machine):
 
 
 def micro_batches(cfg, batch, groups, machine):
-    """This rank's share of an optimizer step, cut so that a pass has at most micro_batch_tokens: lists of (group, [candidates])."""
+    """This rank's share of an optimizer step, cut so that a pass has at most micro_batch_tokens and one temperature: [(temperature,
+    [(group, [candidates])])]."""
+    found = []
+    rows = [(groups[int(i)], int(k)) for rank, i, k in batch[:, :3].tolist() if rank == machine.rank]
+    for temperature in sorted({settings_of(cfg, group.agent).temperature for group, _ in rows}):
+        own = [(group, group.candidates[k]) for group, k in rows if settings_of(cfg, group.agent).temperature == temperature]
+        found += [(temperature, part) for part in cut(cfg, own)]
+    return found
+
+
+def cut(cfg, rows):
+    """[(group, candidate)] -> lists of (group, [candidates]) of at most micro_batch_tokens each."""
     mine, size = [[]], 0
-    for row in batch[batch[:, 0] == machine.rank].tolist():
-        group = groups[int(row[1])]
-        candidate = group.candidates[int(row[2])]
+    for group, candidate in rows:
         if candidate.advantage == 0 and not cfg.entropy_coef:
             continue                                            # it has no gradient, but its tokens are counted
         new = not mine[-1] or mine[-1][-1][0] is not group
@@ -583,8 +601,7 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
         tokens = int(batch[:, COLUMNS.index('tokens')].sum())                                   # of all ranks
         optimizer.zero_grad()
         sums = torch.zeros(6, dtype=torch.float64)
-        for part in micro_batches(cfg, batch, groups, machine):
-            temperature = next((a.temperature for a in cfg.agents.values() if a.name == part[0][0].agent), 1.0)
+        for temperature, part in micro_batches(cfg, batch, groups, machine):
             rows = [candidate for _, candidates in part for candidate in candidates]
             with explain_out_of_memory('training.micro_batch_tokens'):
                 logp, entropy, mask = answer_stats(model, [(g.prompt, [c.tokens for c in cs]) for g, cs in part], temperature, machine)
@@ -621,7 +638,6 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
 def warm_up(cfg, team, task, machine):
     """Supervised steps on what the task's pupils answer, in the situations that they get into: from here on a model knows the form of
     an answer, much of the task, and the pupils' faults."""
-    import random
     kind = 'adamw' if isinstance(machine, Shared) else 'muon'           # which needs whole matrices
     started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in distinct(team)}
     losses = []
@@ -685,10 +701,8 @@ def validate(cfg, team, task, step, directory, machine):
     """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every episode to validate/."""
     problems = task.problems('eval', cfg.validate_episodes, 'validation', **env_settings(cfg, task, cfg.benchmark))
     cases, metrics, records = list(enumerate(problems))[machine.rank::machine.world_size], {}, []
-    val_temperature = {agent.name: agent.val_temperature for agent in cfg.agents.values()}
+    sampled = replace(cfg, agents={agent: Agent(agent, temperature=settings_of(cfg, agent).val_temperature) for agent in cfg.order})
     for manner, temperature in (('sampled', None), ('greedy', 0.0)):
-        sampled = copy.copy(cfg)
-        sampled.agents = {agent: Agent(agent, None, val_temperature.get(agent, 1.0)) for agent in cfg.order}
         episodes = play(sampled, team, task, cases, seed_for(cfg.seed, 'validate', manner), 1, Clock(), temperature)
         prefix = 'validation/' if manner == 'sampled' else 'validation/greedy_'
         metrics.update({prefix + key: value for key, value in summary(cfg, episodes, machine).items()})
@@ -777,7 +791,6 @@ def open_run(cfg, machine):
             except OSError as error:
                 raise UserError(f'cannot write {root}: {error.strerror}') from None
         os.makedirs(os.path.join(root, date, clock, 'checkpoints'))
-        from pathlib import Path
         point(Path(latest), os.path.join(date, clock))
     machine.on_main(create)
     return os.path.relpath(os.path.realpath(latest)), cfg, None
@@ -807,6 +820,8 @@ def main(cfg):
     stop = Stop(machine)
     directory, cfg, resumed = open_run(cfg, machine)
     texts, task = Texts(machine, directory), task_of(cfg)
+    if getattr(task, 'RUNS_PROGRAMS', False):
+        sandbox.start(cfg.allow_weak_sandbox)       # or it refuses, before the work
     checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), machine)
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)
@@ -867,8 +882,7 @@ def main(cfg):
             machine.close()
             raise SystemExit(stop.code)
 
-        clock, totals = Clock(), dict.fromkeys(('loss', 'entropy', 'tokens', 'clipped', 'kl', 'grad_norm', 'gap', 'gap_tokens', 'steps',
-                                                'skipped'), 0.0)
+        clock, totals = Clock(), dict.fromkeys(TOTALS, 0.0)
         lr = learning_rate(step, cfg.lr_scheduler, base_lr, base_lr * cfg.min_lr_ratio, cfg.lr_warmup_steps, cfg.total_training_steps)
         with clock('rollout'):
             episodes = rollout(cfg, team, task, draw_problems(cfg, task, step, machine), step, clock)

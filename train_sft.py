@@ -15,7 +15,6 @@ import itertools
 import math
 import os
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -23,7 +22,6 @@ from configurator import UserError, as_dict, from_dict, parse, run, setting
 from data.records import Source
 from optim import OPTIMIZERS, Plateau, WeightAverage, learning_rate, make_optimizer
 
-MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'cosine_restarts', 'cosine_hard_restarts': 'cosine_restarts',
              'cosine_restarts': 'cosine_restarts', 'constant': 'constant', 'constant_with_warmup': 'constant', 'plateau': 'plateau',
              'reduce_lr_on_plateau': 'plateau', 'wsd': 'wsd', 'warmup_stable_decay': 'wsd'}      # others' names: ours
@@ -133,8 +131,8 @@ class Config:
                 raise UserError('--bf16 and --fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
         if self.deepspeed_config:
-            raise UserError(f'deepspeed_config={self.deepspeed_config}: DeepSpeed is not used here; --num_gpus=N or torchrun is data parallel, '
-                            'load_in_4bit with use_lora and gradient_checkpointing save memory')
+            raise UserError(f'deepspeed_config={self.deepspeed_config}: DeepSpeed is not used here; --num_gpus=N or torchrun is data '
+                            'parallel, load_in_4bit with use_lora and gradient_checkpointing save memory')
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
@@ -160,12 +158,12 @@ class Config:
         if self.freeze and self.use_lora:
             raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of the two out')
         if not re.search(r'\{(step|epoch)\}', self.checkpoint_name) or os.path.basename(self.checkpoint_name) != self.checkpoint_name:
-            raise UserError(f'checkpoint_name={self.checkpoint_name}: needs {{step}} or {{epoch}}, so that no checkpoint overwrites another')
+            raise UserError(f'checkpoint_name={self.checkpoint_name}: a name with {{step}} or {{epoch}}, so that none overwrites another')
         if self.patience and self.eval_strategy == 'no':
             raise UserError(f'patience={self.patience} counts evaluations, and eval_strategy=no makes none')
         for i, source in enumerate(self.datasets):
             if not source.name or not 0 < source.weight < math.inf:
-                raise UserError(f'data.datasets[{i}] needs a name and a weight above 0, not name={source.name!r} and weight={source.weight:g}')
+                raise UserError(f'data.datasets[{i}] needs a name and a weight above 0, not name={source.name!r}, weight={source.weight:g}')
 
 
 if __name__ == '__main__':
@@ -176,9 +174,10 @@ import torch
 
 import report
 from checkpoint import Checkpoints, follow, read_checkpoint, read_own, start_fresh
-from data.encoded import Findings, Rows, compare_splits, digest, encode_records, painted
+from data.encoded import Rows, digest, encode_records
 from data.records import read_rows, to_record
 from data.tokenizer import read_json
+from diagnosis import Findings, RedFlags, compare_splits, show_check
 from model import add_lora, load_model, merge_lora, save_model
 from quantized import check_trainable
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
@@ -200,26 +199,29 @@ def build_model(cfg, checkpoint, machine):
     quantisation = dict(load_in_4bit=cfg.load_in_4bit, load_in_8bit=cfg.load_in_8bit, bnb_4bit_quant_type=cfg.bnb_4bit_quant_type,
                         bnb_4bit_use_double_quant=cfg.bnb_4bit_use_double_quant, bnb_4bit_compute_dtype=cfg.bnb_4bit_compute_dtype)
     source = checkpoint or (cfg.load_checkpoint and str(follow(cfg.load_checkpoint))) or cfg.base_model_name
-    is_adapter = os.path.exists(os.path.join(source, 'adapter_config.json'))
-    base = cfg.base_model_name if is_adapter and cfg.base_model_name != source and ('base_model_name' in cfg.typed or checkpoint) else None
+    is_adapter = lambda path: os.path.exists(os.path.join(path, 'adapter_config.json'))
+    base = cfg.base_model_name if is_adapter(source) and 'base_model_name' in cfg.typed and not is_adapter(cfg.base_model_name) else None
     model, tokenizer = load_model(source, machine.device, getattr(torch, cfg.torch_dtype) if half else torch.float32, **quantisation,
                                   base=base, trainable_adapter=True)
-    tokenizer = tokenizer or load_model(cfg.base_model_name)[1]
     if tokenizer is None:
         raise UserError(f'{source} has no tokenizer beside its weights: copy tokenizer.json there')
-    if cfg.use_lora and not is_adapter:
+    if cfg.use_lora and not is_adapter(source):
         torch.manual_seed(seed_for(cfg.seed, 'adapter'))
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules or 'all-linear', cfg.lora_bias)
     for part in cfg.freeze:
         frozen = [p for name, p in model.named_parameters() if name.startswith(part + '.') or f'.{part}.' in f'.{name}']
         if not frozen:
-            raise UserError(f'freeze: the model has no part {part!r}; its parameters are called like '
-                            f'{", ".join(name for name, _ in list(model.named_parameters())[:4])}')
+            names = ', '.join(name for name, _ in list(model.named_parameters())[:4])
+            raise UserError(f'freeze: the model has no part {part!r}; its parameters are called like {names}')
         for p in frozen:
             p.requires_grad_(False)
     check_trainable(model)
+    if cfg.neftune_noise_alpha and not hasattr(model, 'embed_tokens'):
+        raise UserError(f'neftune_noise_alpha: {model.config.arch} runs as transformers has it, which takes no noise; leave it out')
     for module in model.modules() if cfg.dropout else ():
-        if hasattr(module, 'dropout') and isinstance(module.dropout, float) and not hasattr(module, 'lora_A'):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = cfg.dropout
+        elif isinstance(getattr(module, 'dropout', None), float) and not hasattr(module, 'lora_A'):     # an adapter has its own
             module.dropout = cfg.dropout
     model.config.dropout = cfg.dropout
     model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -231,18 +233,20 @@ def build_model(cfg, checkpoint, machine):
 def sources_of(cfg, machine):
     """The data sets of this run. dataset_path stands in for a recipe's list."""
     if cfg.dataset_path:
+        if cfg.datasets:
+            machine.say(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
         names = [cfg.dataset_path] if os.path.exists(cfg.dataset_path) else cfg.dataset_path.split(',')
         return [Source(name=name.strip()) for name in names]
     if cfg.datasets:
         return cfg.datasets
     if cfg.base_model_name == 'tiny':
-        machine.say(f"data      the embedded tool calls: the rows of {HUB_DATASET} are longer than tiny's context (--dataset_path insists)")
+        machine.say(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny (--dataset_path insists)')
         return [Source(name='toolcalls')]
     try:
         next(read_rows(HUB_DATASET))
         return [Source(name=HUB_DATASET)]
     except UserError as error:
-        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN toolcalls instead; --dataset_path names your own data')
+        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN toolcalls; --dataset_path names your own data')
         return [Source(name='toolcalls')]
 
 
@@ -453,7 +457,8 @@ def evaluate(cfg, model, rows, machine):
     loss, correct = (machine.sum(total) / rows.targets[held_out].sum()).tolist()
     model.train()
     seconds = time.perf_counter() - started
-    return {'eval_loss': loss, 'eval_mean_token_accuracy': correct, 'eval_runtime': seconds, 'eval_samples_per_second': len(held_out) / seconds}
+    return {'eval_loss': loss, 'eval_mean_token_accuracy': correct, 'eval_runtime': seconds,
+            'eval_samples_per_second': len(held_out) / seconds}
 
 
 def answer_examples(cfg, model, tokenizer, rows):
@@ -487,7 +492,7 @@ def choose(cfg, sources, batches, machine):
     total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.num_train_epochs * batches.steps_per_epoch)
     warmup = math.ceil(cfg.warmup_ratio * total) if cfg.warmup_steps is None else cfg.warmup_steps
     if warmup >= total:
-        machine.say(f'note      warm-up of {warmup} steps in a run of {total}: the rate would never reach its peak, clamped to {total // 10} steps')
+        machine.say(f'note      warm-up of {warmup} steps in a run of {total}, whose peak would never come: clamped to {total // 10}')
         warmup = total // 10
     for name in ('logging_steps', 'eval_steps'):
         if getattr(cfg, name) > total and (name != 'eval_steps' or cfg.eval_strategy == 'steps'):
@@ -500,19 +505,21 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
     """What will be trained on what, and for how long, before the first step."""
     held_out, c = rows.held_out, model.config
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    machine.say(f'data      {", ".join(source.name for source in sources)}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; '
-                f'{rows.targets[~held_out].sum():,} of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
-    machine.say(f'rows      longest {cfg.max_length} tokens; {100 * batches.padding():.0f}% of each batch is padding'
-                + (f', packed into {len(batches.packs):,} rows' if cfg.packing else '' if cfg.group_by_length else ' (--group_by_length lowers it)'))
-    how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if cfg.use_lora else 'full')
+    names = ', '.join(source.name for source in sources)
+    machine.say(f'data      {names}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; {rows.targets[~held_out].sum():,} '
+                f'of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
+    order = (f'packed into {len(batches.packs):,}' if cfg.packing else
+             'in batches of similar length' if cfg.group_by_length else 'in any order')
+    machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {100 * batches.padding():.0f}% of what is computed is padding')
+    how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if getattr(model, 'adapters', None) else 'full')
     machine.say(f'model     {cfg.load_checkpoint or cfg.base_model_name} ({c.arch}): {how} fine-tuning, {trained:,} of '
                 f'{model.num_params():,} parameters train')
     machine.say(f'machine   {describe_device(machine)}')
     rates = [learning_rate(s, SCHEDULES[cfg.lr_scheduler_type], cfg.learning_rate, cfg.min_lr, warmup, total)
              for s in range(0, total, max(1, total // 240))]
     machine.say(f'schedule  {report.sparkline(rates, 40)} {cfg.lr_scheduler_type} to {max(rates):g} after {warmup} steps of warm-up')
-    machine.say(f'run       {total:,} steps of {batches.size} rows, {total / batches.steps_per_epoch:.3g} epochs, evaluation: {cfg.eval_strategy}'
-                + (f' ({cfg.eval_steps})' if cfg.eval_strategy == 'steps' else ''))
+    often = {'steps': f'every {cfg.eval_steps} steps', 'epoch': 'after each epoch', 'no': 'never'}[cfg.eval_strategy]
+    machine.say(f'run       {total:,} steps of {batches.size} rows, {total / batches.steps_per_epoch:.3g} epochs, evaluation {often}')
     if not cfg.low_cpu_mem_usage:
         machine.say('note      low_cpu_mem_usage=false: weights are mapped from disk in any case')
     if not cfg.remove_unused_columns:
@@ -522,62 +529,6 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
     if machine.device.type == 'cuda' and cfg.use_flash_attention:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def show_check(cfg, tokenizer, rows, findings, machine):
-    """--check: three rows with what is learned in colour, and a table of what is wrong."""
-    for i in np.flatnonzero(~rows.held_out)[:3]:
-        machine.say(f'--- {rows.where[i]}: {rows.lengths[i]} tokens, {rows.targets[i]} learned\n'
-                    + painted(tokenizer, *rows[i], colour=sys.stdout.isatty()))
-    machine.say(f'--- {len(rows):,} rows, {rows.held_out.sum():,} of them held out, longest {cfg.max_length} tokens')
-    for line in findings.lines():
-        machine.say('- ' + line)
-    if not findings.counts:
-        machine.say('- nothing is wrong')
-    if findings.fatal and not cfg.skip_bad_rows:
-        raise UserError(f'{", ".join(findings.fatal)}: a run would stop here')
-
-
-class Diagnosis:
-    """Names the red flags of a run when they show, once each, with what to do."""
-
-    def __init__(self, machine):
-        self.machine, self.said, self.history, self.before, self.bad_steps = machine, set(), [], (0.0, 0), 0
-
-    def say(self, key, text):
-        if key not in self.said:
-            self.said.add(key)
-            self.machine.say(f'WARNING   {text}')
-
-    def step(self, good, cfg):
-        """Counts steps that were skipped because their gradient was not finite; UserError after a few in a row."""
-        self.bad_steps = 0 if good else self.bad_steps + 1
-        if not good:
-            self.machine.say(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
-        if self.bad_steps == MAX_BAD_STEPS:
-            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower --learning_rate={cfg.learning_rate:g}; the '
-                            f'checkpoints in {cfg.output_dir} are good')
-
-    def train(self, loss, norm):
-        """Looks at a log line."""
-        if loss == 0 and norm == 0:
-            self.say('zero', 'loss 0 and gradient 0: nothing is learned. Is the answer the last message, the completion not empty, '
-                             '--max_length long enough? --check shows what is learned')
-        elif not math.isfinite(loss):
-            self.say('nan', 'the loss is not finite: lower --learning_rate, look for broken rows with --check')
-
-    def evaluation(self, progress, eval_loss):
-        """Looks at the training loss since the last evaluation beside eval_loss."""
-        if not math.isfinite(eval_loss):
-            self.say('eval', 'eval_loss is nan: there are no held-out rows. Add rows with "metadata": "eval", exactly so; even a few help')
-        steps = progress.step - self.before[1]
-        if steps > 0:
-            self.history = [*self.history, ((progress.loss_sum - self.before[0]) / steps, eval_loss)][-3:]
-        self.before = progress.loss_sum, progress.step
-        train, held_out = zip(*self.history or [(0, 0)])
-        if len(train) == 3 and train[0] > train[1] > train[2] and held_out[0] < held_out[1] < held_out[2]:
-            self.say('overfitting', 'training loss falls while eval_loss rises: overfitting. Lower --num_train_epochs or --learning_rate, hold '
-                                    'out more rows, or raise --dropout and --weight_decay; --patience=2 would stop here')
 
 
 # ---- resume -----------------------------------------------------------------------------------------------------------------
@@ -689,7 +640,7 @@ def finish(cfg, progress, metrics, log, machine):
     if machine.is_main:
         report.loss_picture(log.path, os.path.join(cfg.output_dir, 'loss.png'), os.path.basename(os.path.abspath(cfg.output_dir)))
     log.close()
-    if cfg.save_merged and cfg.use_lora and machine.is_main:
+    if cfg.save_merged and os.path.exists(os.path.join(cfg.output_dir, 'adapter_config.json')) and machine.is_main:
         base = cfg.base_model_name if 'base_model_name' in cfg.typed else None
         merged, tokenizer = load_model(cfg.output_dir, base=base)
         save_model(merge_lora(merged, keep=False), tokenizer, os.path.join(cfg.output_dir, 'merged'))
@@ -702,7 +653,7 @@ def finish(cfg, progress, metrics, log, machine):
 
 def main(cfg):
     machine = setup(cfg.device, precision(cfg), cfg.matmul)
-    stop, started = Stop(machine), time.perf_counter()
+    stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine)
     cfg, resumed = resume_or_begin(cfg, checkpoints)
     checkpoints.limit, checkpoints.save_only_model = cfg.save_total_limit, cfg.save_only_model
@@ -726,8 +677,9 @@ def main(cfg):
         start_fresh(machine, cfg.output_dir, as_dict(cfg), keep=cfg.load_checkpoint and follow(cfg.load_checkpoint), script='train_sft.py')
     announce(cfg, model, rows, sources, batches, total, warmup, machine)
     log = open_log(cfg, model, sources, rows, total, progress.step if resumed else None, machine)
-    loader, diagnosis, schedule = Loader(cfg, batches, total, machine), Diagnosis(machine), SCHEDULES[cfg.lr_scheduler_type]
-    per_epoch, before, losses, metrics, since = batches.steps_per_epoch, progress.seconds, [], {}, (time.perf_counter(), progress.num_tokens)
+    started, before = time.perf_counter(), progress.seconds
+    loader, flags, schedule = Loader(cfg, batches, total, machine), RedFlags(machine), SCHEDULES[cfg.lr_scheduler_type]
+    per_epoch, losses, metrics, since = batches.steps_per_epoch, [], {}, [time.perf_counter(), progress.num_tokens]
     epoch_now = lambda: progress.epochs_before + progress.step / per_epoch
 
     def save(best):
@@ -743,6 +695,7 @@ def main(cfg):
                              name.format(step=progress.step, epoch=round(epoch_now())))
 
     def validate():
+        began = time.perf_counter()
         progress.settle(losses, machine)
         with averaged():
             metrics.update(evaluate(cfg, model, rows, machine))
@@ -750,15 +703,17 @@ def main(cfg):
             if cfg.sample_rows and rows.held_out.any() and machine.is_main:
                 log.text(progress.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
         log.histograms(progress.step, gradient_histograms(optimizer))
-        diagnosis.evaluation(progress, metrics['eval_loss'])
+        flags.evaluation(progress, metrics['eval_loss'])
         plateau.update(metrics['eval_loss'])
         best = metrics['eval_loss'] < (math.inf if progress.best_eval_loss is None else progress.best_eval_loss)
         progress.best_eval_loss = metrics['eval_loss'] if best else progress.best_eval_loss
         progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
-        return best
+        since[0] += time.perf_counter() - began         # tokens_per_second is that of training
+        return best and keeps_best
 
+    keeps_best = cfg.save_strategy == 'best' or cfg.save_strategy != 'no' and cfg.load_best_model_at_end
     if cfg.eval_on_start and not resumed:
-        validate()
+        save(validate())
     done = progress.step >= total
     while not done:
         lr = learning_rate(progress.step, schedule, cfg.learning_rate, cfg.min_lr, warmup, total)
@@ -770,7 +725,7 @@ def main(cfg):
         progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
         if average:
             average.update(progress.step)
-        diagnosis.step(good, cfg)
+        flags.step(good, cfg.learning_rate, cfg.output_dir)
         if logging:
             progress.settle(losses, machine)
             seconds = time.perf_counter() - since[0]
@@ -778,18 +733,17 @@ def main(cfg):
                     'learning_rate': optimizer.param_groups[0]['lr'], 'mean_token_accuracy': float(machine.sum(correct)) / max(count, 1),
                     'num_tokens': progress.num_tokens, 'tokens_per_second': (progress.num_tokens - since[1]) / seconds}
             log.write(progress.step, line)
-            diagnosis.train(line['loss'], norm)
-            progress.interval_loss, progress.interval_steps, since = 0.0, 0, (time.perf_counter(), progress.num_tokens)
+            flags.train(line['loss'], norm)
+            progress.interval_loss, progress.interval_steps, since = 0.0, 0, [time.perf_counter(), progress.num_tokens]
         log.progress(progress.step)
         stopping, done = stop.requested, progress.step >= total
-        due = lambda strategy, steps: done or strategy == 'steps' and progress.step % steps == 0 or strategy == 'epoch' and progress.step % per_epoch == 0
+        due = lambda when, n: done or when == 'steps' and progress.step % n == 0 or when == 'epoch' and progress.step % per_epoch == 0
         best = validate() if cfg.eval_strategy != 'no' and due(cfg.eval_strategy, cfg.eval_steps) else False
         if cfg.patience and progress.evaluations_since_best >= cfg.patience:
             machine.say(f'no better evaluation in {cfg.patience}: stopped at step {progress.step}')
             done = True
-        keeps_best = cfg.load_best_model_at_end or cfg.save_strategy == 'best'
-        if done or stopping or due(cfg.save_strategy, cfg.save_steps) or best and keeps_best:
-            save(best and keeps_best)
+        if done or stopping or due(cfg.save_strategy, cfg.save_steps) or best:
+            save(best)
         if stopping and not done:
             log.close()
             machine.say(f'stopped at step {progress.step}, saved; go on with: {resume_command()}')

@@ -54,7 +54,8 @@ def reward(completions, **columns):
 def ours(directory, steps, matmul):
     """Seconds of each step of train_rl.py's own functions."""
     import train_rl
-    from train_rl import Clock, Config, Learner, Plan, Problems
+    from data.questions import Problems
+    from train_rl import Clock, Config, Learner, Plan
     machine = train_rl.setup('cpu', matmul=matmul)
     cfg = Config(base_model_name=directory, per_device_train_batch_size=PROMPTS * SAMPLES, gradient_accumulation_steps=1, steps_per_generation=1,
                  num_generations=SAMPLES, max_completion_length=NEW, beta=BETA, kl='k3', learning_rate=RATE, dynamic_sampling=False)

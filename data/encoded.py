@@ -1,4 +1,4 @@
-"""Records -> token ids with a loss mask, in a file that need not fit memory; and what would ruin a run without a word.
+"""Records -> token ids with a loss mask, in a file that need not fit memory.
 
     rows, findings = Rows(), Findings()
     encode_records(records, tokenizer, rows, findings, loss_on='completion', max_length=512)
@@ -22,52 +22,6 @@ from data import chat
 from data.records import broken_calls
 
 CHUNK = 512         # records that are encoded together
-# kind: (does it stop a run, what to do about it)
-KINDS = {
-    'unreadable rows': (True, 'correct them, or leave them out with --skip_bad_rows'),
-    'calls that break their schema': (True, 'the model would learn them: correct the calls or the tools, or leave these rows out with '
-                                            '--skip_bad_rows'),
-    'rows that cannot be rendered': (True, 'correct them, or leave them out with --skip_bad_rows'),
-    'fully masked rows': (False, 'dropped: nothing in them is learned (an empty completion?)'),
-    'completions that do not fit': (False, 'dropped'),
-    'prompts trimmed from the left': (False, 'what the question says first is lost'),
-    'earlier turns not learned': (False, 'their template rewrites them, or they were cut: they are context only'),
-    'completions without a stop token': (False, "the template writes none, so the tokenizer's was put behind them"),
-    'models that never learn to stop': (False, 'neither template nor tokenizer has a stop token: name eos_token in tokenizer_config.json'),
-    'rows repeated in training': (False, 'they count twice; leave them out if that is not meant'),
-    'rows both trained on and held out': (False, 'eval_loss flatters the model: take them out of one of the two'),
-    'no held-out rows': (False, 'eval_loss is nan: add rows with "metadata": "eval" (exactly so), even a few help'),
-    'tools that no held-out row calls': (False, 'how well the model calls them is not measured'),
-}
-
-
-class Findings:
-    """counts {kind: how often}, examples {kind: the first few}, notes {kind: what else there is to say}; kinds as in KINDS."""
-
-    def __init__(self):
-        self.counts, self.examples, self.notes = {}, {}, {}
-
-    def add(self, kind, example):
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if self.counts[kind] <= 3:
-            self.examples.setdefault(kind, []).append(example)
-
-    @property
-    def fatal(self):
-        return [kind for kind in KINDS if kind in self.counts and KINDS[kind][0]]
-
-    def lines(self):
-        """One line a kind: how many, what to do, the first."""
-        for kind, (_, remedy) in KINDS.items():
-            if kind in self.counts:
-                yield (f'{self.counts[kind]:,} {kind}: {self.notes.get(kind, remedy)}'
-                       + (f' (first: {self.examples[kind][0]})' if self.examples[kind][0] else ''))
-
-    def stop(self):
-        """UserError of the first row that must not be learned."""
-        for kind in self.fatal:
-            more = f' ({self.counts[kind] - 1:,} more such rows: --check shows them)' if self.counts[kind] > 1 else ''
-            raise UserError(f'{self.examples[kind][0]}{more}; --skip_bad_rows leaves such rows out')
 
 
 class Rows:
@@ -158,7 +112,8 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
             pool.shutdown(cancel_futures=True)
     for name in sorted(called['train'] - called['eval']) if called['eval'] else ():
         findings.add('tools that no held-out row calls', name)
-    findings.notes['completions that do not fit'] = f'dropped: max_length={max_length} is too short, --max_length={needed} would hold every row'
+    findings.notes['completions that do not fit'] = (f'dropped: max_length={max_length} is too short, --max_length={needed} would hold '
+                                                     'every row')
     findings.notes['prompts trimmed from the left'] = f'--max_length={needed} would keep them whole, if the model has such a context'
     return longest
 
@@ -230,26 +185,3 @@ def digest(value):
     """64 bits that stand for a JSON-able value."""
     text = json.dumps(value, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'little')
-
-
-def compare_splits(rows, findings):
-    """Counts rows that are there twice in training, and those both trained on and held out."""
-    training = {}
-    for i in np.flatnonzero(~rows.held_out):
-        if training.setdefault(int(rows.keys[i, 1]), i) != i:
-            findings.add('rows repeated in training', f'{rows.where[i]} is {rows.where[training[int(rows.keys[i, 1])]]}')
-    for i in np.flatnonzero(rows.held_out):
-        if int(rows.keys[i, 1]) in training:
-            findings.add('rows both trained on and held out', f'{rows.where[i]} is {rows.where[training[int(rows.keys[i, 1])]]}')
-    if not rows.held_out.any():
-        findings.add('no held-out rows', '')
-
-
-def painted(tokenizer, ids, targets, colour=True):
-    """The text of a row with what is learned in colour, or between ⟦ and ⟧."""
-    on, off = ('\033[1;32m', '\033[0m') if colour else ('⟦', '⟧')
-    parts = []
-    for learned, group in itertools.groupby(zip(ids.tolist(), targets.tolist()), key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group])
-        parts.append(f'{on}{text}{off}' if learned else text)
-    return ''.join(parts)

@@ -21,7 +21,8 @@ from configurator import UserError, closest, setting
 from data.chat import ROLES, normal_messages, normal_tools
 
 SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')
-EMBEDDED = {'toolcalls': 'data.tasks.toolcalls', 'questions': 'data.tasks.questions', 'facts': 'data.tasks.facts'}  # the module whose rows() are it
+# name: the module whose rows() are the set
+EMBEDDED = {'toolcalls': 'data.tasks.toolcalls', 'questions': 'data.tasks.questions', 'facts': 'data.tasks.facts'}
 SIZES = {'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56)}     # rows for training and held out, frozen
 LISTS = ('qa_pairs', 'data', 'rows', 'examples')    # under which a JSON object keeps its rows
 SPLITS = {'train': ('train', 'training'), 'eval': ('eval', 'evaluation', 'validation', 'valid', 'val', 'dev'), 'test': ('test',)}
@@ -119,7 +120,8 @@ def json_lines(path):
                     yield f'line {number}', json.loads(line)
                 except (ValueError, RecursionError) as error:
                     hint = '; the file is one JSON list: name it .json' if number == 1 and line.strip() == '[' else ''
-                    raise UserError(f'{path} line {number}: not JSON ({error}); a JSON Lines file has one object on each line{hint}') from None
+                    raise UserError(f'{path} line {number}: not JSON ({error}); a JSON Lines file has one object on each line'
+                                    f'{hint}') from None
 
 
 def json_file(path):
@@ -411,7 +413,8 @@ def check_call(call, where):
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise UserError(f'{where}: arguments of {function["name"]} are a text that is not JSON: {function["arguments"][:60]!r}') from None
+            raise UserError(f'{where}: arguments of {function["name"]} are a text that is not JSON: '
+                            f'{function["arguments"][:60]!r}') from None
     if arguments not in (None, '') and not isinstance(arguments, dict):
         raise UserError(f'{where}: arguments of {function["name"]} are {json.dumps(arguments)[:60]}, not an object of named values')
 

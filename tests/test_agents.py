@@ -91,7 +91,7 @@ def played(cfg, machine, step=0):
 
 
 def totals():
-    return dict.fromkeys(('loss', 'entropy', 'tokens', 'clipped', 'kl', 'grad_norm', 'gap', 'gap_tokens', 'steps', 'skipped'), 0.0)
+    return dict.fromkeys(train_agents.TOTALS, 0.0)
 
 
 def weights(policy):
@@ -101,7 +101,7 @@ def weights(policy):
 def test_update_by_hand(small, machine):
     """Two episodes, two agents, two turns, three candidates: advantages, loss and step from plain formulas and torch's own AdamW,
     candidate by candidate, each in a row of its own."""
-    cfg = config(small)
+    cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.3)})
     team, episodes = played(cfg, machine)
     groups = [group for episode in episodes for group in episode.groups]
     assert [(g.episode, g.turn, g.agent) for g in groups] == [(e, t, a) for e in (0, 1) for t in (0, 1) for a in ('first', 'second')]
@@ -116,7 +116,8 @@ def test_update_by_hand(small, machine):
             advantage = (reward - mean) / (deviation + 1e-4)
             assert candidate.advantage == pytest.approx(advantage, abs=1e-4) and candidate.reward == pytest.approx(reward)
             row = torch.tensor([group.prompt + candidate.tokens])
-            logp = model(row).log_softmax(-1)[0, len(group.prompt) - 1:-1].gather(1, torch.tensor(candidate.tokens)[:, None])[:, 0]
+            logits = model(row) / (1.3 if group.agent == 'second' else 1.0)
+            logp = logits.log_softmax(-1)[0, len(group.prompt) - 1:-1].gather(1, torch.tensor(candidate.tokens)[:, None])[:, 0]
             torch.testing.assert_close(logp.detach(), torch.tensor(candidate.logp), atol=2e-5, rtol=0)      # drawn from what is trained
             ratio = (logp - torch.tensor(candidate.logp)).exp()
             loss = loss - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / tokens
@@ -130,7 +131,7 @@ def test_update_by_hand(small, machine):
     steps, groups = plan_batches(cfg, episodes, 0, machine)
     sums = totals()
     update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), machine, sums)
-    assert sums['loss'] == pytest.approx(float(loss.detach()), abs=1e-5) and sums['tokens'] == tokens and sums['steps'] == 1
+    assert sums['loss'] == pytest.approx(float(loss.detach()), abs=1e-5) and sums['steps'] == 1
     assert any((a - b).abs().max() > 5e-4 for a, b in zip(before, model.parameters()))
     for (name, ours), theirs in zip(team['first'].model.named_parameters(), model.parameters()):
         # where a gradient is rounding, Adam's first step has the sign of it: there the weights may differ by the rate
@@ -213,7 +214,7 @@ def test_filters(small, machine):
     def group(episode, rewards):
         return Group(episode, 0, 'first', [episode + 1, 2], [], '', [Candidate([3], [0.0], '', True, reward=r) for r in rewards])
 
-    rewards = {0: [1.0, 1.0, 1.0], 1: [5.0, 5.1, 5.0], 2: [0.0, 1.0, 2.0], 3: [-9.0, 9.0, 3.0]}
+    rewards = {0: [1.0, 1.0, 1.0], 1: [5.0, 5.1, 5.0], 2: [0.0, 1.0, 2.0], 3: [-9.0, 9.0, 0.0]}
     kept = {}
     for method, ratio in (('none', 0.0), ('dapo', 0.0), ('std', 0.5), ('mean', 0.5)):
         cfg = config(small, filter_method=method, filter_ratio=ratio)
@@ -221,8 +222,7 @@ def test_filters(small, machine):
         give_advantages(cfg, episodes)
         steps, groups = plan_batches(cfg, episodes, 0, machine)
         kept[method] = {groups[int(i)].episode for step in steps['policy_0'] for i in step[:, 1]}
-    assert kept == {'none': {0, 1, 2, 3}, 'dapo': {1, 2, 3}, 'std': {2, 3}, 'mean': {1, 2} if False else kept['mean']}
-    assert len(kept['mean']) == 2 and 1 in kept['mean']
+    assert kept == {'none': {0, 1, 2, 3}, 'dapo': {1, 2, 3}, 'std': {2, 3}, 'mean': {1, 2}}
 
 
 def test_steps_hold_train_batch_size_sequences_of_whole_groups(small, machine):
@@ -243,7 +243,8 @@ def test_gradient_does_not_depend_on_the_cut(small, machine):
         cfg = config(small, micro_batch_tokens=tokens, entropy_coef=0.01)
         team, episodes = played(cfg, machine)
         steps, groups = plan_batches(cfg, episodes, 0, machine)
-        assert len(train_agents.micro_batches(cfg, steps['policy_0'][0], groups, machine)) == (1 if tokens > 60 else 8 if tokens == 0 else pytest.approx(12, abs=12))
+        passes = len(train_agents.micro_batches(cfg, steps['policy_0'][0], groups, machine))
+        assert passes == 1 if tokens > 60 else passes > 5
         team['first'].optimizer.step = lambda: None
         update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), machine, totals())
         found.append(torch.cat([grad.clone() for grad in team['first'].optimizer.grads]))
@@ -337,7 +338,7 @@ def test_a_run_leaves_what_is_documented(small):
         best = max(turn['candidates'], key=lambda c: c['reward'])
         assert turn['candidates'][turn['executed']]['reward'] == best['reward']
     page = open(f'{folder}/episodes.html').read()
-    assert page.count('<details>') == 8 + 6 and 'class=executed' in page and '<script' not in page
+    assert page.count('<details>') == 8 + 6 and 'class=executed' in page and page.count('<svg') == 2 and '<script' not in page
     lines = [json.loads(line) for line in open(f'{folder}/log.jsonl')]
     step = next(line for line in lines if line.get('step') == 3)
     assert {'loss', 'reward', 'success_rate', 'episode_length', 'plan_agent/reward', 'time/rollout', 'time/generate', 'sampling/logp_gap'} <= set(step)

@@ -296,8 +296,8 @@ def test_the_embedded_questions_share_nothing():
 
 
 def test_the_file_of_the_embedded_questions():
-    script = os.path.join(ROOT, 'data', 'tasks', 'questions.py')
-    done = subprocess.run([sys.executable, script, 'train=3', 'eval=2'], capture_output=True, text=True, check=True)
+    words = [sys.executable, '-m', 'data.tasks.questions', 'train=3', 'eval=2']
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)['qa_pairs']
     assert [row['metadata'] for row in rows] == ['train'] * 3 + ['eval'] * 2 and rows[0].keys() == {'question', 'answer', 'metadata'}
 

@@ -89,7 +89,8 @@ def test_places(tmp_path):
 
 
 def test_rows_keep_their_own_keys(tmp_path):
-    mixed = [calling(CALL, metadata='train'), chat(ASK, {'role': 'assistant', 'tool_calls': [{'function': {'name': 'b', 'arguments': {'z': 1}}}]})]
+    other = {'role': 'assistant', 'tool_calls': [{'function': {'name': 'b', 'arguments': {'z': 1}}}]}
+    mixed = [calling(CALL, metadata='train'), chat(ASK, other)]
     assert [row for _, row in read_rows(write(tmp_path / 'a.jsonl', mixed))] == mixed
 
 
@@ -129,11 +130,14 @@ ROWS = [
     ({'chosen': 'a', 'rejected': 'b'}, 'train_dpo.py'), ({'text': None}, 'null'), ({'text': ['a']}, 'expected a text'),
     ({'question': ' ', 'answer': 'a'}, 'question: an empty text'), (chat(ASK, ANSWER, metadata='Eval'), "exactly 'eval'"),
     (chat(ASK, ANSWER, metadata='test'), 'neither "train" nor "eval"'), ({'messages': 'hi'}, 'expected a list'),
-    ({'messages': '[{"role"'}, 'not a JSON list'), (chat(), 'an empty list'), (chat('hi'), 'expected {"role"'), (chat({'content': 'a'}), 'no "role"'),
+    ({'messages': '[{"role"'}, 'not a JSON list'), (chat(), 'an empty list'), (chat('hi'), 'expected {"role"'),
+    (chat({'content': 'a'}), 'no "role"'),
     (chat({'role': 'User', 'content': 'a'}, ANSWER), "did you mean 'user'"), (chat({'role': 'user'}, ANSWER), 'without content'),
-    (chat({'role': 'user', 'content': 5}, ANSWER), 'expected text, got 5'), (chat(ASK, ANSWER, ASK), "from 'user'"), (chat(ANSWER), 'nothing comes before'),
+    (chat({'role': 'user', 'content': 5}, ANSWER), 'expected text, got 5'), (chat(ASK, ANSWER, ASK), "from 'user'"),
+    (chat(ANSWER), 'nothing comes before'),
     (chat(ASK, {'role': 'assistant', 'content': ' '}), 'neither content nor tool_calls'),
-    (chat({**ASK, 'tool_calls': [CALL]}, ANSWER), 'only the assistant'), (chat(ASK, {'role': 'assistant', 'tool_calls': CALL}), 'expected a list of calls'),
+    (chat({**ASK, 'tool_calls': [CALL]}, ANSWER), 'only the assistant'),
+    (chat(ASK, {'role': 'assistant', 'tool_calls': CALL}), 'expected a list of calls'),
     (calling('ring'), 'expected {"function"'), (calling({'function': {'arguments': {}}}), 'names no function'),
     (calling({'function': {'name': 'ring', 'arguments': '{who'}}), 'not JSON'),
     (calling({'function': {'name': 'ring', 'arguments': ['Tom']}}), 'not an object of named'),
@@ -142,7 +146,8 @@ ROWS = [
     (chat(ASK, ANSWER, tools=[{'name': 'ring', 'parameters': ['who']}]), 'must be a JSON schema'),
     (chat(ASK, ANSWER, tools=[{'name': 'ring', 'parameters': {'properties': ['who']}}]), 'properties must be an object'),
     (chat(ASK, ANSWER, tools=[TOOL, TOOL]), 'there 2 times'), ({'conversations': [{'from': 'bot', 'value': 'a'}]}, '"from" is "bot"'),
-    ({'conversations': [{'from': 'human', 'text': 'a'}]}, '"value" must be'), ({'prompt': 'a', 'completion': [ANSWER]}, 'make both the same'),
+    ({'conversations': [{'from': 'human', 'text': 'a'}]}, '"value" must be'),
+    ({'prompt': 'a', 'completion': [ANSWER]}, 'make both the same'),
     ({'prompt': [ASK], 'completion': [ASK]}, 'one message from the assistant'),
 ]
 COLUMNS = [({'q': 'a', 'answer': 'b'}, Source(prompt_column='question'), None, "no column 'question'"),
@@ -191,7 +196,8 @@ def test_malformed_inputs_are_refused_in_one_line_each_by_its_own_check(tmp_path
 
 @pytest.mark.parametrize('call, kind', [
     ({'name': 'rign', 'arguments': {'who': 'Tom'}}, 'unknown tool'), ({'name': 'ring', 'arguments': {}}, 'missing argument'),
-    ({'name': 'ring', 'arguments': {'who': 'Tom', 'whom': 'Mia'}}, 'unknown argument'), ({'name': 'ring', 'arguments': {'who': 3}}, 'wrong type')])
+    ({'name': 'ring', 'arguments': {'who': 'Tom', 'whom': 'Mia'}}, 'unknown argument'),
+    ({'name': 'ring', 'arguments': {'who': 3}}, 'wrong type')])
 def test_calls_that_break_their_schema(call, kind):
     assert [found for found, _ in broken_calls(to_record(calling({'function': call}), 'x'))] == [kind]
 

@@ -4,6 +4,7 @@
     SETTINGS                                {name: (default, what it means)}: the env.* keys that problems() takes
     ROLES                                   the agents in turn order
     ACTS                                    the agent without whom nothing happens: alone it is a team of one
+    RUNS_PROGRAMS                           True where programs that agents write are run, in data/sandbox.py (may be left out)
     Env(problem)                            one episode: plain Python, deterministic, copied by copy.deepcopy
         env.prompt(role)                    the chat that the acting agent sees in the present state
         env.score(role, text) -> Outcome    what a candidate would earn; the state stays as it is

@@ -1,18 +1,14 @@
 """Questions about a person who was just described, answered in full sentences: the embedded question/answer set.
 
-    python data/tasks/questions.py train=800 eval=200 > qa.json        # {"qa_pairs": [{"question", "answer", "metadata"}, ...]}
+    python -m data.tasks.questions train=800 eval=200 > qa.json        # {"qa_pairs": [{"question", "answer", "metadata"}, ...]}
 
 'Bako lives in Oslo. The pet of Bako is a dog. Bako is a baker. What is the job of Bako?' is answered by 'Bako works as a baker.'
 Names are invented, so that nothing can be known beforehand. No name, no text and no wording of a question of an eval row occurs in
 training; what can be told of somebody, and the sentences of the answers, are the same.
 """
 import json
-import os
 import random
 import sys
-
-if __name__ == '__main__':
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from data.tasks.facts import ATTRIBUTES
 from data.tasks.toolcalls import invented

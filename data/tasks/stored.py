@@ -6,7 +6,6 @@ import re
 import sys
 
 from configurator import UserError, closest
-from data.records import read_file
 
 GENERATED = 'generated'             # the column `source` of rows that the project's own generator made
 
@@ -46,12 +45,13 @@ def problems_of(domain, split, stems, data_dir, known, from_row):
 def files_of(domain, split, data_dir):
     """{stem in lower case: path}"""
     folder = os.path.join(data_dir, domain, 'train' if split == 'train' else 'test')
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return {os.path.splitext(name)[0].lower(): os.path.join(folder, name) for name in sorted(names) if name.endswith(('.jsonl', '.parquet'))}
+    names = [name for name in os.listdir(folder) if name.endswith(('.jsonl', '.parquet'))] if os.path.isdir(folder) else []
+    return {os.path.splitext(name)[0].lower(): os.path.join(folder, name) for name in sorted(names)}
 
 
 @functools.lru_cache(maxsize=64)
 def rows_of(path):
+    from data.records import read_file      # only here: it takes longer to import than --print_config may take
     return list(read_file(path))
 
 

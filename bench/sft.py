@@ -1,0 +1,212 @@
+"""Fine-tuning speed against TRL's SFTTrainer, in pairs on the same machine, the same weights and the same rows.
+
+    python bench/sft.py --trl PYTHON                    supervised tokens per second and peak memory: float32, then bf16 products
+    python bench/sft.py --trl PYTHON --tokenise 100000  seconds to render and encode so many rows
+
+PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the rows are
+half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, both at their defaults
+for what orders and pads a batch; `ungrouped` is ours without batches of similar lengths, padded as TRL's. Each side runs in a process
+of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included. floor is the time of
+the float32 matrix products of a step of real tokens at the machine's measured rate. The last line is JSON.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+BATCH = 16
+
+
+def write_inputs(directory, steps, count):
+    """model/, rows.jsonl (texts, rendered once for both sides) and, to be tokenised, chats.jsonl."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data import chat
+    from data.tasks import facts, toolcalls
+    from data.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(os.path.join(ROOT, 'data', 'tiny'))
+    if count:
+        with open(os.path.join(directory, 'chats.jsonl'), 'w') as file:
+            for row in toolcalls.rows('train', count, 'bench'):
+                messages = row['messages']
+                file.write(json.dumps({'prompt': messages[:-1], 'completion': messages[-1:], 'tools': row['tools']}) + '\n')
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(os.path.join(directory, 'model'))
+    tokenizer.save(os.path.join(directory, 'model'))
+    rows = []
+    for calls, question in zip(toolcalls.rows('train', steps * BATCH // 2, 'bench'), facts.problems('train', steps * BATCH // 2, 'bench')):
+        answer = {'role': 'assistant', 'content': question['answer']}
+        rows += [(calls['messages'], calls['tools']), ([*facts.prompt(question), answer], None)]
+    with open(os.path.join(directory, 'rows.jsonl'), 'w') as file:
+        for messages, tools in rows:
+            (prompt, _), (completion, _), *_ = chat.segments(tokenizer, messages, tools)[0]
+            file.write(json.dumps({'prompt': prompt, 'completion': completion.rstrip('\n')}) + '\n')
+
+
+def read(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def resident():
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def result(times, counts, start, losses):
+    seconds, targets = times[-1] - times[0], sum(counts)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {'seconds_per_step': seconds / (len(times) - 1), 'supervised_tokens_per_second': targets / seconds,
+            'peak_mb': peak / 2 ** 20, 'above_start_mb': (peak - start) / 2 ** 20, 'last_loss': losses}
+
+
+def trl(directory, options):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    torch.set_num_threads(options.threads)
+    path = os.path.join(directory, 'model')
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    config = SFTConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
+                       max_length=384, learning_rate=1e-3, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
+                       report_to='none', save_strategy='no', dataloader_pin_memory=False, disable_tqdm=True, logging_steps=options.steps)
+    if options.tokenise:
+        def prepare(count):
+            begun = time.perf_counter()
+            SFTTrainer(model, args=config, train_dataset=Dataset.from_list(chats[:count]), processing_class=tokenizer)
+            return time.perf_counter() - begun
+        chats = read(os.path.join(directory, 'chats.jsonl'))
+        some = prepare(16)
+        return {'seconds': prepare(len(chats)) - some}
+    times, counts, logged = [], [], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_log(self, *_, logs=None, **__):
+            logged.append(logs.get('loss'))
+
+    trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(read(os.path.join(directory, 'rows.jsonl'))),
+                         processing_class=tokenizer, callbacks=[Clock()])
+    collate = trainer.data_collator
+
+    def counted(rows):
+        batch = collate(rows)
+        counts.append(int((batch['labels'] >= 0).sum()))
+        return batch
+
+    trainer.data_collator, start = counted, resident()
+    trainer.train()
+    return result(times, counts[:options.steps], start, logged[0])
+
+
+def ours(directory, options):
+    import torch
+
+    import train_sft as script
+    from configurator import parse
+    from data.encoded import Rows, encode_records
+    from data.records import read_rows, to_record
+    from diagnosis import Findings
+    torch.set_num_threads(options.threads)
+    flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
+             '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
+             f'--max_steps={options.steps}', f'--matmul={"bf16" if options.child == "ours_bf16" else "float32"}', '--device=cpu']
+    cfg = parse(script.Config, flags + ['--no-group_by_length'] * (options.child == 'ungrouped'))
+    machine = script.setup(cfg.device, 'float32', cfg.matmul)
+    model, tokenizer = script.build_model(cfg, None, machine)
+    if options.tokenise:
+        path, begun = os.path.join(directory, 'chats.jsonl'), time.perf_counter()
+        rows = Rows()
+        encode_records(((0, to_record(row, where)) for where, row in read_rows(path)), tokenizer, rows, Findings())
+        return {'seconds': time.perf_counter() - begun, 'rows': len(rows.close())}
+    rows, _, _ = script.load_data(cfg, model, tokenizer, machine)
+    batches = script.Batches(cfg, rows, [1.0], 1)
+    optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
+    loader, scaler = script.Loader(cfg, batches, options.steps, machine), script.LossScale(machine.dtype)
+    counts, losses, start, times = [], [], resident(), [time.perf_counter()]
+    for step in range(options.steps):
+        optimizer.set_lr(cfg.learning_rate)
+        micro_batches, count, _ = loader(step)
+        losses.append(script.train_step(cfg, model, optimizer, micro_batches, count, step, scaler, False, machine)[0])
+        times.append(time.perf_counter())
+        counts.append(count)
+    return result(times, counts, start, float(torch.stack(losses).mean()))
+
+
+def floor(directory, options):
+    """Seconds of the float32 products of a step: 6 per multiplied weight and token, as fast as this machine multiplies."""
+    import torch
+    torch.set_num_threads(options.threads)
+    a, b = torch.randn(2048, 256), torch.randn(256, 1024)
+    for _ in range(20):
+        a @ b
+    begun = time.perf_counter()
+    for _ in range(100):
+        a @ b
+    rate = 100 * 2 * 2048 * 256 * 1024 / (time.perf_counter() - begun)
+    from data.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(os.path.join(directory, 'model'))
+    rows = read(os.path.join(directory, 'rows.jsonl'))
+    tokens = BATCH * statistics.mean(len(tokenizer.encode(row['prompt'] + row['completion'])) for row in rows)
+    weights = 4 * (4 * 256 * 256 + 3 * 256 * 512)
+    return {'seconds': 6 * weights * tokens / rate, 'tokens_of_a_step': tokens, 'gflops': rate / 1e9}
+
+
+def measure(side, directory, options):
+    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--tokenise={options.tokenise}',
+             f'--threads={options.threads}']
+    python = options.trl if side == 'trl' else sys.executable
+    done = subprocess.run([python, os.path.abspath(__file__), *flags], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': str(options.threads), 'TOKENIZERS_PARALLELISM': 'true'}, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--trl', help='a Python interpreter with TRL')
+    parser.add_argument('--rounds', type=int, default=3, help='pairs of runs')
+    parser.add_argument('--steps', type=int, default=48, help='steps a run')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--tokenise', type=int, default=0, help='rows to encode, in place of training')
+    parser.add_argument('--child', help=argparse.SUPPRESS)
+    parser.add_argument('--directory', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps({'trl': trl, 'floor': floor}.get(options.child, ours)(options.directory, options)))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        write_inputs(directory, options.steps, options.tokenise)
+        found = {}
+        for _ in range(options.rounds):
+            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', 'ours_bf16', 'ungrouped'):
+                found.setdefault(side, []).append(measure(side, directory, options))
+                print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
+        if options.tokenise:
+            ratios = {'tokenise': [t['seconds'] / o['seconds'] for t, o in zip(found['trl'], found['ours'])]}
+        else:
+            found['floor'] = [measure('floor', directory, options)]
+            rate = 'supervised_tokens_per_second'
+            ratios = {side: [ours[rate] / theirs[rate] for theirs, ours in zip(found['trl'], found[side])] for side in ('ours', 'ours_bf16', 'ungrouped')}
+        print(json.dumps({'ratios': {side: round(statistics.median(values), 2) for side, values in ratios.items()}, 'runs': found}))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,6 +1,6 @@
 """Preference optimisation against TRL's DPOTrainer, in pairs on the same machine, the same weights and the same pairs.
 
-    python bench/dpo.py --trl PYTHON            pairs per second and peak memory: float32, then bf16 products
+    python bench/dpo.py --trl PYTHON            pairs per second and peak memory, products in float32; and in bf16 where the processor has it
 
 PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the pairs are
 texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two different continuations of as many, 8 pairs a step, sigmoid
@@ -161,7 +161,7 @@ def main():
     parser.add_argument('--rounds', type=int, default=3, help='of one run of every side')
     parser.add_argument('--steps', type=int, default=12, help='steps a run')
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--sides', nargs='+', default=SIDES, choices=SIDES)
+    parser.add_argument('--sides', nargs='+', choices=SIDES)
     parser.add_argument('--child', help=argparse.SUPPRESS)
     parser.add_argument('--directory', help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -169,6 +169,9 @@ def main():
         run = {'trl': trl, 'floor': floor}.get(options.child.partition('_')[0], ours)
         print(json.dumps(run(options.directory, options)))
         return
+    if not options.sides:
+        from runtime import setup
+        options.sides = [side for side in SIDES if 'bf16' not in side or setup('cpu').matmul == 'bf16']
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(directory, options.steps)
         found = {}

@@ -82,8 +82,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if plan.padded and cache is None:
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            y = ops.ShortAttention.apply(ops.Pad.apply(qkv.flatten(0, 1), *plan.padded), H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
-                                         cos, sin, plan.added(self.window, qkv.dtype))
+            qkv = ops.Pad.apply(qkv.flatten(0, 1), *plan.padded)                        # (documents, longest, ...)
+            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, cos, sin,
+                                         plan.added(self.window, qkv.dtype))
             return self.o_proj(ops.Unpad.apply(y, plan.padded[0]).view(B, T, -1))
         if plan.short and cache is None and (not self.window or T <= self.window):
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)

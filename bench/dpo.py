@@ -1,6 +1,6 @@
 """Preference optimisation against TRL's DPOTrainer, in pairs on the same machine, the same weights and the same pairs.
 
-    python bench/dpo.py --trl PYTHON            pairs per second and peak memory, products in float32; and in bf16 where the processor has it
+    python bench/dpo.py --trl PYTHON    pairs per second and peak memory, products in float32 and, where the processor has it, in bf16
 
 PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the pairs are
 texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two different continuations of as many, 8 pairs a step, sigmoid
@@ -74,10 +74,10 @@ def trl(directory, options):
     torch.set_num_threads(options.threads)
     path = os.path.join(directory, 'model')
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
-    config = DPOConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps, max_length=384,
-                       learning_rate=1e-4, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
-                       report_to='none', save_strategy='no', dataloader_pin_memory=False, disable_tqdm=True, logging_steps=options.steps,
-                       precompute_ref_log_probs=options.child == 'trl_cache', beta=0.1)
+    config = DPOConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
+                       max_length=384, learning_rate=1e-4, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False,
+                       gradient_checkpointing=False, report_to='none', save_strategy='no', dataloader_pin_memory=False,
+                       disable_tqdm=True, logging_steps=options.steps, precompute_ref_log_probs=options.child == 'trl_cache', beta=0.1)
     times, logged = [], []
 
     class Clock(TrainerCallback):
@@ -105,7 +105,8 @@ def ours(directory, options):
     torch.set_num_threads(options.threads)
     cfg = parse(script.Config, [
         f'--base_model_name={os.path.join(directory, "model")}', f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}',
-        '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4', '--rpo_alpha=0',
+        '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
+        '--rpo_alpha=0',
         f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
     machine = script.setup(cfg.device, 'float32', cfg.matmul)
     cfg.reference_cache = os.path.join(directory, 'cache')
@@ -116,7 +117,8 @@ def ours(directory, options):
     kind = 'cache' if options.child.endswith('cache') else 'copy'
     reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], machine)
     optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
-    loader, scaler, losses, times = script.Loader(cfg, feed, pairs, machine), script.LossScale(machine.dtype), [], [time.perf_counter()]
+    loader, scaler = script.Loader(cfg, feed, pairs, machine), script.LossScale(machine.dtype)
+    losses, times = [], [time.perf_counter()]
     for step in range(options.steps):
         optimizer.set_lr(cfg.learning_rate)
         indices, batches = loader(step)
@@ -142,14 +144,15 @@ def floor(directory, options):
     tokenizer = load_tokenizer(os.path.join(directory, 'model'))
     size = lambda key: statistics.mean(len(tokenizer.encode(row[key])) for row in read(os.path.join(directory, 'pairs.jsonl')))
     tokens = BATCH * (2 * size('prompt') + size('chosen') + size('rejected'))
-    return {'seconds': 8 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens, 'tokens_with_shared_prompts': tokens - BATCH * size('prompt'),
-            'gflops': rate / 1e9}
+    return {'seconds': 8 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens,
+            'tokens_with_shared_prompts': tokens - BATCH * size('prompt'), 'gflops': rate / 1e9}
 
 
 def measure(side, directory, options):
     flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--threads={options.threads}']
-    done = subprocess.run([options.trl if side.startswith('trl') else sys.executable, os.path.abspath(__file__), *flags], capture_output=True,
-                          text=True, env={**os.environ, 'OMP_NUM_THREADS': str(options.threads)}, check=False)
+    python = options.trl if side.startswith('trl') else sys.executable
+    done = subprocess.run([python, os.path.abspath(__file__), *flags], capture_output=True, text=True, check=False,
+                          env={**os.environ, 'OMP_NUM_THREADS': str(options.threads)})
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -181,9 +184,9 @@ def main():
                 print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
         ratios = {side: [o['pairs_per_second'] / t['pairs_per_second'] for o, t in zip(found[side], found['trl'])]
                   for side in found if side != 'trl' and 'trl' in found}
+        medians = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
         print(json.dumps({'times_trl': {side: [round(r, 2) for r in sorted(values)] for side, values in ratios.items()},
-                          'floor': measure('floor', directory, options),
-                          'median': {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}}))
+                          'floor': measure('floor', directory, options), 'median': medians}))
 
 
 if __name__ == '__main__':

@@ -705,10 +705,15 @@ def supervised_step(cfg, policy, optimizer, chats, step, machine):
 
 # ---- validation and what is written -----------------------------------------------------------------------------------------
 
-def validate(cfg, team, task, step, directory, machine):
-    """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every episode to validate/."""
+def held_out_problems(cfg, task, machine):
+    """This rank's (number, problem) of every validation."""
     problems = task.problems('eval', cfg.validate_episodes, 'validation', **env_settings(cfg, task, cfg.benchmark))
-    cases, metrics, records = list(enumerate(problems))[machine.rank::machine.world_size], {}, []
+    return list(enumerate(problems))[machine.rank::machine.world_size]
+
+
+def validate(cfg, team, task, cases, step, directory, machine):
+    """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every episode to validate/."""
+    metrics, records = {}, []
     sampled = replace(cfg, agents={agent: Agent(agent, temperature=settings_of(cfg, agent).val_temperature) for agent in cfg.order})
     for manner, temperature in (('sampled', None), ('greedy', 0.0)):
         episodes = play(sampled, team, task, cases, seed_for(cfg.seed, 'validate', manner), 1, Clock(), temperature)
@@ -861,8 +866,9 @@ def main(cfg):
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)
     announce(cfg, team, task, directory, machine)
+    held_out = held_out_problems(cfg, task, machine)
     if cfg.eval_only:
-        metrics = validate(cfg, team, task, 0, directory, machine)
+        metrics = validate(cfg, team, task, held_out, 0, directory, machine)
         machine.say('  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
         texts.summarise(0, metrics)
         machine.close()
@@ -890,7 +896,7 @@ def main(cfg):
     started, first = time.perf_counter(), step
     while True:
         if step == cfg.total_training_steps or step > first and step % cfg.val_freq == 0 or step == 0 and cfg.val_before_train:
-            metrics = validate(cfg, team, task, step, directory, machine)
+            metrics = validate(cfg, team, task, held_out, step, directory, machine)
             log.write(step, metrics)
             texts.summarise(step, metrics)
             is_best = metrics['validation/success_rate'] > best

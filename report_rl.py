@@ -128,3 +128,21 @@ def sample_part(e, strongest):
     text = e.text if len(e.text) <= TEXT_SHOWN else e.text[:TEXT_SHOWN] + f' ... ({len(e.text) - TEXT_SHOWN} more characters)'
     return (f'<div class=sample style="background:{shade(e.advantage, strongest)}"><span class=facts>{html.escape(facts)}<br>{html.escape(more)}</span>'
             f'<code>{html.escape(text)}</code></div>')
+
+
+def explain_group(members):
+    """A group in words: the question, every completion with its reward and advantage, and what the update made of it."""
+    first = members[0]
+    lines = [f'--- group {first.group}: {first.problem.get("question", "")!r}, answer {first.problem.get("answer")!r}']
+    lines += [f'  {e.reward if e.reward is not None else "unscored":>8}  {e.advantage:+.3f}  {"" if e.stopped else "(cut off) "}{e.text!r}' for e in members]
+    rewards = [e.reward for e in members if e.reward is not None]
+    if len(members) == 1:
+        verdict = 'advantages come from the critic'
+    elif len(rewards) < 2:
+        verdict = f'nothing to learn: {len(rewards)} of {len(members)} completions have a score, and one is compared with others'
+    elif min(rewards) == max(rewards):
+        verdict = f'nothing to learn: all rewards are {rewards[0]:g}, so every advantage is 0'
+    else:
+        above = sum(e.advantage > 0 for e in members)
+        verdict = f'{above} of {len(members)} completions are made likelier: rewards from {min(rewards):g} to {max(rewards):g}'
+    return '\n'.join([*lines, '  ' + verdict])

@@ -14,16 +14,14 @@ Counts are completions, as in TRL: an optimizer step sees per_device_train_batch
 a rollout per_device_train_batch_size x steps_per_generation x GPUs, both rounded up to whole groups; where a rollout feeds several
 optimizer steps, the later ones are off-policy. The mean is over the whole step, counted over micro-batches and ranks.
 """
-import json
 import math
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from configurator import UserError, as_dict, from_dict, parse, run, setting
 from data.questions import TASKS
 from data.records import Source
-from data.rewards import WEIGHTS
 from optim import OPTIMIZERS, SCHEDULES
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
@@ -116,7 +114,7 @@ class Config:
     kl_target: float | None = setting(None, 'training.kl_target')  # adapt beta so that the KL of a completion stays near this (Ziegler et al. 2019); not set = fixed
     kl_horizon: int = setting(10000, 'training.kl_horizon')  # completions over which it adapts
     entropy_coef: float = setting(0.0, 'training.entropy_coef')  # weight of an entropy bonus
-    num_generations: int | None = setting(None, 'training.num_generations')  # completions of a prompt: 8, ppo 1
+    num_generations: int | None = setting(None, 'training.num_generations')  # completions of a prompt: 8, ppo 4 (any number; they share the prompt's computation)
     num_iterations: int = setting(1, 'training.num_iterations', also=('training.num_ppo_epochs',))  # passes over a rollout
     steps_per_generation: int | None = setting(None, 'training.steps_per_generation')  # micro-batches of a rollout; as many as of an optimizer step if not set
     temperature: float = setting(1.0, 'training.temperature')  # of sampling, and of every log-probability in the loss
@@ -135,14 +133,14 @@ class Config:
     output_dir: str = setting('models/rl', 'training.output_dir')  # checkpoints, log, rollouts and pictures; the model to use ends up in its root
     per_device_train_batch_size: int = setting(64, 'training.per_device_train_batch_size')  # completions in a micro-batch
     gradient_accumulation_steps: int = setting(4, 'training.gradient_accumulation_steps')  # micro-batches in an optimizer step
-    learning_rate: float | None = setting(None, 'training.learning_rate')  # the highest; by mode: full 1e-5 (a small model 5e-4), LoRA 1e-4, QLoRA 2e-4
+    learning_rate: float | None = setting(None, 'training.learning_rate')  # the highest; by mode: full 1e-5 (a small model 2e-4), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler: str = setting('linear', 'training.lr_scheduler_type', also=('training.lr_scheduler',), choices=tuple(s for s in SCHEDULES if s != 'plateau'))  # after the warm-up, down to a tenth
     warmup_steps: int = setting(5, 'training.warmup_steps')  # optimizer steps
     optimizer: str = setting('adamw', 'training.optimizer', choices=OPTIMIZERS)  # ours: adamw, sgd, muon; others by their name in torch.optim
     weight_decay: float = setting(0.0, 'training.weight_decay')  # of matrices
     max_grad_norm: float = setting(1.0, 'training.max_grad_norm')  # highest gradient norm; 0 = no clipping
     num_train_epochs: float = setting(1.0, 'training.num_train_epochs')  # passes over the problems
-    max_steps: int = setting(-1, 'training.max_steps')  # optimizer steps instead; -1 = by epochs
+    max_steps: int = setting(-1, 'training.max_steps')  # optimizer steps instead; -1 = by epochs (of the embedded task: 60)
     logging_steps: int = setting(5, 'training.logging_steps')  # optimizer steps between log lines
     save_steps: int = setting(500, 'training.save_steps')  # between checkpoints; there is one at the end, too
     eval_steps: int = setting(20, 'training.eval_steps')  # between evaluations on held-out problems; 0 = only at the end
@@ -257,15 +255,12 @@ if __name__ == '__main__':
 import contextlib
 
 import torch
-import torch.nn.functional as F
 
 import report_rl
-from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json, write_text
+from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json
 from data import questions
-from data.chat import prompt_ids
-from data.pairs import encode_pairs, read_pairs
 from data.rewards import Scorer
-from data.rollouts import Episode, lay_out, read_episodes
+from data.rollouts import Episode, Table, all_ranks, cut_rollouts, grouped, lay_out, read_episodes, write_rollout
 from lora import add_lora, adapters_off
 from model import find_model, load_model, save_model
 from optim import learning_rate, make_optimizer
@@ -423,7 +418,7 @@ def kl_estimate(logp, ref_logp, kind):
     if kind == 'k2':
         return d.square() / 2
     if kind == 'k3':
-        return torch.exp(-d) + d - 1
+        return torch.expm1(-d) + d                          # exp(-d) - 1 + d would round to below 0
     raise UserError(f'kl_estimate: kind={kind!r} is none of k1, k2, k3')
 
 
@@ -512,86 +507,6 @@ def make_optimizers(cfg, policy, critic):
     return [make(policy, cfg.learning_rate)] + ([make(critic.own, cfg.value_learning_rate)] if critic else [])
 
 
-# ---- problems ---------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Problems:
-    """task: a module with prompt(problem) (and reward); train and held_out: problems, 'prompt_ids' among their fields."""
-    task: object
-    train: list
-    held_out: list
-    pairs: list = field(default_factory=list)           # of token ids, for a reward model that is trained here
-    held_out_pairs: list = field(default_factory=list)
-
-
-def uses_pairs(cfg):
-    return any(source.chosen_column or source.rejected_column for source in cfg.datasets)
-
-
-def open_problems(cfg, tokenizer, machine):
-    """What is asked, in training and in evaluations, as token ids."""
-    pairs = [[], []]
-    if not cfg.datasets:
-        task = questions.load_task(cfg.task)
-        train, held_out = task.problems('train', cfg.num_problems, cfg.seed), task.problems('eval', cfg.eval_problems, 0)
-    elif uses_pairs(cfg):
-        task, (train, held_out, pairs) = questions, pair_problems(cfg, tokenizer, machine)
-    else:
-        task = questions
-        train, held_out = questions.read_problems(cfg.datasets, cfg.system_prompt, with_answers='exact' in cfg.rewards or 'number' in cfg.rewards)
-    if cfg.datasets and not held_out:
-        train, held_out = questions.hold_out(train, cfg.eval_problems, cfg.seed)
-    parts = []
-    for name, problems in (('training', train), ('held-out', held_out[:cfg.eval_problems])):
-        for problem in problems:
-            problem['prompt_ids'] = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
-        kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
-        if len(kept) < len(problems):
-            longest = max(len(problem['prompt_ids']) for problem in problems)
-            machine.say(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their prompts exceed '
-                        f'max_prompt_length={cfg.max_prompt_length} tokens (the longest has {longest})')
-        parts.append(kept)
-    if not parts[0]:
-        raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length={cfg.max_prompt_length}')
-    return Problems(task, *parts, *pairs)
-
-
-def pair_problems(cfg, tokenizer, machine):
-    """Preference data -> (prompts for training, held-out prompts, [pairs for training, held-out pairs])."""
-    pairs = []
-    for source in cfg.datasets:
-        found, drops = read_pairs(source, cfg.system_prompt)
-        pairs += found
-        if drops:
-            machine.say(f'{source.name}: pairs left out: {drops}')
-    if not any(pair.split == 'eval' for pair in pairs):
-        _, held_out = questions.hold_out([{'question': str(pair.prompt), 'pair': pair} for pair in pairs], 500, cfg.seed)
-        held_out = {id(problem['pair']) for problem in held_out}
-        for pair in pairs:
-            pair.split = 'eval' if id(pair) in held_out else 'train'
-    found = {}
-    for split in ('train', 'eval'):
-        own = [pair for pair in pairs if pair.split == split]
-        ids, drops, cuts = encode_pairs(tokenizer, own, min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length))
-        for what in [f'left out: {drops}'] * bool(drops) + [f'cut: {cuts}'] * any(cuts.values()):
-            machine.say(f'{split} pairs {what}')
-        prompts = {json.dumps(pair.prompt): {'messages': pair.prompt, 'question': pair.prompt[-1]['content']} for pair in own}
-        found[split] = ids, prompts
-    if len(found['train'][0]) < 2:
-        raise UserError('a reward model needs two preference pairs or more to be trained on')
-    return list(found['train'][1].values()), list(found['eval'][1].values()), [found['train'][0], found['eval'][0]]
-
-
-def draw_problems(cfg, problems, start, count):
-    """`count` problems from place `start` on in an endless row of shuffled epochs."""
-    orders = {}
-    for place in range(start, start + count):
-        epoch = place // len(problems)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed_for(cfg.seed, 'order', epoch)))
-        yield problems[orders[epoch][place % len(problems)]]
-
-
 # ---- rollouts ---------------------------------------------------------------------------------------------------------------
 
 def sample_group_by_group(cfg, learner, numbered, step, seed, machine, temperature, num_samples):
@@ -635,17 +550,6 @@ def ask_reward_model(cfg, model, episodes):
     return scores
 
 
-def grouped(episodes):
-    """Neighbours of one group -> (prompt ids, [completion ids, ...]), as lay_out takes them."""
-    groups = []
-    for i, episode in enumerate(episodes):
-        if i and episode.group == episodes[i - 1].group:
-            groups[-1][1].append(episode.completion_ids)
-        else:
-            groups.append((episode.prompt_ids, [episode.completion_ids]))
-    return groups
-
-
 def rollout(cfg, learner, problems, scorer, plan, step, cursor, machine):
     """(this rank's Episodes, the Table of all ranks' in the order of their groups, the new cursor).
 
@@ -655,11 +559,11 @@ def rollout(cfg, learner, problems, scorer, plan, step, cursor, machine):
     episodes, groups, drawn, started = [], [], 0, cursor
     for attempt in range(MAX_REFILLS + 1 if cfg.dynamic_sampling else 1):
         wanted = plan.groups - len(groups)
-        numbered = list(zip(range(drawn, drawn + wanted), draw_problems(cfg, problems.train, cursor, wanted)))
+        numbered = list(zip(range(drawn, drawn + wanted), questions.draw_problems(problems.train, cursor, wanted, cfg.seed)))
         own = sample_group_by_group(cfg, learner, numbered[machine.rank::machine.world_size], step, seed_for(cfg.seed, 'rollout', step),
                                     machine, cfg.temperature, cfg.num_generations)
         reward(cfg, learner, scorer, own)
-        table = Table.gather(own, range(drawn, drawn + wanted), cfg, scorer.names, machine)
+        table = Table.gather(own, range(drawn, drawn + wanted), cfg.num_generations, scorer.names, machine, cfg.mask_truncated)
         cursor, drawn = cursor + wanted, drawn + wanted
         alive = table.alive() if cfg.dynamic_sampling and attempt < MAX_REFILLS else table.groups
         groups += alive
@@ -669,62 +573,6 @@ def rollout(cfg, learner, problems, scorer, plan, step, cursor, machine):
             break
     whole.drawn = cursor - started
     return episodes, whole.select(groups), cursor
-
-
-class Table:
-    """What every rank must know of a rollout, one row a completion, group by group.
-
-    columns: reward, scored, length, stopped, logp (sum as sampled), k1 and k3 (sums, to the reference), then the rewards by name.
-    """
-    COLUMNS = ('reward', 'scored', 'length', 'stopped', 'logp', 'k1', 'k3')
-
-    def __init__(self, values, groups, names):
-        self.values, self.groups, self.names = values, list(groups), [*self.COLUMNS, *names]    # values (N, len(names)) float64
-        self.drawn = len(self.groups)
-
-    @staticmethod
-    def gather(episodes, groups, cfg, names, machine):
-        G, begin = cfg.num_generations, min(groups)
-        values = torch.zeros(len(groups) * G, len(Table.COLUMNS) + len(names), dtype=torch.float64)
-        for e in episodes:
-            scored = e.reward is not None and not (cfg.mask_truncated and not e.stopped)
-            values[(e.group - begin) * G + e.sample] = torch.tensor(
-                [e.reward if e.reward is not None else 0.0, scored, len(e.completion_ids), e.stopped, sum(e.logp), 0.0, 0.0,
-                 *(math.nan if e.rewards[name] is None else e.rewards[name] for name in names)])
-        return Table(all_ranks(values, machine), groups, names)
-
-    def __getitem__(self, name):
-        return self.values[:, self.names.index(name)]
-
-    def __setitem__(self, name, column):
-        self.values[:, self.names.index(name)] = column
-
-    def by_group(self, name):
-        return self[name].view(len(self.groups), -1)
-
-    def alive(self):
-        """The groups whose scored rewards are not all equal."""
-        scored = self.by_group('scored') > 0
-        low = self.by_group('reward').masked_fill(~scored, math.inf).amin(1)
-        high = self.by_group('reward').masked_fill(~scored, -math.inf).amax(1)
-        return [group for group, is_alive in zip(self.groups, (low < high).tolist()) if is_alive]
-
-    def extend(self, other):
-        return Table(torch.cat((self.values, other.values)), self.groups + other.groups, self.names[len(self.COLUMNS):])
-
-    def select(self, groups):
-        places = {group: i for i, group in enumerate(self.groups)}
-        rows = self.values.view(len(self.groups), -1, self.values.size(1))[[places[group] for group in groups]]
-        table = Table(rows.flatten(0, 1), groups, self.names[len(self.COLUMNS):])
-        table.drawn = self.drawn
-        return table
-
-
-def all_ranks(values, machine):
-    """values, of which each rank has filled in its own part and left 0 elsewhere, whole."""
-    if machine.world_size > 1:
-        torch.distributed.all_reduce(values)        # on the CPU, by gloo
-    return values
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------------------
@@ -780,6 +628,14 @@ def look(cfg, learner, batch, entropy=False):
     return stats['logp'], stats.get('entropy'), values, behind
 
 
+def ask(learner, batch):
+    """The critic's values (B, T) and (B,) of a Batch."""
+    if not learner.shared:
+        return learner.critic.values(batch.layout)
+    hidden = learner.policy.hidden(batch.layout.idx, batch.layout.positions).flatten(0, 1)
+    return learner.critic.read(hidden[batch.layout.source]), learner.critic.read(hidden[batch.layout.last])
+
+
 @torch.no_grad()
 def score(cfg, learner, updates, machine):
     """Old log-probabilities, where they will be needed, the reference's, and the critic's values. No gradient, no dropout."""
@@ -788,8 +644,10 @@ def score(cfg, learner, updates, machine):
     for number, batches in enumerate(updates):
         for batch in batches:
             with explain_out_of_memory('--per_device_train_batch_size'), machine.autocast():
-                if later or number or learner.critic:       # a rollout's first update compares the policy with itself
+                if later or number:                         # a rollout's first update compares the policy with itself
                     batch.old, _, batch.values, batch.behind = look(cfg, learner, batch)
+                elif learner.critic:
+                    batch.values, batch.behind = ask(learner, batch)
                 if learner.reference:
                     with learner.reference() as model:
                         hidden = model.hidden(batch.layout.idx, batch.layout.positions).flatten(0, 1)[batch.layout.source]
@@ -845,7 +703,8 @@ def ask_critic(updates, gamma, lam, beta, machine):
     moments = torch.zeros(6, dtype=torch.float64)       # count; advantage, its square; return, its square; error's square
     for batch in batches:
         last = batch.mask.sum(1, keepdim=True) - 1                                                          # (B, 1)
-        rewards = -beta * kl_estimate(batch.old, batch.reference, 'k1') if beta else torch.zeros_like(batch.old)
+        policy = batch.sampled if batch.old is None else batch.old
+        rewards = -beta * kl_estimate(policy, batch.reference, 'k1') if beta else torch.zeros_like(policy)
         rewards = rewards.scatter_add(1, last, torch.tensor([[e.reward] for e in batch.episodes], device=machine.device))
         stopped = torch.tensor([e.stopped for e in batch.episodes], device=machine.device)
         batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, gamma, lam, torch.where(stopped, 0.0, batch.behind))
@@ -964,11 +823,11 @@ def describe_rollout(cfg, learner, table, scorer):
     rewards, groups = table['reward'][scored], table.by_group('reward')
     metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else torch.zeros(())}
     for name in scorer.names if len(scorer.names) > 1 else ():
-        found = table[name][~table[name].isnan()]
-        metrics[f'rewards/{os.path.basename(name)}/mean'] = found.mean() if len(found) else math.nan
+        found = table[f'rewards/{name}']
+        metrics[f'rewards/{os.path.basename(name)}/mean'] = found.nanmean()
     right = next((name for name in ('task', 'exact') if name in scorer.names), None)
     if right:
-        metrics['success_rate'] = table[right].nanmean()
+        metrics['success_rate'] = table[f'rewards/{right}'].nanmean()
     if cfg.num_generations > 1:
         metrics['frac_reward_zero_std'] = 1 - len(table.alive()) / len(table.groups)
     metrics.update({'completions/mean_length': lengths.mean(), 'completions/clipped_ratio': 1 - table['stopped'].mean(),
@@ -983,40 +842,28 @@ def describe_rollout(cfg, learner, table, scorer):
     return {key: float(value) for key, value in metrics.items()}
 
 
-def write_rollout(episodes, path, machine):
-    """Appends this rollout's Episodes, of all ranks, to rollouts.jsonl, each rank in its turn."""
-    for rank in range(machine.world_size):
-        if rank == machine.rank:
-            with open(path, 'a', encoding='utf-8') as file:
-                file.write(''.join(e.line() + '\n' for e in episodes))
-        machine.barrier()
-
-
-def cut_rollouts(path, step):
-    """Drops the rollouts from `step` on, which come again, and a line that a kill cut short."""
-    if os.path.exists(path):
-        write_text(path, ''.join(e.line() + '\n' for e in read_episodes(path) if e.step < step))
-
-
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
 def resolve(cfg, machine):
     """cfg with every setting that was left to be chosen; each choice is said."""
     ppo, c = cfg.algorithm == 'ppo', cfg.composition()
     embedded = not cfg.datasets
-    default = {'num_generations': 1 if ppo else 8, 'steps_per_generation': (2 if embedded and c['surrogate'] != 'reinforce' else 1)
+    default = {'num_generations': 4 if ppo else 8, 'steps_per_generation': (2 if embedded and c['surrogate'] != 'reinforce' else 1)
                * cfg.gradient_accumulation_steps if 'gradient_accumulation_steps' not in cfg.typed else cfg.gradient_accumulation_steps,
                'max_completion_length': 48 if embedded else cfg.max_length - cfg.max_prompt_length,
                'beta': 0.05 if ppo else 0.0, 'kl': 'reward' if cfg.algorithm in ('ppo', 'rloo', 'reinforce++') else 'k3',
                'dynamic_sampling': cfg.algorithm == 'dapo'}
     if not cfg.rewards:
-        default['rewards'] = ['model'] if uses_pairs(cfg) or cfg.reward_model_path else ['task'] if embedded else ['exact', 'number', 'tags']
+        default['rewards'] = ['model'] if questions.uses_pairs(cfg) or cfg.reward_model_path else ['task'] if embedded else ['exact', 'number', 'tags']
         if cfg.algorithm == 'dapo':
             default['rewards'] = [*default['rewards'], 'length']
     cfg, said = choose(cfg, default)
+    if embedded and not cfg.typed & {'max_steps', 'num_train_epochs'}:
+        cfg.max_steps = 60
+        said.append('max_steps=60')
     lengths = {'length_buffer': max(1, cfg.max_completion_length // 4)}
     cfg, more = choose(cfg, lengths)
-    if 'model' in cfg.rewards and not cfg.reward_model_path and not uses_pairs(cfg):
+    if 'model' in cfg.rewards and not cfg.reward_model_path and not questions.uses_pairs(cfg):
         raise UserError('rewards: model needs a reward model: give reward_model_path, or data with chosen_column and rejected_column to train '
                         'one from')
     if cfg.length_buffer > cfg.max_completion_length:
@@ -1049,7 +896,7 @@ def say_chosen(choices, machine):
 def fit_to_model(cfg, policy, machine):
     """cfg with learning rates by the model's size and mode, and lengths within its context."""
     small = sum(p.numel() for p in policy.parameters()) < SMALL and not cfg.use_lora
-    by_mode = 2e-4 if cfg.load_in_4bit or cfg.load_in_8bit else 1e-4 if cfg.use_lora else 5e-4 if small else 1e-5
+    by_mode = 2e-4 if cfg.load_in_4bit or cfg.load_in_8bit else 1e-4 if cfg.use_lora else 2e-4 if small else 1e-5
     cfg, said = choose(cfg, {'learning_rate': by_mode})
     cfg, more = choose(cfg, {'value_learning_rate': 1e-3 if small else cfg.learning_rate, 'reward_learning_rate': 1e-3 if small else cfg.learning_rate})
     say_chosen(said + (more if cfg.algorithm == 'ppo' else []), machine)
@@ -1182,7 +1029,7 @@ def build(cfg, machine, resumed=None):
     policy, tokenizer = load_language_model(cfg, cfg.base_model_name, machine, resumed)
     cfg = fit_to_model(cfg, policy, machine)
     scorer.longest, scorer.buffer = cfg.max_completion_length, cfg.length_buffer
-    problems = open_problems(cfg, tokenizer, machine)
+    problems = questions.open_problems(cfg, tokenizer, machine.say)
     critic = load_critic(cfg, policy, tokenizer, machine)
     learner = Learner(policy, tokenizer, make_optimizers(cfg, policy, critic), LossScale(machine.dtype), load_reference(cfg, policy, machine),
                       critic, beta=cfg.beta)
@@ -1376,28 +1223,10 @@ def replay(cfg, checkpoints, machine):
     for group in table.groups:
         members = sorted((e for e in episodes if e.group == group), key=lambda e: e.sample)
         if members:
-            print(explain_group(members, learner.tokenizer))
+            print(report_rl.explain_group(members))
     print(f'{same} of {len(episodes)} completions are those of {path}, token by token')
     scorer.close()
     return {'same': same, 'completions': len(episodes)}
-
-
-def explain_group(members, tokenizer):
-    """A group in words: the question, every completion with its reward and advantage, and what the update made of it."""
-    first = members[0]
-    lines = [f'--- group {first.group}: {first.problem.get("question", "")!r}, answer {first.problem.get("answer")!r}']
-    lines += [f'  {e.reward if e.reward is not None else "unscored":>8}  {e.advantage:+.3f}  {"" if e.stopped else "(cut off) "}{e.text!r}' for e in members]
-    rewards = [e.reward for e in members if e.reward is not None]
-    if len(members) == 1:
-        verdict = 'advantages come from the critic'
-    elif len(rewards) < 2:
-        verdict = f'nothing to learn: {len(rewards)} of {len(members)} completions have a score, and one is compared with others'
-    elif min(rewards) == max(rewards):
-        verdict = f'nothing to learn: all rewards are {rewards[0]:g}, so every advantage is 0'
-    else:
-        above = sum(e.advantage > 0 for e in members)
-        verdict = f'{above} of {len(members)} completions are made likelier: rewards from {min(rewards):g} to {max(rewards):g}'
-    return '\n'.join([*lines, '  ' + verdict])
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from data.rollouts import lay_out
 from data.tokenizer import load_tokenizer, read_json
 from families import config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
 from lora import merge_lora
-from model import GPT, find_model, load_model, load_weights, read_safetensors
+from model import GPT, find_model, load_weights, read_safetensors
 from optim import learning_rate, make_optimizer
 from runtime import explain_out_of_memory, seed_for
 

@@ -4,9 +4,15 @@ A problem is a dict: the row as it is, with 'question' and 'answer' as texts and
 says in which form to answer.
 """
 import importlib
+import json
+import math
 import random
+import sys
+from dataclasses import dataclass, field
 
 from configurator import UserError
+from data.chat import prompt_ids
+from data.pairs import encode_pairs, read_pairs
 from data.records import read_rows, split_of_row, text_of
 from data.rewards import extract_answer
 
@@ -33,7 +39,7 @@ def read_problems(sources, system_prompt=None, with_answers=True):
     for source in sources:
         template = TEMPLATES.get(source.name, {})
         system = system_prompt if system_prompt is not None else template.get('system', FORM)
-        before, columns = len(train) + len(held_out), None
+        before, columns, seen = len(train) + len(held_out), None, 0
         for where, row in read_rows(source.name, source.split, source.subset):
             columns = columns or columns_of(source, template, row, where, with_answers)
             try:
@@ -42,7 +48,11 @@ def read_problems(sources, system_prompt=None, with_answers=True):
                     problem['answer'] = text_of(row, columns[1])
                 if columns[1] and not extract_answer(problem['answer']):
                     raise UserError(f'{columns[1]}: no answer in {problem["answer"][:60]!r}')
-                (train if split_of_row(row) == 'train' else held_out).append(problem)
+                if split_of_row(row) == 'train':
+                    train += [problem] * copies(source, seen)
+                    seen += 1
+                else:
+                    held_out.append(problem)
             except UserError as error:
                 raise UserError(f'{where}: {error}') from None
         if before == len(train) + len(held_out):
@@ -62,6 +72,13 @@ def columns_of(source, template, row, where, with_answers):
     return found
 
 
+def copies(source, place):
+    """How often row `place` of a source is seen in an epoch: its weight, spread evenly over the rows."""
+    if not 0 < source.weight < 1000:
+        raise UserError(f'{source.name}: weight={source.weight:g} must be above 0: 2 = every row twice, 0.5 = every other row')
+    return math.floor((place + 1) * source.weight) - math.floor(place * source.weight)
+
+
 def prompt(problem):
     """The chat that asks for it."""
     if 'messages' in problem:
@@ -77,3 +94,84 @@ def hold_out(problems, count, seed):
     held_out = [problems[i] for i in order[:min(count, len(problems) // 10)]]
     questions = {problem['question'] for problem in held_out}
     return [problem for problem in problems if problem['question'] not in questions], held_out
+
+
+# ---- what a run asks --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Problems:
+    """task: a module with prompt(problem) (and reward); train and held_out: problems, 'prompt_ids' among their fields."""
+    task: object
+    train: list
+    held_out: list
+    pairs: list = field(default_factory=list)           # of token ids, for a reward model that is trained here
+    held_out_pairs: list = field(default_factory=list)
+
+
+def uses_pairs(cfg):
+    return any(source.chosen_column or source.rejected_column for source in cfg.datasets)
+
+
+def open_problems(cfg, tokenizer, say):
+    """The problems that a Config of train_rl.py describes, as token ids; say(text) hears what is left out."""
+    pairs = [[], []]
+    if not cfg.datasets:
+        task = load_task(cfg.task)
+        train, held_out = task.problems('train', cfg.num_problems, cfg.seed), task.problems('eval', cfg.eval_problems, 0)
+    elif uses_pairs(cfg):
+        task, (train, held_out, pairs) = sys.modules[__name__], pair_problems(cfg, tokenizer, say)
+    else:
+        task = sys.modules[__name__]
+        train, held_out = read_problems(cfg.datasets, cfg.system_prompt, with_answers='exact' in cfg.rewards or 'number' in cfg.rewards)
+    if cfg.datasets and not held_out:
+        train, held_out = hold_out(train, cfg.eval_problems, cfg.seed)
+    parts = []
+    for name, problems in (('training', train), ('held-out', held_out[:cfg.eval_problems])):
+        for problem in problems:
+            problem['prompt_ids'] = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
+        kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
+        if len(kept) < len(problems):
+            longest = max(len(problem['prompt_ids']) for problem in problems)
+            say(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their prompts exceed '
+                        f'max_prompt_length={cfg.max_prompt_length} tokens (the longest has {longest})')
+        parts.append(kept)
+    if not parts[0]:
+        raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length={cfg.max_prompt_length}')
+    return Problems(task, *parts, *pairs)
+
+
+def pair_problems(cfg, tokenizer, say):
+    """Preference data -> (prompts for training, held-out prompts, [pairs for training, held-out pairs])."""
+    pairs = []
+    for source in cfg.datasets:
+        found, drops = read_pairs(source, cfg.system_prompt)
+        pairs += [pair for place, pair in enumerate(found) for _ in range(copies(source, place))]
+        if drops:
+            say(f'{source.name}: pairs left out: {drops}')
+    if not any(pair.split == 'eval' for pair in pairs):
+        _, held_out = hold_out([{'question': str(pair.prompt), 'pair': pair} for pair in pairs], 500, cfg.seed)
+        held_out = {id(problem['pair']) for problem in held_out}
+        for pair in pairs:
+            pair.split = 'eval' if id(pair) in held_out else 'train'
+    found = {}
+    for split in ('train', 'eval'):
+        own = [pair for pair in pairs if pair.split == split]
+        ids, drops, cuts = encode_pairs(tokenizer, own, min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length))
+        for what in [f'left out: {drops}'] * bool(drops) + [f'cut: {cuts}'] * any(cuts.values()):
+            say(f'{split} pairs {what}')
+        prompts = {json.dumps(pair.prompt): {'messages': pair.prompt, 'question': pair.prompt[-1]['content']} for pair in own}
+        found[split] = ids, prompts
+    if len(found['train'][0]) < 2:
+        raise UserError('a reward model needs two preference pairs or more to be trained on')
+    return list(found['train'][1].values()), list(found['eval'][1].values()), [found['train'][0], found['eval'][0]]
+
+
+def draw_problems(problems, start, count, seed):
+    """`count` problems from place `start` on in an endless row of shuffled epochs."""
+    orders = {}
+    for place in range(start, start + count):
+        epoch = place // len(problems)
+        if epoch not in orders:
+            orders[epoch] = list(range(len(problems)))
+            random.Random(f'{seed}/{epoch}').shuffle(orders[epoch])
+        yield problems[orders[epoch][place % len(problems)]]

@@ -3,10 +3,14 @@
 Tokens that were sampled are never made from text again: what is written, trained on and replayed are the ids.
 """
 import json
+import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
+
+from checkpoint import write_text
 
 LONGEST_SHARED = 2048           # tokens of a prompt with its completions up to which attention over all of them costs little,
 LEAST_SHARED = 0.3              # if sharing the prompt saves at least so many of all tokens
@@ -48,6 +52,21 @@ def read_episodes(path, step=None):
             if step is None or fields['step'] == step:
                 found.append(Episode(**fields))
     return found
+
+
+def write_rollout(episodes, path, machine):
+    """Appends this rollout's Episodes, of all ranks, to rollouts.jsonl, each rank in its turn."""
+    for rank in range(machine.world_size):
+        if rank == machine.rank:
+            with open(path, 'a', encoding='utf-8') as file:
+                file.write(''.join(e.line() + '\n' for e in episodes))
+        machine.barrier()
+
+
+def cut_rollouts(path, step):
+    """Drops the rollouts from `step` on, which come again, and a line that a kill cut short."""
+    if os.path.exists(path):
+        write_text(path, ''.join(e.line() + '\n' for e in read_episodes(path) if e.step < step))
 
 
 class Layout(NamedTuple):
@@ -100,3 +119,75 @@ def lay_out(groups, device, keep_last=False, share=None):
     idx, positions = (torch.tensor(part, device=device) for part in zip(*rows))
     plain = not one_row and all(len(completions) == 1 for _, completions in groups)
     return Layout(idx, None if plain else positions, pad(source, 0), pad(targets, -1), torch.tensor(last, device=device))
+
+
+# ---- what every rank must know ----------------------------------------------------------------------------------------------
+
+class Table:
+    """What every rank must know of a rollout, one row a completion, group by group.
+
+    columns: reward, scored, length, stopped, logp (sum as sampled), k1 and k3 (sums, to the reference), then rewards/NAME for each.
+    """
+    COLUMNS = ('reward', 'scored', 'length', 'stopped', 'logp', 'k1', 'k3')
+
+    def __init__(self, values, groups, names):
+        self.values, self.groups = values, list(groups)                 # values (N, columns) float64
+        self.rewards, self.names = list(names), [*self.COLUMNS, *(f'rewards/{name}' for name in names)]
+        self.drawn = len(self.groups)
+
+    @staticmethod
+    def gather(episodes, groups, size, names, machine, mask_truncated=False):
+        """Of the Episodes of all ranks: `groups` have consecutive numbers and `size` members each. mask_truncated: what was cut off does
+        not count as scored."""
+        begin = min(groups)
+        values = torch.zeros(len(groups) * size, len(Table.COLUMNS) + len(names), dtype=torch.float64)
+        for e in episodes:
+            scored = e.reward is not None and (e.stopped or not mask_truncated)
+            values[(e.group - begin) * size + e.sample] = torch.tensor(
+                [e.reward if e.reward is not None else 0.0, scored, len(e.completion_ids), e.stopped, sum(e.logp), 0.0, 0.0,
+                 *(math.nan if e.rewards[name] is None else e.rewards[name] for name in names)])
+        return Table(all_ranks(values, machine), groups, names)
+
+    def __getitem__(self, name):
+        return self.values[:, self.names.index(name)]
+
+    def __setitem__(self, name, column):
+        self.values[:, self.names.index(name)] = column
+
+    def by_group(self, name):
+        return self[name].view(len(self.groups), -1)
+
+    def alive(self):
+        """The groups whose scored rewards are not all equal."""
+        scored = self.by_group('scored') > 0
+        low = self.by_group('reward').masked_fill(~scored, math.inf).amin(1)
+        high = self.by_group('reward').masked_fill(~scored, -math.inf).amax(1)
+        return [group for group, is_alive in zip(self.groups, (low < high).tolist()) if is_alive]
+
+    def extend(self, other):
+        return Table(torch.cat((self.values, other.values)), self.groups + other.groups, self.rewards)
+
+    def select(self, groups):
+        places = {group: i for i, group in enumerate(self.groups)}
+        rows = self.values.view(len(self.groups), -1, self.values.size(1))[[places[group] for group in groups]]
+        table = Table(rows.flatten(0, 1), groups, self.rewards)
+        table.drawn = self.drawn
+        return table
+
+
+def all_ranks(values, machine):
+    """values, of which each rank has filled in its own part and left 0 elsewhere, whole."""
+    if machine.world_size > 1:
+        torch.distributed.all_reduce(values)        # on the CPU, by gloo
+    return values
+
+
+def grouped(episodes):
+    """Neighbours of one group -> (prompt ids, [completion ids, ...]), as lay_out takes them."""
+    groups = []
+    for i, episode in enumerate(episodes):
+        if i and episode.group == episodes[i - 1].group:
+            groups[-1][1].append(episode.completion_ids)
+        else:
+            groups.append((episode.prompt_ids, [episode.completion_ids]))
+    return groups

@@ -14,8 +14,9 @@ import train_rl
 from conftest import ROOT
 from configurator import UserError, parse
 from data.pairs import encode_pairs, to_pair
+from data.questions import draw_problems
 from data.records import Source
-from data.rollouts import Episode, lay_out, read_episodes
+from data.rollouts import Episode, Table, lay_out, read_episodes
 from data.tasks import arithmetic, facts
 from model import load_model
 from train_rl import Config, main
@@ -28,8 +29,10 @@ PPO = dict(algorithm='ppo', value_model_name='tiny', num_generations=1)
 
 
 @pytest.fixture(autouse=True)
-def in_scratch_folder(tmp_path, monkeypatch):
+def in_scratch_folder(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)     # logs/ goes there
+    if 'promised' not in request.node.name:
+        monkeypatch.setattr(train_rl, 'show', lambda *arguments: None)      # pictures cost more than these runs
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -80,13 +83,13 @@ def pairs_file(tmp_path, n=40):
 
 @pytest.mark.parametrize('how', [dict(), dict(algorithm='gspo'), PPO], ids=['grpo', 'gspo', 'ppo'])
 def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
-    metrics = main(config(**how))
+    metrics = main(config(**how, eval_steps=4))
     for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl', 'rollouts.jsonl', 'rollouts.html',
                  'reward.png', 'checkpoint-4/optimizer.safetensors', 'checkpoint-4/trainer_state.json', 'checkpoint-4/manifest.json'):
         assert os.path.getsize(tmp_path / 'out' / name) > 0
     log = lines()
     assert [line['step'] for line in log if 'loss' in line] == [1, 2, 3, 4]
-    assert [line['step'] for line in log if 'eval_accuracy' in line] == [0, 2, 4] and metrics['eval_accuracy'] == log[-1]['eval_accuracy']
+    assert [line['step'] for line in log if 'eval_accuracy' in line] == [0, 4] and metrics['eval_accuracy'] == log[-1]['eval_accuracy']
     keys = {'reward', 'reward_std', 'success_rate', 'loss', 'grad_norm', 'learning_rate', 'num_tokens', 'entropy', 'approx_kl', 'ratio_mean',
             'ratio_max', 'ratio_min', 'completions/mean_length', 'completions/clipped_ratio', 'clip_ratio/region_mean'}
     keys |= {'value_loss', 'explained_variance', 'kl', 'beta'} if how == PPO else {'frac_reward_zero_std'}
@@ -104,22 +107,24 @@ def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
         assert e.completion_ids[-1] in tokenizer.stop_ids or not e.stopped
     said = capsys.readouterr().out
     assert 'reward' in said and 'kl' in said
-    assert main(config('replayed', **how)) is not None and read('out/last/model.safetensors') == read('replayed/last/model.safetensors')
+    for name in ('task', 'length'):
+        own = [e.rewards[name] for e in episodes if e.step == 0]
+        assert updates[0][f'rewards/{name}/mean'] == pytest.approx(sum(own) / len(own), abs=1e-6)
 
 
-def test_every_preset_runs(capsys):
-    for name in train_rl.PRESETS:
+def test_every_other_preset_runs():
+    for name in sorted(train_rl.PRESETS.keys() - {'grpo', 'gspo', 'ppo'}):
         once = dict(steps_per_generation=1) if train_rl.PRESETS[name]['surrogate'] == 'reinforce' else {}
-        main(config(name, **{**TINY, **(PPO if name == 'ppo' else {}), 'algorithm': name, 'max_steps': 1, 'eval_steps': 0, 'eval_problems': 2, 'beta': 0.02, **once}))
-        assert all(math.isfinite(line['loss']) and line['kl'] >= 0 for line in lines(name) if 'loss' in line)
-    assert 'length' in json.load(open('dapo/run_config.json'))['config']['training']['rewards']
+        main(config(name, **{**TINY, 'algorithm': name, 'max_steps': 1, 'eval_steps': 0, 'eval_problems': 2, 'beta': 0.02, **once}))
+        assert all(math.isfinite(line['loss']) and line['kl'] == pytest.approx(0, abs=1e-6) for line in lines(name) if 'loss' in line)
 
 
 def test_same_gradient_however_the_batch_is_cut(tmp_path):
     """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4; with groups of 4, on two ranks of one group each."""
     for how, kind in ((dict(beta=0.1, kl='k3', num_iterations=2), 'grpo'), (dict(PPO, beta=0.1), 'ppo')):
         how = {**TINY, **how, 'max_steps': 2, 'eval_steps': 0, 'optimizer': 'sgd', 'learning_rate': 1e-2}
-        for cut, (size, accumulate, sampled) in {'one': (8, 1, 2), 'eight': (1, 8, 16), 'two': (4, 2, 4)}.items():
+        cuts = {'one': (8, 1, 2), 'eight': (1, 8, 16), **({'two': (4, 2, 4)} if kind == 'grpo' else {})}
+        for cut, (size, accumulate, sampled) in cuts.items():
             main(config(f'{kind}-{cut}', **{**how, 'per_device_train_batch_size': size, 'gradient_accumulation_steps': accumulate,
                                              'steps_per_generation': sampled}))
         command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**{**how, 'per_device_train_batch_size': 4, 'output_dir': f'{kind}-ranks'}),
@@ -127,7 +132,7 @@ def test_same_gradient_however_the_batch_is_cut(tmp_path):
         done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         reference = lines(f'{kind}-one')
-        for cut in ('eight', 'two', 'ranks'):
+        for cut in [*cuts, 'ranks'][1:]:
             for a, b in zip(reference, lines(f'{kind}-{cut}')):
                 for key in ('loss', 'grad_norm', 'kl', 'reward', 'value_loss', 'approx_kl', 'explained_variance', 'num_tokens'):
                     assert a.get(key) == pytest.approx(b.get(key), abs=2e-5), (kind, cut, key)
@@ -192,8 +197,8 @@ sys.stderr.write('%d kills' % kills)
 '''
 
 
-@pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=12),
-                                 dict(PPO, max_steps=10)], ids=['lora', 'ppo'])
+@pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=8),
+                                 dict(PPO, max_steps=6, eval_steps=0)], ids=['lora', 'ppo'])
 def test_kills_change_nothing(how, tmp_path):
     """SIGKILL at random moments, resumed each time: weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
     if how.get('algorithm') == 'ppo':
@@ -202,10 +207,10 @@ def test_kills_change_nothing(how, tmp_path):
         extra = [f'data.datasets[0].name={pairs}', 'data.datasets[0].chosen_column=chosen', 'data.datasets[0].rejected_column=rejected']
     else:
         extra = []
-    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=[*flags(**how, save_steps=2), *extra], kills=3)],
+    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=[*flags(**how, save_steps=2), *extra], kills=2)],
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.endswith('kills'), done.stderr
-    assert int(done.stderr.split()[-2]) >= 2, done.stderr
+    assert int(done.stderr.split()[-2]) >= 1, done.stderr
     weights = 'adapter_model.safetensors' if how.get('use_lora') else 'model.safetensors'
     for name in (weights, 'optimizer.safetensors', 'trainer_state.json'):
         assert read('whole/last', name) == read('killed/last', name), name
@@ -232,15 +237,15 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_replay(capsys):
-    main(config(max_steps=8, save_steps=4, save_total_limit=1, eval_steps=0))
+    main(config(max_steps=6, save_steps=4, eval_steps=0, save_only_model=False))
     capsys.readouterr()
     before = {name: read('out', name) for name in ('log.jsonl', 'rollouts.jsonl', 'model.safetensors')}
-    for step in (2, 6):                         # from the start, whose checkpoint is gone, and from checkpoint-8's predecessor or the start
+    for step, begin in ((2, 'the start'), (4, 'checkpoint-4')):
         cfg = Config(replay=step, output_dir='out')
         cfg.typed = frozenset({'replay', 'output_dir'})
         assert main(cfg) == {'same': 16, 'completions': 16}
         said = capsys.readouterr().out
-        assert f'to step {step}' in said and said.count('--- group') == 4 and ('made likelier' in said or 'nothing to learn' in said)
+        assert f'{begin}, step' in said and f'to step {step}' in said and said.count('--- group') == 4 and ('made likelier' in said or 'nothing to learn' in said)
     assert all(read('out', name) == content for name, content in before.items())
     cfg.replay = 3
     with pytest.raises(UserError, match='nearest one is'):
@@ -376,7 +381,7 @@ def test_critic_is_asked_behind_what_was_cut_off():
 
 
 def test_adaptive_beta():
-    table = train_rl.Table(torch.zeros(4, 7, dtype=torch.float64), [0, 1, 2, 3], [])
+    table = Table(torch.zeros(4, 7, dtype=torch.float64), [0, 1, 2, 3], [])
     table['k1'] = torch.tensor([3.0, 3.0, 3.0, 3.0])
     cfg = Config(kl_target=1.0, kl_horizon=40)
     assert train_rl.adapt_beta(cfg, 0.1, table) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))      # the error is clipped at 0.2
@@ -386,8 +391,7 @@ def test_adaptive_beta():
 
 def test_problems_are_drawn_without_replacement():
     problems = list(range(10))
-    cfg = Config(seed=1)
-    drawn = [p for at in range(0, 30, 6) for p in train_rl.draw_problems(cfg, problems, at, 6)]
+    drawn = [p for at in range(0, 30, 6) for p in draw_problems(problems, at, 6, seed=1)]
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == problems and drawn[:10] != drawn[10:20]
 
 

@@ -109,7 +109,8 @@ PROCESSES = {
 CALLS = {    # by number; on x86_64
     'ptrace': (101, 16, 1, 0, 0), 'process_vm_readv': (310, 1, 0, 0, 0, 0, 0), 'unshare': (272, 0x10000000), 'setns': (308, 0, 0),
     'clone': (56, 17, 0, 0, 0, 0), 'clone3': (435, 0, 0), 'vfork': (58,), 'io_uring': (425, 8, 0), 'bpf': (321, 0, 0, 0),
-    'keyctl': (250, 0, 0), 'userfaultfd': (323, 0), 'perf': (298, 0, 0, -1, -1, 0), 'memfd': (319, b'x', 0), 'shmget': (29, 0, 4096, 0o1600),
+    'keyctl': (250, 0, 0), 'userfaultfd': (323, 0), 'perf': (298, 0, 0, -1, -1, 0), 'memfd': (319, b'x', 0),
+    'shmget': (29, 0, 4096, 0o1600),
     'open_tree': (428, 0, b'/', 0), 'pidfd_open': (434, 1, 0), 'execveat': (322, 0, b'', 0, 0, 0x1000), 'personality': (135, 0x40000),
     'by handle': (304, 0, 0, 0), 'x32': (0x40000000 + 39,), 'syslog': (103, 3, 0, 0),
 }
@@ -143,7 +144,8 @@ def test_these_files_can_be_read_outside(name):
     assert 'GOT' in plainly(PRELUDE + FILES[name])
 
 
-@pytest.mark.parametrize('code', [NETWORK['a server'], NETWORK['UDP'], PROCESSES['fork'], PROCESSES['a shell'], PROCESSES['system'], PROCESSES['spawn'],
+@pytest.mark.parametrize('code', [NETWORK['a server'], NETWORK['UDP'], PROCESSES['fork'], PROCESSES['a shell'], PROCESSES['system'],
+                                  PROCESSES['spawn'],
                                   PROCESSES['shared memory']])
 def test_these_calls_can_be_made_outside(code):
     assert 'GOT' in plainly(PRELUDE + code)
@@ -186,7 +188,8 @@ BOMBS = {
     'many files': ('for n in range(9999): open(str(n), "w").close()', 'OSError: [Errno 28] No space left on device'),
     'open files': ('x = [open("f", "w") for _ in range(999)]', "OSError: [Errno 24] Too many open files: 'f'"),
     'recursion': ('def f(): f()\nf()', 'RecursionError: maximum recursion depth exceeded'),
-    'recursion in C': ('import sys\nsys.setrecursionlimit(10 ** 9)\nf = lambda x: x.sort(key=lambda _: f([1]))\nf([1])', 'ended by SIGSEGV'),
+    'recursion in C': (
+        'import sys\nsys.setrecursionlimit(10 ** 9)\nf = lambda x: x.sort(key=lambda _: f([1]))\nf([1])', 'ended by SIGSEGV'),
     'nesting': ('eval("(" * 100000)', None), 'a broken pointer': ('import ctypes\nctypes.string_at(1)', 'ended by SIGSEGV'),
     'abort': ('import os\nos.abort()', None), 'a long number': ('print(10 ** 5000)', None),
 }
@@ -211,11 +214,13 @@ CHEATS = {
     'patched comparison': 'import builtins, operator\nbuiltins.str = type("str", (), {"__eq__": lambda *a: True})\nbuiltins.sum = len',
     'patched modules': 'import sys\nfor m in list(sys.modules.values()):\n    for n in ("same_output", "pass_rate", "why"):\n'
                        '        setattr(m, n, lambda *a: 1.0)',
-    'answer, then failure': 'print(12345)\nraise SystemExit(1)', 'answer, then crash': 'print(12345, flush=True)\nimport ctypes\nctypes.string_at(1)',
+    'answer, then failure': 'print(12345)\nraise SystemExit(1)',
+    'answer, then crash': 'print(12345, flush=True)\nimport ctypes\nctypes.string_at(1)',
     'answer among others': 'print(*range(20000))', 'answer on the wrong stream': 'import sys\nprint(12345, file=sys.stderr)',
     'written to every file': 'import os\nfor n in range(3, 99):\n    try: os.write(n, b"12345")\n    except OSError: pass',
     'written into the input': 'import os\nos.pwrite(0, b"12345", 0)', 'frames': 'import sys\nf = sys._getframe()\nwhile f:\n'
-    '    for v in list(f.f_globals.values()) + list(f.f_locals.values()):\n        if "12345" in repr(v)[:999]: print(12345)\n    f = f.f_back',
+    '    for v in list(f.f_globals.values()) + list(f.f_locals.values()):\n'
+    '        if "12345" in repr(v)[:999]: print(12345)\n    f = f.f_back',
 }
 
 
@@ -238,8 +243,9 @@ def test_programs_do_not_meet():
     try:
         run_python('open("left", "w").write("x")\nimport math\nmath.floor = print\nmath.left = "behind" + "-4711"\nimport gc; gc.freeze()')
         run_python('import os, shutil\nshutil.rmtree("/tmp", ignore_errors=True)\nshutil.rmtree("/", ignore_errors=True)\nos.chdir("/")')
-        result = run_python('import os, math\nprint(os.listdir("."), os.listdir("/tmp"), math.floor(2.5), hasattr(math, "left"), os.getcwd())')
-        assert result.stdout == '[] [] 2 False /tmp\n'
+        result = run_python('import os, math\n'
+                            'print(os.listdir("."), os.listdir("/tmp"), math.floor(2.5), hasattr(math, "left"), os.getcwd())')
+        assert result.stdout.split() == ['[]', '[]', '2', 'False', '/tmp']
     finally:
         sandbox.start(workers=2)
 
@@ -286,7 +292,7 @@ def test_nothing_runs_on_and_nobody_is_root():
 def test_capabilities_and_core_dumps():
     code = ('import resource, ctypes, os\nbuffer = (ctypes.c_uint32 * 6)()\n'
             'ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), buffer)\n'
-            'print(sum(buffer), resource.getrlimit(resource.RLIMIT_CORE), os.getuid(), os.getgid(), os.getgroups() == [] or os.getgroups())')
+            'print(sum(buffer), resource.getrlimit(resource.RLIMIT_CORE), os.getuid(), os.getgid())')
     assert run_python(code).stdout.split()[:5] == ['0', '(0,', '0)', '1000', '1000']
 
 

@@ -152,13 +152,16 @@ def test_trivial_programs_solve_nothing():
 
 @pytest.mark.parametrize('role, text, team, local, note', [
     ('tool', RIGHT['tool'], 1, 1.0, 'prints 42'), ('tool', WRONG['tool'], 0, 0.2, 'prints -18'),
-    ('tool', program('print(12 + 30, flush=True)\nprint(41)'), 0, 0.2, 'prints 41'), ('tool', program('print(42.0)'), 1, 1.0, 'prints 42.0'),
-    ('tool', program('print(42)\n1 / 0'), 0, 0.1, 'ZeroDivisionError: division by zero'), ('tool', program('x = 1'), 0, 0.1, 'prints nothing'),
+    ('tool', program('print(12 + 30, flush=True)\nprint(41)'), 0, 0.2, 'prints 41'),
+    ('tool', program('print(42.0)'), 1, 1.0, 'prints 42.0'),
+    ('tool', program('print(42)\n1 / 0'), 0, 0.1, 'ZeroDivisionError: division by zero'),
+    ('tool', program('x = 1'), 0, 0.1, 'prints nothing'),
     ('tool', program('print(42'), 0, 0.0, "SyntaxError: '(' was never closed"), ('tool', 'print(42)', 0, 0, 'no program'),
     ('tool', program('import sys\nprint(42)\nprint("warning", file=sys.stderr)'), 1, 1.0, 'prints 42'),
     ('tool', program('print(1)') + '\nBetter:\n' + program('print(42)'), 1, 1.0, 'prints 42'),
     ('reasoner', RIGHT['reasoner'], 1, 1.0, 'answers 42'), ('reasoner', WRONG['reasoner'], 0, 0.2, 'answers 41'),
-    ('reasoner', 'It is 42.', 0, 0, 'no answer'), ('reasoner', '\\boxed{}', 0, 0, 'no answer'), ('reasoner', '\\boxed{42.00}', 1, 1.0, 'answers 42.00'),
+    ('reasoner', 'It is 42.', 0, 0, 'no answer'), ('reasoner', '\\boxed{}', 0, 0, 'no answer'),
+    ('reasoner', '\\boxed{42.00}', 1, 1.0, 'answers 42.00'),
     ('reasoner', '\\boxed{42} or \\boxed{41}', 0, 0.2, 'answers 41'), ('reasoner', '\\boxed{42 or 41}', 0, 0.2, 'answers 42 or 41'),
     ('reasoner', '\\boxed{40, 41, 42}', 0, 0.2, 'answers 40, 41, 42'), ('reasoner', '\\boxed{12+30}', 0, 0.2, 'answers 12+30')])
 def test_math_rewards(role, text, team, local, note):
@@ -243,7 +246,8 @@ def test_coder_rewards(text, team, local, note):
 
 
 @pytest.mark.parametrize('present, text, team, local', [
-    (GOOD, test('1 2 3 4', 6), 1, 1.0), (GOOD, test('1 2 3 4', 10), 0, 0.2), (GOOD, test('1 2', 2), 0, 0.0), (GOOD, test(' 1  2', '2'), 0, 0.0),
+    (GOOD, test('1 2 3 4', 6), 1, 1.0), (GOOD, test('1 2 3 4', 10), 0, 0.2),
+    (GOOD, test('1 2', 2), 0, 0.0), (GOOD, test(' 1  2', '2'), 0, 0.0),
     (GOOD, test('a b', 'none'), 0, 0.2), (GOOD, test('1 2 4', ''), 0, 0.0), (GOOD, 'no test', 0, 0.0), (None, test('4', 4), 1, 1.0),
     ('print(sum(map(int, input().split())))', test('2 4', 6), 0, 1.0),      # right, but it shows nothing
     ('print(sum(map(int, input().split())))', test('1 2 4', 6), 1, 1.0),
@@ -408,12 +412,15 @@ def test_stored_programs(tmp_path, capsys):
 # ---------------------------------------------------------------------------- the scripts that store them
 
 def script(name, *flags):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'scripts', 'dataprocess', name), *flags], capture_output=True, text=True, timeout=60)
+    path = os.path.join(ROOT, 'scripts', 'dataprocess', name)
+    return subprocess.run([sys.executable, path, *flags], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize('name, domain, files', [
-    ('load_math.py', 'math', 'train/polaris train/gsm8k train/dapo_math train/aime_past test/AIME24 test/AIME25 test/OlympiadBench test/gsm8k'),
-    ('load_code.py', 'code', 'train/code_contests train/apps train/interview test/code_contests test/apps test/interview test/livecodebench'),
+    ('load_math.py', 'math', 'train/polaris train/gsm8k train/dapo_math train/aime_past '
+     'test/AIME24 test/AIME25 test/OlympiadBench test/gsm8k'),
+    ('load_code.py', 'code', 'train/code_contests train/apps train/interview '
+     'test/code_contests test/apps test/interview test/livecodebench'),
     ('load_sokoban.py', 'game', 'train/sokoban train/sudoku train/plan_path test/sokoban test/sudoku test/plan_path')])
 def test_scripts_store_generated_problems(tmp_path, name, domain, files):
     result = script(name, '--offline', '--num-rows=7')
@@ -454,7 +461,8 @@ def load(monkeypatch):
 
 def test_math_rows_of_the_hub(load, capsys):
     load('load_math', {'openai/gsm8k': [{'question': 'One?', 'answer': 'It is\n#### 1,000'}, {'question': '', 'answer': '1'}],
-                       'Hothan/OlympiadBench': [{'question': 'Two?', 'final_answer': ['$2$']}, {'question': 'Many?', 'final_answer': ['1', '2']},
+                       'Hothan/OlympiadBench': [{'question': 'Two?', 'final_answer': ['$2$']},
+                                                {'question': 'Many?', 'final_answer': ['1', '2']},
                                                 {'question': 'None?', 'final_answer': None}]})('gsm8k', 'OlympiadBench')
     assert 'openai/gsm8k: 1 rows dropped' in capsys.readouterr().out
     problem, = math.problems('eval', 9, 0, dataset='gsm8k')
@@ -468,8 +476,8 @@ def test_code_rows_of_the_hub(load, capsys):
     add = 'print(sum(map(int, input().split())))'
     contest = {'description': 'Add.', 'private_tests': tests, 'public_tests': {'input': ['5 5\n'], 'output': ['10\n']},
                'solutions': {'language': [1, 3, 3], 'solution': ['print sum', 'print(3)', add]}}
-    apps = {'question': 'Add!', 'input_output': json.dumps({'inputs': tests['input'], 'outputs': tests['output']}), 'difficulty': 'interview',
-            'solutions': json.dumps([add])}
+    apps = {'question': 'Add!', 'input_output': json.dumps({'inputs': tests['input'], 'outputs': tests['output']}),
+            'difficulty': 'interview', 'solutions': json.dumps([add])}
     rows = [apps, {**apps, 'difficulty': 'competition', 'question': 'Hard.'}, {**apps, 'solutions': '', 'question': 'Open.'},
             {**apps, 'input_output': '{"fn_name": "f", "inputs": [[1]], "outputs": [1]}'}, {**apps, 'input_output': ''}]
     load('load_code', {'deepmind/code_contests': [contest], 'codeparrot/apps': rows})('code_contests', 'interview')

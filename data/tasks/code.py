@@ -21,8 +21,8 @@ from data.tasks.world import split_of
 ROLES, ACTS = ('coder', 'tester'), 'coder'
 RUNS_PROGRAMS = True
 SETS = ('code_contests', 'apps', 'interview', 'livecodebench')
-SETTINGS = {'dataset': (None, f'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, several with +: {", ".join(SETS)} '
-                              'or a file of yours; code_contests where nothing is said'),
+SETTINGS = {'dataset': (None, f'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, several with +: '
+                              f'{", ".join(SETS)} or a file of yours; code_contests where nothing is said'),
             'data_dir': ('datasets', 'where scripts/dataprocess/load_code.py put them'),
             'tests': (4, 'hidden tests of a training problem that count, at most; held-out problems keep all'),
             'timeout': (2.0, 'seconds that a program may run on one test'),
@@ -83,8 +83,8 @@ def stored_problems(split, dataset, data_dir):
 def from_row(row, where):
     """A stored row {'question', 'test_input', 'test_output', 'solution'} as a problem."""
     tests = row.get('test_input'), row.get('test_output')
-    if not isinstance(row.get('question'), str) or not all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-                                                           for texts in tests) or len(tests[0]) != len(tests[1]):
+    listed = all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in tests)
+    if not isinstance(row.get('question'), str) or not listed or len(tests[0]) != len(tests[1]):
         raise UserError(f'{where}: a row has "question" (a text), "test_input" and "test_output" (lists of as many texts) and "solution" '
                         '(a program)')
     return {'question': row['question'], 'examples': row.get('examples') or [], 'test_input': tests[0], 'test_output': tests[1],

@@ -21,8 +21,8 @@ from data.tasks.world import ITEMS, NAMES, split_of
 ROLES, ACTS = ('tool', 'reasoner'), 'reasoner'
 RUNS_PROGRAMS = True
 SETS = ('polaris', 'gsm8k', 'dapo_math', 'aime_past', 'AIME24', 'AIME25', 'OlympiadBench')
-SETTINGS = {'dataset': (None, f'stems of data_dir/math/train, or for the held-out split of data_dir/math/test, several with +: {", ".join(SETS)} '
-                              'or a file of yours; polaris and AIME24 where nothing is said'),
+SETTINGS = {'dataset': (None, f'stems of data_dir/math/train, or for the held-out split of data_dir/math/test, several with +: '
+                              f'{", ".join(SETS)} or a file of yours; polaris and AIME24 where nothing is said'),
             'data_dir': ('datasets', 'where scripts/dataprocess/load_math.py put them'),
             'steps': (2, 'operations in a generated problem'),
             'timeout': (2.0, 'seconds that a program may run'),
@@ -62,7 +62,8 @@ def from_row(row, where):
     for key in ('question', 'solution'):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f'{where}: "{key}" must be a text; a row has "question" and "solution", the final answer')
-    return {'question': row['question'], 'answer': extract_answer(row['solution']), 'numbers': row.get('numbers'), 'signs': row.get('signs')}
+    return {'question': row['question'], 'answer': extract_answer(row['solution']), 'numbers': row.get('numbers'),
+            'signs': row.get('signs')}
 
 
 def generated(split, n, seed, steps):

@@ -45,8 +45,8 @@ def problems_of(domain, split, stems, data_dir, known, from_row):
 def files_of(domain, split, data_dir):
     """{stem in lower case: path}"""
     folder = os.path.join(data_dir, domain, 'train' if split == 'train' else 'test')
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return {os.path.splitext(name)[0].lower(): os.path.join(folder, name) for name in sorted(names) if name.endswith(('.jsonl', '.parquet'))}
+    names = [name for name in os.listdir(folder) if name.endswith(('.jsonl', '.parquet'))] if os.path.isdir(folder) else []
+    return {os.path.splitext(name)[0].lower(): os.path.join(folder, name) for name in sorted(names)}
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,8 @@ GENERATED_ROWS = {'train': 1000, 'test': 300}
 def arguments(doc, stems, argv=None):
     """The parsed flags; stems: what can be loaded."""
     parser = Parser(doc)
-    parser.add_argument('--names', nargs='+', default=list(stems), choices=stems, metavar='NAME', help=f'which: {", ".join(stems)} (default: all)')
+    parser.add_argument('--names', nargs='+', default=list(stems), choices=stems, metavar='NAME',
+                        help=f'which: {", ".join(stems)} (default: all)')
     parser.add_argument('--output', default='datasets', help='the folder to write to (default: datasets)')
     parser.add_argument('--num_rows', type=int, help='rows of a file at most (default: all; generated ones: '
                         f'{GENERATED_ROWS["train"]} for training, {GENERATED_ROWS["test"]} held out)')

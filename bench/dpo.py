@@ -5,7 +5,8 @@
 PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the pairs are
 texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two different continuations of as many, 8 pairs a step, sigmoid
 DPO of all weights with AdamW. `cache`: reference log-probabilities computed before training, on either side. Each side runs in a
-process of its own, in turn; ratios are taken round by round. Times are of training steps, the first left out. floor: the float32 matrix
+process of its own, in turn; ratios are taken round by round, of the clock and of processor time, which counts where others compute
+on the same machine (with --threads 1). Times are medians over training steps, the first left out. floor: the float32 matrix
 products of a step at the machine's measured rate, policy and reference, each answer behind its own prompt. The last line is JSON.
 """
 import argparse
@@ -59,10 +60,15 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
+def now():
+    return time.perf_counter(), time.process_time()
+
+
 def result(times, start, loss):
-    seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+    """times: now() before the first step and after each."""
+    seconds, cpu = (statistics.median(b[clock] - a[clock] for a, b in zip(times[1:], times[2:])) for clock in (0, 1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {'seconds_per_step': seconds, 'pairs_per_second': BATCH / seconds, 'peak_mb': peak / 2 ** 20,
+    return {'seconds_per_step': seconds, 'cpu_seconds_per_step': cpu, 'pairs_per_second': BATCH / seconds, 'peak_mb': peak / 2 ** 20,
             'above_start_mb': (peak - start) / 2 ** 20, 'mean_loss': loss}
 
 
@@ -82,10 +88,10 @@ def trl(directory, options):
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            times.append(time.perf_counter())
+            times.append(now())
 
         def on_step_end(self, *_, **__):
-            times.append(time.perf_counter())
+            times.append(now())
 
         def on_log(self, *_, logs=None, **__):
             logged.append(logs.get('loss'))
@@ -118,13 +124,13 @@ def ours(directory, options):
     reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], machine)
     optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
     loader, scaler = script.Loader(cfg, feed, pairs, machine), script.LossScale(machine.dtype)
-    losses, times = [], [time.perf_counter()]
+    losses, times = [], [now()]
     for step in range(options.steps):
         optimizer.set_lr(cfg.learning_rate)
         indices, batches = loader(step)
         means, *_ = script.train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, machine)
         losses.append(float(means[0]))
-        times.append(time.perf_counter())
+        times.append(now())
     return result(times, start, statistics.mean(losses))
 
 
@@ -182,8 +188,8 @@ def main():
             for side in options.sides:
                 found.setdefault(side, []).append(measure(side, directory, options))
                 print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
-        ratios = {side: [o['pairs_per_second'] / t['pairs_per_second'] for o, t in zip(found[side], found['trl'])]
-                  for side in found if side != 'trl' and 'trl' in found}
+        ratios = {f'{side} {clock}': [t[clock] / o[clock] for o, t in zip(found[side], found['trl'])]
+                  for side in found if side != 'trl' and 'trl' in found for clock in ('seconds_per_step', 'cpu_seconds_per_step')}
         medians = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
         print(json.dumps({'times_trl': {side: [round(r, 2) for r in sorted(values)] for side, values in ratios.items()},
                           'floor': measure('floor', directory, options), 'median': medians}))

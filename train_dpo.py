@@ -168,6 +168,7 @@ import hashlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import report
@@ -175,7 +176,7 @@ from checkpoint import Checkpoints, read_checkpoint, read_own, replace, start_fr
 from data.pairs import encode_pairs, read_pairs
 from data.tasks import facts
 from data.tasks.world import split_of
-from lora import add_lora, adapters_off, load_adapter, lora_layers, merge_lora
+from lora import add_lora, adapters_off, lora_layers, merge_lora
 from model import find_model, load_model, save_model
 from quantized import check_trainable
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
@@ -284,7 +285,7 @@ def load_data(cfg, tokenizer, context, machine):
         machine.say(f'max_length={cfg.max_length} is clamped to the {context} tokens of context that the model has')
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the model\'s context of {context}')
-    pairs, train, held, prompts = [], [], [], set()
+    pairs, train, held = [], [], []
     for source in cfg.datasets:
         raw, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
         splits = {pair.where: pair.split for pair in raw}
@@ -468,7 +469,10 @@ class Reference:
         path = os.path.join(cfg.reference_cache, f'{hash_of([str(machine.dtype), machine.matmul], weights)}.safetensors')
         known = {}
         if os.path.exists(path):
-            saved = load_file(path)
+            try:
+                saved = load_file(path)
+            except SafetensorError as error:
+                raise UserError(f'{path} is not a whole file of reference log-probabilities ({error}): remove it, it is made again') from None
             known = dict(zip((row.tobytes().hex() for row in saved['pairs'].numpy()), saved['logps']))
         missing = sorted({names[i]: i for i in needed if names[i] not in known}.values(), key=lambda i: len(pairs[i].prompt))
         table = torch.zeros(len(pairs), 2)

@@ -277,6 +277,10 @@ def test_cached_log_probabilities_are_those_of_the_reference_and_are_reused(llam
         model.norm.weight[0] += 1                                                       # another model: another file
     Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
     assert sum(passes) == 2 * 4 + 2 * 8 and len(os.listdir(cfg.reference_cache)) == 2
+    for name in os.listdir(cfg.reference_cache):
+        os.truncate(os.path.join(cfg.reference_cache, name), 100)
+    with pytest.raises(UserError, match='remove it'):
+        Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
 
 
 def test_references_under_lora(llama, pairs, preferences):

@@ -27,8 +27,7 @@ from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora
                   set_adapter, stacked_linear, unmerge_lora)
 from quantized import base_state, check_trainable, quantize
 
-SHORT_DOCUMENT = 256        # and for packed documents, since their masks slow blockwise attention down,
-MANY_BRANCHES = 3           # unless attending to them branch by branch takes less than a third of the scores
+SHORT_DOCUMENT = 256        # and for packed documents, since their masks slow blockwise attention down
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 
 
@@ -164,15 +163,13 @@ class Plan:
             flat, lengths = positions.expand(B, T).flatten(), ops.document_lengths(positions.expand(B, T))
             self.documents = flat.split(lengths.tolist())
             N, L = len(lengths), int(lengths.max())
-            if any(len(d) != d[-1] - d[0] + 1 for d in self.documents) and not cfg.attn_softcap:
-                branches = ops.Branches(positions.expand(B, T))
-                if branches.cost < sum(len(d) ** 2 for d in self.documents) / (MANY_BRANCHES if L <= SHORT_DOCUMENT else 1):
-                    self.branches = branches
-            short = L <= SHORT_DOCUMENT and N * L <= 2 * B * T and not self.branches
-            if short and not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head:
+            if L <= SHORT_DOCUMENT and N * L <= 2 * B * T and not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head:
                 places = (torch.arange(L) < lengths[:, None]).flatten().nonzero().squeeze(1)    # (B * T,) of N * L
                 self.padded = places, N, L                  # side by side, each padded to the longest
                 self.inside = flat.new_zeros(N * L).index_copy_(0, places, flat).view(N, L)     # positions; 0 in padding
+            elif any(len(d) != d[-1] - d[0] + 1 for d in self.documents) and not cfg.attn_softcap:
+                branches = ops.Branches(positions.expand(B, T))
+                self.branches = branches if branches.cost < sum(len(d) ** 2 for d in self.documents) else None
         where = self.inside if self.padded else self.positions
         self.angles, self.heads = {}, cfg.n_head
         for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():

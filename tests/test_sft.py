@@ -122,17 +122,18 @@ def test_label_smoothing_is_that_of_cross_entropy():
 
 def test_neftune_noise_is_bounded_and_only_in_training():
     model, tokenizer = load_model('tiny')
-    x, y, positions = tensors(encoded(tokenizer), [[0], [1]], torch.device('cpu'), False)
-    seen, hidden = [], model.hidden
+    rows, seen, hidden = encoded(tokenizer, 40), [], model.hidden
+    short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())
+    x, y, positions = tensors(rows, [[short, long]], torch.device('cpu'), True)
     model.hidden = lambda idx, positions, embeddings=None: seen.append(embeddings) or hidden(idx, positions, embeddings=embeddings)
     cfg = parse(Config, ['--neftune_noise_alpha=5'])
     negative_logp(cfg, model.eval(), x, y, positions)
     negative_logp(cfg, model.train(), x, y, positions)
-    noise = (seen[1] - model.embed_tokens(x)).abs()
-    bound = 5 / (torch.tensor([len(encoded(tokenizer)[i][0]) - 1 for i in range(2)]) * model.config.n_embd).sqrt()
     assert seen[0] is None
-    for row, limit in zip(noise, bound):
-        assert 0.9 * limit < row.max() <= 1.001 * limit
+    lengths = [int(rows.lengths[i]) - 1 for i in (short, long)]
+    for noise, n in zip((seen[1] - model.embed_tokens(x))[0].abs().split(lengths), lengths, strict=True):
+        limit = 5 / (n * model.config.n_embd) ** 0.5
+        assert 0.98 * limit < noise.max() <= 1.001 * limit
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------------------

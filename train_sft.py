@@ -26,6 +26,7 @@ SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'co
              'cosine_restarts': 'cosine_restarts', 'constant': 'constant', 'constant_with_warmup': 'constant', 'plateau': 'plateau',
              'reduce_lr_on_plateau': 'plateau', 'wsd': 'wsd', 'warmup_stable_decay': 'wsd'}      # others' names: ours
 HUB_DATASET = 'google/mobile-actions'
+SMALL = 20_000_000      # parameters below which full fine-tuning needs a rate as in pretraining
 EMBEDDED_EPOCHS = 20    # what a model of a million parameters needs on the embedded tool calls
 
 
@@ -73,7 +74,7 @@ class Config:
     per_device_train_batch_size: int = setting(4, path='training.per_device_train_batch_size', also=('batch_size', 'train_batch_size'))  # rows of a micro-batch in each process
     per_device_eval_batch_size: int | None = setting(None, path='training.per_device_eval_batch_size', also=('eval_batch_size',))  # rows of a batch in evaluation; twice the training's if not set
     gradient_accumulation_steps: int = setting(4, path='training.gradient_accumulation_steps', also=('grad_accum',))  # micro-batches of an optimizer step
-    learning_rate: float | None = setting(None, path='training.learning_rate', also=('lr',))  # the highest; by mode: full 1e-5, LoRA 1e-4, QLoRA 2e-4, tiny 1e-3
+    learning_rate: float | None = setting(None, path='training.learning_rate', also=('lr',))  # the highest; by mode: full 1e-5 (a model below 20M parameters 1e-3), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler_type: str = setting('cosine', path='training.lr_scheduler_type', also=('lr_scheduler', 'scheduler_type'), choices=tuple(SCHEDULES))  # shape of its decay
     min_lr: float = setting(0.0, path='training.min_lr')  # the lowest it decays to
     warmup_ratio: float = setting(0.03, path='training.warmup_ratio', also=('warmup_proportion',))  # share of the steps in which it rises
@@ -179,6 +180,7 @@ from data.records import read_rows, to_record
 from data.tokenizer import read_json
 from diagnosis import Findings, RedFlags, compare_splits, show_check
 from model import add_lora, load_model, merge_lora, save_model
+from ops import document_lengths
 from quantized import check_trainable
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
@@ -349,6 +351,13 @@ class Batches:
         return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
 
 
+def micro_batch(rows, batch, packed, device, pin=False):
+    """tensors() of a list of items. A CPU attends document by document, so that there items are laid end to end, as one row without
+    padding."""
+    end_to_end = device.type == 'cpu'
+    return tensors(rows, [[i for item in batch for i in item]] if end_to_end else batch, device, packed or end_to_end, pin)
+
+
 def tensors(rows, batch, device, packed, pin=False):
     """Items of row numbers -> x, y (B, T), y -1 where nothing is learned, and positions (B, T) where they are packed, else None."""
     ids = [[rows[i] for i in item] for item in batch]
@@ -381,7 +390,7 @@ class Loader:
         cfg, rows = self.cfg, self.batches.rows
         batches = self.batches.of_step(step)
         learned = [i for batch in batches for item in batch for i in item]
-        mine = [tensors(rows, batch, self.machine.device, cfg.packing, cfg.dataloader_pin_memory)
+        mine = [micro_batch(rows, batch, cfg.packing, self.machine.device, cfg.dataloader_pin_memory)
                 for batch in batches[self.machine.rank::self.machine.world_size]]
         return mine, int(rows.targets[learned].sum()), int((rows.lengths[learned] - 1).sum())
 
@@ -400,13 +409,16 @@ def negative_logp(cfg, model, x, y, positions, extras=False):
     """(-log p summed over the targets of a micro-batch, smoothed as cfg says; how many were the likeliest token, None without extras).
 
     x, y (B, T), y -1 where nothing is learned. Label smoothing e (Szegedy et al. 2016, section 7): (1 - e) -log p(target) + e times
-    the mean of -log p over the vocabulary. NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T C) on the embeddings.
+    the mean of -log p over the vocabulary. NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T C) on the embeddings,
+    T the length of the row.
     """
     e, noisy = cfg.label_smoothing, {}
     if cfg.neftune_noise_alpha and model.training:
         embeddings = model.embed_tokens(x)                                              # (B, T, C)
-        scale = cfg.neftune_noise_alpha / math.sqrt(x.size(1) * embeddings.size(-1))
-        noisy = {'embeddings': embeddings + torch.empty_like(embeddings).uniform_(-scale, scale)}
+        lengths = document_lengths(positions) if positions is not None else x.new_full((len(x),), x.size(1))
+        scale = cfg.neftune_noise_alpha / (lengths * embeddings.size(-1)).sqrt()
+        scale = scale.repeat_interleave(lengths).view(*x.shape, 1)                      # of each token's own row
+        noisy = {'embeddings': embeddings + scale * torch.empty_like(embeddings).uniform_(-1, 1)}
     hidden = model.hidden(x, positions, **noisy)                                        # (B, T, C)
     stats = model.token_stats(hidden, y, extras=extras or e > 0)
     loss = -stats['logp'].sum()
@@ -450,7 +462,7 @@ def evaluate(cfg, model, rows, machine):
     held_out = held_out[np.argsort(rows.lengths[held_out], kind='stable')]
     total = torch.zeros(2, dtype=torch.float64)
     for at in range(0, len(held_out), B)[machine.rank::machine.world_size]:
-        x, y, positions = tensors(rows, [[i] for i in held_out[at:at + B]], machine.device, False)
+        x, y, positions = micro_batch(rows, [[i] for i in held_out[at:at + B]], False, machine.device)
         with explain_out_of_memory('--per_device_eval_batch_size'), machine.autocast():
             loss, correct = negative_logp(cfg, model, x, y, positions, extras=True)
         total += torch.stack([loss.double().cpu(), correct.double().cpu()])
@@ -476,13 +488,13 @@ def answer_examples(cfg, model, tokenizer, rows):
 
 # ---- what is said -----------------------------------------------------------------------------------------------------------
 
-def choose(cfg, sources, batches, machine):
+def choose(cfg, model, sources, batches, machine):
     """Sets what was left open, and says so; clamps what cannot be. Returns (optimizer steps, steps of warm-up)."""
     chosen = {}
     if cfg.learning_rate is None:
         quantised = cfg.load_in_4bit or cfg.load_in_8bit
-        small = cfg.base_model_name == 'tiny' and not cfg.load_checkpoint
-        chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else 1e-3 if small else 1e-5
+        full = 1e-3 if model.num_params() < SMALL else 1e-5
+        chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else full
     if cfg.num_train_epochs is None:
         chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['toolcalls'] else 3
     for name, value in chosen.items():
@@ -510,7 +522,8 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
                 f'of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
     order = (f'packed into {len(batches.packs):,}' if cfg.packing else
              'in batches of similar length' if cfg.group_by_length else 'in any order')
-    machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {100 * batches.padding():.0f}% of what is computed is padding')
+    waste = f'{100 * batches.padding():.0f}% of a batch is padding' + ', which a CPU does not compute' * (machine.device.type == 'cpu')
+    machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
     how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if getattr(model, 'adapters', None) else 'full')
     machine.say(f'model     {cfg.load_checkpoint or cfg.base_model_name} ({c.arch}): {how} fine-tuning, {trained:,} of '
                 f'{model.num_params():,} parameters train')
@@ -663,7 +676,7 @@ def main(cfg):
         return show_check(cfg, tokenizer, rows, findings, machine)
     refuse_or_warn(cfg, rows, findings, machine)
     batches = Batches(cfg, rows, [source.weight for source in sources], machine.world_size)
-    total, warmup = choose(cfg, sources, batches, machine)
+    total, warmup = choose(cfg, model, sources, batches, machine)
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
     average = WeightAverage(optimizer, cfg.ema) if cfg.ema else None
     averaged = average.swapped if average else contextlib.nullcontext

@@ -122,17 +122,18 @@ def test_label_smoothing_is_that_of_cross_entropy():
 
 def test_neftune_noise_is_bounded_and_only_in_training():
     model, tokenizer = load_model('tiny')
-    x, y, positions = tensors(encoded(tokenizer), [[0], [1]], torch.device('cpu'), False)
-    seen, hidden = [], model.hidden
+    rows, seen, hidden = encoded(tokenizer, 40), [], model.hidden
+    short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())
+    x, y, positions = tensors(rows, [[short, long]], torch.device('cpu'), True)
     model.hidden = lambda idx, positions, embeddings=None: seen.append(embeddings) or hidden(idx, positions, embeddings=embeddings)
     cfg = parse(Config, ['--neftune_noise_alpha=5'])
     negative_logp(cfg, model.eval(), x, y, positions)
     negative_logp(cfg, model.train(), x, y, positions)
-    noise = (seen[1] - model.embed_tokens(x)).abs()
-    bound = 5 / (torch.tensor([len(encoded(tokenizer)[i][0]) - 1 for i in range(2)]) * model.config.n_embd).sqrt()
     assert seen[0] is None
-    for row, limit in zip(noise, bound):
-        assert 0.9 * limit < row.max() <= 1.001 * limit
+    lengths = [int(rows.lengths[i]) - 1 for i in (short, long)]
+    for noise, n in zip((seen[1] - model.embed_tokens(x))[0].abs().split(lengths), lengths, strict=True):
+        limit = 5 / (n * model.config.n_embd) ** 0.5
+        assert 0.98 * limit < noise.max() <= 1.001 * limit
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------------------
@@ -416,11 +417,14 @@ def test_a_typed_precision_beats_the_recipe(capsys):
     assert 'bfloat16 on a CPU means float32' in capsys.readouterr().out
 
 
-def test_learning_rates_by_mode(capsys):
-    for args, rate in (([], 1e-3), (['--model=somewhere/else'], 1e-5), (['--use_lora'], 1e-4), (['--use_lora', '--load_in_4bit'], 2e-4)):
+def test_learning_rates_by_mode():
+    plan, tiny, large = (type('Stub', (), members) for members in (
+        {'steps_per_epoch': 10}, {'num_params': lambda: 1_400_000}, {'num_params': lambda: 3_000_000_000}))
+    for args, model, rate in (([], tiny, 1e-3), ([], large, 1e-5), (['--use_lora'], large, 1e-4),
+                              (['--use_lora', '--load_in_4bit'], large, 2e-4),
+                              (['--learning_rate=3e-6'], large, 3e-6)):
         cfg = parse(Config, args)
-        plan = type('Plan', (), {'steps_per_epoch': 10})
-        train_sft.choose(cfg, [], plan, Ear())
+        train_sft.choose(cfg, model, [], plan, Ear())
         assert (cfg.learning_rate, cfg.num_train_epochs) == (rate, 3)
 
 

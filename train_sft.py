@@ -60,7 +60,7 @@ class Config:
     max_prompt_length: int | None = setting(None, path='data.max_prompt_length')  # tokens of the prompt, trimmed from the left
     loss_on: str = setting('completion', path='data.loss_on', choices=('completion', 'assistant', 'all'))  # the last answer, every answer, or all tokens
     packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples that do not see each other
-    group_by_length: bool = setting(True, path='data.group_by_length', also=('length_grouped',))  # batches of similar lengths: less padding
+    group_by_length: bool = setting(False, path='data.group_by_length', also=('length_grouped',))  # steps of similar lengths: less padding on a GPU, steps less alike
     augment: bool = setting(False, path='data.augment')  # reworded copies of training rows (synonyms, typos, other wordings)
     augment_factor: float = setting(2.0, path='data.augment_factor')  # training rows with the copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
@@ -521,7 +521,7 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
     machine.say(f'data      {names}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; {rows.targets[~held_out].sum():,} '
                 f'of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
     order = (f'packed into {len(batches.packs):,}' if cfg.packing else
-             'in batches of similar length' if cfg.group_by_length else 'in any order')
+             'steps of similar length' if cfg.group_by_length else 'in any order')
     waste = f'{100 * batches.padding():.0f}% of a batch is padding' + ', which a CPU does not compute' * (machine.device.type == 'cpu')
     machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
     how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if getattr(model, 'adapters', None) else 'full')

@@ -158,7 +158,7 @@ def batches(*args, weights=(1.0,), ranks=1, count=50):
     return Batches(parse(Config, ['--max_length=384', *args]), rows, list(weights), ranks)
 
 
-@pytest.mark.parametrize('args', [[], ['--no-group_by_length'], ['--packing']])
+@pytest.mark.parametrize('args', [[], ['--group_by_length'], ['--packing']])
 def test_an_epoch_sees_every_row_once(args):
     plan = batches('--batch-size=4', '--grad-accum=2', *args)
     for epoch in range(2):
@@ -169,7 +169,7 @@ def test_an_epoch_sees_every_row_once(args):
 
 
 def test_packing_and_grouping_lower_padding():
-    ways = (['--no-group_by_length'], [], ['--packing'])
+    ways = ([], ['--group_by_length'], ['--packing'])
     waste = [batches('--batch-size=8', '--grad-accum=1', *args, count=1000).padding() for args in ways]
     assert waste[0] > waste[1] and waste[0] > waste[2]
     assert all(plan <= 384 for plan in map(batches('--packing').length, batches('--packing').packs))

@@ -27,6 +27,7 @@ from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora
                   set_adapter, stacked_linear, unmerge_lora)
 from quantized import base_state, check_trainable, quantize
 
+SHORT_DOCUMENT = 256        # and for packed documents, since their masks slow blockwise attention down
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 
 
@@ -79,10 +80,16 @@ class Attention(nn.Module):
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         cos, sin = plan.angles[self.layer_type] if plan.angles else (None, None)        # (B or 1, 1, T, D/2)
         qkv = self.qkv(x)
+        if plan.padded and cache is None:
+            q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
+            qkv = ops.Pad.apply(qkv.flatten(0, 1), *plan.padded)                        # (documents, longest, ...)
+            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, cos, sin,
+                                         plan.added(self.window, qkv.dtype))
+            return self.o_proj(ops.Unpad.apply(y, plan.padded[0]).view(B, T, -1))
         if plan.short and cache is None and (not self.window or T <= self.window):
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps,
-                                             None if cos is None else cos[0, 0], None if sin is None else sin[0, 0])
+            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, None if cos is None else cos[0, 0],
+                                         None if sin is None else sin[0, 0], ops.future(T, qkv.dtype))
             return self.o_proj(y)
         q, k, v = qkv.split([H * D, G * D, G * D], -1)
         q, k, v = (h.view(B, T, -1, D).transpose(1, 2) for h in (q, k, v))              # (B, heads, T, D)
@@ -149,16 +156,30 @@ class Plan:
         cfg, (B, T), device = model.config, idx.shape[:2], idx.device
         self.positions = torch.arange(T, device=device)[None] if positions is None else positions     # (1 or B, T)
         self.packed, self.slots, self.masks = positions is not None and cache is None, cache and cache.length, {}
-        self.angles = {}
-        for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
-            angle = self.positions[:, None, :, None].float() * model.inv_freq(kind).to(device)    # (1 or B, 1, T, D/2)
-            self.angles[kind] = angle.cos(), angle.sin()
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        self.documents = None
-        if self.packed and device.type == 'cpu':            # positions of each, row after row
-            flat = positions.expand(B, T).flatten()
-            self.documents = flat.split(ops.document_lengths(positions.expand(B, T)).tolist())
+        self.documents = self.padded = None
+        if self.packed and device.type == 'cpu':            # positions of each document, row after row
+            flat, lengths = positions.expand(B, T).flatten(), ops.document_lengths(positions.expand(B, T))
+            self.documents = flat.split(lengths.tolist())
+            N, L = len(lengths), int(lengths.max())
+            if L <= SHORT_DOCUMENT and N * L <= 2 * B * T and not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head:
+                places = (torch.arange(L) < lengths[:, None]).flatten().nonzero().squeeze(1)    # (B * T,) of N * L
+                self.padded = places, N, L                  # side by side, each padded to the longest
+                self.inside = flat.new_zeros(N * L).index_copy_(0, places, flat).view(N, L)     # positions; 0 in padding
+        where = self.inside if self.padded else self.positions
+        self.angles, self.heads = {}, cfg.n_head
+        for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
+            angle = where[:, None, :, None].float() * model.inv_freq(kind).to(device)           # (1 or B, 1, T, D/2)
+            self.angles[kind] = angle.cos(), angle.sin()
+
+    def added(self, window, dtype):
+        """(N * heads, L, L): what is added to the scores of padded documents; padding sees itself alone."""
+        if (window, dtype) not in self.masks:
+            seen = ops.visible(self.inside, window)
+            added = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float('-inf'))
+            self.masks[window, dtype] = added[:, None].expand(-1, self.heads, -1, -1).flatten(0, 1)
+        return self.masks[window, dtype]
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""

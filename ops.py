@@ -95,17 +95,48 @@ def future(T, dtype):
     return torch.full((T, T), float('-inf'), dtype=dtype).triu_(1)
 
 
+class Pad(torch.autograd.Function):
+    """x (M, C) as rows of their own -> (N, L, C), x[i] at places[i] of the N * L, zeros between; its gradient is Unpad."""
+
+    @staticmethod
+    def forward(ctx, x, places, N, L):
+        ctx.save_for_backward(places)
+        return x.new_zeros(N * L, x.size(1)).index_copy_(0, places, x).view(N, L, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.flatten(0, 1)[ctx.saved_tensors[0]], None, None, None
+
+
+class Unpad(torch.autograd.Function):
+    """x (N, L, C) -> (M, C), what stands at `places`: undoes Pad, which is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.save_for_backward(places)
+        ctx.sizes = x.shape[:2]
+        return x.flatten(0, 1)[places]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        N, L = ctx.sizes
+        return grad.new_zeros(N * L, grad.size(1)).index_copy_(0, ctx.saved_tensors[0], grad).view(N, L, -1), None
+
+
 class ShortAttention(torch.autograd.Function):
     """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched products.
 
     qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred positions the
     batched products beat torch's blockwise attention, whose backward is slow on a CPU, and one node saves a dozen
-    copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T, D/2) or None: rotary positions.
+    copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T, D/2) or (B, 1, T, D/2) or None:
+    rotary positions; mask (T, T) or (B * H, T, T): what is added to scores, as `future`.
     Products run in the dtype of qkv; norm, rotation and softmax in float32.
     """
 
     @staticmethod
-    def forward(ctx, qkv, n_head, scale, q_weight, k_weight, eps, cos, sin):
+    def forward(ctx, qkv, n_head, scale, q_weight, k_weight, eps, cos, sin, mask):
         B, T, C = qkv.shape
         H, D = n_head, C // n_head // 3
         split = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)              # (3, B, H, T, D)
@@ -122,7 +153,7 @@ class ShortAttention(torch.autograd.Function):
             x[2].copy_(split[2])
         x = x.reshape(3, B * H, T, D)
         q, k, v = x.unbind(0)                                               # (B * H, T, D) each
-        p = torch.baddbmm(future(T, q.dtype), q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
+        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
         ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *(norms or ()))
         ctx.sizes, ctx.scale = (B, T, H, D), scale
         return torch.bmm(p, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
@@ -155,7 +186,7 @@ class ShortAttention(torch.autograd.Function):
             split[0].copy_(dqk[0])
             split[1].copy_(dqk[1])
             split[2].copy_(dx[2])
-        return out.view(B, T, 3 * H * D), None, None, dq_weight, dk_weight, None, None, None
+        return out.view(B, T, 3 * H * D), None, None, dq_weight, dk_weight, None, None, None, None
 
 
 def document_lengths(positions):

@@ -125,7 +125,8 @@ class Config:
         kinds = {name: TASKS.get(name.split('+')[0].lower()) for name in (self.dataset, self.benchmark) if name}
         for name, kind in kinds.items():
             if not (kind or self.task or any(kinds.values())):
-                raise UserError(f"env: no data set '{name}' is known; there are {', '.join(TASKS)}; for a file of yours say env.name=math or code")
+                raise UserError(f"env: no data set '{name}' is known; there are {', '.join(TASKS)}; for a file of yours say env.name=math "
+                                'or env.name=code')
             if kind and kind != task_name(self):
                 raise UserError(f"env: '{name}' is about {kind}, not {task_name(self)}: train and validate on the same kind of task")
         task = task_of(self)
@@ -158,7 +159,7 @@ class Config:
             raise UserError(f'filter_ratio={self.filter_ratio:g} and filter_method={self.filter_method} do not fit: std and mean need a '
                             'ratio above 0, the others have none')
         if self.specialization == 'lora' and self.GPU_num > 1:
-            raise UserError('GPU_num above 1 shards whole models, not adapters: use specialization=prompt or full, or torchrun for more data')
+            raise UserError('GPU_num above 1 shards whole models, not adapters: use specialization=prompt or full')
         others = set(self.base_models) - {'policy_0'} - {agent.policy_name for agent in self.agents.values()}
         if self.specialization == 'prompt' and others:
             raise UserError(f'base_models.{min(others)}: with specialization=prompt all agents share policy_0; set specialization=full')
@@ -409,7 +410,8 @@ def ask(cfg, policy, agent, episodes, turn, seed, samples, clock, temperature=No
     if temperature is None:
         temperature = settings_of(cfg, agent).temperature
     messages = [episode.env.prompt(agent) for episode in episodes]
-    prompts = [row.ids for row in encode(policy.tokenizer, [segments(policy.tokenizer, chat, None, 'completion', True) for chat in messages])]
+    rendered = [segments(policy.tokenizer, chat, None, 'completion', True) for chat in messages]
+    prompts = [row.ids for row in encode(policy.tokenizer, rendered)]
     clock.truncated += sum(len(prompt) > cfg.max_prompt_length for prompt in prompts)
     prompts = [prompt[-cfg.max_prompt_length:] for prompt in prompts]
     drawn = generate(policy.use(), prompts, cfg.max_response_length, temperature=temperature, stop_ids=policy.tokenizer.stop_ids,
@@ -444,7 +446,8 @@ def give_advantages(cfg, episodes):
             own = [group for group in episode.groups if group.agent == agent]
             if cfg.rollout_mode == 'no_tree':
                 candidates = [group.candidates[0] for group in own]
-                members.setdefault((episode.number // cfg.train_sample_num, agent), []).append((sum(c.reward for c in candidates), candidates))
+                key = episode.number // cfg.train_sample_num, agent
+                members.setdefault(key, []).append((sum(c.reward for c in candidates), candidates))
                 continue
             for group in own:
                 key = episode.number, group.turn, agent
@@ -635,16 +638,21 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
 
 # ---- the warm-up on demonstrations ------------------------------------------------------------------------------------------
 
-def warm_up(cfg, team, task, machine):
+def warm_up(cfg, team, task, stop, machine):
     """Supervised steps on what the task's pupils answer, in the situations that they get into: from here on a model knows the form of
     an answer, much of the task, and the pupils' faults."""
     kind = 'adamw' if isinstance(machine, Shared) else 'muon'           # which needs whole matrices
     started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in distinct(team)}
     losses = []
     for step in range(cfg.demo_steps):
+        if stop.requested:
+            machine.say('stopped during the demonstrations, of which nothing is kept: start again')
+            machine.close()
+            raise SystemExit(stop.code)
         draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
         while len(rows) < cfg.demo_batch_size:
-            env = task.Env(task.problems('train', 1, f'{cfg.seed}/demonstrations/{step}/{number}', **env_settings(cfg, task, cfg.dataset))[0])
+            problem = task.problems('train', 1, f'{cfg.seed}/demonstrations/{step}/{number}', **env_settings(cfg, task, cfg.dataset))[0]
+            env = task.Env(problem)
             number += 1
             for _ in range(cfg.max_turns):
                 for agent in cfg.order if not env.done else ():
@@ -697,10 +705,15 @@ def supervised_step(cfg, policy, optimizer, chats, step, machine):
 
 # ---- validation and what is written -----------------------------------------------------------------------------------------
 
-def validate(cfg, team, task, step, directory, machine):
-    """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every episode to validate/."""
+def held_out_problems(cfg, task, machine):
+    """This rank's (number, problem) of every validation."""
     problems = task.problems('eval', cfg.validate_episodes, 'validation', **env_settings(cfg, task, cfg.benchmark))
-    cases, metrics, records = list(enumerate(problems))[machine.rank::machine.world_size], {}, []
+    return list(enumerate(problems))[machine.rank::machine.world_size]
+
+
+def validate(cfg, team, task, cases, step, directory, machine):
+    """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every episode to validate/."""
+    metrics, records = {}, []
     sampled = replace(cfg, agents={agent: Agent(agent, temperature=settings_of(cfg, agent).val_temperature) for agent in cfg.order})
     for manner, temperature in (('sampled', None), ('greedy', 0.0)):
         episodes = play(sampled, team, task, cases, seed_for(cfg.seed, 'validate', manner), 1, Clock(), temperature)
@@ -797,21 +810,48 @@ def open_run(cfg, machine):
 
 
 def announce(cfg, team, task, directory, machine):
-    kind = {'prompt': 'L1, one model, roles by prompt', 'lora': 'L2, one adapter per agent'}.get(cfg.specialization, 'L3, a model per agent')
-    machine.say(f'task      {task.__name__.rpartition(".")[2]}: {env_settings(cfg, task, cfg.dataset)}, {cfg.max_turns} turns of {", ".join(cfg.order)}')
+    kind = {'prompt': 'L1, one model, roles by prompt', 'lora': 'L2, an adapter per agent'}.get(cfg.specialization, 'L3, a model per agent')
+    machine.say(f'task      {task_name(cfg)}: {env_settings(cfg, task, cfg.dataset)}, {cfg.max_turns} turns of {", ".join(cfg.order)}')
     for policy in distinct(team):
-        machine.say(f'policy    {policy.name}: {policy.model.name_or_path}, {policy.model.num_params():,} parameters, for {", ".join(policy.agents)}')
+        machine.say(f'policy    {policy.name}: {policy.model.name_or_path}, {policy.model.num_params():,} parameters, for '
+                    f'{", ".join(policy.agents)}')
     machine.say(f'team      {"L0, a single agent" if len(cfg.order) == 1 else kind}; {cfg.rollout_mode}, {cfg.train_sample_num} candidates')
     machine.say(f'machine   {describe_device(machine)}')
-    machine.say(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} episodes, optimizer steps of {cfg.train_batch_size} '
-                f'sequences; logs in {directory}/')
+    machine.say(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} episodes, optimizer steps of '
+                f'{cfg.train_batch_size} sequences; logs in {directory}/')
 
 
-def write_team(team, models, directory):
-    """models {policy: what to save}. One policy is the model in the folder itself, several have a folder each."""
+def write_team(checkpoints, team, state, is_best, machine):
+    """A checkpoint: one policy is the model in the folder itself, several have a folder each."""
+    models, tensors = {}, {}
     for policy in distinct(team):
-        policy.use()
-        save_model(models[policy.name], policy.tokenizer, directory if len(models) == 1 else os.path.join(directory, policy.name))
+        models[policy.name] = whole_model(policy.model, machine) if isinstance(machine, Shared) else policy.model
+        tensors.update({f'{policy.name}:{key}': value for key, value in whole(policy.optimizer.state_dict(), machine).items()})
+
+    def write(folder):
+        for policy in distinct(team):
+            policy.use()
+            save_model(models[policy.name], policy.tokenizer, folder if len(models) == 1 else os.path.join(folder, policy.name))
+    checkpoints.save(state['step'], write, tensors, state, is_best)
+
+
+def restore(cfg, team, path, directory, machine):
+    """Puts the optimizers' states of a checkpoint back, cuts what was written after it, and returns the state of the run."""
+    tensors, state = read_checkpoint(path)
+    for policy in distinct(team):
+        own = {key.partition(':')[2]: value for key, value in tensors.items() if key.partition(':')[0] == policy.name}
+        policy.optimizer.load_state_dict({key: share(key, value, machine) for key, value in own.items()})
+    settings, episodes = os.path.join(directory, 'checkpoints', 'run_config.json'), os.path.join(directory, 'episodes.jsonl')
+
+    def cut():
+        write_json(settings, {**read_own(settings), 'config': as_dict(cfg)})
+        if os.path.exists(episodes):
+            with open(episodes, encoding='utf-8', errors='replace') as file:
+                lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= state['step']]
+            with open(episodes, 'w', encoding='utf-8', errors='replace') as file:
+                file.writelines(lines)
+    machine.on_main(cut)
+    return state
 
 
 def main(cfg):
@@ -826,47 +866,37 @@ def main(cfg):
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)
     announce(cfg, team, task, directory, machine)
+    held_out = held_out_problems(cfg, task, machine)
     if cfg.eval_only:
-        metrics = validate(cfg, team, task, 0, directory, machine)
+        metrics = validate(cfg, team, task, held_out, 0, directory, machine)
         machine.say('  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
         texts.summarise(0, metrics)
         machine.close()
         return metrics
-    scaler, step, best, bad, metrics = LossScale(machine.dtype), 0, -1.0, 0, {}
-    seconds = warm_up(cfg, team, task, machine) if cfg.demo_steps and not resumed else 0.0
+    scaler, step, best, metrics, seconds = LossScale(machine.dtype), 0, -1.0, {}, 0.0
+    if not resumed:
+        start_fresh(machine, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
+        seconds = warm_up(cfg, team, task, stop, machine) if cfg.demo_steps else 0.0
     base_lr = cfg.learning_rate or (1e-4 if cfg.specialization == 'lora' else 1e-5)
     for policy in distinct(team):                   # after the warm-up, whose optimizers moved the weights into their own buffers
         policy.optimizer = new_optimizer(policy, 'adamw', base_lr, cfg.weight_decay)
     if resumed:
-        tensors, state = read_checkpoint(resumed)
+        state = restore(cfg, team, resumed, directory, machine)
         step, best, scaler = state['step'], state['best_success_rate'], LossScale(machine.dtype, state['loss_scale'])
-        for policy in distinct(team):
-            own = {key.partition(':')[2]: value for key, value in tensors.items() if key.partition(':')[0] == policy.name}
-            policy.optimizer.load_state_dict({key: share(key, value, machine) for key, value in own.items()})
         checkpoints.rewind(resumed)
-        cut_episodes(directory, step, machine)
-        machine.on_main(lambda: write_json(os.path.join(directory, 'checkpoints', 'run_config.json'), {
-            **read_own(os.path.join(directory, 'checkpoints', 'run_config.json')), 'config': as_dict(cfg)}))
-    else:
-        start_fresh(machine, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
     header = {'script': 'train_agents.py', 'task': task.__name__, 'machine': describe_device(machine)}
     log = Log(machine, directory, header, cfg.total_training_steps, cfg.tensorboard, cfg.wandb_project if cfg.wandb_enabled else None,
               step if resumed else None, name=os.path.relpath(directory, 'logs'))
-    if not resumed and cfg.demo_steps:
+    if seconds:
         log.write(0, {'demonstrations/seconds': seconds})
 
     def save(is_best):
-        state = {'step': step, 'best_success_rate': best, 'loss_scale': scaler.state}
-        models, tensors = {}, {}
-        for p in distinct(team):
-            models[p.name] = whole_model(p.model, machine) if isinstance(machine, Shared) else p.model
-            tensors.update({f'{p.name}:{key}': value for key, value in whole(p.optimizer.state_dict(), machine).items()})
-        checkpoints.save(step, lambda folder: write_team(team, models, folder), tensors, state, is_best)
+        write_team(checkpoints, team, {'step': step, 'best_success_rate': best, 'loss_scale': scaler.state}, is_best, machine)
 
     started, first = time.perf_counter(), step
     while True:
         if step == cfg.total_training_steps or step > first and step % cfg.val_freq == 0 or step == 0 and cfg.val_before_train:
-            metrics = validate(cfg, team, task, step, directory, machine)
+            metrics = validate(cfg, team, task, held_out, step, directory, machine)
             log.write(step, metrics)
             texts.summarise(step, metrics)
             is_best = metrics['validation/success_rate'] > best
@@ -900,10 +930,11 @@ def main(cfg):
         texts.summarise(step, metrics)
         log.progress(step)
         if step == first + 1:
-            left = (time.perf_counter() - started) * (cfg.total_training_steps - step)
-            machine.say(f'          about {left / 60:.1f} minutes for the other {cfg.total_training_steps - step} iterations, validation aside')
+            left = (time.perf_counter() - started) * (cfg.total_training_steps - step) / 60
+            machine.say(f'          about {left:.1f} minutes for the other {cfg.total_training_steps - step} iterations, validation aside')
     log.close()
-    machine.say(f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, its episodes in {directory}/episodes.html')
+    machine.say(f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, its episodes in '
+                f'{directory}/episodes.html')
     machine.close()
     return {**metrics, 'best_success_rate': best, 'step': step}
 
@@ -924,19 +955,6 @@ def step_metrics(cfg, episodes, totals, clock, lr, machine):
         metrics['skipped_steps'] = int(totals['skipped'])
     metrics.update({f'time/{name}': round(clock.seconds.get(name, 0.0), 3) for name in ('rollout', 'generate', 'environment', 'update')})
     return metrics
-
-
-def cut_episodes(directory, step, machine):
-    """Drops the episodes after `step`, as their iterations come again."""
-    path = os.path.join(directory, 'episodes.jsonl')
-
-    def cut():
-        if os.path.exists(path):
-            with open(path, encoding='utf-8', errors='replace') as file:
-                lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= step]
-            with open(path, 'w', encoding='utf-8', errors='replace') as file:
-                file.writelines(lines)
-    machine.on_main(cut)
 
 
 if __name__ == '__main__':

@@ -98,7 +98,7 @@ class Config:
     dataloader_pin_memory: bool = setting(False, 'training.dataloader_pin_memory')  # copy batches to the GPU from page-locked memory, while it computes
     dataloader_drop_last: bool = setting(True, 'training.dataloader_drop_last')  # leave out an epoch's last batch where it is not full
     resume: bool | str = setting(False, 'training.resume', choices=('auto',))  # go on with the run in output_dir; auto: if there is one
-    check_data: bool = setting(False, 'training.check', also=('check',))  # read and show the data, train nothing
+    check_data: bool = setting(False, also=('check', 'dry_run'))  # read and show the data, train nothing
     tensorboard: bool = setting(True, 'training.tensorboard')  # events under logs/<run>/
     # wandb
     wandb_enabled: bool = setting(False, 'wandb.enabled')  # also log to Weights & Biases
@@ -124,12 +124,12 @@ class Config:
             raise UserError('load_in_4bit and load_in_8bit freeze the weights: add model.use_lora=true')
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
-        for name in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'logging_steps', 'save_steps', 'eval_steps', 'max_length',
-                     'max_prompt_length', 'max_new_tokens', 'num_gpus', 'lora_r', 'save_total_limit', 'dataset_num_proc'):
+        for name in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'logging_steps', 'save_steps', 'eval_steps',
+                     'max_length', 'max_prompt_length', 'max_new_tokens', 'num_gpus', 'lora_r', 'save_total_limit', 'dataset_num_proc'):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f'{name} must be 1 or more, not {getattr(self, name)}')
-        for name in ('warmup_steps', 'weight_decay', 'max_grad_norm', 'gamma', 'rpo_alpha', 'eval_samples', 'max_eval_pairs', 'lora_dropout',
-                     'dataloader_num_workers'):
+        for name in ('warmup_steps', 'weight_decay', 'max_grad_norm', 'gamma', 'rpo_alpha', 'eval_samples', 'max_eval_pairs',
+                     'lora_dropout', 'dataloader_num_workers'):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f'{name} must be 0 or more, not {getattr(self, name)}')
         for name in ('beta', 'learning_rate', 'num_train_epochs', 'lora_alpha'):
@@ -168,6 +168,7 @@ import hashlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import report
@@ -175,7 +176,7 @@ from checkpoint import Checkpoints, read_checkpoint, read_own, replace, start_fr
 from data.pairs import encode_pairs, read_pairs
 from data.tasks import facts
 from data.tasks.world import split_of
-from lora import add_lora, adapters_off, load_adapter, lora_layers, merge_lora
+from lora import add_lora, adapters_off, lora_layers, merge_lora
 from model import find_model, load_model, save_model
 from quantized import check_trainable
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
@@ -284,7 +285,7 @@ def load_data(cfg, tokenizer, context, machine):
         machine.say(f'max_length={cfg.max_length} is clamped to the {context} tokens of context that the model has')
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the model\'s context of {context}')
-    pairs, train, held, prompts = [], [], [], set()
+    pairs, train, held = [], [], []
     for source in cfg.datasets:
         raw, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
         splits = {pair.where: pair.split for pair in raw}
@@ -314,7 +315,8 @@ def say_data(machine, name, rows, train, held, drops, cuts, max_length):
     if drops:
         machine.say(f'          dropped: {drops}')
     if any(cuts.values()):
-        machine.say(f'          cut: the beginning of {cuts["prompts"]:,} prompts, the end of {cuts["answers"]:,} answers (max_length={max_length})')
+        machine.say(f'          cut: the beginning of {cuts["prompts"]:,} prompts, the end of {cuts["answers"]:,} answers '
+                    f'(max_length={max_length})')
 
 
 class Feed:
@@ -467,7 +469,10 @@ class Reference:
         path = os.path.join(cfg.reference_cache, f'{hash_of([str(machine.dtype), machine.matmul], weights)}.safetensors')
         known = {}
         if os.path.exists(path):
-            saved = load_file(path)
+            try:
+                saved = load_file(path)
+            except SafetensorError as error:
+                raise UserError(f'{path} is not a whole file of reference log-probabilities ({error}): remove it, it is made again') from None
             known = dict(zip((row.tobytes().hex() for row in saved['pairs'].numpy()), saved['logps']))
         missing = sorted({names[i]: i for i in needed if names[i] not in known}.values(), key=lambda i: len(pairs[i].prompt))
         table = torch.zeros(len(pairs), 2)
@@ -576,16 +581,19 @@ def notes(cfg):
     if not cfg.remove_unused_columns:
         yield 'remove_unused_columns=false changes nothing: a row is encoded as it is read, and no column is kept'
     if cfg.use_lora and cfg.lora_dropout and cfg.disable_dropout:
-        yield f'lora_dropout={cfg.lora_dropout} is not applied, so that policy and reference differ in weights alone (disable_dropout=false applies it)'
+        yield (f'lora_dropout={cfg.lora_dropout} is not applied, so that policy and reference differ in weights alone '
+               '(disable_dropout=false applies it)')
 
 
 def announce(cfg, model, feed, kind, machine):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     machine.say(f'model     {cfg.base_model_name}: {model.num_params():,} parameters, {mode_of(cfg)}: {trained:,} are trained')
     machine.say(f'machine   {describe_device(machine)}')
-    machine.say(f'loss      {cfg.loss_type}, beta {cfg.beta:g}' + (f' + {cfg.rpo_alpha:g} SFT' if cfg.rpo_alpha else '') + ', reference: ' + {
-        'adapters_off': 'the model without its adapter', 'copy': 'a frozen copy', 'cache': 'log-probabilities on disk', 'none': 'none'}[kind])
-    machine.say(f'run       {feed.total:,} steps of {feed.size} pairs, {feed.total / feed.per_epoch:.2g} epochs; highest learning rate {cfg.learning_rate:g}')
+    words = {'adapters_off': 'the model without its adapter', 'copy': 'a frozen copy', 'cache': 'log-probabilities on disk', 'none': 'none'}
+    sft = f' + {cfg.rpo_alpha:g} SFT' if cfg.rpo_alpha else ''
+    machine.say(f'loss      {cfg.loss_type}, beta {cfg.beta:g}{sft}, reference: {words[kind]}')
+    machine.say(f'run       {feed.total:,} steps of {feed.size} pairs, {feed.total / feed.per_epoch:.2g} epochs; highest learning rate '
+                f'{cfg.learning_rate:g}')
     for note in notes(cfg):
         machine.say(f'note      {note}')
 
@@ -626,8 +634,8 @@ def choose(cfg, model, from_base, steps, machine):
     if cfg.loss_type in REFERENCE_FREE:
         return 'none'
     if cfg.reference == 'adapters_off' and not from_base:
-        raise UserError(f'reference=adapters_off: {cfg.base_model_name} is an adapter already, and without it the model is not what training '
-                        'starts from; use reference=copy or cache')
+        raise UserError(f'reference=adapters_off: {cfg.base_model_name} is an adapter already, and without it the model is not what '
+                        'training starts from; use reference=copy or cache')
     return cfg.reference if cfg.reference != 'auto' else 'adapters_off' if cfg.use_lora and from_base else 'copy'
 
 
@@ -692,14 +700,15 @@ def main(cfg):
     if resumed:
         tensors, state = read_checkpoint(resumed)
         optimizer.load_state_dict(tensors)
-        step, num_tokens, window, scaler = state['step'], state['num_tokens'], state['window'], LossScale(machine.dtype, state['loss_scale'])
+        step, num_tokens, window = state['step'], state['num_tokens'], state['window']
+        scaler = LossScale(machine.dtype, state['loss_scale'])
         best_loss = math.inf if state['best_eval_loss'] is None else state['best_eval_loss']
         checkpoints.rewind(resumed)
         machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
         start_fresh(machine, cfg.output_dir, as_dict(cfg), keep=cfg.base_model_name, script='train_dpo.py')
-    header = {'script': 'train_dpo.py', 'data': [source.name for source in cfg.datasets], 'model': cfg.base_model_name, 'mode': mode_of(cfg),
-              'loss_type': cfg.loss_type, 'reference': kind, 'machine': describe_device(machine)}
+    header = {'script': 'train_dpo.py', 'data': [source.name for source in cfg.datasets], 'model': cfg.base_model_name,
+              'mode': mode_of(cfg), 'loss_type': cfg.loss_type, 'reference': kind, 'machine': describe_device(machine)}
     wandb = {name: getattr(cfg, f'wandb_{name}') for name in ('project', 'entity', 'name', 'tags') if getattr(cfg, f'wandb_{name}')}
     log = Log(machine, cfg.output_dir, header, feed.total, cfg.tensorboard, wandb if cfg.wandb_enabled else None, step if resumed else None)
 
@@ -739,16 +748,18 @@ def main(cfg):
         if not good:
             machine.say(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
             if bad_steps == MAX_BAD_STEPS:
-                raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower training.learning_rate={cfg.learning_rate:g}; '
-                                f'the checkpoints in {cfg.output_dir} are good')
+                raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower training.learning_rate='
+                                f'{cfg.learning_rate:g}; the checkpoints in {cfg.output_dir} are good')
         if step % cfg.logging_steps == 0 or step == feed.total:
             *sums, tokens, steps = window
+            speed = round(tokens / (time.perf_counter() - since))
             log.write(step, {**{key: value / steps for key, value in zip(KEYS, sums)}, 'epoch': feed.epochs(step), 'learning_rate': lr,
-                             'grad_norm': norm, 'num_tokens': num_tokens, 'tokens_per_second': round(tokens / (time.perf_counter() - since))})
+                             'grad_norm': norm, 'num_tokens': num_tokens, 'tokens_per_second': speed})
             window, since = [0.0] * len(window), time.perf_counter()
         log.progress(step)
     log.close()
-    machine.say(f'the model is in {cfg.output_dir}/' + (f' (eval_loss {best_loss:.4f})' if held else '') + f': python sample.py {cfg.output_dir} --chat')
+    found = f' (eval_loss {best_loss:.4f})' if held else ''
+    machine.say(f'the model is in {cfg.output_dir}/{found}: python sample.py {cfg.output_dir} --chat')
     machine.close()
     return {**metrics, 'step': step}
 

@@ -133,14 +133,14 @@ class Config:
     output_dir: str = setting('models/rl', 'training.output_dir')  # checkpoints, log, rollouts and pictures; the model to use ends up in its root
     per_device_train_batch_size: int = setting(64, 'training.per_device_train_batch_size')  # completions in a micro-batch
     gradient_accumulation_steps: int = setting(4, 'training.gradient_accumulation_steps')  # micro-batches in an optimizer step
-    learning_rate: float | None = setting(None, 'training.learning_rate')  # the highest; by mode: full 1e-5 (a small model 5e-4), LoRA 1e-4, QLoRA 2e-4
+    learning_rate: float | None = setting(None, 'training.learning_rate')  # the highest; by mode: full 1e-5 (a small model 2e-4), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler: str = setting('linear', 'training.lr_scheduler_type', also=('training.lr_scheduler',), choices=tuple(s for s in SCHEDULES if s != 'plateau'))  # after the warm-up, down to a tenth
     warmup_steps: int = setting(5, 'training.warmup_steps')  # optimizer steps
     optimizer: str = setting('adamw', 'training.optimizer', choices=OPTIMIZERS)  # ours: adamw, sgd, muon; others by their name in torch.optim
     weight_decay: float = setting(0.0, 'training.weight_decay')  # of matrices
     max_grad_norm: float = setting(1.0, 'training.max_grad_norm')  # highest gradient norm; 0 = no clipping
     num_train_epochs: float = setting(1.0, 'training.num_train_epochs')  # passes over the problems
-    max_steps: int = setting(-1, 'training.max_steps')  # optimizer steps instead; -1 = by epochs
+    max_steps: int = setting(-1, 'training.max_steps')  # optimizer steps instead; -1 = by epochs (of the embedded task: 60)
     logging_steps: int = setting(5, 'training.logging_steps')  # optimizer steps between log lines
     save_steps: int = setting(500, 'training.save_steps')  # between checkpoints; there is one at the end, too
     eval_steps: int = setting(20, 'training.eval_steps')  # between evaluations on held-out problems; 0 = only at the end
@@ -628,6 +628,14 @@ def look(cfg, learner, batch, entropy=False):
     return stats['logp'], stats.get('entropy'), values, behind
 
 
+def ask(learner, batch):
+    """The critic's values (B, T) and (B,) of a Batch."""
+    if not learner.shared:
+        return learner.critic.values(batch.layout)
+    hidden = learner.policy.hidden(batch.layout.idx, batch.layout.positions).flatten(0, 1)
+    return learner.critic.read(hidden[batch.layout.source]), learner.critic.read(hidden[batch.layout.last])
+
+
 @torch.no_grad()
 def score(cfg, learner, updates, machine):
     """Old log-probabilities, where they will be needed, the reference's, and the critic's values. No gradient, no dropout."""
@@ -636,8 +644,10 @@ def score(cfg, learner, updates, machine):
     for number, batches in enumerate(updates):
         for batch in batches:
             with explain_out_of_memory('--per_device_train_batch_size'), machine.autocast():
-                if later or number or learner.critic:       # a rollout's first update compares the policy with itself
+                if later or number:                         # a rollout's first update compares the policy with itself
                     batch.old, _, batch.values, batch.behind = look(cfg, learner, batch)
+                elif learner.critic:
+                    batch.values, batch.behind = ask(learner, batch)
                 if learner.reference:
                     with learner.reference() as model:
                         hidden = model.hidden(batch.layout.idx, batch.layout.positions).flatten(0, 1)[batch.layout.source]
@@ -693,7 +703,8 @@ def ask_critic(updates, gamma, lam, beta, machine):
     moments = torch.zeros(6, dtype=torch.float64)       # count; advantage, its square; return, its square; error's square
     for batch in batches:
         last = batch.mask.sum(1, keepdim=True) - 1                                                          # (B, 1)
-        rewards = -beta * kl_estimate(batch.old, batch.reference, 'k1') if beta else torch.zeros_like(batch.old)
+        policy = batch.sampled if batch.old is None else batch.old
+        rewards = -beta * kl_estimate(policy, batch.reference, 'k1') if beta else torch.zeros_like(policy)
         rewards = rewards.scatter_add(1, last, torch.tensor([[e.reward] for e in batch.episodes], device=machine.device))
         stopped = torch.tensor([e.stopped for e in batch.episodes], device=machine.device)
         batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, gamma, lam, torch.where(stopped, 0.0, batch.behind))
@@ -847,6 +858,9 @@ def resolve(cfg, machine):
         if cfg.algorithm == 'dapo':
             default['rewards'] = [*default['rewards'], 'length']
     cfg, said = choose(cfg, default)
+    if embedded and not cfg.typed & {'max_steps', 'num_train_epochs'}:
+        cfg.max_steps = 60
+        said.append('max_steps=60')
     lengths = {'length_buffer': max(1, cfg.max_completion_length // 4)}
     cfg, more = choose(cfg, lengths)
     if 'model' in cfg.rewards and not cfg.reward_model_path and not questions.uses_pairs(cfg):
@@ -882,7 +896,7 @@ def say_chosen(choices, machine):
 def fit_to_model(cfg, policy, machine):
     """cfg with learning rates by the model's size and mode, and lengths within its context."""
     small = sum(p.numel() for p in policy.parameters()) < SMALL and not cfg.use_lora
-    by_mode = 2e-4 if cfg.load_in_4bit or cfg.load_in_8bit else 1e-4 if cfg.use_lora else 5e-4 if small else 1e-5
+    by_mode = 2e-4 if cfg.load_in_4bit or cfg.load_in_8bit else 1e-4 if cfg.use_lora else 2e-4 if small else 1e-5
     cfg, said = choose(cfg, {'learning_rate': by_mode})
     cfg, more = choose(cfg, {'value_learning_rate': 1e-3 if small else cfg.learning_rate, 'reward_learning_rate': 1e-3 if small else cfg.learning_rate})
     say_chosen(said + (more if cfg.algorithm == 'ppo' else []), machine)

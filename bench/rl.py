@@ -51,7 +51,7 @@ def reward(completions, **columns):
     return [sum(len(word) < 4 for word in text.split()) / NEW for text in completions]
 
 
-def ours(directory, steps, matmul):
+def ours(directory, steps, matmul, clock):
     """Seconds of each step of train_rl.py's own functions."""
     import train_rl
     from data.questions import Problems
@@ -75,12 +75,12 @@ def ours(directory, steps, matmul):
 
     plan, state, times, cursor = Plan(PROMPTS, 1, steps), train_rl.fresh_state(), [], 0
     for step in range(steps):
-        began = time.perf_counter()
+        began = clock()
         episodes, table, cursor = train_rl.rollout(cfg, learner, problems, Scorer(), plan, step, cursor, machine)
         updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, machine)
         for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), machine):
             pass
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     assert all(len(e.completion_ids) == NEW for e in episodes)
     return times
 
@@ -95,7 +95,7 @@ def trl_trainer(directory, dataset, rewards, output, steps, completions, samples
     return GRPOTrainer(model=directory, reward_funcs=rewards, args=settings, train_dataset=dataset, callbacks=list(callbacks))
 
 
-def theirs(directory, steps):
+def theirs(directory, steps, clock):
     """Seconds of each step of TRL's GRPOTrainer."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -103,10 +103,10 @@ def theirs(directory, steps):
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **more):
-            self.began = time.perf_counter()
+            self.began = clock()
 
         def on_step_end(self, args, state, control, **more):
-            times.append(time.perf_counter() - self.began)
+            times.append(clock() - self.began)
 
     dataset = Dataset.from_list([{'prompt': ' '.join(f'w{i}' for i in ids)} for ids in prompts(PROMPTS * steps)])
     with tempfile.TemporaryDirectory() as output:
@@ -201,14 +201,16 @@ def main():
     parser.add_argument('--pairs', type=int, default=5)
     parser.add_argument('--steps', type=int, default=6, help='of each side in a pair, the first two not counted')
     parser.add_argument('--matmul', default='float32')
+    parser.add_argument('--cpu', action='store_true', help='CPU seconds of the process, on a machine that does other things too')
     parser.add_argument('--until', type=float, help='measure the time to this held-out accuracy instead')
     parser.add_argument('--side', choices=('ours', 'theirs'))
     parser.add_argument('--model')
     args = parser.parse_args()
+    clock = time.process_time if args.cpu else time.perf_counter
     if args.side:
         result = {('ours', True): lambda: ours_until(args.until), ('theirs', True): lambda: theirs_until(args.until),
-                  ('ours', False): lambda: ours(args.model, args.steps, args.matmul),
-                  ('theirs', False): lambda: theirs(args.model, args.steps)}[args.side, args.until is not None]()
+                  ('ours', False): lambda: ours(args.model, args.steps, args.matmul, clock),
+                  ('theirs', False): lambda: theirs(args.model, args.steps, clock)}[args.side, args.until is not None]()
         return print(json.dumps(result))
     if args.until is not None:
         results = {side: run(python, f'--side={side}', f'--until={args.until}') for side, python in (('ours', sys.executable), ('theirs', args.trl))}
@@ -222,7 +224,8 @@ def main():
         for pair in range(args.pairs):
             for side in ('ours', 'theirs') if pair % 2 else ('theirs', 'ours'):
                 python = sys.executable if side == 'ours' else args.trl
-                times = run(python, f'--side={side}', f'--model={os.path.join(directory, side)}', f'--steps={args.steps}', f'--matmul={args.matmul}')
+                times = run(python, f'--side={side}', f'--model={os.path.join(directory, side)}', f'--steps={args.steps}', f'--matmul={args.matmul}',
+                            *['--cpu'] * args.cpu)
                 medians[side].append(statistics.median(times[2:]))
             ratios.append(medians['theirs'][-1] / medians['ours'][-1])
             print(f'pair {pair + 1}: ours {medians["ours"][-1]:.2f} s a step, TRL {medians["theirs"][-1]:.2f} s, {ratios[-1]:.2f} times', flush=True)

@@ -110,7 +110,7 @@ def draw(out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--algorithms', nargs='+', default=list(FLAGS), choices=list(FLAGS))
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[1337, 1, 2])
     parser.add_argument('--out', default='out-rl-demo')
     parser.add_argument('--draw', action='store_true')
     args = parser.parse_args()

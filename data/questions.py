@@ -5,6 +5,7 @@ says in which form to answer.
 """
 import importlib
 import json
+import math
 import random
 import sys
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ def read_problems(sources, system_prompt=None, with_answers=True):
     for source in sources:
         template = TEMPLATES.get(source.name, {})
         system = system_prompt if system_prompt is not None else template.get('system', FORM)
-        before, columns = len(train) + len(held_out), None
+        before, columns, seen = len(train) + len(held_out), None, 0
         for where, row in read_rows(source.name, source.split, source.subset):
             columns = columns or columns_of(source, template, row, where, with_answers)
             try:
@@ -47,7 +48,11 @@ def read_problems(sources, system_prompt=None, with_answers=True):
                     problem['answer'] = text_of(row, columns[1])
                 if columns[1] and not extract_answer(problem['answer']):
                     raise UserError(f'{columns[1]}: no answer in {problem["answer"][:60]!r}')
-                (train if split_of_row(row) == 'train' else held_out).append(problem)
+                if split_of_row(row) == 'train':
+                    train += [problem] * copies(source, seen)
+                    seen += 1
+                else:
+                    held_out.append(problem)
             except UserError as error:
                 raise UserError(f'{where}: {error}') from None
         if before == len(train) + len(held_out):
@@ -65,6 +70,13 @@ def columns_of(source, template, row, where, with_answers):
                             f'data.datasets[0].{kind}_column=...')
         found.append(column)
     return found
+
+
+def copies(source, place):
+    """How often row `place` of a source is seen in an epoch: its weight, spread evenly over the rows."""
+    if not 0 < source.weight < 1000:
+        raise UserError(f'{source.name}: weight={source.weight:g} must be above 0: 2 = every row twice, 0.5 = every other row')
+    return math.floor((place + 1) * source.weight) - math.floor(place * source.weight)
 
 
 def prompt(problem):
@@ -133,7 +145,7 @@ def pair_problems(cfg, tokenizer, say):
     pairs = []
     for source in cfg.datasets:
         found, drops = read_pairs(source, cfg.system_prompt)
-        pairs += found
+        pairs += [pair for place, pair in enumerate(found) for _ in range(copies(source, place))]
         if drops:
             say(f'{source.name}: pairs left out: {drops}')
     if not any(pair.split == 'eval' for pair in pairs):

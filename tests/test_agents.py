@@ -284,8 +284,9 @@ def test_validation_never_branches_and_is_repeatable(small, machine, tmp_path):
     cfg = config(small, validate_episodes=6)
     team, task = load_team(cfg, machine), train_agents.task_of(cfg)
     os.makedirs('validate')
-    metrics = train_agents.validate(cfg, team, task, 3, '.', machine)
-    assert metrics == train_agents.validate(cfg, team, task, 4, '.', machine)
+    cases = train_agents.held_out_problems(cfg, task, machine)
+    metrics = train_agents.validate(cfg, team, task, cases, 3, '.', machine)
+    assert metrics == train_agents.validate(cfg, team, task, cases, 4, '.', machine)
     rows = [json.loads(line) for line in open('validate/step-3.jsonl')]
     assert len(rows) == 12 and all(len(turn['candidates']) == 1 for row in rows for turn in row['turns'])
     assert {'validation/success_rate', 'validation/greedy_success_rate', 'validation/reward', 'validation/episode_length'} <= set(metrics)

@@ -21,8 +21,8 @@ from model import load_model
 from runtime import setup
 from train_dpo import LOSS_TYPES, PER_TOKEN, REFERENCE_FREE, Config, Feed, Reference, answer_logps, dpo_loss, main, make_batch
 
-SMALL = dict(logging_steps=1, save_steps=3, eval_steps=3, eval_samples=4, max_new_tokens=8, per_device_train_batch_size=4, warmup_steps=1, rpo_alpha=0.0,
-             tensorboard=False, device='cpu')
+SMALL = dict(logging_steps=1, save_steps=3, eval_steps=3, eval_samples=4, max_new_tokens=8, per_device_train_batch_size=4, warmup_steps=1,
+             rpo_alpha=0.0, tensorboard=False, device='cpu')
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +56,9 @@ def pairs():
 def preferences(tmp_path_factory):
     """A file of forty pairs, eight of them held out."""
     path = tmp_path_factory.mktemp('data') / 'pairs.jsonl'
-    path.write_text('\n'.join(json.dumps({'prompt': f'How many are {n} and {n + 1}?', 'chosen': f'{2 * n + 1}.', 'rejected': 'That I do not know.',
-                                          'metadata': 'train' if n % 5 else 'eval'}) for n in range(40)))
+    rows = [{'prompt': f'How many are {n} and {n + 1}?', 'chosen': f'{2 * n + 1}.', 'rejected': 'That I do not know.',
+             'metadata': 'train' if n % 5 else 'eval'} for n in range(40)]
+    path.write_text('\n'.join(map(json.dumps, rows)))
     return str(path)
 
 
@@ -149,7 +150,8 @@ def test_policy_equal_to_reference():
 
 
 def test_odds_of_a_certain_answer_are_finite():
-    loss, *_ = dpo_loss(torch.zeros(1, requires_grad=True), torch.tensor([-40.0]), None, None, 0.1, 'orpo', chosen_length=1, rejected_length=1)
+    loss, *_ = dpo_loss(torch.zeros(1, requires_grad=True), torch.tensor([-40.0]), None, None, 0.1, 'orpo', chosen_length=1,
+                        rejected_length=1)
     assert loss.isfinite()
 
 
@@ -195,7 +197,8 @@ def test_gradients_equal_autograd_through_transformers(llama, pairs, loss_type, 
     expected = their_logps(theirs, pairs)
     torch.testing.assert_close(logps, expected, rtol=1e-7, atol=1e-7)
     chosen, rejected = expected.view(-1, 2).unbind(1)
-    loss, *_ = dpo_loss(chosen, rejected, *reference.view(-1, 2).unbind(1), 0.3, loss_type, chosen_length=lengths[0::2], rejected_length=lengths[1::2])
+    loss, *_ = dpo_loss(chosen, rejected, *reference.view(-1, 2).unbind(1), 0.3, loss_type, chosen_length=lengths[0::2],
+                        rejected_length=lengths[1::2])
     grads = torch.autograd.grad((loss - 0.3 * chosen / lengths[0::2]).sum(), list(theirs.parameters()))
     named = dict(ours.named_parameters())
     for (name, _), grad in zip(theirs.named_parameters(), grads):
@@ -226,10 +229,11 @@ def test_a_step_does_not_depend_on_how_it_is_cut(llama, pairs):
 
 
 def test_two_ranks_give_the_losses_of_one(llama, preferences):
-    flags = [f'--{k}={v}' for k, v in {**SMALL, 'matmul': 'float32', 'max_steps': 4, 'reference': 'cache', 'base_model_name': llama[1]}.items()] + [f'data.datasets[0].name={preferences}']
+    settings = {**SMALL, 'matmul': 'float32', 'max_steps': 4, 'reference': 'cache', 'base_model_name': llama[1]}
+    flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}']
     for ranks in (1, 2):
-        done = subprocess.run([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags, f'--num_gpus={ranks}', f'--output_dir=out{ranks}',
-                               f'--reference_cache=cache{ranks}', f'--batch_size={4 // ranks}'],
+        own = [f'--num_gpus={ranks}', f'--output_dir=out{ranks}', f'--reference_cache=cache{ranks}', f'--batch_size={4 // ranks}']
+        done = subprocess.run([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags, *own],
                               env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, two = lines('out1'), lines('out2')
@@ -273,6 +277,10 @@ def test_cached_log_probabilities_are_those_of_the_reference_and_are_reused(llam
         model.norm.weight[0] += 1                                                       # another model: another file
     Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
     assert sum(passes) == 2 * 4 + 2 * 8 and len(os.listdir(cfg.reference_cache)) == 2
+    for name in os.listdir(cfg.reference_cache):
+        os.truncate(os.path.join(cfg.reference_cache, name), 100)
+    with pytest.raises(UserError, match='remove it'):
+        Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
 
 
 def test_references_under_lora(llama, pairs, preferences):
@@ -304,7 +312,8 @@ def test_references_under_lora(llama, pairs, preferences):
 @pytest.mark.parametrize('mode', ('full', 'lora', 'qlora', '8bit'))
 def test_modes_learn_and_leave_the_base_alone(preferences, mode):
     settings = {'full': dict(gradient_checkpointing=True), 'lora': dict(use_lora=True, gradient_checkpointing=True, learning_rate=3e-3),
-                'qlora': dict(use_lora=True, load_in_4bit=True, learning_rate=3e-3), '8bit': dict(use_lora=True, load_in_8bit=True, learning_rate=3e-3)}[mode]
+                'qlora': dict(use_lora=True, load_in_4bit=True, learning_rate=3e-3),
+                '8bit': dict(use_lora=True, load_in_8bit=True, learning_rate=3e-3)}[mode]
     metrics = main(config(datasets=[train_dpo.Source(name=preferences)], max_steps=8, eval_steps=8, **settings))
     assert metrics['eval_rewards/accuracies'] > 0.7 and metrics['eval_loss'] < math.log(2) and metrics['step'] == 8
     log = lines()
@@ -372,8 +381,8 @@ assert attempt('killed')
 @pytest.mark.parametrize('more', (['--use_lora', '--disable_dropout=false'], ['--reference=cache', '--dataloader_num_workers=2']))
 def test_kills_change_nothing(llama, preferences, more):
     """SIGKILL at random moments, resumed each time: weights, optimizer state and log are those of a run left alone."""
-    settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 24, 'save_steps': 4, 'eval_steps': 12, 'logging_steps': 5, 'eval_samples': 0,
-                'learning_rate': 0.01}
+    settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 24, 'save_steps': 4, 'eval_steps': 12, 'logging_steps': 5,
+                'eval_samples': 0, 'learning_rate': 0.01}
     flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}', *more]
     done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=flags)], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -473,7 +482,7 @@ def test_recipes(mode, rate, capsys):
     for section in ('model', 'data', 'training', 'wandb'):
         for name in as_dict(cfg)[section]:
             wanted = all(use for prefix, use in concerned.items() if name.startswith(prefix))
-            assert (f'  {name}: ' in text or name in ('datasets', 'resume', 'check')) == wanted or not wanted, name
+            assert (f'  {name}: ' in text or name in ('datasets', 'resume')) == wanted or not wanted, name
 
 
 def test_fp16_on_the_command_line_beats_a_recipe():

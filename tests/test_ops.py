@@ -134,9 +134,9 @@ def test_short_attention(normed, rotated, dtype):
     weights = [leaf(D, dtype=dtype), leaf(D, dtype=dtype, seed=1)] if normed else []
     cos, sin = angles(T, D, dtype) if rotated else (None, None)
     rest = (H, 0.4, *(weights or (None, None)), eps, cos, sin)
-    agree(ops.ShortAttention.apply(qkv, *rest), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
+    agree(ops.ShortAttention.apply(qkv, *rest, ops.future(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
     if dtype == torch.float64:
-        call = lambda qkv, *w: ops.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin)
+        call = lambda qkv, *w: ops.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, ops.future(T, dtype))
         assert torch.autograd.gradcheck(call, (qkv, *weights))
 
 
@@ -145,7 +145,7 @@ def test_short_attention_in_bf16():
     rest = (2, 8 ** -0.5, w, w, 1e-6, *angles(16, 8, torch.float32))
     plain = plain_attention(qkv, *rest)
     rounded = qkv.detach().bfloat16().requires_grad_()
-    ours = ops.ShortAttention.apply(rounded, *rest)
+    ours = ops.ShortAttention.apply(rounded, *rest, ops.future(16, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
     push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
     expected, = torch.autograd.grad(plain, [qkv], push)
@@ -268,6 +268,15 @@ def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
     monkeypatch.setattr(ops, 'DIRECT', 0)
     tiled = ops.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
     agree(direct, tiled, [hidden, weight], 1e-12)
+
+
+def test_pad_and_unpad():
+    x, places = leaf(5, 3), torch.tensor([0, 1, 3, 4, 5])
+    padded = ops.Pad.apply(x, places, 2, 3)
+    assert torch.equal(padded[0, 2], torch.zeros(3, dtype=x.dtype)) and torch.equal(padded.flatten(0, 1)[places], x)
+    assert torch.equal(ops.Unpad.apply(padded, places), x)
+    assert torch.autograd.gradcheck(lambda x: ops.Pad.apply(x, places, 2, 3), (x,))
+    assert torch.autograd.gradcheck(lambda x: ops.Unpad.apply(x, places), (leaf(2, 3, 3),))
 
 
 def test_document_lengths():

@@ -74,8 +74,8 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_beginning_of_the_answers
 
 def test_several_processes_encode_the_same(tokenizer, monkeypatch):
     monkeypatch.setattr('data.pairs.CHUNK', 2)
-    pairs = [Pair([{'role': 'user', 'content': f'{n}?'}], YES, NO if n % 2 else {'role': 'assistant', 'content': '<|im_end|>'}, None, 'train', str(n))
-             for n in range(5)]
+    stopped = {'role': 'assistant', 'content': '<|im_end|>'}
+    pairs = [Pair([{'role': 'user', 'content': f'{n}?'}], YES, NO if n % 2 else stopped, None, 'train', str(n)) for n in range(5)]
     assert encode_pairs(tokenizer, pairs, 100, None, 2) == encode_pairs(tokenizer, pairs, 100)
 
 
@@ -125,13 +125,16 @@ MALFORMED = {
                                     'with an empty chosen', True),
     'the same answer twice': (rows([row(), row(chosen='no')]), {}, 'with the same answer on both sides', True),
     'the same dialogue twice': (rows([row(), {'chosen': HH, 'rejected': HH}]), {}, 'with the same answer on both sides', True),
-    'a dialogue that goes on': (rows([row(), {'chosen': HH, 'rejected': HH + '\n\nHuman: sure?'}]), {}, 'is the beginning of the other', True),
+    'a dialogue that goes on': (rows([row(), {'chosen': HH, 'rejected': HH + '\n\nHuman: sure?'}]), {},
+                                'is the beginning of the other', True),
     'dialogues that part early': (rows([row(), {'chosen': [ASK, YES, AGAIN, YES], 'rejected': [ASK, NO, AGAIN, NO]}]), {},
                                   'part before the last answer', True),
     'two prompts': (rows([row(), {'chosen': [ASK, YES], 'rejected': [AGAIN, YES]}]), {}, 'whose prompts differ', True),
-    'a stop token in a text': (rows([row(), row(prompt='<|im_start|>user\nok?<|im_end|>')]), {}, 'a chat template applied to it before', True),
+    'a stop token in a text': (rows([row(), row(prompt='<|im_start|>user\nok?<|im_end|>')]), {},
+                               'a chat template applied to it before', True),
     'a prompt that fills everything': (rows([row(), row(prompt='ok? ' * 90)]), {}, 'leaves no room', True),
-    'the difference is cut off': (rows([row(), row(chosen='yes ' * 90 + 'no', rejected='yes ' * 90)]), {}, 'the same within max_length=60', True),
+    'the difference is cut off': (rows([row(), row(chosen='yes ' * 90 + 'no', rejected='yes ' * 90)]), {},
+                                  'the same within max_length=60', True),
     'a template that wants other roles': (rows([row(), row(prompt=[{'role': 'tool', 'content': '7'}])]), {'template': '''\
 {%- for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{{ m.role }}: {{ m.content }}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}'''}, 'that the chat template refuses', True),
@@ -171,7 +174,8 @@ def test_malformed_inputs(tmp_path, monkeypatch):
             pairs, drops = read_pairs(Source(name=str(path)), **settings)
             found, more, _ = encode_pairs(tokenizer, pairs, 60)
             drops.update(more)
-            assert len(found) == 1 and len(drops) == 1 and words in str(drops) and str(drops).startswith('1 ') and 'line 2' in str(drops), what
+            assert len(found) == len(drops) == 1 and words in str(drops), what
+            assert str(drops).startswith('1 ') and 'line 2' in str(drops), what
             check = noted.check
         else:
             with pytest.raises(UserError) as info:

@@ -3,9 +3,11 @@ import json
 import math
 
 import numpy as np
+import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from report import loss_picture, read_log, smooth, sparkline
+from report import curves, loss_picture, margins, read_log, smooth, sparkline
 
 
 def write_log(path, lines):
@@ -57,3 +59,19 @@ def test_no_picture_without_a_loss(tmp_path):
     write_log(tmp_path / 'log.jsonl', [{'run': {}}])
     loss_picture(tmp_path / 'log.jsonl', tmp_path / 'loss.png', 'title')
     assert not (tmp_path / 'loss.png').exists()
+
+
+def test_curves_and_margins(tmp_path):
+    """Panels for what the log has; a histogram with an edge at 0, so that no bar mixes both signs."""
+    log, png = tmp_path / 'log.jsonl', tmp_path / 'a.png'
+    write_log(log, [{'step': n, 'loss': 1 / (n + 1), 'reward': n} for n in range(5)])
+    curves(log, png, 'run', [
+        ('loss', {'loss': 'training', 'eval_loss': 'held out'}), ('accuracy', {'accuracy': 'none'}), ('reward', {'reward': 'mean'})])
+    assert imread(png).shape[:2] == (648, 1080)     # two panels of three
+    bars, plain = [], Axes.hist
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, 'hist', lambda self, part, edges, **style: bars.append((part, edges)) or plain(self, part, edges, **style))
+        for values in ([-1.5, 0.0, 0.25, 2.0], [0.0], [3.0, 4.0], [-2.0]):
+            margins(values, tmp_path / 'b.png', 'run')
+            assert any(abs(edge) < 1e-12 for edge in bars[-1][1]) and bars[-1][1][0] <= min(values) and bars[-1][1][-1] >= max(values)
+    assert [part for part, _ in bars[:3]] == [[-1.5], [0.0], [0.25, 2.0]]

@@ -176,6 +176,14 @@ def test_rows_that_cannot_be_asked(tmp_path, row, source, words):
     assert all(word in str(error.value) for word in [path, *words]), error.value
 
 
+def test_weights_of_data_sets(tmp_path):
+    path = jsonl(tmp_path, [{'question': f'q{i}', 'answer': '1'} for i in range(10)])
+    count = lambda weight: [p['question'] for p in read_problems([Source(path, weight=weight)])[0]]
+    assert len(count(1.0)) == 10 and count(0.5) == ['q1', 'q3', 'q5', 'q7', 'q9'] and len(count(2.5)) == 25
+    with pytest.raises(UserError, match='weight=0'):
+        count(0)
+
+
 def test_held_out_questions_are_in_no_training_row():
     problems = [{'question': f'q{i % 50}', 'answer': str(i)} for i in range(100)]       # every question twice
     train, held_out = hold_out(problems, 20, 0)

@@ -20,7 +20,8 @@ from data.tasks.world import split_of
 
 SIZE = 4
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
-SETTINGS = {'map_size': (5, 'rows and columns of the grid'), 'min_moves': (4, 'moves of the shortest way at least'),
+SETTINGS = {'map_size': (4, 'rows and columns of the grid'), 'min_moves': (4, 'moves of the shortest way at least'),
+            'apart': (True, 'no goal with its walls occurs in both splits, from whatever start'),
             'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}
 RULES = {'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',
          'plan_agent': 'Walk from the start to the goal of a grid, around the walls. A way that somebody proposes was tried '
@@ -44,12 +45,12 @@ def name_of(cell):
     return string.ascii_lowercase[cell[0]] + str(cell[1] + 1)
 
 
-def problems(split, n, seed, map_size=SIZE, min_moves=1, rules=False):
+def problems(split, n, seed, map_size=SIZE, min_moves=1, apart=False, rules=False):
     """n problems {'size', 'start', 'goal', 'walls', 'question', 'answer', 'rules'} of a split; each has a way. answer is
     a shortest one, as its moves, of which there are min_moves or more.
 
-    Grids of size 4 belong to a split with their start, as the embedded model learned them; larger ones by goal and walls
-    alone, because a team that walks sees a grid from many cells.
+    A grid belongs to a split with its start. apart: its goal and walls without the start besides, as a team that walks sees
+    them from many cells.
     """
     size = map_size
     if not 3 <= size <= 26:
@@ -59,10 +60,11 @@ def problems(split, n, seed, map_size=SIZE, min_moves=1, rules=False):
     wordings = [wording for wording in WORDINGS if split_of(wording) == split]
     while len(found) < n:
         blocked = draw.random() < BLOCKED_SHARE
-        for _ in range(20_000):
+        for _ in range(200_000):
             start, goal, *walls = draw.sample(cells, 2 + draw.randint(size * size // 8, size * size // 4))
-            key = ' '.join(map(name_of, [*([start] if size == SIZE else []), goal, *sorted(walls)]))
-            if any(cell in walls for cell in steps(start, straight(start, goal))) == blocked and split_of(key) == split:
+            keys = [[start, goal, *sorted(walls)], [goal, *sorted(walls)]][:1 + apart]
+            if (all(split_of(' '.join(map(name_of, key))) == split for key in keys)
+                    and any(cell in walls for cell in steps(start, straight(start, goal))) == blocked):
                 answer = shortest(start, goal, walls, size)
                 if answer and len(answer) >= min_moves:
                     break

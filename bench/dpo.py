@@ -1,0 +1,199 @@
+"""Preference optimisation against TRL's DPOTrainer, in pairs on the same machine, the same weights and the same pairs.
+
+    python bench/dpo.py --trl PYTHON    pairs per second and peak memory, products in float32 and, where the processor has it, in bf16
+
+PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the pairs are
+texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two different continuations of as many, 8 pairs a step, sigmoid
+DPO of all weights with AdamW. `cache`: reference log-probabilities computed before training, on either side. Each side runs in a
+process of its own, in turn; ratios are taken round by round, of the clock and of processor time, which counts where others compute
+on the same machine (with --threads 1). Times are medians over training steps, the first left out. floor: the float32 matrix
+products of a step at the machine's measured rate, policy and reference, each answer behind its own prompt. The last line is JSON.
+"""
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+BATCH = 8
+SIDES = ('trl', 'trl_cache', 'ours', 'ours_cache', 'ours_bf16', 'ours_bf16_cache')
+WEIGHTS = 4 * (4 * 256 * 256 + 3 * 256 * 512)       # that are multiplied, without the head
+
+
+def write_inputs(directory, steps):
+    """model/ and pairs.jsonl, whose texts join without a token across the seam."""
+    import random
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data.tiny.corpus import documents
+    from data.tokenizer import load_tokenizer
+    tokenizer, rng = load_tokenizer(os.path.join(ROOT, 'data', 'tiny')), random.Random(0)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(os.path.join(directory, 'model'))
+    tokenizer.save(os.path.join(directory, 'model'))
+    plain = (tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in documents('bench'))
+    stream = itertools.chain.from_iterable(map(tokenizer.encode, plain))
+    with open(os.path.join(directory, 'pairs.jsonl'), 'w') as file:
+        for _ in range(BATCH * steps):
+            prompt, chosen, rejected = (tokenizer.decode(list(itertools.islice(stream, rng.randint(30, 80)))) for _ in range(3))
+            file.write(json.dumps({'prompt': prompt + ':', 'chosen': '\n' + chosen, 'rejected': '\n' + rejected}) + '\n')
+
+
+def read(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def resident():
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def now():
+    return time.perf_counter(), time.process_time()
+
+
+def result(times, start, loss):
+    """times: now() before the first step and after each."""
+    seconds, cpu = (statistics.median(b[clock] - a[clock] for a, b in zip(times[1:], times[2:])) for clock in (0, 1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {'seconds_per_step': seconds, 'cpu_seconds_per_step': cpu, 'pairs_per_second': BATCH / seconds, 'peak_mb': peak / 2 ** 20,
+            'above_start_mb': (peak - start) / 2 ** 20, 'mean_loss': loss}
+
+
+def trl(directory, options):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+    torch.set_num_threads(options.threads)
+    path = os.path.join(directory, 'model')
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    config = DPOConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
+                       max_length=384, learning_rate=1e-4, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False,
+                       gradient_checkpointing=False, report_to='none', save_strategy='no', dataloader_pin_memory=False,
+                       disable_tqdm=True, logging_steps=options.steps, precompute_ref_log_probs=options.child == 'trl_cache', beta=0.1)
+    times, logged = [], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(now())
+
+        def on_step_end(self, *_, **__):
+            times.append(now())
+
+        def on_log(self, *_, logs=None, **__):
+            logged.append(logs.get('loss'))
+
+    trainer = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(read(os.path.join(directory, 'pairs.jsonl'))),
+                         processing_class=tokenizer, callbacks=[Clock()])
+    start = resident()
+    trainer.train()
+    return result(times, start, logged[0])
+
+
+def ours(directory, options):
+    import torch
+
+    import train_dpo as script
+    from configurator import parse
+    torch.set_num_threads(options.threads)
+    cfg = parse(script.Config, [
+        f'--base_model_name={os.path.join(directory, "model")}', f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}',
+        '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
+        '--rpo_alpha=0',
+        f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
+    machine = script.setup(cfg.device, 'float32', cfg.matmul)
+    cfg.reference_cache = os.path.join(directory, 'cache')
+    model, tokenizer = script.build_policy(cfg, None, machine)
+    pairs, train, _ = script.load_data(cfg, tokenizer, 512, machine)
+    feed = script.Feed(cfg, train, 1)
+    start = resident()
+    kind = 'cache' if options.child.endswith('cache') else 'copy'
+    reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], machine)
+    optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
+    loader, scaler = script.Loader(cfg, feed, pairs, machine), script.LossScale(machine.dtype)
+    losses, times = [], [now()]
+    for step in range(options.steps):
+        optimizer.set_lr(cfg.learning_rate)
+        indices, batches = loader(step)
+        means, *_ = script.train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, machine)
+        losses.append(float(means[0]))
+        times.append(now())
+    return result(times, start, statistics.mean(losses))
+
+
+def floor(directory, options):
+    """Seconds of the float32 products of a step: 6 per weight and token for the policy, 2 for the reference."""
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    torch.set_num_threads(options.threads)
+    a, b = torch.randn(2048, 256), torch.randn(256, 1024)
+    for _ in range(20):
+        a @ b
+    begun = time.perf_counter()
+    for _ in range(100):
+        a @ b
+    rate = 100 * 2 * 2048 * 256 * 1024 / (time.perf_counter() - begun)
+    tokenizer = load_tokenizer(os.path.join(directory, 'model'))
+    size = lambda key: statistics.mean(len(tokenizer.encode(row[key])) for row in read(os.path.join(directory, 'pairs.jsonl')))
+    tokens = BATCH * (2 * size('prompt') + size('chosen') + size('rejected'))
+    return {'seconds': 8 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens,
+            'tokens_with_shared_prompts': tokens - BATCH * size('prompt'), 'gflops': rate / 1e9}
+
+
+def measure(side, directory, options):
+    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--threads={options.threads}']
+    python = options.trl if side.startswith('trl') else sys.executable
+    done = subprocess.run([python, os.path.abspath(__file__), *flags], capture_output=True, text=True, check=False,
+                          env={**os.environ, 'OMP_NUM_THREADS': str(options.threads)})
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--trl', help='a Python interpreter with TRL')
+    parser.add_argument('--rounds', type=int, default=3, help='of one run of every side')
+    parser.add_argument('--steps', type=int, default=12, help='steps a run')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--sides', nargs='+', choices=SIDES)
+    parser.add_argument('--child', help=argparse.SUPPRESS)
+    parser.add_argument('--directory', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run = {'trl': trl, 'floor': floor}.get(options.child.partition('_')[0], ours)
+        print(json.dumps(run(options.directory, options)))
+        return
+    if not options.sides:
+        from runtime import setup
+        options.sides = [side for side in SIDES if 'bf16' not in side or setup('cpu').matmul == 'bf16']
+    with tempfile.TemporaryDirectory() as directory:
+        write_inputs(directory, options.steps)
+        found = {}
+        for _ in range(options.rounds):
+            for side in options.sides:
+                found.setdefault(side, []).append(measure(side, directory, options))
+                print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
+        ratios = {f'{side} {clock}': [t[clock] / o[clock] for o, t in zip(found[side], found['trl'])]
+                  for side in found if side != 'trl' and 'trl' in found for clock in ('seconds_per_step', 'cpu_seconds_per_step')}
+        medians = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
+        print(json.dumps({'times_trl': {side: [round(r, 2) for r in sorted(values)] for side, values in ratios.items()},
+                          'floor': measure('floor', directory, options), 'median': medians}))
+
+
+if __name__ == '__main__':
+    main()

@@ -26,6 +26,7 @@ SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'co
              'cosine_restarts': 'cosine_restarts', 'constant': 'constant', 'constant_with_warmup': 'constant', 'plateau': 'plateau',
              'reduce_lr_on_plateau': 'plateau', 'wsd': 'wsd', 'warmup_stable_decay': 'wsd'}      # others' names: ours
 HUB_DATASET = 'google/mobile-actions'
+SMALL = 20_000_000      # parameters below which full fine-tuning needs a rate as in pretraining
 EMBEDDED_EPOCHS = 20    # what a model of a million parameters needs on the embedded tool calls
 
 
@@ -73,7 +74,7 @@ class Config:
     per_device_train_batch_size: int = setting(4, path='training.per_device_train_batch_size', also=('batch_size', 'train_batch_size'))  # rows of a micro-batch in each process
     per_device_eval_batch_size: int | None = setting(None, path='training.per_device_eval_batch_size', also=('eval_batch_size',))  # rows of a batch in evaluation; twice the training's if not set
     gradient_accumulation_steps: int = setting(4, path='training.gradient_accumulation_steps', also=('grad_accum',))  # micro-batches of an optimizer step
-    learning_rate: float | None = setting(None, path='training.learning_rate', also=('lr',))  # the highest; by mode: full 1e-5, LoRA 1e-4, QLoRA 2e-4, tiny 1e-3
+    learning_rate: float | None = setting(None, path='training.learning_rate', also=('lr',))  # the highest; by mode: full 1e-5 (a model below 20M parameters 1e-3), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler_type: str = setting('cosine', path='training.lr_scheduler_type', also=('lr_scheduler', 'scheduler_type'), choices=tuple(SCHEDULES))  # shape of its decay
     min_lr: float = setting(0.0, path='training.min_lr')  # the lowest it decays to
     warmup_ratio: float = setting(0.03, path='training.warmup_ratio', also=('warmup_proportion',))  # share of the steps in which it rises
@@ -476,13 +477,13 @@ def answer_examples(cfg, model, tokenizer, rows):
 
 # ---- what is said -----------------------------------------------------------------------------------------------------------
 
-def choose(cfg, sources, batches, machine):
+def choose(cfg, model, sources, batches, machine):
     """Sets what was left open, and says so; clamps what cannot be. Returns (optimizer steps, steps of warm-up)."""
     chosen = {}
     if cfg.learning_rate is None:
         quantised = cfg.load_in_4bit or cfg.load_in_8bit
-        small = cfg.base_model_name == 'tiny' and not cfg.load_checkpoint
-        chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else 1e-3 if small else 1e-5
+        full = 1e-3 if model.num_params() < SMALL else 1e-5
+        chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else full
     if cfg.num_train_epochs is None:
         chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['toolcalls'] else 3
     for name, value in chosen.items():
@@ -663,7 +664,7 @@ def main(cfg):
         return show_check(cfg, tokenizer, rows, findings, machine)
     refuse_or_warn(cfg, rows, findings, machine)
     batches = Batches(cfg, rows, [source.weight for source in sources], machine.world_size)
-    total, warmup = choose(cfg, sources, batches, machine)
+    total, warmup = choose(cfg, model, sources, batches, machine)
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
     average = WeightAverage(optimizer, cfg.ema) if cfg.ema else None
     averaged = average.swapped if average else contextlib.nullcontext

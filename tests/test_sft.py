@@ -416,11 +416,14 @@ def test_a_typed_precision_beats_the_recipe(capsys):
     assert 'bfloat16 on a CPU means float32' in capsys.readouterr().out
 
 
-def test_learning_rates_by_mode(capsys):
-    for args, rate in (([], 1e-3), (['--model=somewhere/else'], 1e-5), (['--use_lora'], 1e-4), (['--use_lora', '--load_in_4bit'], 2e-4)):
+def test_learning_rates_by_mode():
+    plan, tiny, large = (type('Stub', (), members) for members in (
+        {'steps_per_epoch': 10}, {'num_params': lambda: 1_400_000}, {'num_params': lambda: 3_000_000_000}))
+    for args, model, rate in (([], tiny, 1e-3), ([], large, 1e-5), (['--use_lora'], large, 1e-4),
+                              (['--use_lora', '--load_in_4bit'], large, 2e-4),
+                              (['--learning_rate=3e-6'], large, 3e-6)):
         cfg = parse(Config, args)
-        plan = type('Plan', (), {'steps_per_epoch': 10})
-        train_sft.choose(cfg, [], plan, Ear())
+        train_sft.choose(cfg, model, [], plan, Ear())
         assert (cfg.learning_rate, cfg.num_train_epochs) == (rate, 3)
 
 

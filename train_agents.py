@@ -192,6 +192,7 @@ import report
 from checkpoint import Checkpoints, point, read_checkpoint, read_own, start_fresh, write_json
 from data import sandbox
 from data.chat import encode, segments
+from data.rollouts import lay_out
 from lora import add_lora, load_adapter, set_adapter
 from model import load_model, save_model
 from optim import AdamW, make_optimizer
@@ -535,36 +536,13 @@ def kept_groups(cfg, reward, advantage, place, count):
     return kept
 
 
-def pack(rows, device):
-    """rows [(prompt ids, [answer ids])] -> idx, targets, positions (1, N), and [(start, length)] of each answer's targets.
-
-    One document for each prompt: its tokens but the last, then for every answer that last one and the answer but its last, so that
-    all answers see the same prompt and none of the others (see GPT.hidden).
-    """
-    idx, targets, positions, spans = [], [], [], []
-    for prompt, answers in rows:
-        shared = len(prompt) - 1
-        idx += prompt[:-1]
-        targets += [-1] * shared
-        positions += range(shared)
-        for answer in answers:
-            spans.append((len(idx), len(answer)))
-            idx += [prompt[-1], *answer[:-1]]
-            targets += answer
-            positions += range(shared, shared + len(answer))
-    return *(torch.tensor([row], device=device) for row in (idx, targets, positions)), spans
-
-
 def answer_stats(model, rows, temperature, machine):
-    """Log-probability and entropy of every token of the answers in rows [(prompt, [answers])] -> (R, L) each, and their mask."""
-    idx, targets, positions, spans = pack(rows, machine.device)
+    """Log-probability and entropy of every token of the answers in rows [(prompt ids, [answer ids])] -> (B, T) each, and their mask."""
+    layout = lay_out(rows, machine.device)                                  # a prompt is computed once for all of its answers
     with machine.autocast():
-        stats = model.token_stats(model.hidden(idx, positions), targets, temperature)
-    lengths = torch.tensor([length for _, length in spans], device=machine.device)
-    steps = torch.arange(int(lengths.max()), device=machine.device)                             # (L,)
-    mask = steps < lengths[:, None]                                                             # (R, L)
-    place = torch.tensor([start for start, _ in spans], device=machine.device)[:, None] + torch.where(mask, steps, 0)
-    return stats['logp'][0][place], stats['entropy'][0][place], mask
+        hidden = model.hidden(layout.idx, layout.positions).flatten(0, 1)
+        stats = model.token_stats(hidden[layout.source], layout.targets, temperature)
+    return stats['logp'], stats['entropy'], layout.targets >= 0
 
 
 def micro_batches(cfg, batch, groups, machine):
@@ -678,21 +656,15 @@ def supervised_step(cfg, policy, optimizer, chats, step, machine):
     rows = encode(policy.tokenizer, [segments(policy.tokenizer, chat, None, 'completion') for chat in chats])
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
-    mine = sorted(rows[machine.rank::machine.world_size], key=lambda row: len(row.ids))
+    mine = sorted(rows[machine.rank::machine.world_size], key=lambda row: len(row.ids))             # so that little is padding
     model, total = policy.use().train(), torch.zeros((), device=machine.device)
     optimizer.set_lr(cfg.demo_learning_rate * min((step + 1) / 20, 1 - step / cfg.demo_steps))
     optimizer.zero_grad()
-    while mine:
-        width = len(mine[-1].ids)
-        count = max(1, min(len(mine), cfg.micro_batch_tokens // width, sum(len(row.ids) > 0.8 * width for row in mine)))
-        part, mine = mine[-count:], mine[:-count]
-        idx, targets = torch.zeros(count, width, dtype=torch.long), torch.full((count, width), -1)
-        for i, row in enumerate(part):
-            ids = torch.tensor(row.ids)
-            idx[i, :len(ids)] = ids
-            targets[i, :len(ids) - 1] = torch.where(torch.tensor(row.mask[1:]), ids[1:], -1)
-        with explain_out_of_memory('training.micro_batch_tokens'), machine.autocast():
-            loss = -model(idx.to(machine.device), targets.to(machine.device)).sum() / tokens
+    for part in [mine[i:i + 16] for i in range(0, len(mine), 16)]:
+        starts = [row.mask.index(True) for row in part]
+        pairs = [(row.ids[:start], [row.ids[start:start + sum(row.mask)]]) for row, start in zip(part, starts)]
+        with explain_out_of_memory('demonstrations.batch_size'):
+            loss = -answer_stats(model, pairs, 1.0, machine)[0].sum() / tokens
         loss.backward()
         total += loss.detach()
     for grad in optimizer.grads:

@@ -60,7 +60,7 @@ class Config:
     max_prompt_length: int | None = setting(None, path='data.max_prompt_length')  # tokens of the prompt, trimmed from the left
     loss_on: str = setting('completion', path='data.loss_on', choices=('completion', 'assistant', 'all'))  # the last answer, every answer, or all tokens
     packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples that do not see each other
-    group_by_length: bool = setting(True, path='data.group_by_length', also=('length_grouped',))  # batches of similar lengths: less padding
+    group_by_length: bool = setting(False, path='data.group_by_length', also=('length_grouped',))  # steps of similar lengths: less padding on a GPU, steps less alike
     augment: bool = setting(False, path='data.augment')  # reworded copies of training rows (synonyms, typos, other wordings)
     augment_factor: float = setting(2.0, path='data.augment_factor')  # training rows with the copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
@@ -180,6 +180,7 @@ from data.records import read_rows, to_record
 from data.tokenizer import read_json
 from diagnosis import Findings, RedFlags, compare_splits, show_check
 from model import add_lora, load_model, merge_lora, save_model
+from ops import document_lengths
 from quantized import check_trainable
 from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
@@ -350,6 +351,13 @@ class Batches:
         return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
 
 
+def micro_batch(rows, batch, packed, device, pin=False):
+    """tensors() of a list of items. A CPU attends document by document, so that there items are laid end to end, as one row without
+    padding."""
+    end_to_end = device.type == 'cpu'
+    return tensors(rows, [[i for item in batch for i in item]] if end_to_end else batch, device, packed or end_to_end, pin)
+
+
 def tensors(rows, batch, device, packed, pin=False):
     """Items of row numbers -> x, y (B, T), y -1 where nothing is learned, and positions (B, T) where they are packed, else None."""
     ids = [[rows[i] for i in item] for item in batch]
@@ -382,7 +390,7 @@ class Loader:
         cfg, rows = self.cfg, self.batches.rows
         batches = self.batches.of_step(step)
         learned = [i for batch in batches for item in batch for i in item]
-        mine = [tensors(rows, batch, self.machine.device, cfg.packing, cfg.dataloader_pin_memory)
+        mine = [micro_batch(rows, batch, cfg.packing, self.machine.device, cfg.dataloader_pin_memory)
                 for batch in batches[self.machine.rank::self.machine.world_size]]
         return mine, int(rows.targets[learned].sum()), int((rows.lengths[learned] - 1).sum())
 
@@ -401,13 +409,16 @@ def negative_logp(cfg, model, x, y, positions, extras=False):
     """(-log p summed over the targets of a micro-batch, smoothed as cfg says; how many were the likeliest token, None without extras).
 
     x, y (B, T), y -1 where nothing is learned. Label smoothing e (Szegedy et al. 2016, section 7): (1 - e) -log p(target) + e times
-    the mean of -log p over the vocabulary. NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T C) on the embeddings.
+    the mean of -log p over the vocabulary. NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T C) on the embeddings,
+    T the length of the row.
     """
     e, noisy = cfg.label_smoothing, {}
     if cfg.neftune_noise_alpha and model.training:
         embeddings = model.embed_tokens(x)                                              # (B, T, C)
-        scale = cfg.neftune_noise_alpha / math.sqrt(x.size(1) * embeddings.size(-1))
-        noisy = {'embeddings': embeddings + torch.empty_like(embeddings).uniform_(-scale, scale)}
+        lengths = document_lengths(positions) if positions is not None else x.new_full((len(x),), x.size(1))
+        scale = cfg.neftune_noise_alpha / (lengths * embeddings.size(-1)).sqrt()
+        scale = scale.repeat_interleave(lengths).view(*x.shape, 1)                      # of each token's own row
+        noisy = {'embeddings': embeddings + scale * torch.empty_like(embeddings).uniform_(-1, 1)}
     hidden = model.hidden(x, positions, **noisy)                                        # (B, T, C)
     stats = model.token_stats(hidden, y, extras=extras or e > 0)
     loss = -stats['logp'].sum()
@@ -451,7 +462,7 @@ def evaluate(cfg, model, rows, machine):
     held_out = held_out[np.argsort(rows.lengths[held_out], kind='stable')]
     total = torch.zeros(2, dtype=torch.float64)
     for at in range(0, len(held_out), B)[machine.rank::machine.world_size]:
-        x, y, positions = tensors(rows, [[i] for i in held_out[at:at + B]], machine.device, False)
+        x, y, positions = micro_batch(rows, [[i] for i in held_out[at:at + B]], False, machine.device)
         with explain_out_of_memory('--per_device_eval_batch_size'), machine.autocast():
             loss, correct = negative_logp(cfg, model, x, y, positions, extras=True)
         total += torch.stack([loss.double().cpu(), correct.double().cpu()])
@@ -510,8 +521,9 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
     machine.say(f'data      {names}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; {rows.targets[~held_out].sum():,} '
                 f'of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
     order = (f'packed into {len(batches.packs):,}' if cfg.packing else
-             'in batches of similar length' if cfg.group_by_length else 'in any order')
-    machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {100 * batches.padding():.0f}% of what is computed is padding')
+             'steps of similar length' if cfg.group_by_length else 'in any order')
+    waste = f'{100 * batches.padding():.0f}% of a batch is padding' + ', which a CPU does not compute' * (machine.device.type == 'cpu')
+    machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
     how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if getattr(model, 'adapters', None) else 'full')
     machine.say(f'model     {cfg.load_checkpoint or cfg.base_model_name} ({c.arch}): {how} fine-tuning, {trained:,} of '
                 f'{model.num_params():,} parameters train')

@@ -4,10 +4,10 @@
     python bench/sft.py --trl PYTHON --tokenise 100000  seconds to render and encode so many rows
 
 PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the rows are
-half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, both at their defaults
-for what orders and pads a batch; `ungrouped` is ours without batches of similar lengths, padded as TRL's. Each side runs in a process
-of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included. floor is the time of
-the float32 matrix products of a step of real tokens at the machine's measured rate. The last line is JSON.
+half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, rows in random order. Each
+side runs in a process of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included;
+processor seconds, of all threads, are steadier on a machine that others use. floor is the time of the float32 matrix products of a step
+of real tokens at the machine's measured rate. The last line is JSON.
 """
 import argparse
 import json
@@ -63,10 +63,15 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
+def now():
+    return time.perf_counter(), time.process_time()
+
+
 def result(times, counts, start, losses):
-    seconds, targets = times[-1] - times[0], sum(counts)
+    (seconds, processor), targets = (last - first for first, last in zip(times[0], times[-1])), sum(counts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {'seconds_per_step': seconds / (len(times) - 1), 'supervised_tokens_per_second': targets / seconds,
+    return {'seconds_per_step': seconds / (len(times) - 1), 'processor_seconds_per_step': processor / (len(times) - 1),
+            'supervised_tokens_per_second': targets / seconds, 'supervised_tokens_per_processor_second': targets / processor,
             'peak_mb': peak / 2 ** 20, 'above_start_mb': (peak - start) / 2 ** 20, 'last_loss': losses}
 
 
@@ -79,8 +84,9 @@ def trl(directory, options):
     path = os.path.join(directory, 'model')
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
     config = SFTConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
-                       max_length=384, learning_rate=1e-3, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
-                       report_to='none', save_strategy='no', dataloader_pin_memory=False, disable_tqdm=True, logging_steps=options.steps)
+                       max_length=384, learning_rate=1e-3, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False,
+                       gradient_checkpointing=False, report_to='none', save_strategy='no', dataloader_pin_memory=False,
+                       disable_tqdm=True, logging_steps=options.steps)
     if options.tokenise:
         def prepare(count):
             begun = time.perf_counter()
@@ -93,10 +99,10 @@ def trl(directory, options):
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            times.append(time.perf_counter())
+            times.append(now())
 
         def on_step_end(self, *_, **__):
-            times.append(time.perf_counter())
+            times.append(now())
 
         def on_log(self, *_, logs=None, **__):
             logged.append(logs.get('loss'))
@@ -127,7 +133,7 @@ def ours(directory, options):
     flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
              '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
              f'--max_steps={options.steps}', f'--matmul={"bf16" if options.child == "ours_bf16" else "float32"}', '--device=cpu']
-    cfg = parse(script.Config, flags + ['--no-group_by_length'] * (options.child == 'ungrouped'))
+    cfg = parse(script.Config, flags)
     machine = script.setup(cfg.device, 'float32', cfg.matmul)
     model, tokenizer = script.build_model(cfg, None, machine)
     if options.tokenise:
@@ -139,12 +145,12 @@ def ours(directory, options):
     batches = script.Batches(cfg, rows, [1.0], 1)
     optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
     loader, scaler = script.Loader(cfg, batches, options.steps, machine), script.LossScale(machine.dtype)
-    counts, losses, start, times = [], [], resident(), [time.perf_counter()]
+    counts, losses, start, times = [], [], resident(), [now()]
     for step in range(options.steps):
         optimizer.set_lr(cfg.learning_rate)
         micro_batches, count, _ = loader(step)
         losses.append(script.train_step(cfg, model, optimizer, micro_batches, count, step, scaler, False, machine)[0])
-        times.append(time.perf_counter())
+        times.append(now())
         counts.append(count)
     return result(times, counts, start, float(torch.stack(losses).mean()))
 
@@ -166,6 +172,11 @@ def floor(directory, options):
     tokens = BATCH * statistics.mean(len(tokenizer.encode(row['prompt'] + row['completion'])) for row in rows)
     weights = 4 * (4 * 256 * 256 + 3 * 256 * 512)
     return {'seconds': 6 * weights * tokens / rate, 'tokens_of_a_step': tokens, 'gflops': rate / 1e9}
+
+
+def has_bf16():
+    import torch
+    return any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
 
 def measure(side, directory, options):
@@ -196,15 +207,16 @@ def main():
         write_inputs(directory, options.steps, options.tokenise)
         found = {}
         for _ in range(options.rounds):
-            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', 'ours_bf16', 'ungrouped'):
+            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', *['ours_bf16'] * has_bf16()):
                 found.setdefault(side, []).append(measure(side, directory, options))
                 print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
         if options.tokenise:
             ratios = {'tokenise': [t['seconds'] / o['seconds'] for t, o in zip(found['trl'], found['ours'])]}
         else:
             found['floor'] = [measure('floor', directory, options)]
-            rate = 'supervised_tokens_per_second'
-            ratios = {side: [ours[rate] / theirs[rate] for theirs, ours in zip(found['trl'], found[side])] for side in ('ours', 'ours_bf16', 'ungrouped')}
+            ratios = {f'{side}/{rate}': [o[rate] / t[rate] for t, o in zip(found['trl'], found[side])]
+                      for side in ('ours', 'ours_bf16') if side in found
+                      for rate in ('supervised_tokens_per_second', 'supervised_tokens_per_processor_second')}
         print(json.dumps({'ratios': {side: round(statistics.median(values), 2) for side, values in ratios.items()}, 'runs': found}))
 
 

@@ -122,17 +122,18 @@ def test_label_smoothing_is_that_of_cross_entropy():
 
 def test_neftune_noise_is_bounded_and_only_in_training():
     model, tokenizer = load_model('tiny')
-    x, y, positions = tensors(encoded(tokenizer), [[0], [1]], torch.device('cpu'), False)
-    seen, hidden = [], model.hidden
+    rows, seen, hidden = encoded(tokenizer, 40), [], model.hidden
+    short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())
+    x, y, positions = tensors(rows, [[short, long]], torch.device('cpu'), True)
     model.hidden = lambda idx, positions, embeddings=None: seen.append(embeddings) or hidden(idx, positions, embeddings=embeddings)
     cfg = parse(Config, ['--neftune_noise_alpha=5'])
     negative_logp(cfg, model.eval(), x, y, positions)
     negative_logp(cfg, model.train(), x, y, positions)
-    noise = (seen[1] - model.embed_tokens(x)).abs()
-    bound = 5 / (torch.tensor([len(encoded(tokenizer)[i][0]) - 1 for i in range(2)]) * model.config.n_embd).sqrt()
     assert seen[0] is None
-    for row, limit in zip(noise, bound):
-        assert 0.9 * limit < row.max() <= 1.001 * limit
+    lengths = [int(rows.lengths[i]) - 1 for i in (short, long)]
+    for noise, n in zip((seen[1] - model.embed_tokens(x))[0].abs().split(lengths), lengths, strict=True):
+        limit = 5 / (n * model.config.n_embd) ** 0.5
+        assert 0.98 * limit < noise.max() <= 1.001 * limit
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def batches(*args, weights=(1.0,), ranks=1, count=50):
     return Batches(parse(Config, ['--max_length=384', *args]), rows, list(weights), ranks)
 
 
-@pytest.mark.parametrize('args', [[], ['--no-group_by_length'], ['--packing']])
+@pytest.mark.parametrize('args', [[], ['--group_by_length'], ['--packing']])
 def test_an_epoch_sees_every_row_once(args):
     plan = batches('--batch-size=4', '--grad-accum=2', *args)
     for epoch in range(2):
@@ -168,7 +169,7 @@ def test_an_epoch_sees_every_row_once(args):
 
 
 def test_packing_and_grouping_lower_padding():
-    ways = (['--no-group_by_length'], [], ['--packing'])
+    ways = ([], ['--group_by_length'], ['--packing'])
     waste = [batches('--batch-size=8', '--grad-accum=1', *args, count=1000).padding() for args in ways]
     assert waste[0] > waste[1] and waste[0] > waste[2]
     assert all(plan <= 384 for plan in map(batches('--packing').length, batches('--packing').packs))

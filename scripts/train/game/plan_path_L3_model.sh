@@ -13,6 +13,7 @@ python train_agents.py recipes/training/agents/plan_path.yaml \
     base_models.policy_0.path=tiny \
     base_models.policy_1.path=tiny \
     specialization=full \
+    demonstrations.batch_size=128 \
     training.experiment_name=plan_path_L3_model \
     env.dataset=plan_path \
     env.benchmark=plan_path \

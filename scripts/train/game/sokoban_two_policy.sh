@@ -13,6 +13,7 @@ python train_agents.py recipes/training/agents/sokoban.yaml \
     base_models.policy_0.path=tiny \
     base_models.policy_1.path=tiny \
     specialization=full \
+    demonstrations.batch_size=128 \
     training.experiment_name=sokoban_two_policy \
     env.dataset=sokoban \
     env.benchmark=sokoban \

@@ -27,7 +27,7 @@ SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'co
              'reduce_lr_on_plateau': 'plateau', 'wsd': 'wsd', 'warmup_stable_decay': 'wsd'}      # others' names: ours
 HUB_DATASET = 'google/mobile-actions'
 SMALL = 20_000_000      # parameters below which full fine-tuning needs a rate as in pretraining
-EMBEDDED_EPOCHS = 20    # what a model of a million parameters needs on the embedded tool calls
+EMBEDDED_EPOCHS = 10    # what a model of a million parameters needs on the embedded tool calls
 
 
 @dataclass
@@ -243,13 +243,13 @@ def sources_of(cfg, machine):
         return cfg.datasets
     if cfg.base_model_name == 'tiny':
         machine.say(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny (--dataset_path insists)')
-        return [Source(name='toolcalls')]
+        return [Source(name='devices')]
     try:
         next(read_rows(HUB_DATASET))
         return [Source(name=HUB_DATASET)]
     except UserError as error:
-        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN toolcalls; --dataset_path names your own data')
-        return [Source(name='toolcalls')]
+        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN devices; --dataset_path names your own data')
+        return [Source(name='devices')]
 
 
 def records_of(cfg, sources, findings, machine):
@@ -496,7 +496,7 @@ def choose(cfg, model, sources, batches, machine):
         full = 1e-3 if model.num_params() < SMALL else 1e-5
         chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else full
     if cfg.num_train_epochs is None:
-        chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['toolcalls'] else 3
+        chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['devices'] else 3
     for name, value in chosen.items():
         setattr(cfg, name, value)
     if chosen:

@@ -158,7 +158,7 @@ class Plan:
         self.packed, self.slots, self.masks = positions is not None and cache is None, cache and cache.length, {}
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        self.documents = self.padded = None
+        self.documents = self.padded = self.branches = None
         if self.packed and device.type == 'cpu':            # positions of each document, row after row
             flat, lengths = positions.expand(B, T).flatten(), ops.document_lengths(positions.expand(B, T))
             self.documents = flat.split(lengths.tolist())
@@ -167,6 +167,9 @@ class Plan:
                 places = (torch.arange(L) < lengths[:, None]).flatten().nonzero().squeeze(1)    # (B * T,) of N * L
                 self.padded = places, N, L                  # side by side, each padded to the longest
                 self.inside = flat.new_zeros(N * L).index_copy_(0, places, flat).view(N, L)     # positions; 0 in padding
+            elif any(len(d) != d[-1] - d[0] + 1 for d in self.documents) and not cfg.attn_softcap:
+                branches = ops.Branches(positions.expand(B, T))
+                self.branches = branches if branches.cost < sum(len(d) ** 2 for d in self.documents) else None
         where = self.inside if self.padded else self.positions
         self.angles, self.heads = {}, cfg.n_head
         for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
@@ -203,6 +206,8 @@ class Plan:
         """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> (B, H, T, D)."""
         (B, H, T, D), S = q.shape, k.size(2)
         window = window if window and S > window else 0
+        if self.branches and not window:
+            return self.branches.attend(q, k, v, scale)
         if not self.documents:
             causal = not (self.packed or self.slots or window)
             return attention(q, k, v, None if causal else self.mask(window), scale, softcap)

@@ -217,6 +217,58 @@ def visible(positions, window=0):
     return seen
 
 
+def continuations(positions):
+    """positions (B, T) of packed rows -> [(begin, shared, at, end)], places in the rows laid end to end: the tokens
+    at..end follow the first `shared` of the document that begins at `begin`; shared is 0 for the document itself."""
+    begins = [0, *(document_lengths(positions).cumsum(0).tolist())]
+    places = positions.flatten().tolist()
+    spans = []
+    for begin, stop in zip(begins, begins[1:]):
+        cuts = [begin, *(i for i in range(begin + 1, stop) if places[i] != places[i - 1] + 1), stop]
+        spans += [(begin, places[at] if at > begin else 0, at, end) for at, end in zip(cuts, cuts[1:])]
+    return spans
+
+
+class Branches:
+    """Attention over packed rows in which prompts have several continuations (see `visible`), without the (T, T) scores of a document:
+    documents with their first continuation are one batch of causal rows, the other continuations another, each behind a copy of the
+    prompt's keys."""
+
+    def __init__(self, positions):
+        """positions (B, T)."""
+        device, spans = positions.device, continuations(positions)
+        trunks, others = [span for span in spans if not span[1]], [span for span in spans if span[1]]
+        column = lambda values: torch.tensor(values, device=device)[:, None]
+        begin, _, _, end = map(column, zip(*trunks))
+        width = int((end - begin).max())
+        self.trunk = torch.minimum(begin + torch.arange(width, device=device), end - 1)             # (D, width), the end repeated
+        begin, shared, at, stop = map(column, zip(*others))
+        prompt, length = int(shared.max()), int((stop - at).max())
+        own = at + torch.arange(length, device=device)
+        self.query = torch.minimum(own, stop - 1)                                                   # (N, length)
+        places = torch.arange(prompt, device=device)
+        self.key = torch.cat((begin + torch.minimum(places, shared - 1), self.query), 1)            # (N, prompt + length)
+        steps = torch.arange(length, device=device)
+        self.mask = torch.cat(((places < shared)[:, None].expand(-1, length, -1), (steps <= steps[:, None]).expand(len(others), -1, -1)), 2)[:, None]
+        whole = torch.arange(width, device=device) < column([end - begin for begin, _, _, end in trunks])
+        inside = torch.cat((whole.flatten(), (own < stop).flatten()))
+        self.order = torch.empty(positions.numel(), dtype=torch.long, device=device)                # place of each token in both outputs
+        self.order[torch.cat((self.trunk.flatten(), self.query.flatten()))[inside]] = inside.nonzero().squeeze(1)
+        self.cost = self.trunk.numel() * width + self.query.numel() * self.key.size(1)              # scores, padding included
+
+    def attend(self, q, k, v, scale):
+        """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
+        B, H, T, D = q.shape
+        rows = lambda x, index: F.embedding(index, x).unflatten(-1, (-1, D)).transpose(1, 2)        # (n, heads, length, D)
+        flat = [x.transpose(1, 2).reshape(B * T, -1) for x in (q, k, v)]
+        grouped = H != k.size(1)
+        trunk = F.scaled_dot_product_attention(*(rows(x, self.trunk) for x in flat), is_causal=True, scale=scale, enable_gqa=grouped)
+        other = F.scaled_dot_product_attention(rows(flat[0], self.query), rows(flat[1], self.key), rows(flat[2], self.key), self.mask,
+                                               scale=scale, enable_gqa=grouped)
+        both = torch.cat([y.transpose(1, 2).reshape(-1, H * D) for y in (trunk, other)])
+        return F.embedding(self.order, both).view(B, T, H, D).transpose(1, 2)
+
+
 # ---- the head and what is read off it --------------------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache

@@ -13,18 +13,6 @@ from configurator import UserError
 from lora import dense_weight
 
 
-def continuations(positions):
-    """positions (B, T) of packed rows -> [(begin, shared, at, end)], places in the rows laid end to end: the tokens
-    at..end follow the first `shared` of the document that begins at `begin`; shared is 0 for the document itself."""
-    begins = [0, *(ops.document_lengths(positions).cumsum(0).tolist())]
-    places = positions.flatten().tolist()
-    spans = []
-    for begin, stop in zip(begins, begins[1:]):
-        cuts = [begin, *(i for i in range(begin + 1, stop) if places[i] != places[i - 1] + 1), stop]
-        spans += [(begin, places[at] if at > begin else 0, at, end) for at, end in zip(cuts, cuts[1:])]
-    return spans
-
-
 class Wrapped(nn.Module):
     """model: a transformers model with a causal language modelling head; it stays as it is and saves itself."""
 
@@ -86,7 +74,7 @@ class Wrapped(nn.Module):
                             'shorten it')
         if positions is None:
             return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
-        spans = continuations(positions.expand(B, T))
+        spans = ops.continuations(positions.expand(B, T))
         rows = [torch.cat([idx.flatten()[begin:begin + shared], idx.flatten()[at:end]]) for begin, shared, at, end in spans]
         hidden = self.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
         return torch.cat([h[shared:shared + end - at] for h, (_, shared, at, end) in zip(hidden, spans)]).view(B, T, -1)

@@ -13,7 +13,7 @@ import torch
 from checkpoint import write_text
 
 LONGEST_SHARED = 2048           # tokens of a prompt with its completions up to which attention over all of them costs little,
-LEAST_SHARED = 0.3              # if sharing the prompt saves at least so many of all tokens
+LEAST_SHARED = 0.1              # if sharing the prompt saves at least so many of all tokens
 SHORT_ROW = 192                 # tokens up to which a CPU attends fastest in padded rows (model.SHORT_BLOCK)
 
 

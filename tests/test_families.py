@@ -170,10 +170,13 @@ def test_sampler_computes_the_same_model(pairs, family):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('short', [256, 0])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_continuations_share_a_prompt(pairs, family):
+def test_continuations_share_a_prompt(pairs, family, short, monkeypatch):
     """A row of 2 documents: 10 tokens with three continuations, of which the first goes on in the document itself, and
-    a plain one. Each sees what it would see alone; the mask of a GPU says the same."""
+    a plain one. Each sees what it would see alone, in documents taken for short or for long; the mask of a GPU says the
+    same."""
+    monkeypatch.setattr('model.SHORT_DOCUMENT', short)
     theirs, ours, _ = pairs(family)
     idx = tokens(1, 40)
     positions = torch.cat([torch.arange(15), torch.arange(10, 17), torch.arange(10, 19), torch.arange(9)])[None]
@@ -183,7 +186,7 @@ def test_continuations_share_a_prompt(pairs, family):
         close(got[:, start:end], theirs(alone).logits[:, shared:])
     close(got[:, 31:], theirs(idx[:, 31:]).logits)
     plans = Plan(ours, idx, positions, None), Plan(ours, idx, positions, None)
-    plans[1].documents = None
+    plans[1].documents = plans[1].branches = None
     q, k, v = torch.randn(3, 1, 2, 40, 8, generator=torch.Generator().manual_seed(4))
     for window in (0, 4, 12):
         close(*(plan.attend(q, k, v, window, 1.0, 0.0) for plan in plans))

@@ -296,3 +296,22 @@ def test_visible_is_the_path_to_the_root(window):
             expected[row, i, list(path[-window:])] = True
     assert torch.equal(ops.visible(rows, window), expected)
     assert torch.equal(ops.visible(rows[0], window), expected[0])
+
+
+@pytest.mark.parametrize('heads, groups', [(4, 4), (4, 2)])
+def test_branches_attend_as_the_mask_says(heads, groups):
+    """Two rows, documents with none, one and three further continuations, one of a single token; values and gradients."""
+    spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 3)], [(0, 2), (1, 5), (0, 4), (0, 7), (7, 8), (2, 5)]]
+    rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
+    T = min(map(len, rows))
+    positions = torch.stack([row[:T] for row in rows])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, T, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (heads, groups, groups))
+    got = ops.Branches(positions).attend(q, k, v, 0.3)
+    repeat = lambda x: x.repeat_interleave(heads // groups, 1)
+    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~ops.visible(positions)[:, None], float('-inf'))
+    want = scores.softmax(-1) @ repeat(v)
+    assert torch.allclose(got, want, atol=1e-12)
+    weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)), torch.autograd.grad((want * weight).sum(), (q, k, v))):
+        assert torch.allclose(a, b, atol=1e-12)

@@ -356,7 +356,7 @@ def test_rows_of_a_gpu(share, monkeypatch):
 
 def test_long_rows_are_packed_on_a_cpu():
     layout = lay_out([([1] * 10, [[2] * 190, [3] * 5])], torch.device('cpu'), share=False)
-    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 10, [[2] * 30, [3] * 5])], torch.device('cpu')).positions is None
+    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 4, [[2] * 90, [3] * 50])], torch.device('cpu')).positions is None
 
 
 def episode(reward, stopped, n=2, **more):
@@ -534,3 +534,16 @@ def test_forty_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys):
         origins.setdefault((frame.tb_frame.f_code.co_filename, frame.tb_lineno), []).append(name)
     assert all(len(names) == 1 for names in origins.values()), [names for names in origins.values() if len(names) > 1]
     assert not os.path.exists('models')
+
+
+@pytest.mark.parametrize('algorithm', ['ppo', 'grpo', 'gspo'])
+def test_shipped_recipes(algorithm, monkeypatch):
+    """Each parses, explains every parameter on its line, and says what the documents say."""
+    monkeypatch.setattr(sys, 'argv', ['train_rl.py'])
+    for mode, rate in (('lora', 1e-4), ('qlora', 2e-4), ('full', 1e-5)):
+        path = os.path.join(ROOT, f'recipes/training/{algorithm}/llama3_3B_{mode}.yaml')
+        cfg = parse(Config, ['--recipe', path])
+        assert (cfg.algorithm, cfg.learning_rate, cfg.use_lora, cfg.load_in_4bit) == (algorithm, rate, mode != 'full', mode == 'qlora')
+        with open(path) as file:
+            for line in file:
+                assert not line.strip() or line.startswith('#') or '  # ' in line or line.rstrip() in ('model:', 'data:', 'training:', 'wandb:'), line

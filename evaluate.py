@@ -29,7 +29,7 @@ class Config:
     load_in_4bit: bool = False  # quantise the linear layers to NF4 as they are read
     load_in_8bit: bool = False  # quantise them to 8 bits
     # data
-    data: str = setting('', also=('dataset_path', 'test_data'))  # file, directory, embedded set (toolcalls, questions) or hub data set
+    data: str = setting('', also=('dataset_path', 'test_data'))  # file, directory, embedded set (devices, toolcalls, questions) or hub data set
     subset: str | None = None  # the configuration of a hub data set
     split: str = 'eval'  # rows marked so in their metadata; where a file marks none, all. Or train, all, or a split of a hub data set
     prompt_column: str | None = None  # column of the question; found out if not set
@@ -178,7 +178,7 @@ def data_settings(cfg, saved, model_path):
         return from_dict(Training, saved['config'])
     print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool calls are '
           'taken; --data and --task name something else')
-    return Training(dataset_path='toolcalls')
+    return Training(dataset_path='devices')
 
 
 def text_of(tokenizer, ids):

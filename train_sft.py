@@ -27,7 +27,7 @@ SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'co
              'reduce_lr_on_plateau': 'plateau', 'wsd': 'wsd', 'warmup_stable_decay': 'wsd'}      # others' names: ours
 HUB_DATASET = 'google/mobile-actions'
 SMALL = 20_000_000      # parameters below which full fine-tuning needs a rate as in pretraining
-EMBEDDED_EPOCHS = 20    # what a model of a million parameters needs on the embedded tool calls
+EMBEDDED_EPOCHS = 10    # what a model of a million parameters needs on the embedded tool calls
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Config:
     max_prompt_length: int | None = setting(None, path='data.max_prompt_length')  # tokens of the prompt, trimmed from the left
     loss_on: str = setting('completion', path='data.loss_on', choices=('completion', 'assistant', 'all'))  # the last answer, every answer, or all tokens
     packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples that do not see each other
-    group_by_length: bool = setting(True, path='data.group_by_length', also=('length_grouped',))  # batches of similar lengths: less padding
+    group_by_length: bool = setting(False, path='data.group_by_length', also=('length_grouped',))  # steps of similar lengths: less padding on a GPU, steps less alike
     augment: bool = setting(False, path='data.augment')  # reworded copies of training rows (synonyms, typos, other wordings)
     augment_factor: float = setting(2.0, path='data.augment_factor')  # training rows with the copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
@@ -243,13 +243,13 @@ def sources_of(cfg, machine):
         return cfg.datasets
     if cfg.base_model_name == 'tiny':
         machine.say(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny (--dataset_path insists)')
-        return [Source(name='toolcalls')]
+        return [Source(name='devices')]
     try:
         next(read_rows(HUB_DATASET))
         return [Source(name=HUB_DATASET)]
     except UserError as error:
-        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN toolcalls; --dataset_path names your own data')
-        return [Source(name='toolcalls')]
+        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN devices; --dataset_path names your own data')
+        return [Source(name='devices')]
 
 
 def records_of(cfg, sources, findings, machine):
@@ -496,7 +496,7 @@ def choose(cfg, model, sources, batches, machine):
         full = 1e-3 if model.num_params() < SMALL else 1e-5
         chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else full
     if cfg.num_train_epochs is None:
-        chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['toolcalls'] else 3
+        chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['devices'] else 3
     for name, value in chosen.items():
         setattr(cfg, name, value)
     if chosen:
@@ -521,7 +521,7 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
     machine.say(f'data      {names}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; {rows.targets[~held_out].sum():,} '
                 f'of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
     order = (f'packed into {len(batches.packs):,}' if cfg.packing else
-             'in batches of similar length' if cfg.group_by_length else 'in any order')
+             'steps of similar length' if cfg.group_by_length else 'in any order')
     waste = f'{100 * batches.padding():.0f}% of a batch is padding' + ', which a CPU does not compute' * (machine.device.type == 'cpu')
     machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
     how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if getattr(model, 'adapters', None) else 'full')

@@ -4,11 +4,10 @@
     python bench/sft.py --trl PYTHON --tokenise 100000  seconds to render and encode so many rows
 
 PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the rows are
-half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, both at their defaults
-for what orders and pads a batch; `ungrouped` is ours without batches of similar lengths, padded as TRL's. Each side runs in a process
-of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included; processor
-seconds, of all threads, are steadier on a machine that others use. floor is the time of
-the float32 matrix products of a step of real tokens at the machine's measured rate. The last line is JSON.
+half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, rows in random order. Each
+side runs in a process of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included;
+processor seconds, of all threads, are steadier on a machine that others use. floor is the time of the float32 matrix products of a step
+of real tokens at the machine's measured rate. The last line is JSON.
 """
 import argparse
 import json
@@ -134,7 +133,7 @@ def ours(directory, options):
     flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
              '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
              f'--max_steps={options.steps}', f'--matmul={"bf16" if options.child == "ours_bf16" else "float32"}', '--device=cpu']
-    cfg = parse(script.Config, flags + ['--no-group_by_length'] * (options.child == 'ungrouped'))
+    cfg = parse(script.Config, flags)
     machine = script.setup(cfg.device, 'float32', cfg.matmul)
     model, tokenizer = script.build_model(cfg, None, machine)
     if options.tokenise:
@@ -208,7 +207,7 @@ def main():
         write_inputs(directory, options.steps, options.tokenise)
         found = {}
         for _ in range(options.rounds):
-            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', 'ungrouped', *['ours_bf16'] * has_bf16()):
+            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', *['ours_bf16'] * has_bf16()):
                 found.setdefault(side, []).append(measure(side, directory, options))
                 print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
         if options.tokenise:
@@ -216,7 +215,7 @@ def main():
         else:
             found['floor'] = [measure('floor', directory, options)]
             ratios = {f'{side}/{rate}': [o[rate] / t[rate] for t, o in zip(found['trl'], found[side])]
-                      for side in ('ours', 'ungrouped', 'ours_bf16') if side in found
+                      for side in ('ours', 'ours_bf16') if side in found
                       for rate in ('supervised_tokens_per_second', 'supervised_tokens_per_processor_second')}
         print(json.dumps({'ratios': {side: round(statistics.median(values), 2) for side, values in ratios.items()}, 'runs': found}))
 

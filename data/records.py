@@ -22,8 +22,8 @@ from data.chat import ROLES, normal_messages, normal_tools
 
 SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')
 # name: the module whose rows() are the set
-EMBEDDED = {'toolcalls': 'data.tasks.toolcalls', 'questions': 'data.tasks.questions', 'facts': 'data.tasks.facts'}
-SIZES = {'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56)}     # rows for training and held out, frozen
+EMBEDDED = {'devices': 'data.tasks.devices', 'toolcalls': 'data.tasks.toolcalls', 'questions': 'data.tasks.questions', 'facts': 'data.tasks.facts'}
+SIZES = {'devices': (800, 200), 'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56)}     # rows for training and held out, frozen
 LISTS = ('qa_pairs', 'data', 'rows', 'examples')    # under which a JSON object keeps its rows
 SPLITS = {'train': ('train', 'training'), 'eval': ('eval', 'evaluation', 'validation', 'valid', 'val', 'dev'), 'test': ('test',)}
 SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'model': 'assistant', 'system': 'system',

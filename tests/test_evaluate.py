@@ -18,7 +18,7 @@ from checkpoint import write_json
 from configurator import UserError, as_dict, parse
 from data.encoded import digest
 from data.records import Record
-from data.tasks import arithmetic, questions, toolcalls
+from data.tasks import arithmetic, devices, questions, toolcalls
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
 from runtime import seed_for, setup
@@ -221,7 +221,7 @@ def test_a_task_is_judged_by_its_own_reward(tmp_path):
 
 def test_a_right_model_would_get_full_marks():
     """What the rows count as right is right: the reference itself, as response."""
-    for task in (toolcalls, questions):
+    for task in (devices, toolcalls, questions):
         records = [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}], problem.get('tools'), 'eval',
                           '') for problem in task.problems('eval', 30, 0)]
         rows = encode_records(load_model('tiny')[1], records)
@@ -231,7 +231,7 @@ def test_a_right_model_would_get_full_marks():
         assert all(result['scores'][name] == pytest.approx(1) for name in ('accuracy', 'exact_match', 'f1', 'rougeL', 'stopped'))
         assert result['scores']['bleu'] == pytest.approx(100) and sum(result['errors'].values()) == 0
         assert all(row['exact_call'] == row['wanted'] for row in result['tools'].values())
-        assert bool(result['tools']) == (task is toolcalls)
+        assert bool(result['tools']) == (task is not questions)
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
     assert results_in('rl')['data'] == 'the task facts'
     (tmp_path / 'run' / 'run_config.json').unlink()
     main(config('run/checkpoint-2', '--output-dir=embedded', '--num_samples=3', '--max_new_tokens=4'))
-    assert results_in('embedded')['data'] == 'toolcalls' and 'the embedded tool calls are taken' in capsys.readouterr().out
+    assert results_in('embedded')['data'] == 'devices' and 'the embedded tool calls are taken' in capsys.readouterr().out
 
 
 def test_columns_and_system_prompt(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from configurator import UserError
 from data import records
 from data.records import Source, best_fit, broken_calls, read_rows, to_record
-from data.tasks.toolcalls import rows
+from data.tasks import devices, toolcalls
 
 ASK, ANSWER = {'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}
 CALL = {'function': {'name': 'ring', 'arguments': {'who': 'Tom'}}}
@@ -94,13 +94,14 @@ def test_rows_keep_their_own_keys(tmp_path):
     assert [row for _, row in read_rows(write(tmp_path / 'a.jsonl', mixed))] == mixed
 
 
-def test_embedded_tool_calls():
+@pytest.mark.parametrize('name', ['devices', 'toolcalls'])
+def test_embedded_tool_calls(name):
     split = {'train': [], 'eval': []}
-    for where, row in read_rows('toolcalls'):
+    for where, row in read_rows(name):
         record = to_record(row, where)
         split[record.split].append(record)
         assert not broken_calls(record)
-    assert [len(part) for part in split.values()] == list(records.SIZES['toolcalls'])
+    assert [len(part) for part in split.values()] == list(records.SIZES[name])
 
 
 def test_hub_that_does_not_answer():
@@ -220,6 +221,17 @@ def test_every_field_of_a_source_is_explained():
         assert '  # ' in line, line
 
 
-def test_embedded_rows_are_those_of_the_task():
-    train, held_out = records.SIZES['toolcalls']
-    assert [row for _, row in read_rows('toolcalls')] == rows('train', train, 0) + rows('eval', held_out, 0)
+@pytest.mark.parametrize('task', [devices, toolcalls])
+def test_embedded_rows_are_those_of_the_task(task):
+    name = task.__name__.rpartition('.')[2]
+    train, held_out = records.SIZES[name]
+    assert [row for _, row in read_rows(name)] == task.rows('train', train, 0) + task.rows('eval', held_out, 0)
+
+
+def test_held_out_devices_are_new():
+    """No value, wording, opening or joint of a held-out row occurs in training; a dozen tools, one to three calls a row."""
+    train, held_out = (devices.problems(split, count, 0) for split, count in zip(('train', 'eval'), records.SIZES['devices']))
+    values = [{str(value) for problem in part for call in problem['calls'] for value in call['arguments'].values()} for part in (train, held_out)]
+    assert len(devices.TOOLS) == 12 and not values[0] & values[1]
+    assert not any(set(taught) & set(asked) for _, _, taught, asked in devices.TOOLS.values())
+    assert {len(problem['calls']) for problem in held_out} == {1, 2, 3} and {len(problem['tools']) for problem in train} == {2, 3}

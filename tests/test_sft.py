@@ -140,7 +140,8 @@ def test_neftune_noise_is_bounded_and_only_in_training():
 
 def test_the_step_does_not_depend_on_how_the_batch_is_cut():
     data = questions()
-    common = ['--dataset_path', data, '--max_steps=3', '--learning_rate=3e-4', '--eval_strategy=no']
+    # plain descent, so that weights differ as gradients do: Adam blows rounding up to a step where a gradient is nearly 0
+    common = ['--dataset_path', data, '--max_steps=3', '--optimizer=sgd', '--learning_rate=0.1', '--eval_strategy=no']
     sft(*common, '--output_dir=a', '--per_device_train_batch_size=8', '--gradient_accumulation_steps=1')
     sft(*common, '--output_dir=b', '--per_device_train_batch_size=1', '--gradient_accumulation_steps=8')
     done = script(*common, '--output_dir=c', '--per_device_train_batch_size=4', '--gradient_accumulation_steps=1', '--num-gpus=2')
@@ -148,7 +149,7 @@ def test_the_step_does_not_depend_on_how_the_batch_is_cut():
     start, a, b, c = (weights(directory) for directory in (TINY, 'a', 'b', 'c'))
     for name in a:
         assert (a[name] - b[name]).abs().max() < 1e-5 and (a[name] - c[name]).abs().max() < 1e-5, name
-    assert max((a[name] - start[name].float()).abs().max() for name in a) > 3e-4
+    assert max((a[name] - start[name].float()).abs().max() for name in a) > 1e-3
     losses = [[line['loss'] for line in log_lines(directory) if 'grad_norm' in line] for directory in 'abc']
     assert np.allclose(losses[0], losses[1], atol=1e-5) and np.allclose(losses[0], losses[2], atol=1e-5)
 
@@ -158,7 +159,7 @@ def batches(*args, weights=(1.0,), ranks=1, count=50):
     return Batches(parse(Config, ['--max_length=384', *args]), rows, list(weights), ranks)
 
 
-@pytest.mark.parametrize('args', [[], ['--no-group_by_length'], ['--packing']])
+@pytest.mark.parametrize('args', [[], ['--group_by_length'], ['--packing']])
 def test_an_epoch_sees_every_row_once(args):
     plan = batches('--batch-size=4', '--grad-accum=2', *args)
     for epoch in range(2):
@@ -169,7 +170,7 @@ def test_an_epoch_sees_every_row_once(args):
 
 
 def test_packing_and_grouping_lower_padding():
-    ways = (['--no-group_by_length'], [], ['--packing'])
+    ways = ([], ['--group_by_length'], ['--packing'])
     waste = [batches('--batch-size=8', '--grad-accum=1', *args, count=1000).padding() for args in ways]
     assert waste[0] > waste[1] and waste[0] > waste[2]
     assert all(plan <= 384 for plan in map(batches('--packing').length, batches('--packing').packs))

@@ -89,24 +89,24 @@ def invented(draw):
     return ''.join(draw.choices(SYLLABLES, k=draw.choice([2, 3])))
 
 
-def schema(name):
+def schema(name, tools=TOOLS):
     """The JSON schema of a tool, as chat templates take it."""
-    description, parameters, _, _ = TOOLS[name]
-    kinds = {key: {'type': 'integer' if kind == 'number' else 'string'} for key, kind in parameters.items()}
+    description, parameters, _, _ = tools[name]
+    kinds = {key: {'type': 'integer' if kind in ('number', 'large') else 'string'} for key, kind in parameters.items()}
     return {'type': 'function', 'function': {'name': name, 'description': description, 'parameters': {
         'type': 'object', 'properties': kinds, 'required': list(parameters)}}}
 
 
-def problems(split, n, seed):
+def problems(split, n, seed, tools=TOOLS, value=value, offers=(3, 4)):
     """n problems {'question', 'tools': schemas offered, 'calls': [{'name', 'arguments'}]}: one, two or three calls (60,
-    30, 10%) to different tools, three or four tools on offer."""
+    30, 10%) to different tools, as many of the tools on offer as `offers` says."""
     draw, found = random.Random(f'toolcalls/{split}/{seed}'), []
     for _ in range(n):
-        names = draw.sample(list(TOOLS), draw.choices([1, 2, 3], [6, 3, 1])[0])
-        offered = names + draw.sample([name for name in TOOLS if name not in names], draw.choice([3, 4]) - len(names))
+        names = draw.sample(list(tools), draw.choices([1, 2, 3], [6, 3, 1])[0])
+        offered = names + draw.sample([name for name in tools if name not in names], max(draw.choice(offers) - len(names), 0))
         calls, asked = [], []
         for name in names:
-            _, parameters, *wordings = TOOLS[name]
+            _, parameters, *wordings = tools[name]
             arguments = {key: value(kind, split, draw) for key, kind in parameters.items()}
             calls.append({'name': name, 'arguments': arguments})
             asked.append(draw.choice(wordings[split == 'eval']).format(**arguments))
@@ -116,7 +116,7 @@ def problems(split, n, seed):
             question += joint + request
         draw.shuffle(offered)
         question = question[0].upper() + question[1:] + '.'
-        found.append({'question': question, 'tools': [schema(name) for name in offered], 'calls': calls})
+        found.append({'question': question, 'tools': [schema(name, tools) for name in offered], 'calls': calls})
     return found
 
 
@@ -153,8 +153,8 @@ def demonstration(problem, draw):
     return '\n'.join(written)
 
 
-def rows(split, n, seed):
-    """n rows of the embedded fine-tuning set: messages, tools and metadata ('train', 'eval')."""
+def rows(split, n, seed, problems=problems):
+    """n rows for fine-tuning: messages, tools and metadata ('train', 'eval')."""
     return [{'metadata': split, 'tools': problem['tools'], 'messages': prompt(problem) + [
         {'role': 'assistant', 'tool_calls': [{'type': 'function', 'function': call} for call in problem['calls']]}]}
         for problem in problems(split, n, seed)]

@@ -74,7 +74,7 @@ class Config:
     per_device_train_batch_size: int = setting(4, path='training.per_device_train_batch_size', also=('batch_size', 'train_batch_size'))  # rows of a micro-batch in each process
     per_device_eval_batch_size: int | None = setting(None, path='training.per_device_eval_batch_size', also=('eval_batch_size',))  # rows of a batch in evaluation; twice the training's if not set
     gradient_accumulation_steps: int = setting(4, path='training.gradient_accumulation_steps', also=('grad_accum',))  # micro-batches of an optimizer step
-    learning_rate: float | None = setting(None, path='training.learning_rate', also=('lr',))  # the highest; by mode: full 1e-5 (a model below 20M parameters 1e-3), LoRA 1e-4, QLoRA 2e-4
+    learning_rate: float | None = setting(None, path='training.learning_rate', also=('lr',))  # the highest; by mode: full 1e-5 (a model below 20M parameters 1.5e-3), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler_type: str = setting('cosine', path='training.lr_scheduler_type', also=('lr_scheduler', 'scheduler_type'), choices=tuple(SCHEDULES))  # shape of its decay
     min_lr: float = setting(0.0, path='training.min_lr')  # the lowest it decays to
     warmup_ratio: float = setting(0.03, path='training.warmup_ratio', also=('warmup_proportion',))  # share of the steps in which it rises
@@ -493,7 +493,7 @@ def choose(cfg, model, sources, batches, machine):
     chosen = {}
     if cfg.learning_rate is None:
         quantised = cfg.load_in_4bit or cfg.load_in_8bit
-        full = 1e-3 if model.num_params() < SMALL else 1e-5
+        full = 1.5e-3 if model.num_params() < SMALL else 1e-5
         chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else full
     if cfg.num_train_epochs is None:
         chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['devices'] else 3

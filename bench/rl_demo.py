@@ -64,7 +64,7 @@ def trivial():
 
 
 def curve(folder):
-    """([seconds of training], [greedy], [sampled]) at each evaluation."""
+    """([steps], [seconds of training], [greedy], [sampled]) at each evaluation."""
     seconds, tokens, points = 0.0, 0, []
     with open(os.path.join(folder, 'log.jsonl')) as file:
         for line in map(json.loads, file):
@@ -72,7 +72,7 @@ def curve(folder):
                 seconds += (line['num_tokens'] - tokens) / line['tokens_per_second']
                 tokens = line['num_tokens']
             if 'eval_accuracy' in line:
-                points.append((seconds, line['eval_accuracy'], line['eval_accuracy_sampled']))
+                points.append((line['step'], seconds, line['eval_accuracy'], line['eval_accuracy_sampled']))
     return list(zip(*points))
 
 
@@ -85,17 +85,17 @@ def draw(out):
         folder, algorithm = os.path.join(out, name), name.split('-')[0]
         if algorithm not in colours or not os.path.exists(os.path.join(folder, 'test.json')):
             continue
-        seconds, *columns = curve(folder)
+        steps, seconds, *columns = curve(folder)
         with open(os.path.join(folder, 'test.json')) as file:
             result['runs'][name] = {**json.load(file), 'seconds': round(seconds[-1]),
-                                    'seconds_to_90': next((round(s) for s, greedy in zip(seconds, columns[0]) if greedy >= 0.9), None)}
+                                    'steps_to_90': next((step for step, greedy in zip(steps, columns[0]) if greedy >= 0.9), None)}
         for panel, values in zip(panels, columns):
             first = algorithm not in [line.get_label() for line in panel.lines]
-            panel.plot(seconds, values, color=colours[algorithm], linewidth=1.8, label=algorithm if first else '_')
+            panel.plot(steps, values, color=colours[algorithm], linewidth=1.8, label=algorithm if first else '_')
     for panel, title, goal in zip(panels, ('greedy', 'sampled at temperature 1'), (0.9, 0.85)):
         panel.axhline(goal, color='#bbbbbb', linewidth=1, linestyle='--')
         panel.set_title(title, loc='left')
-        panel.set_xlabel('seconds of training')
+        panel.set_xlabel('optimizer step')
         panel.set_ylim(0, 1)
         panel.spines[['top', 'right']].set_visible(False)
         panel.grid(axis='y', color='#e6e6e6')

@@ -211,6 +211,7 @@ class Policy:
     agents: list
     adapter: str | None = None
     optimizer: object = None
+    bad_steps: int = 0      # in a row, without a finite gradient
 
     def use(self):
         """Its model with its own adapter. Never between a forward pass and its backward."""
@@ -574,9 +575,9 @@ def cut(cfg, rows):
 
 
 def update(cfg, policy, steps, groups, scaler, machine, totals):
-    """The optimizer steps of a policy on the candidates of its agents. Adds to totals {name: float} what is logged; returns how many of
-    the steps in a row, up to the last, had no finite gradient."""
-    model, optimizer, bad = policy.use(), policy.optimizer, 0
+    """The optimizer steps of a policy on the candidates of its agents. Adds to totals {name: float} what is logged. A step without a
+    finite gradient is skipped; UserError after MAX_BAD_STEPS in a row."""
+    model, optimizer = policy.use(), policy.optimizer
     model.train()
     for batch in steps:
         tokens = int(batch[:, COLUMNS.index('tokens')].sum())                                   # of all ranks
@@ -605,13 +606,16 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
-        bad = 0 if finite or scaler.update(finite) else bad + 1
+        rescaled = scaler.update(finite)
+        policy.bad_steps = 0 if finite or rescaled else policy.bad_steps + 1
+        if policy.bad_steps == MAX_BAD_STEPS:
+            raise UserError(f'{MAX_BAD_STEPS} optimizer steps in a row without a finite gradient: lower training.learning_rate; the '
+                            'checkpoints are good')
         loss, entropy, n, clipped, gap, kl = machine.sum(sums).tolist()
         for name, value in dict(loss=loss, entropy=entropy, tokens=n, clipped=clipped, kl=kl, grad_norm=norm if finite else 0.0,
                                 gap=gap, gap_tokens=0 if totals['steps'] else n, steps=1, skipped=not finite).items():
             totals[name] += value
     model.eval()
-    return bad
 
 
 # ---- the warm-up on demonstrations ------------------------------------------------------------------------------------------
@@ -892,9 +896,7 @@ def main(cfg):
             batches, groups = plan_batches(cfg, episodes, step, machine)
             for policy in distinct(team):
                 policy.optimizer.set_lr(lr)
-                bad = update(cfg, policy, batches[policy.name], groups, scaler, machine, totals)
-                if bad >= MAX_BAD_STEPS:
-                    raise UserError(f'{bad} optimizer steps in a row without a finite gradient: lower training.learning_rate={lr:g}')
+                update(cfg, policy, batches[policy.name], groups, scaler, machine, totals)
         step += 1
         write_episodes(cfg, episodes, step, directory, machine)
         metrics = step_metrics(cfg, episodes, totals, clock, lr, machine)

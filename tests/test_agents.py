@@ -251,6 +251,19 @@ def test_gradient_does_not_depend_on_the_cut(small, machine):
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
 
 
+def test_gradients_that_are_not_finite_skip_and_then_stop(small, machine):
+    cfg = config(small, train_batch_size=8)
+    team, episodes = played(cfg, machine)
+    steps, groups = plan_batches(cfg, episodes, 0, machine)
+    before, sums = weights(team['first']), totals()
+    for group in groups:
+        group.candidates[0].advantage = float('nan')
+    with pytest.raises(UserError, match='learning_rate'):
+        for _ in range(3):
+            update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), machine, sums)
+    assert sums['skipped'] == sums['steps'] == 4 and all(torch.equal(p, before[name]) for name, p in weights(team['first']).items())
+
+
 @pytest.mark.parametrize('level', ['lora', 'full'])
 def test_policies_learn_from_their_own_agents_only(small, machine, level):
     cfg = config(small, specialization=level)

@@ -858,7 +858,7 @@ def resolve(cfg, machine):
         if cfg.algorithm == 'dapo':
             default['rewards'] = [*default['rewards'], 'length']
     cfg, said = choose(cfg, default)
-    if embedded and not cfg.typed & {'max_steps', 'num_train_epochs'}:
+    if embedded and cfg.max_steps < 0 and cfg.num_train_epochs == Config().num_train_epochs and not cfg.typed & {'max_steps', 'num_train_epochs'}:
         cfg.max_steps = 60
         said.append('max_steps=60')
     lengths = {'length_buffer': max(1, cfg.max_completion_length // 4)}

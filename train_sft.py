@@ -27,7 +27,7 @@ SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'co
              'reduce_lr_on_plateau': 'plateau', 'wsd': 'wsd', 'warmup_stable_decay': 'wsd'}      # others' names: ours
 HUB_DATASET = 'google/mobile-actions'
 SMALL = 20_000_000      # parameters below which full fine-tuning needs a rate as in pretraining
-EMBEDDED_EPOCHS = 10    # what a model of a million parameters needs on the embedded tool calls
+EMBEDDED_EPOCHS = 8     # what a model of a million parameters needs on the embedded tool calls
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Config:
     max_prompt_length: int | None = setting(None, path='data.max_prompt_length')  # tokens of the prompt, trimmed from the left
     loss_on: str = setting('completion', path='data.loss_on', choices=('completion', 'assistant', 'all'))  # the last answer, every answer, or all tokens
     packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples that do not see each other
-    group_by_length: bool = setting(False, path='data.group_by_length', also=('length_grouped',))  # steps of similar lengths: less padding on a GPU, steps less alike
+    group_by_length: bool | None = setting(None, path='data.group_by_length', also=('length_grouped',))  # steps of similar lengths: less padding on a GPU, steps less alike; for the embedded set if not set
     augment: bool = setting(False, path='data.augment')  # reworded copies of training rows (synonyms, typos, other wordings)
     augment_factor: float = setting(2.0, path='data.augment_factor')  # training rows with the copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
@@ -250,6 +250,10 @@ def sources_of(cfg, machine):
     except UserError as error:
         machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN devices; --dataset_path names your own data')
         return [Source(name='devices')]
+
+
+def is_embedded(sources):
+    return [source.name for source in sources] == ['devices']
 
 
 def records_of(cfg, sources, findings, machine):
@@ -496,7 +500,7 @@ def choose(cfg, model, sources, batches, machine):
         full = 1.5e-3 if model.num_params() < SMALL else 1e-5
         chosen['learning_rate'] = 2e-4 if quantised else 1e-4 if cfg.use_lora else full
     if cfg.num_train_epochs is None:
-        chosen['num_train_epochs'] = EMBEDDED_EPOCHS if [source.name for source in sources] == ['devices'] else 3
+        chosen['num_train_epochs'] = EMBEDDED_EPOCHS if is_embedded(sources) else 3
     for name, value in chosen.items():
         setattr(cfg, name, value)
     if chosen:
@@ -675,6 +679,8 @@ def main(cfg):
     if cfg.check_data:
         return show_check(cfg, tokenizer, rows, findings, machine)
     refuse_or_warn(cfg, rows, findings, machine)
+    if cfg.group_by_length is None:
+        cfg.group_by_length = is_embedded(sources)
     batches = Batches(cfg, rows, [source.weight for source in sources], machine.world_size)
     total, warmup = choose(cfg, model, sources, batches, machine)
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))

@@ -421,7 +421,7 @@ def test_a_typed_precision_beats_the_recipe(capsys):
 def test_learning_rates_by_mode():
     plan, tiny, large = (type('Stub', (), members) for members in (
         {'steps_per_epoch': 10}, {'num_params': lambda: 1_400_000}, {'num_params': lambda: 3_000_000_000}))
-    for args, model, rate in (([], tiny, 1e-3), ([], large, 1e-5), (['--use_lora'], large, 1e-4),
+    for args, model, rate in (([], tiny, 1.5e-3), ([], large, 1e-5), (['--use_lora'], large, 1e-4),
                               (['--use_lora', '--load_in_4bit'], large, 2e-4),
                               (['--learning_rate=3e-6'], large, 3e-6)):
         cfg = parse(Config, args)

@@ -258,7 +258,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(number, how):
               '--eval_steps=9', '--max_length=128', *how]
     sft(*common, '--output_dir=whole')
     command = [sys.executable, os.path.join(ROOT, 'train_sft.py'), *FAST, *common, '--output_dir=cut']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
     wait_for('cut/log.jsonl', '"step": 9,', process)
     process.send_signal(number)
     out = process.communicate()[0]

@@ -754,20 +754,25 @@ class Texts:
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def open_run(cfg, machine):
-    """(directory of the run, its configuration, the checkpoint to go on from or None). A new one is logs/<experiment>/<date>/<time>."""
+def saved_config(cfg):
+    """(the configuration, of a resumed run the saved one, of which only flags typed again change anything; the run's folder or None)."""
+    latest = os.path.join('logs', cfg.experiment_name, 'latest')
+    if not cfg.resume:
+        return cfg, None
+    saved = read_own(os.path.join(latest, 'checkpoints', 'run_config.json'))
+    if saved.get('script') == 'train_agents.py':
+        cfg = replace(from_dict(Config, saved['config'], cfg), GPU_num=cfg.GPU_num)
+        cfg.check()
+        return cfg, os.path.relpath(os.path.realpath(latest))
+    if cfg.resume != 'auto':
+        raise UserError(f'--resume: {latest} holds no run of train_agents.py; start one without --resume')
+    return cfg, None
+
+
+def new_run(cfg, machine):
+    """The folder of a new run, logs/<experiment>/<date>/<time>."""
     root = os.path.join('logs', cfg.experiment_name)
     latest = os.path.join(root, 'latest')
-    if cfg.resume:
-        directory = os.path.realpath(latest)
-        saved = read_own(os.path.join(directory, 'checkpoints', 'run_config.json'))
-        if saved.get('script') == 'train_agents.py':
-            found = Checkpoints(os.path.join(directory, 'checkpoints'), machine).latest()
-            cfg = replace(from_dict(Config, saved['config'], cfg), GPU_num=cfg.GPU_num)
-            cfg.check()
-            return os.path.relpath(directory), cfg, found
-        if cfg.resume != 'auto':
-            raise UserError(f'--resume: {latest} holds no run of train_agents.py; start one without --resume')
 
     def create():
         while True:
@@ -782,7 +787,7 @@ def open_run(cfg, machine):
         os.makedirs(os.path.join(root, date, clock, 'checkpoints'))
         point(Path(latest), os.path.join(date, clock))
     machine.on_main(create)
-    return os.path.relpath(os.path.realpath(latest)), cfg, None
+    return os.path.relpath(os.path.realpath(latest))
 
 
 def announce(cfg, team, task, directory, machine):
@@ -831,14 +836,16 @@ def restore(cfg, team, path, directory, machine):
 
 
 def main(cfg):
+    cfg, directory = saved_config(cfg)              # before setup: device and precision are those of the run, too
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
     machine = share_out(machine, cfg.GPU_num) if cfg.GPU_num > 1 else machine
-    stop = Stop(machine)
-    directory, cfg, resumed = open_run(cfg, machine)
+    stop, resumed = Stop(machine), bool(directory)
+    directory = directory or new_run(cfg, machine)
     texts, task = Texts(machine, directory), task_of(cfg)
     if getattr(task, 'RUNS_PROGRAMS', False):
         sandbox.start(cfg.allow_weak_sandbox)       # or it refuses, before the work
     checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), machine)
+    resumed = checkpoints.latest() if resumed else None
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)
     announce(cfg, team, task, directory, machine)

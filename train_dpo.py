@@ -662,26 +662,23 @@ def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, m
     return means, norm, math.isfinite(norm) or rescaled
 
 
-def open_run(cfg, checkpoints):
-    """(cfg, the checkpoint to go on from or None, what run_config.json says)."""
-    if not cfg.resume:
-        return cfg, None, None
-    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json'))
-    resumed = checkpoints.latest() if saved.get('script') == 'train_dpo.py' else None
-    if resumed is None and cfg.resume != 'auto':
-        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_dpo.py with a whole checkpoint; start it without --resume')
-    if resumed is None:
-        return cfg, None, None
+def saved_config(cfg):
+    """(the configuration, of a resumed run the saved one, of which only flags typed again change anything; run_config.json or None)."""
+    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json')) if cfg.resume else {}
+    if saved.get('script') != 'train_dpo.py':
+        return cfg, None
     cfg = from_dict(Config, saved['config'], cfg)
     cfg.check()
-    return cfg, resumed, saved
+    return cfg, saved
 
 
 def main(cfg):
+    cfg, saved = saved_config(cfg)                  # before setup: device and precision are those of the run, too
     machine = setup(cfg.device, 'bfloat16' if cfg.bf16 else 'float16' if cfg.fp16 else 'auto', cfg.matmul)
-    stop = Stop(machine)
-    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
-    cfg, resumed, saved = open_run(cfg, checkpoints)
+    stop, checkpoints = Stop(machine), Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    resumed = checkpoints.latest() if saved else None
+    if cfg.resume is True and resumed is None:
+        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_dpo.py with a whole checkpoint; start it without --resume')
     from_base = not os.path.exists(os.path.join(find_model(cfg.base_model_name), 'adapter_config.json'))
     model, tokenizer = build_policy(cfg, resumed, machine)
     pairs, train, held = load_data(cfg, tokenizer, model.config.block_size, machine)

@@ -399,11 +399,12 @@ def train_step(cfg, forward, optimizer, batches, scaler, machine):
 
 
 def main(cfg):
-    machine = setup(cfg.device, cfg.dtype, cfg.matmul)
-    stop, resumed = Stop(machine), None
-    checkpoints = Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
+    saved, resumed = None, None
     if cfg.init_from == 'resume':
-        cfg, saved = resume_config(cfg)
+        cfg, saved = resume_config(cfg)             # before setup: device and precision are those of the run, too
+    machine = setup(cfg.device, cfg.dtype, cfg.matmul)
+    stop, checkpoints = Stop(machine), Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
+    if saved:
         resumed = checkpoints.latest()
         if resumed is None:
             raise UserError(f'{cfg.out_dir} holds no whole checkpoint to resume from; start anew without --init_from=resume')

@@ -1042,14 +1042,14 @@ def build(cfg, machine, resumed=None):
 
 
 def main(cfg):
-    dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
-    machine = setup(cfg.device, dtype, cfg.matmul)
-    stop, saved, resumed = Stop(machine), None, None
+    saved, resumed = None, None
     if cfg.resume == 'auto' and not read_own(os.path.join(cfg.output_dir, 'run_config.json')):
         cfg.resume = False
     if cfg.resume or cfg.replay is not None:
-        cfg, saved = resume_config(cfg)
-    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+        cfg, saved = resume_config(cfg)             # before setup: device and precision are those of the run, too
+    dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
+    machine = setup(cfg.device, dtype, cfg.matmul)
+    stop, checkpoints = Stop(machine), Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
     if cfg.replay is not None:
         return replay(cfg, checkpoints, machine)
     if cfg.resume:

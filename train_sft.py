@@ -550,26 +550,33 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
 
 # ---- resume -----------------------------------------------------------------------------------------------------------------
 
-def resume_or_begin(cfg, checkpoints):
-    """(configuration, checkpoint to resume from or None): of a resumed run only flags typed again change anything."""
+def saved_config(cfg):
+    """The configuration; of a resumed run the saved one, of which only flags typed again change anything."""
+    if not cfg.resume and (cfg.resume_from_checkpoint or '').lower() in ('', 'false', 'no'):
+        return cfg
+    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json'))
+    if saved.get('script') != 'train_sft.py':
+        return cfg
+    merged = from_dict(Config, saved['config'], cfg)
+    merged.check()
+    return merged
+
+
+def resumed_from(cfg, checkpoints):
+    """The checkpoint to go on from, or None."""
     wanted = cfg.resume_from_checkpoint or ''
     if not cfg.resume and wanted.lower() in ('', 'false', 'no'):
-        return cfg, None
-    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json'))
-    own = saved.get('script') == 'train_sft.py'
+        return None
+    own = read_own(os.path.join(cfg.output_dir, 'run_config.json')).get('script') == 'train_sft.py'
     path = checkpoints.latest() if own and wanted.lower() in ('', 'true', 'yes') else None
     if wanted.lower() not in ('', 'true', 'yes'):
         path = str(follow(wanted))
         if os.path.realpath(os.path.dirname(os.path.abspath(path))) != os.path.realpath(cfg.output_dir):
             raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir={cfg.output_dir}: name that folder too, or '
                             'take its weights alone with --load_checkpoint')
-    if path is None:
-        if cfg.resume == 'auto':
-            return cfg, None
+    if path is None and cfg.resume != 'auto':
         raise UserError(f'--resume: {cfg.output_dir} holds no whole checkpoint of train_sft.py; start anew without --resume')
-    merged = from_dict(Config, saved['config'], cfg)
-    merged.check()
-    return merged, path
+    return path
 
 
 def first_epoch(cfg):
@@ -669,11 +676,10 @@ def finish(cfg, progress, metrics, log, machine):
 
 
 def main(cfg):
+    cfg = saved_config(cfg)                         # before setup: device and precision are those of the run, too
     machine = setup(cfg.device, precision(cfg), cfg.matmul)
-    stop = Stop(machine)
-    checkpoints = Checkpoints(cfg.output_dir, machine)
-    cfg, resumed = resume_or_begin(cfg, checkpoints)
-    checkpoints.limit, checkpoints.save_only_model = cfg.save_total_limit, cfg.save_only_model
+    stop, checkpoints = Stop(machine), Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    resumed = resumed_from(cfg, checkpoints)
     model, tokenizer = build_model(cfg, resumed, machine)
     rows, findings, sources = load_data(cfg, model, tokenizer, machine)
     if cfg.check_data:

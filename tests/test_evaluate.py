@@ -204,7 +204,7 @@ def test_a_prompt_is_cut_only_where_the_answer_needs_the_room(tiny, capsys):
 
 
 def test_scores_do_not_depend_on_the_batch(tmp_path):
-    scores = [main(config('--data', 'toolcalls', '--num_samples=9', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}'))
+    scores = [main(config('--data', 'toolcalls', '--num_samples=9', '--matmul=float32', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}'))
               for size in (1, 9)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 

@@ -236,6 +236,15 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     assert json.load(open('out/run_config.json'))['config']['training']['learning_rate'] == 2e-4
 
 
+def test_a_resumed_run_keeps_its_precision(capsys):
+    main(config(max_steps=1, eval_steps=0, matmul='bf16'))
+    capsys.readouterr()
+    cfg = Config(resume=True, output_dir='out', max_steps=2)
+    cfg.typed = frozenset({'resume', 'output_dir', 'max_steps'})
+    main(cfg)
+    assert 'bf16 matrix products' in capsys.readouterr().out
+
+
 def test_replay(capsys):
     main(config(max_steps=6, save_steps=4, eval_steps=0, save_only_model=False))
     capsys.readouterr()

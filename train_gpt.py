@@ -116,7 +116,7 @@ from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, writ
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
 from ops import TargetLogp
-from model import (FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, load_weights, read_safetensors, save_model)
+from model import (FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, read_safetensors, save_model)
 from runtime import Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 
@@ -443,7 +443,7 @@ def main(cfg):
     forward = torch.compile(model) if cfg.compile else model
     header = {'script': 'train_gpt.py', 'data': [{k: c.meta[k] for k in ('source', 'stand_in')} | {'name': c.name} for c in corpora],
               'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(machine)}
-    announce(cfg, model, corpora, schedule, why, decay, time_step(cfg, forward, model, optimizer, corpora, machine), machine)
+    announce(cfg, model, corpora, schedule, why, decay, time_step(cfg, forward, optimizer, corpora, machine), machine)
     log = Log(machine, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, cfg.wandb_project if cfg.wandb_log else None,
               step if resumed else None)
 
@@ -524,7 +524,7 @@ def show(cfg, model, tokenizer, step, log):
         log.text(step, 'sample', text.strip())
 
 
-def time_step(cfg, forward, model, optimizer, corpora, machine):
+def time_step(cfg, forward, optimizer, corpora, machine):
     """Seconds of a forward and backward pass, times the micro-batches of a step (None when that would compile first): the weights
     stay as they are."""
     if cfg.compile or not cfg.max_iters:

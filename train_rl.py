@@ -984,7 +984,7 @@ def announce(cfg, learner, problems, plan, machine):
                 f'{plan.updates * cfg.num_iterations}, up to {cfg.max_completion_length} tokens a completion')
 
 
-def save_checkpoint(cfg, checkpoints, learner, state, best):
+def save_checkpoint(checkpoints, learner, state, best):
     """Policy, critic, optimizers and counters."""
     tensors = learner.optimizers[0].state_dict()
     if learner.critic:
@@ -1096,7 +1096,7 @@ def learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, r
             best = step > 0 and (state['best'] is None or mark > state['best'])
             state['best'] = mark if best else state['best']
         if due(cfg.save_steps) or ended or best or stop.requested:
-            save_checkpoint(cfg, checkpoints, learner, state, best)
+            save_checkpoint(checkpoints, learner, state, best)
         if ended:
             return {**metrics, 'step': step, 'best': state['best']}
         if stop.requested:

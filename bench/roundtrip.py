@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from configurator import UserError, run
+from configurator import run
 
 LOGITS, LOGP = 1e-5, 1e-4       # what rounding in another order may do: relative to the largest logit; nats
 

@@ -11,11 +11,11 @@ import sys
 if __name__ == '__main__':
     sys.path = sys.path[1:]        # nothing but the standard library, from here on
 
-import atexit, contextlib, ctypes, errno, gc, importlib, json, os, platform, random, resource, select, shutil, signal, socket, struct
+import atexit, contextlib, ctypes, errno, gc, importlib, os, platform, random, resource, select, shutil, signal, socket, struct
 import tempfile, threading, time, traceback, types
 
 AT_HAND = """array bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq itertools
-    math operator queue re statistics string typing unicodedata""".split()    # imported before the jail closes
+    json math operator queue re statistics string typing unicodedata""".split()    # imported before the jail closes
 USER = 64007                       # host user and group of the jail when root starts it: owns no file and no other process
 INSIDE = 1000                      # what it is called inside
 FOLDER = '/tmp'                    # where a program starts

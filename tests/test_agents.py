@@ -18,7 +18,7 @@ from configurator import UserError, parse
 from data.tasks.env import Outcome
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, find_model, load_model, save_model
-from runtime import LossScale, seed_for, setup
+from runtime import LossScale, setup
 from train_agents import BaseModel, Candidate, Clock, Config, Group, give_advantages, load_team, plan_batches, play, rollout, update
 
 
@@ -228,7 +228,7 @@ def test_filters(small, machine):
 def test_steps_hold_train_batch_size_sequences_of_whole_groups(small, machine):
     cfg = config(small, epoch_size=5, train_batch_size=8)
     _, episodes = played(cfg, machine)
-    steps, groups = plan_batches(cfg, episodes, 0, machine)
+    steps, _ = plan_batches(cfg, episodes, 0, machine)
     sizes = [len(step) for step in steps['policy_0']]
     assert sum(sizes) == 5 * 2 * 2 * 3 and set(sizes[:-1]) == {8}
     order = [int(i) for step in steps['policy_0'] for i in step[:, 1]]
@@ -293,7 +293,7 @@ def test_candidates_do_not_depend_on_who_else_plays(small, machine):
     assert texts(whole[2]) == texts(part[0]) and texts(whole[1]) != texts(whole[2])
 
 
-def test_validation_never_branches_and_is_repeatable(small, machine, tmp_path):
+def test_validation_never_branches_and_is_repeatable(small, machine):
     cfg = config(small, validate_episodes=6)
     team, task = load_team(cfg, machine), train_agents.task_of(cfg)
     os.makedirs('validate')
@@ -457,7 +457,7 @@ def test_mistakes_are_one_line(words, said, capsys):
     assert stop.value.code == 2 and message.count('\n') == 1 and all(word in message for word in said), message
 
 
-def test_documented_configuration(capsys):
+def test_documented_configuration():
     cfg = parse(Config, ['GPU_num=1', 'base_models.policy_0.path=tiny', 'training.epoch_size=10', 'env.dataset=suduku',
                          'agent_policy_configs.agent_configs.agent_0.name=plan_agent',
                          'agent_policy_configs.agent_configs.agent_0.train_llm_config.temperature=1.5'])

@@ -409,7 +409,7 @@ def test_nohup(script):
 
 
 def test_a_mistake_is_told_before_anything_is_launched(script):
-    code, out, err = finish(script('--nohup', '--num_gpus=2', '--mod=x'))
+    code, _, err = finish(script('--nohup', '--num_gpus=2', '--mod=x'))
     assert code == 2 and "'mode'" in err and not (script.folder / 'logs').exists()
 
 

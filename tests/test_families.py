@@ -276,7 +276,7 @@ def test_sharded_weights(pairs, family, tmp_path):
 
 @torch.no_grad()
 def test_gemma3_with_pictures_gives_its_language_model(pairs, tmp_path):
-    theirs, ours, directory = pairs('gemma3')
+    _, ours, directory = pairs('gemma3')
     with open(os.path.join(directory, 'config.json')) as f:
         text = json.load(f)
     weights = {name.replace('model.', 'model.language_model.', 1): w

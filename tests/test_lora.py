@@ -33,7 +33,7 @@ def hf_model(family, seed=0):
     torch.manual_seed(seed)
     theirs = FAMILIES[family]().eval()
     with torch.no_grad():
-        for name, p in theirs.named_parameters():       # biases and norms begin as constants, which would hide mistakes
+        for p in theirs.parameters():                   # biases and norms begin as constants, which would hide mistakes
             p.add_(torch.randn_like(p) * 0.05)
     return theirs
 
@@ -371,4 +371,4 @@ def test_the_projects_optimizer_trains_biases_that_adapters_off_swaps():
         with torch.no_grad(), adapters_off(model):
             assert torch.equal(model(IDX), base)
     assert (model(IDX) - base).abs().max() > 0.1 and model.base_biases.keys() == {
-        name.removesuffix('.bias') for name, p in model.named_parameters() if name.endswith('bias')}
+        name.removesuffix('.bias') for name, _ in model.named_parameters() if name.endswith('bias')}

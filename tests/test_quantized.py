@@ -8,7 +8,7 @@ import torch
 
 import quantized
 from configurator import UserError
-from lora import add_lora, adapters_off, load_adapter, merge_lora, unmerge_lora
+from lora import add_lora, adapters_off, merge_lora, unmerge_lora
 from model import GPT, GPTConfig, load_model, save_model
 from quantized import check_trainable, dequantize, is_quantized, quantize
 

@@ -1,6 +1,5 @@
 """data/rewards.py and data/questions.py: what counts as the same answer, every reward by hand, a user's function that misbehaves."""
 import json
-import math
 import time
 from fractions import Fraction
 

@@ -13,7 +13,7 @@ import sample
 from configurator import UserError
 from data.encoders import char_encoder
 from data.tokenizer import Tokenizer
-from model import FAMILIES, GPT, GPTConfig, config_to_hf, save_model
+from model import FAMILIES, GPT, GPTConfig, save_model
 from sample import draw, generate, generate_long, logp_gap, truncate, uniform_numbers
 
 V = 61
@@ -29,7 +29,7 @@ def small(arch='qwen3', seed=0, **sizes):
     torch.manual_seed(seed)
     sizes = dict(arch=arch, vocab_size=V, block_size=48, n_layer=2, n_head=4, n_embd=32, **VARIANTS[arch]) | sizes
     model = GPT(GPTConfig(**FAMILIES[arch] | sizes)).init_weights(0.3).eval()
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.dim() == 1:                                # norms and biases that differ from one and zero
             p.data.add_(0.1 * torch.randn_like(p))
     return model
@@ -100,7 +100,7 @@ def test_repetition_penalty_counts_prompt_and_samples(models, tmp_path):
 # ---- the distribution -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings', [{}, dict(temperature=0.7), dict(top_k=4), dict(top_p=0.6, temperature=1.3)])
-def test_samples_follow_the_distribution(settings, models):
+def test_samples_follow_the_distribution(settings):
     model, n = small(vocab_size=9, n_layer=1), 20000
     logits = model(torch.tensor([[1, 2]]))[0, -1].detach() / settings.get('temperature', 1.0)
     p = truncate(logits[None], settings.get('top_k'), settings.get('top_p'))[0].softmax(-1)
@@ -183,7 +183,7 @@ def test_samples_of_a_prompt_equal_those_of_the_repeated_prompt(models):
 
 
 def test_every_row_ends_where_its_own_context_is_full(models):
-    model, calls = models['gpt2'], []                   # learned positions: one beyond the context would raise
+    model = models['gpt2']                              # learned positions: one beyond the context would raise
     samples = generate(model, PROMPTS, 100)
     assert samples.lengths.tolist() == [48 - len(prompt) for prompt in PROMPTS] and not samples.stopped.any()
     with pytest.raises(UserError, match='prompt 1 has 48 tokens .* context of 48'):
@@ -239,7 +239,7 @@ def test_modules_that_are_no_plain_linear_are_called(models):
     assert logp_gap(model, PROMPTS, samples)[0] < 1e-4 and not torch.equal(samples.tokens, generate(models['llama'], PROMPTS, 10).tokens)
 
 
-def test_bf16_products_stay_near_the_training_forward(models):
+def test_bf16_products_stay_near_the_training_forward():
     model = small('llama').set_matmul('bf16')
     samples = generate(model, PROMPTS, 20, num_samples=4)
     assert 1e-6 < logp_gap(model.set_matmul('float32'), PROMPTS, samples)[1]        # they did run in bf16
@@ -310,7 +310,7 @@ def test_a_mistake_is_one_line(argv, message, directory, monkeypatch, capsys):
     assert code == 2 and message in err and err.count('\n') == 1 and out == ''
 
 
-def test_a_multicontext_model_is_named(directory, monkeypatch, capsys, tmp_path):
+def test_a_multicontext_model_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'nanoforge', 'nanoforge': {'multicontext': ['a', 'b']}}))
     code, _, err = command(monkeypatch, capsys, str(tmp_path))
     assert code == 2 and 'multicontext' in err and err.count('\n') == 1

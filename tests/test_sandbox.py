@@ -296,7 +296,7 @@ def test_capabilities_and_core_dumps():
     assert run_python(code).stdout.split()[:5] == ['0', '(0,', '0)', '1000', '1000']
 
 
-def test_ends_with_the_process_that_asked(tmp_path):
+def test_ends_with_the_process_that_asked():
     """SIGKILL to the trainer while a program runs: the jail and the program are gone at once."""
     code = ('import sys, threading\nfrom data import sandbox\nsandbox.start(workers=1)\n'
             'threading.Thread(target=sandbox.run_python, args=("while True: pass", "", 60)).start()\n'

@@ -440,7 +440,7 @@ def test_scripts_store_generated_problems(tmp_path, name, domain, files):
     assert wrong.returncode == 2 and "invalid choice: 'nothing'" in wrong.stderr
 
 
-def test_generated_files_say_so(tmp_path, capsys):
+def test_generated_files_say_so(capsys):
     assert script('load_math.py', '--offline', '--num_rows=5', '--names', 'polaris', 'AIME24').returncode == 0
     assert len(math.problems('train', 3, 0)) == 3 and 'generated ones, not the data set of that name' in capsys.readouterr().err
 
@@ -491,7 +491,7 @@ def test_code_rows_of_the_hub(load, capsys):
 
 
 @pytest.mark.skipif(not shutil.which('unshare'), reason='needs unshare(1)')
-def test_training_refuses_where_programs_cannot_be_shut_in(tmp_path):
+def test_training_refuses_where_programs_cannot_be_shut_in():
     """In a user namespace that allows no others: one line before any work, and what to say to go on."""
     command = [sys.executable, os.path.join(ROOT, 'train_agents.py'), 'env.benchmark=AIME24', 'training.total_training_steps=0',
                'training.validate_episodes=2', 'training.max_prompt_length=200', 'training.max_response_length=30', 'env.max_turns=1']

@@ -74,7 +74,7 @@ def prompt(problem):
 
 
 def reward(problem, text):
-    """1.0 for the right answer in the form that was asked for, else 0.0."""
+    """1.0 for exactly the right answer (here in the form that was asked for), else 0.0."""
     return float(text.strip() == problem['answer'])
 
 

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 
-from data.tasks.facts import ATTRIBUTES
+from data.tasks.facts import ATTRIBUTES, prompt, reward, solution
 from data.tasks.toolcalls import invented
 from data.tasks.world import split_of
 
@@ -35,21 +35,6 @@ def new_word(split, draw):
     while split_of(word := invented(draw)) != split:
         pass
     return word
-
-
-def prompt(problem):
-    """The chat that asks for it."""
-    return [{'role': 'user', 'content': problem['question']}]
-
-
-def reward(problem, text):
-    """1.0 for exactly the right sentences, else 0.0."""
-    return float(text.strip() == problem['answer'])
-
-
-def solution(problem):
-    """The right answer."""
-    return problem['answer']
 
 
 def rows(split, n, seed):

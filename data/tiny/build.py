@@ -10,7 +10,6 @@ Everything is seeded: the same machine makes the same files. Training is train_g
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 

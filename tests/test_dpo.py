@@ -16,6 +16,7 @@ import train_dpo
 from conftest import ROOT
 from configurator import UserError, as_dict, parse
 from data.pairs import TokenPair
+from kills import run_and_kill
 from lora import adapters_off
 from model import load_model
 from runtime import setup
@@ -337,55 +338,14 @@ def test_dropout_acts_only_where_asked_for(llama, preferences):
 
 # ---- runs -------------------------------------------------------------------------------------------------------------------
 
-KILLER = '''
-import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
-import matplotlib.figure, torch, train_dpo    # imported once; every run below is a fork of this process
-from configurator import parse
-torch.set_num_threads(1)
-sys.stdout = open(os.devnull, 'w')
-rng, flags = random.Random(0), {flags!r}
-
-
-def attempt(out_dir, kill_at=None):
-    """Runs to the end, or to a SIGKILL a moment after a checkpoint of step `kill_at` or later is there; True when it ended."""
-    steps = lambda: [int(name[11:]) for name in (os.listdir(out_dir) if os.path.isdir(out_dir) else ()) if name.startswith('checkpoint-')]
-    started = bool(steps())
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            train_dpo.main(parse(train_dpo.Config, [*(['--resume'] if started else flags), '--output_dir=' + out_dir]))
-            code = 0
-        except Exception as error:
-            sys.stderr.write(repr(error))
-        finally:
-            os._exit(code)
-    if kill_at is not None:
-        while max(steps(), default=0) < kill_at:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == 0
-
-
-assert attempt('whole')
-for step in (4, 12, 16):
-    assert not attempt('killed', step)
-assert attempt('killed')
-'''
-
-
 @pytest.mark.parametrize('more', (['--use_lora', '--disable_dropout=false'], ['--reference=cache', '--dataloader_num_workers=2']))
 def test_kills_change_nothing(llama, preferences, more):
     """SIGKILL at random moments, resumed each time: weights, optimizer state and log are those of a run left alone."""
     settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 24, 'save_steps': 4, 'eval_steps': 12, 'logging_steps': 5,
                 'eval_samples': 0, 'learning_rate': 0.01}
     flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}', *more]
-    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=flags)], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    done = run_and_kill('train_dpo', flags, steps=(4, 12, 16))
+    assert done.returncode == 0 and not done.stderr and done.stdout == '3', done.stderr
     tensors = 'adapter_model.safetensors' if '--use_lora' in more else 'model.safetensors'
     for name in (tensors, 'optimizer.safetensors', 'trainer_state.json'):
         with open(f'whole/last/{name}', 'rb') as a, open(f'killed/last/{name}', 'rb') as b:
@@ -412,7 +372,7 @@ def test_sigterm_saves_and_says_how_to_go_on(llama, preferences):
         main(config(resume=True, output_dir='elsewhere'))
 
 
-def test_held_out_prompts_are_not_trained_on(llama, capsys):
+def test_held_out_prompts_are_not_trained_on(capsys):
     """Marked rows are held out, else a share by the hash of the prompt; a prompt is never on both sides."""
     rows = [{'prompt': f'{n % 30}?', 'chosen': f'{n}', 'rejected': 'no'} for n in range(60)]
     with open('plain.jsonl', 'w') as f:
@@ -467,7 +427,7 @@ def test_settings_that_make_no_sense(flags, words, capsys):
 
 
 @pytest.mark.parametrize('mode, rate', [('lora', 1e-4), ('full', 1e-5), ('qlora', 2e-4)])
-def test_recipes(mode, rate, capsys):
+def test_recipes(mode, rate):
     """Every setting with a documented path is in each recipe that it concerns, and explained on its line."""
     path = os.path.join(ROOT, 'recipes', 'training', 'dpo', f'llama3_3B_{mode}.yaml')
     cfg = parse(Config, ['--recipe', path])

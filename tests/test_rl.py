@@ -18,6 +18,7 @@ from data.questions import draw_problems
 from data.records import Source
 from data.rollouts import Episode, Table, lay_out, read_episodes
 from data.tasks import arithmetic, facts
+from kills import run_and_kill
 from model import load_model
 from train_rl import Config, main
 from values import ValueModel, load_reward_model, save_reward_model, train_reward_model
@@ -119,7 +120,7 @@ def test_every_other_preset_runs():
         assert all(math.isfinite(line['loss']) and line['kl'] == pytest.approx(0, abs=1e-6) for line in lines(name) if 'loss' in line)
 
 
-def test_same_gradient_however_the_batch_is_cut(tmp_path):
+def test_same_gradient_however_the_batch_is_cut():
     """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4; with groups of 4, on two ranks of one group each."""
     for how, kind in ((dict(beta=0.1, kl='k3', num_iterations=2), 'grpo'), (dict(PPO, beta=0.1), 'ppo')):
         how = {**TINY, **how, 'max_steps': 2, 'eval_steps': 0, 'optimizer': 'sgd', 'learning_rate': 1e-2}
@@ -140,7 +141,7 @@ def test_same_gradient_however_the_batch_is_cut(tmp_path):
         assert texts(f'{kind}-one') == texts(f'{kind}-ranks')
 
 
-def test_uneven_work_per_rank(tmp_path):
+def test_uneven_work_per_rank():
     """Three groups on two ranks, with refills that leave one rank without any: it ends, and equals one process."""
     how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
            'steps_per_generation': 1, 'temperature': 0.7}
@@ -155,48 +156,6 @@ def test_uneven_work_per_rank(tmp_path):
     assert any(line.get('groups_drawn', 0) > 3 for line in lines('one'))
 
 
-KILLER = '''
-import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
-import torch, train_rl                      # imported once; every run below is a fork of this process
-from configurator import parse
-torch.set_num_threads(1)
-sys.stdout = open(os.devnull, 'w')
-rng, flags = random.Random(3), {flags!r}
-
-
-def attempt(out_dir, kill_after=None):
-    """Runs to the end or to a SIGKILL after so many seconds; True when it ended."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            saved = os.path.isdir(out_dir) and any(n.startswith('checkpoint') for n in os.listdir(out_dir))
-            train_rl.main(parse(train_rl.Config, [*(['--resume'] if saved else flags), '--output_dir=' + out_dir]))
-            code = 0
-        except BaseException as error:
-            sys.stderr.write(repr(error))
-        finally:
-            os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == 0
-
-
-begun = time.time()
-assert attempt('whole')
-seconds, kills = time.time() - begun, 0
-while kills < {kills} and not attempt('killed', rng.uniform(0.3, 0.7) * seconds):
-    kills += 1
-while not attempt('killed'):
-    pass
-sys.stderr.write('%d kills' % kills)
-'''
-
-
 @pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=8),
                                  dict(PPO, max_steps=6, eval_steps=0)], ids=['lora', 'ppo'])
 def test_kills_change_nothing(how, tmp_path):
@@ -207,10 +166,10 @@ def test_kills_change_nothing(how, tmp_path):
         extra = [f'data.datasets[0].name={pairs}', 'data.datasets[0].chosen_column=chosen', 'data.datasets[0].rejected_column=rejected']
     else:
         extra = []
-    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, flags=[*flags(**how, save_steps=2), *extra], kills=2)],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.endswith('kills'), done.stderr
-    assert int(done.stderr.split()[-2]) >= 1, done.stderr
+    rng = random.Random(3)
+    done = run_and_kill('train_rl', [*flags(**how, save_steps=2), *extra], [rng.uniform(0.3, 0.7) for _ in range(2)])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1, done.stderr
     weights = 'adapter_model.safetensors' if how.get('use_lora') else 'model.safetensors'
     for name in (weights, 'optimizer.safetensors', 'trainer_state.json'):
         assert read('whole/last', name) == read('killed/last', name), name
@@ -219,7 +178,7 @@ def test_kills_change_nothing(how, tmp_path):
     assert curve('whole') == curve('killed')
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+def test_sigterm_saves_and_says_how_to_go_on():
     command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(output_dir='out', max_steps=10000, eval_steps=0)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -263,7 +222,7 @@ def test_replay(capsys):
 
 # ---- modes ------------------------------------------------------------------------------------------------------------------
 
-def test_lora_and_its_reference(capsys):
+def test_lora_and_its_reference():
     main(config(use_lora=True, lora_dropout=0.0, beta=0.05, max_steps=4, learning_rate=5e-3))
     log = [line for line in lines() if 'loss' in line]
     assert log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['kl'] > 1e-6      # adapters off are the start
@@ -325,16 +284,13 @@ def test_the_documented_recipe_on_one_device(capsys, monkeypatch):
 # ---- parts ------------------------------------------------------------------------------------------------------------------
 
 def test_layouts_compute_the_same():
-    """A prompt shared by its completions, or with each of them; with and without their last tokens; as on a GPU: every log-probability
-    is that of the row alone."""
+    """A prompt shared by its completions, or with each of them; with and without their last tokens: every log-probability is that of the
+    row alone."""
     model, _ = load_model('tiny')
     rng = random.Random(0)
     ids = lambda n: [rng.randrange(3, 900) for _ in range(n)]
     groups = [(ids(7), [ids(3), ids(1), ids(6)]), (ids(2), [ids(1)]), (ids(4), [ids(2), ids(2)])]
     alone = [(prompt, completion) for prompt, completions in groups for completion in completions]
-
-    class Gpu:
-        type = 'gpu'
 
     for share in (None, True, False):
         for keep_last in (False, True):

@@ -18,6 +18,7 @@ from conftest import ROOT
 from configurator import UserError, parse
 from data.corpus import Corpus
 from data.prepare import prepare_files
+from kills import run_and_kill
 from train_gpt import Config, main
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
@@ -121,17 +122,8 @@ def test_gradient_does_not_depend_on_the_cut(data):
         torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-10)
 
 
-RANKS = '''
-import json, sys
-sys.path.insert(0, {root!r})
-import train_gpt
-from configurator import parse
-metrics = train_gpt.main(parse(train_gpt.Config, sys.argv[1:]))
-'''
-
-
 @pytest.mark.parametrize('accumulation', (1, 2))
-def test_two_ranks_give_the_losses_of_one(data, tmp_path, accumulation):
+def test_two_ranks_give_the_losses_of_one(data, accumulation):
     flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6,
                                        'gradient_accumulation_steps': accumulation}.items()]
     script = os.path.join(ROOT, 'train_gpt.py')
@@ -146,59 +138,13 @@ def test_two_ranks_give_the_losses_of_one(data, tmp_path, accumulation):
         assert len(a) > 1 and a == pytest.approx(b, abs=1e-5)
 
 
-KILLER = '''
-import os, random, signal, sys, time
-sys.path.insert(0, {root!r})
-import torch, train_gpt                      # imported once; every run below is a fork of this process
-from configurator import parse
-torch.set_num_threads(1)
-sys.stdout = open(os.devnull, 'w')
-rng, flags = random.Random({seed}), {flags!r}
-
-
-def attempt(out_dir, kill_after=None):
-    """Runs to the end or to a SIGKILL after so many seconds; True when it ended."""
-    started = os.path.exists(os.path.join(out_dir, 'run_config.json'))
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            resume = ['--init_from=resume'] if started and any(n.startswith('checkpoint') for n in os.listdir(out_dir)) else flags
-            train_gpt.main(parse(train_gpt.Config, [*resume, '--out_dir=' + out_dir]))
-            code = 0
-        except Exception as error:
-            sys.stderr.write(repr(error))
-        finally:
-            os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == 0
-
-
-begun = time.time()
-assert attempt('whole')
-seconds = time.time() - begun
-kills = 0
-while kills < 10:
-    if attempt('killed', rng.uniform(0.03, 0.15) * seconds):
-        sys.stderr.write('ended after only %d kills' % kills)
-        break
-    kills += 1
-while not attempt('killed'):
-    pass
-sys.stderr.write('%d kills' % kills)
-'''
-
-
-def test_ten_kills_change_nothing(data, tmp_path):
+def test_ten_kills_change_nothing(data):
     """SIGKILL at ten random moments, resumed each time: the final weights and optimizer state are those of a run left alone."""
     flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'max_iters': 400, 'eval_interval': 20, 'log_interval': 10,
                                        'dropout': 0.1, 'sample_tokens': 0}.items()]
-    done = subprocess.run([sys.executable, '-c', KILLER.format(root=ROOT, seed=1, flags=flags)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.endswith('10 kills'), done.stderr
+    rng = random.Random(1)
+    done = run_and_kill('train_gpt', flags, [rng.uniform(0.03, 0.15) for _ in range(10)], resume='--init_from=resume', out='--out_dir')
+    assert done.returncode == 0 and done.stdout == '10', done.stderr
     assert weights('whole') == weights('killed')
     for name in ('optimizer.safetensors', 'trainer_state.json'):
         with open(f'whole/last/{name}', 'rb') as a, open(f'killed/last/{name}', 'rb') as b:
@@ -207,7 +153,7 @@ def test_ten_kills_change_nothing(data, tmp_path):
     assert curve('whole') == curve('killed')
 
 
-def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path):
+def test_sigterm_saves_and_says_how_to_go_on(data):
     flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'max_iters': 100000, 'eval_interval': 50000}.items()]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_gpt.py'), *flags, '--out_dir=out'], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -296,7 +242,7 @@ def test_evaluation_uses_no_token_twice(data, monkeypatch):
     assert len(seen) // 2 == (len(corpora[0].tokens('val')) - 1) // 16
 
 
-def test_fine_tuning_from_a_local_gpt2(data, tmp_path):
+def test_fine_tuning_from_a_local_gpt2(data):
     from transformers import GPT2Config, GPT2LMHeadModel
     vocab = Corpus(str(data / 'plays')).meta['vocab_size']
     GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
@@ -346,5 +292,4 @@ def test_bad_input_is_one_line_before_any_step(data, tmp_path):
 def test_gradients_that_are_not_finite_skip_and_then_stop(data):
     with pytest.raises(UserError, match='in a row'):
         main(config(data, learning_rate=1e30, optimizer='sgd', max_iters=50, eval_interval=50, grad_clip=0.0))
-    cfg = config(data)
     assert not [name for name in os.listdir('out') if name.startswith('checkpoint')]

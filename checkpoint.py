@@ -122,6 +122,16 @@ def checkpoint_folders(out_dir):
     return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1]['step'])
 
 
+def saved_run(out_dir, script, with_checkpoint=True):
+    """What run_config.json in out_dir says of a run of `script`, {} if none is there (or none with a checkpoint).
+
+    It is asked before setup(): a run goes on with the device and the precision that it had.
+    """
+    saved = read_own(Path(out_dir) / 'run_config.json')
+    has_checkpoint = any(manifest['run'] == saved.get('run') for _, manifest in checkpoint_folders(Path(out_dir)))
+    return saved if saved.get('script') == script and (has_checkpoint or not with_checkpoint) else {}
+
+
 def start_fresh(run, out_dir, config, keep=None, script=None):
     """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config': config}.
 

@@ -172,7 +172,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import report
-from checkpoint import Checkpoints, read_checkpoint, read_own, replace, start_fresh, write_json, writing
+from checkpoint import Checkpoints, read_checkpoint, replace, saved_run, start_fresh, write_json, writing
 from data.pairs import encode_pairs, read_pairs
 from data.tasks import facts
 from data.tasks.world import split_of
@@ -662,23 +662,26 @@ def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, m
     return means, norm, math.isfinite(norm) or rescaled
 
 
-def saved_config(cfg):
-    """(the configuration, of a resumed run the saved one, of which only flags typed again change anything; run_config.json or None)."""
-    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json')) if cfg.resume else {}
-    if saved.get('script') != 'train_dpo.py':
+def resume_config(cfg):
+    """(The configuration of the run in output_dir, of which only flags typed again change anything, what its run_config.json says)."""
+    saved = saved_run(cfg.output_dir, 'train_dpo.py')
+    if not saved and cfg.resume == 'auto':
         return cfg, None
-    cfg = from_dict(Config, saved['config'], cfg)
-    cfg.check()
-    return cfg, saved
+    if not saved:
+        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_dpo.py with a checkpoint; start it without --resume')
+    merged = from_dict(Config, saved['config'], cfg)
+    merged.check()
+    return merged, saved
 
 
 def main(cfg):
-    cfg, saved = saved_config(cfg)                  # before setup: device and precision are those of the run, too
+    cfg, saved = resume_config(cfg) if cfg.resume else (cfg, None)
     machine = setup(cfg.device, 'bfloat16' if cfg.bf16 else 'float16' if cfg.fp16 else 'auto', cfg.matmul)
-    stop, checkpoints = Stop(machine), Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    stop = Stop(machine)
+    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
     resumed = checkpoints.latest() if saved else None
-    if cfg.resume is True and resumed is None:
-        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_dpo.py with a whole checkpoint; start it without --resume')
+    if saved and not resumed and cfg.resume != 'auto':
+        raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
     from_base = not os.path.exists(os.path.join(find_model(cfg.base_model_name), 'adapter_config.json'))
     model, tokenizer = build_policy(cfg, resumed, machine)
     pairs, train, held = load_data(cfg, tokenizer, model.config.block_size, machine)

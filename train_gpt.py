@@ -112,7 +112,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import report
-from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json
+from checkpoint import Checkpoints, read_checkpoint, saved_run, start_fresh, write_json
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
 from ops import TargetLogp
@@ -336,9 +336,9 @@ def flops_per_token(model, T):
 
 def resume_config(cfg):
     """The configuration of the run in out_dir, of which only flags typed again change anything."""
-    saved = read_own(os.path.join(cfg.out_dir, 'run_config.json'))
-    if saved.get('script') != 'train_gpt.py':
-        raise UserError(f'--init_from=resume: {cfg.out_dir} holds no run of train_gpt.py (no run_config.json of its own)')
+    saved = saved_run(cfg.out_dir, 'train_gpt.py')
+    if not saved:
+        raise UserError(f'--init_from=resume: {cfg.out_dir} holds no run of train_gpt.py with a checkpoint; start one without --init_from=resume')
     merged = from_dict(Config, saved['config'], cfg)
     merged.init_from = saved['config']['init_from']         # what the weights were first made of says their architecture
     merged.check()
@@ -399,15 +399,13 @@ def train_step(cfg, forward, optimizer, batches, scaler, machine):
 
 
 def main(cfg):
-    saved, resumed = None, None
-    if cfg.init_from == 'resume':
-        cfg, saved = resume_config(cfg)             # before setup: device and precision are those of the run, too
+    cfg, saved = resume_config(cfg) if cfg.init_from == 'resume' else (cfg, None)
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
-    stop, checkpoints = Stop(machine), Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
-    if saved:
-        resumed = checkpoints.latest()
-        if resumed is None:
-            raise UserError(f'{cfg.out_dir} holds no whole checkpoint to resume from; start anew without --init_from=resume')
+    stop = Stop(machine)
+    checkpoints = Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
+    resumed = checkpoints.latest() if saved else None
+    if saved and not resumed:
+        raise UserError(f'{cfg.out_dir} holds no whole checkpoint to resume from; start anew without --init_from=resume')
     corpora = open_data(cfg, machine)
     model, tokenizer, cfg = build_model(cfg, corpora, machine)
     model.set_matmul(machine.matmul)

@@ -257,7 +257,7 @@ import contextlib
 import torch
 
 import report_rl
-from checkpoint import Checkpoints, read_checkpoint, read_own, start_fresh, write_json
+from checkpoint import Checkpoints, read_checkpoint, saved_run, start_fresh, write_json
 from data import questions
 from data.rewards import Scorer
 from data.rollouts import Episode, Table, all_ranks, cut_rollouts, grouped, lay_out, read_episodes, write_rollout
@@ -943,9 +943,11 @@ def make_plan(cfg, num_problems, machine):
 
 def resume_config(cfg):
     """The configuration of the run in output_dir, of which only flags typed again change anything."""
-    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json'))
-    if saved.get('script') != 'train_rl.py':
-        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_rl.py (no run_config.json of its own)')
+    saved = saved_run(cfg.output_dir, 'train_rl.py', with_checkpoint=cfg.replay is None)
+    if not saved and cfg.resume == 'auto':
+        return cfg, None
+    if not saved:
+        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_rl.py with a checkpoint; start it without --resume')
     merged = from_dict(Config, saved['config'], cfg)
     merged.check()
     return merged, saved
@@ -1042,20 +1044,16 @@ def build(cfg, machine, resumed=None):
 
 
 def main(cfg):
-    saved, resumed = None, None
-    if cfg.resume == 'auto' and not read_own(os.path.join(cfg.output_dir, 'run_config.json')):
-        cfg.resume = False
-    if cfg.resume or cfg.replay is not None:
-        cfg, saved = resume_config(cfg)             # before setup: device and precision are those of the run, too
+    cfg, saved = resume_config(cfg) if cfg.resume or cfg.replay is not None else (cfg, None)
     dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
     machine = setup(cfg.device, dtype, cfg.matmul)
-    stop, checkpoints = Stop(machine), Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    stop = Stop(machine)
+    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
     if cfg.replay is not None:
         return replay(cfg, checkpoints, machine)
-    if cfg.resume:
-        resumed = checkpoints.latest()
-        if resumed is None and cfg.resume != 'auto':
-            raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
+    resumed = checkpoints.latest() if saved else None
+    if saved and not resumed and cfg.resume != 'auto':
+        raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
     cfg, learner, problems, scorer, plan = build(cfg, machine, resumed)
     state, rollouts_path = fresh_state(), os.path.join(cfg.output_dir, 'rollouts.jsonl')
     if resumed:

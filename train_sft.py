@@ -174,7 +174,7 @@ import numpy as np
 import torch
 
 import report
-from checkpoint import Checkpoints, follow, read_checkpoint, read_own, start_fresh
+from checkpoint import Checkpoints, follow, read_checkpoint, saved_run, start_fresh, write_json
 from data.encoded import Rows, digest, encode_records
 from data.records import read_rows, to_record
 from data.tokenizer import read_json
@@ -550,32 +550,35 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
 
 # ---- resume -----------------------------------------------------------------------------------------------------------------
 
-def saved_config(cfg):
-    """The configuration; of a resumed run the saved one, of which only flags typed again change anything."""
-    if not cfg.resume and (cfg.resume_from_checkpoint or '').lower() in ('', 'false', 'no'):
-        return cfg
-    saved = read_own(os.path.join(cfg.output_dir, 'run_config.json'))
-    if saved.get('script') != 'train_sft.py':
-        return cfg
+def resume_config(cfg):
+    """(The configuration of the run in output_dir, of which only flags typed again change anything, what its run_config.json says); of a new
+    run (cfg, None)."""
+    wanted = (cfg.resume_from_checkpoint or '').lower()
+    if not cfg.resume and wanted in ('', 'false', 'no'):
+        return cfg, None
+    saved = saved_run(cfg.output_dir, 'train_sft.py')
+    if not saved and cfg.resume == 'auto':
+        return cfg, None
+    if not saved:
+        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_sft.py with a checkpoint; start it without --resume')
     merged = from_dict(Config, saved['config'], cfg)
+    merged.resume, merged.resume_from_checkpoint = cfg.resume, cfg.resume_from_checkpoint       # not what the last resume asked for
     merged.check()
-    return merged
+    return merged, saved
 
 
-def resumed_from(cfg, checkpoints):
-    """The checkpoint to go on from, or None."""
+def checkpoint_to_resume(cfg, checkpoints):
+    """The checkpoint that resume_from_checkpoint names, or the newest; None where there is no whole one and the run may begin anew."""
     wanted = cfg.resume_from_checkpoint or ''
-    if not cfg.resume and wanted.lower() in ('', 'false', 'no'):
-        return None
-    own = read_own(os.path.join(cfg.output_dir, 'run_config.json')).get('script') == 'train_sft.py'
-    path = checkpoints.latest() if own and wanted.lower() in ('', 'true', 'yes') else None
-    if wanted.lower() not in ('', 'true', 'yes'):
-        path = str(follow(wanted))
-        if os.path.realpath(os.path.dirname(os.path.abspath(path))) != os.path.realpath(cfg.output_dir):
-            raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir={cfg.output_dir}: name that folder too, or '
-                            'take its weights alone with --load_checkpoint')
-    if path is None and cfg.resume != 'auto':
-        raise UserError(f'--resume: {cfg.output_dir} holds no whole checkpoint of train_sft.py; start anew without --resume')
+    if wanted.lower() in ('', 'true', 'yes', 'false', 'no'):
+        path = checkpoints.latest()
+        if path is None and cfg.resume != 'auto':
+            raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
+        return path
+    path = str(follow(wanted))
+    if os.path.realpath(os.path.dirname(os.path.abspath(path))) != os.path.realpath(cfg.output_dir):
+        raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir={cfg.output_dir}: name that folder too, or '
+                        'take its weights alone with --load_checkpoint')
     return path
 
 
@@ -676,10 +679,11 @@ def finish(cfg, progress, metrics, log, machine):
 
 
 def main(cfg):
-    cfg = saved_config(cfg)                         # before setup: device and precision are those of the run, too
+    cfg, saved = resume_config(cfg)
     machine = setup(cfg.device, precision(cfg), cfg.matmul)
-    stop, checkpoints = Stop(machine), Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
-    resumed = resumed_from(cfg, checkpoints)
+    stop = Stop(machine)
+    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    resumed = checkpoint_to_resume(cfg, checkpoints) if saved else None
     model, tokenizer = build_model(cfg, resumed, machine)
     rows, findings, sources = load_data(cfg, model, tokenizer, machine)
     if cfg.check_data:
@@ -698,6 +702,7 @@ def main(cfg):
         scaler, progress = LossScale(machine.dtype, state['loss_scale']), Progress(**state['progress'])
         plateau.load_state_dict(state['plateau'])
         checkpoints.rewind(resumed)
+        machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
         start_fresh(machine, cfg.output_dir, as_dict(cfg), keep=cfg.load_checkpoint and follow(cfg.load_checkpoint), script='train_sft.py')
     announce(cfg, model, rows, sources, batches, total, warmup, machine)

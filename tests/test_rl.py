@@ -166,8 +166,7 @@ def test_kills_change_nothing(how, tmp_path):
         extra = [f'data.datasets[0].name={pairs}', 'data.datasets[0].chosen_column=chosen', 'data.datasets[0].rejected_column=rejected']
     else:
         extra = []
-    rng = random.Random(3)
-    done = run_and_kill('train_rl', [*flags(**how, save_steps=2), *extra], [rng.uniform(0.3, 0.7) for _ in range(2)])
+    done = run_and_kill('train_rl', [*flags(**how, save_steps=2), *extra], shares=[0.2], steps=(2, 4))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1, done.stderr
     weights = 'adapter_model.safetensors' if how.get('use_lora') else 'model.safetensors'

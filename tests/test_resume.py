@@ -1,0 +1,36 @@
+"""What every training script's --resume has in common."""
+import importlib
+
+import pytest
+
+from configurator import parse
+from data.prepare import prepare_files
+
+RUNS = {'train_gpt': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--max_iters=1', '--eval_iters=1',
+                      '--sample_tokens=0', '--dataset=letters', '--tensorboard=false'],
+        'train_sft': ['--max_steps=1', '--batch-size=1', '--grad-accum=1', '--sample_rows=0', '--eval_strategy=no', '--dataset_path=rows.jsonl', '--report_to=none'],
+        'train_dpo': ['--max_steps=1', '--per_device_train_batch_size=1', '--eval_fraction=0', '--eval_samples=0', '--tensorboard=false'],
+        'train_rl': ['--max_steps=1', '--per_device_train_batch_size=2', '--num_generations=2', '--eval_steps=0', '--eval_problems=1',
+                     '--num_problems=8', '--max_completion_length=4', '--tensorboard=false']}
+
+
+@pytest.mark.parametrize('script', RUNS)
+def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_path, monkeypatch):
+    """Both must be known before setup(): what the command line says, else what the run had, not what is the default."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'letters.txt').write_text('abcd\n' * 200)
+    prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
+    (tmp_path / 'rows.jsonl').write_text('{"question": "Who?", "answer": "Tom."}\n' * 4)
+    module = importlib.import_module(script)
+    resume, out = ('--init_from=resume', '--out_dir=o') if script == 'train_gpt' else ('--resume', '--output_dir=o')
+    module.main(parse(module.Config, [*RUNS[script], out, '--device=cpu', '--matmul=float32']))
+    asked = []
+
+    def setup(device, dtype, matmul):
+        asked.append((device, matmul))
+        raise InterruptedError
+    monkeypatch.setattr(module, 'setup', setup)
+    for typed in ([], ['--matmul=bf16']):
+        with pytest.raises(InterruptedError):
+            module.main(parse(module.Config, [resume, out, *typed]))
+    assert asked == [('cpu', 'float32'), ('cpu', 'bf16')]

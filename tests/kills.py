@@ -27,11 +27,9 @@ def child(script, flags, shares, steps, resume, out):
     """run_and_kill in a process without threads: the script is imported once, and every run is a fork of it."""
     sys.path.insert(0, ROOT)
     import matplotlib.figure  # noqa: F401
-    import torch
 
     from configurator import parse
     module = importlib.import_module(script)
-    torch.set_num_threads(1)
     answer, sys.stdout = sys.stdout, open(os.devnull, 'w')
 
     def saved(folder):

@@ -321,7 +321,7 @@ def go(small, *words):
 
 def start(small, *words, launcher=()):
     command = [sys.executable, *launcher, os.path.join(ROOT, 'train_agents.py'), *SHORT, f'base_models.policy_0.path={small}', *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):

@@ -12,9 +12,8 @@ from typing import Optional
 import pytest
 
 import configurator
+from conftest import ROOT
 from configurator import UserError, as_dict, from_dict, parse, run, setting
-
-ROOT = os.path.dirname(os.path.abspath(configurator.__file__))
 
 
 @dataclass

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configurator import UserError
+from conftest import ROOT
 from data import convert_nanogpt, corpus, encoders, hub, prepare, texts
 from data.corpus import Corpus, windows
 from data.shakespeare_char import prepare as shakespeare
 from data.shakespeare_char.stand_in import play
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HARD = 'To be,  or not\n\n\tto be? naïve — 日本語 🙂 <|endoftext|> x\r\n  42nd \u00a0end '
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 

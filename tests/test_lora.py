@@ -9,6 +9,7 @@ import transformers
 
 import peft
 from configurator import UserError
+from conftest import losses_of
 from lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
 from optim import AdamW
@@ -177,15 +178,8 @@ def test_only_what_should_train_trains_and_the_loss_falls():
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all('q_proj.lora.' in name or 'v_proj.lora.' in name for name in trained)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     torch.manual_seed(0)
-    losses = []
-    for _ in range(30):
-        loss = -model(IDX[:, :-1], IDX[:, 1:]).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, IDX, 30)
     assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 

@@ -6,12 +6,12 @@ import traceback
 import pytest
 
 from configurator import UserError
+from conftest import ROOT
 from data.chat import prompt_ids, render
 from data.pairs import Dropped, Drops, Pair, encode_pairs, fit, read_pairs, to_pair
 from data.records import Source
 from data.tokenizer import load_tokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ASK, YES, NO = {'role': 'user', 'content': 'ok?'}, {'role': 'assistant', 'content': 'yes'}, {'role': 'assistant', 'content': 'no'}
 AGAIN = {'role': 'user', 'content': 'sure?'}
 HH = '\n\nHuman: ok?\n\nAssistant: yes'

@@ -8,6 +8,7 @@ import torch
 
 import quantized
 from configurator import UserError
+from conftest import losses_of
 from lora import add_lora, adapters_off, merge_lora, unmerge_lora
 from model import GPT, GPTConfig, load_model, save_model
 from quantized import check_trainable, dequantize, is_quantized, quantize
@@ -106,14 +107,7 @@ def test_qlora_trains_merges_dequantised_and_unmerges(kind, bf16):
     add_lora(model.train(), r=4, alpha=8, dropout=0.1, target_modules='all-linear')
     check_trainable(model)
     held = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(15):
-        loss = -model(IDX[:, :-1], IDX[:, 1:]).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(model, IDX, 15)
     assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(p, held[n]) for n, p in model.named_parameters() if n in held)
     model.set_matmul('float32').eval()

@@ -36,14 +36,6 @@ def in_scratch_folder(request, tmp_path, monkeypatch):
         monkeypatch.setattr(train_rl, 'show', lambda *arguments: None)      # pictures cost more than these runs
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(out='out', **changes):
     changes = {**TINY, 'output_dir': str(out), **changes}
     cfg = Config(**changes)
@@ -130,7 +122,7 @@ def test_same_gradient_however_the_batch_is_cut():
                                              'steps_per_generation': sampled}))
         command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**{**how, 'per_device_train_batch_size': 4, 'output_dir': f'{kind}-ranks'}),
                    '--num_gpus=2']
-        done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         reference = lines(f'{kind}-one')
         for cut in [*cuts, 'ranks'][1:]:
@@ -146,7 +138,7 @@ def test_uneven_work_per_rank():
     how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
            'steps_per_generation': 1, 'temperature': 0.7}
     command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks'), '--num_gpus=2']
-    done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     main(config('one', **{**how, 'per_device_train_batch_size': 12}))
     for a, b in zip(lines('one'), lines('ranks')):

@@ -12,11 +12,12 @@ import time
 import pytest
 
 from configurator import UserError
+from conftest import ROOT
 from data import sandbox
 from data.jail import FILE_BYTES, USER
 from data.sandbox import pass_rate, pass_rates, run_many, run_python
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+pytestmark = pytest.mark.usefixtures('workers')
 SECRET = 'the-secret-58713'
 PRELUDE = '''
 import os, sys
@@ -33,14 +34,6 @@ def syscall(number, *arguments):
         raise OSError(ctypes.get_errno(), 'syscall')
     return result
 '''
-
-
-@pytest.fixture(scope='module', autouse=True)
-def workers():
-    try:
-        sandbox.start(workers=2)
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from configurator import UserError
+from conftest import ROOT
 from data import sandbox
 from data.chat import prompt_ids
 from data.sandbox import pass_rates
@@ -21,21 +22,13 @@ from data.tasks.code import test_in as read_test
 from data.tokenizer import load_tokenizer
 from model import find_model
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+pytestmark = pytest.mark.usefixtures('workers')
 TASKS = [math, code]
 RIGHT = {'tool': '```python\nprint(12 + 30)\n```', 'reasoner': 'So it is \\boxed{42}.'}
 WRONG = {'tool': '```python\nprint(12 - 30)\n```', 'reasoner': '\\boxed{41}'}
 SUM = {'question': 'Print the sum of the even numbers. For 1 2 it is 2.', 'examples': [['1 2', '2']], 'solution':
        'print(sum(n for n in map(int, input().split()) if n % 2 == 0))', 'test_input': ['1 2 4', '3 5', '6', '8 1 2'],
        'test_output': ['6', '0', '6', '10'], 'parts': None, 'timeout': 2.0, 'rules': False}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def workers():
-    try:
-        sandbox.start(workers=2)
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -13,35 +13,21 @@ import argparse
 import itertools
 import json
 import os
-import resource
+import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from shared import WEIGHTS, child, llama_with_words, memory, multiplication_rate, now, read, resident, trl_clock
+
 BATCH = 8
 SIDES = ('trl', 'trl_cache', 'ours', 'ours_cache', 'ours_bf16', 'ours_bf16_cache')
-WEIGHTS = 4 * (4 * 256 * 256 + 3 * 256 * 512)       # that are multiplied, without the head
 
 
 def write_inputs(directory, steps):
     """model/ and pairs.jsonl, whose texts join without a token across the seam."""
-    import random
-
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from data.tiny.corpus import documents
-    from data.tokenizer import load_tokenizer
-    tokenizer, rng = load_tokenizer(os.path.join(ROOT, 'data', 'tiny')), random.Random(0)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(os.path.join(directory, 'model'))
-    tokenizer.save(os.path.join(directory, 'model'))
+    tokenizer, rng = llama_with_words(directory), random.Random(0)
     plain = (tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in documents('bench'))
     stream = itertools.chain.from_iterable(map(tokenizer.encode, plain))
     with open(os.path.join(directory, 'pairs.jsonl'), 'w') as file:
@@ -50,32 +36,16 @@ def write_inputs(directory, steps):
             file.write(json.dumps({'prompt': prompt + ':', 'chosen': '\n' + chosen, 'rejected': '\n' + rejected}) + '\n')
 
 
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
-
-
-def resident():
-    with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-
-
-def now():
-    return time.perf_counter(), time.process_time()
-
-
 def result(times, start, loss):
     """times: now() before the first step and after each."""
     seconds, cpu = (statistics.median(b[clock] - a[clock] for a, b in zip(times[1:], times[2:])) for clock in (0, 1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {'seconds_per_step': seconds, 'cpu_seconds_per_step': cpu, 'pairs_per_second': BATCH / seconds, 'peak_mb': peak / 2 ** 20,
-            'above_start_mb': (peak - start) / 2 ** 20, 'mean_loss': loss}
+    return {'seconds_per_step': seconds, 'cpu_seconds_per_step': cpu, 'pairs_per_second': BATCH / seconds, **memory(start), 'mean_loss': loss}
 
 
 def trl(directory, options):
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
     torch.set_num_threads(options.threads)
     path = os.path.join(directory, 'model')
@@ -86,18 +56,8 @@ def trl(directory, options):
                        disable_tqdm=True, logging_steps=options.steps, precompute_ref_log_probs=options.child == 'trl_cache', beta=0.1)
     times, logged = [], []
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            times.append(now())
-
-        def on_step_end(self, *_, **__):
-            times.append(now())
-
-        def on_log(self, *_, logs=None, **__):
-            logged.append(logs.get('loss'))
-
     trainer = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(read(os.path.join(directory, 'pairs.jsonl'))),
-                         processing_class=tokenizer, callbacks=[Clock()])
+                         processing_class=tokenizer, callbacks=[trl_clock(times, logged)])
     start = resident()
     trainer.train()
     return result(times, start, logged[0])
@@ -112,8 +72,7 @@ def ours(directory, options):
     cfg = parse(script.Config, [
         f'--base_model_name={os.path.join(directory, "model")}', f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}',
         '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
-        '--rpo_alpha=0',
-        f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
+        '--rpo_alpha=0', f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
     machine = script.setup(cfg.device, 'float32', cfg.matmul)
     cfg.reference_cache = os.path.join(directory, 'cache')
     model, tokenizer = script.build_policy(cfg, None, machine)
@@ -140,14 +99,7 @@ def floor(directory, options):
 
     from data.tokenizer import load_tokenizer
     torch.set_num_threads(options.threads)
-    a, b = torch.randn(2048, 256), torch.randn(256, 1024)
-    for _ in range(20):
-        a @ b
-    begun = time.perf_counter()
-    for _ in range(100):
-        a @ b
-    rate = 100 * 2 * 2048 * 256 * 1024 / (time.perf_counter() - begun)
-    tokenizer = load_tokenizer(os.path.join(directory, 'model'))
+    rate, tokenizer = multiplication_rate(), load_tokenizer(os.path.join(directory, 'model'))
     size = lambda key: statistics.mean(len(tokenizer.encode(row[key])) for row in read(os.path.join(directory, 'pairs.jsonl')))
     tokens = BATCH * (2 * size('prompt') + size('chosen') + size('rejected'))
     return {'seconds': 8 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens,
@@ -157,11 +109,7 @@ def floor(directory, options):
 def measure(side, directory, options):
     flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--threads={options.threads}']
     python = options.trl if side.startswith('trl') else sys.executable
-    done = subprocess.run([python, os.path.abspath(__file__), *flags], capture_output=True, text=True, check=False,
-                          env={**os.environ, 'OMP_NUM_THREADS': str(options.threads)})
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return child(__file__, *flags, python=python, OMP_NUM_THREADS=str(options.threads))
 
 
 def main():

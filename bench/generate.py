@@ -11,15 +11,12 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from shared import llama        # first: it puts the repository on the import path
 from model import load_model
 from sample import generate, logp_gap
 
@@ -52,11 +49,7 @@ def main():
     parser.add_argument('--prompt', type=int, default=16, help='tokens of a prompt')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                                          num_attention_heads=args.heads,
-                                          num_key_value_heads=args.kv_heads, max_position_embeddings=512,
-                                          initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
+    theirs = llama(num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, initializer_range=0.1).eval()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         with open(os.path.join(directory, 'tokenizer.json'), 'w') as file:      # a model directory has one; it is not used here

@@ -13,12 +13,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import shared
+from shared import ROOT
+
 DATA = os.path.join(ROOT, 'data', 'shakespeare_char')
 README_RUN = dict(batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, max_iters=2000, learning_rate=1e-3, min_lr=1e-4,
                   lr_decay_iters=2000, warmup_iters=100, beta2=0.99, weight_decay=0.1, grad_clip=1.0)   # nanoGPT's README, "I only have a macbook"
@@ -141,10 +141,7 @@ def child(side, options):
 
 def measure(side, options, **extra):
     flags = [f'--{k}={v}' if v is not True else f'--{k}' for k, v in {**vars(options), **extra}.items() if v and k not in ('child', 'rounds', 'curve')]
-    done = subprocess.run([sys.executable, __file__, f'--child={side}', *flags], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return shared.child(__file__, f'--child={side}', *flags)
 
 
 def main():

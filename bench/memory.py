@@ -9,15 +9,11 @@ a warm-up.
 """
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from shared import child
 
 
 def peak():
@@ -69,10 +65,8 @@ def main():
         rows = {'transformers': [], 'ours': []}
         for _ in range(args.pairs):
             for name, row in rows.items():
-                command = [sys.executable, __file__, '--measure', name, '--model', directory, *(
-                    f'--{key}={getattr(args, key)}' for key in ('vocab', 'batch', 'block', 'steps'))]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                row.append(json.loads(done.stdout.splitlines()[-1]))
+                sizes = [f'--{key}={getattr(args, key)}' for key in ('vocab', 'batch', 'block', 'steps')]
+                row.append(child(__file__, f'--measure={name}', f'--model={directory}', *sizes))
     print(f'{"":14}{"peak MB":>10}{"seconds":>10}   {"(all)":24}{"loss":>10}')
     middle = {}
     for name, row in rows.items():

@@ -14,13 +14,12 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from shared import ROOT, child, llama
+
 PROMPTS, SAMPLES, NEW, PROMPT, VOCABULARY, BETA, RATE = 8, 8, 64, 16, 1024, 0.04, 1e-4
 TASK = dict(completions=64, samples=8, longest=32, rate=1e-4, steps=400, every=10)
 
@@ -28,13 +27,9 @@ TASK = dict(completions=64, samples=8, longest=32, rate=1e-4, steps=400, every=1
 def make_model(directory, end):
     """A random Llama and a tokenizer whose words are w0 to w1023. TRL needs a token that ends a text: `end` adds one, which the model
     does not have, so that nothing ends before its time."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                                 num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.1, bos_token_id=None,
-                                 eos_token_id=None, pad_token_id=0)).save_pretrained(directory)
+    from transformers import PreTrainedTokenizerFast
+    llama(vocab_size=VOCABULARY, initializer_range=0.1).save_pretrained(directory)
     backend = Tokenizer(models.WordLevel({f'w{i}': i for i in range(VOCABULARY)} | ({'</s>': VOCABULARY} if end else {}), unk_token='w0'))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {'eos_token': '</s>'} if end else {}
@@ -188,13 +183,6 @@ def theirs_until(accuracy):
 
 # ---- pairs ------------------------------------------------------------------------------------------------------------------
 
-def run(python, *words):
-    done = subprocess.run([python, os.path.abspath(__file__), *words], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f'{" ".join(words)}: exit {done.returncode}')
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--trl', default=sys.executable, help='an interpreter that has TRL')
@@ -213,7 +201,8 @@ def main():
                   ('theirs', False): lambda: theirs(args.model, args.steps, clock)}[args.side, args.until is not None]()
         return print(json.dumps(result))
     if args.until is not None:
-        results = {side: run(python, f'--side={side}', f'--until={args.until}') for side, python in (('ours', sys.executable), ('theirs', args.trl))}
+        results = {side: child(__file__, f'--side={side}', f'--until={args.until}', python=python)
+                   for side, python in (('ours', sys.executable), ('theirs', args.trl))}
         for side, (seconds, steps, accuracy) in results.items():
             print(f'{side:7} {seconds:6.0f} s of training, {steps} steps, accuracy {accuracy:.3f}')
         return print(json.dumps({side: dict(zip(('seconds', 'steps', 'accuracy'), found)) for side, found in results.items()}))
@@ -224,8 +213,8 @@ def main():
         for pair in range(args.pairs):
             for side in ('ours', 'theirs') if pair % 2 else ('theirs', 'ours'):
                 python = sys.executable if side == 'ours' else args.trl
-                times = run(python, f'--side={side}', f'--model={os.path.join(directory, side)}', f'--steps={args.steps}', f'--matmul={args.matmul}',
-                            *['--cpu'] * args.cpu)
+                times = child(__file__, f'--side={side}', f'--model={os.path.join(directory, side)}', f'--steps={args.steps}',
+                              f'--matmul={args.matmul}', *['--cpu'] * args.cpu, python=python)
                 medians[side].append(statistics.median(times[2:]))
             ratios.append(medians['theirs'][-1] / medians['ours'][-1])
             print(f'pair {pair + 1}: ours {medians["ours"][-1]:.2f} s a step, TRL {medians["theirs"][-1]:.2f} s, {ratios[-1]:.2f} times', flush=True)

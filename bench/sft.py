@@ -12,37 +12,26 @@ of real tokens at the machine's measured rate. The last line is JSON.
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from shared import WEIGHTS, child, llama_with_words, memory, multiplication_rate, now, read, resident, trl_clock
+
 BATCH = 16
 
 
 def write_inputs(directory, steps, count):
     """model/, rows.jsonl (texts, rendered once for both sides) and, to be tokenised, chats.jsonl."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from data import chat
     from data.tasks import facts, toolcalls
-    from data.tokenizer import load_tokenizer
-    tokenizer = load_tokenizer(os.path.join(ROOT, 'data', 'tiny'))
+    tokenizer = llama_with_words(directory)
     if count:
         with open(os.path.join(directory, 'chats.jsonl'), 'w') as file:
             for row in toolcalls.rows('train', count, 'bench'):
                 messages = row['messages']
                 file.write(json.dumps({'prompt': messages[:-1], 'completion': messages[-1:], 'tools': row['tools']}) + '\n')
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(os.path.join(directory, 'model'))
-    tokenizer.save(os.path.join(directory, 'model'))
     rows = []
     for calls, question in zip(toolcalls.rows('train', steps * BATCH // 2, 'bench'), facts.problems('train', steps * BATCH // 2, 'bench')):
         answer = {'role': 'assistant', 'content': question['answer']}
@@ -53,32 +42,17 @@ def write_inputs(directory, steps, count):
             file.write(json.dumps({'prompt': prompt, 'completion': completion.rstrip('\n')}) + '\n')
 
 
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
-
-
-def resident():
-    with open('/proc/self/statm') as file:
-        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-
-
-def now():
-    return time.perf_counter(), time.process_time()
-
-
 def result(times, counts, start, losses):
     (seconds, processor), targets = (last - first for first, last in zip(times[0], times[-1])), sum(counts)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {'seconds_per_step': seconds / (len(times) - 1), 'processor_seconds_per_step': processor / (len(times) - 1),
             'supervised_tokens_per_second': targets / seconds, 'supervised_tokens_per_processor_second': targets / processor,
-            'peak_mb': peak / 2 ** 20, 'above_start_mb': (peak - start) / 2 ** 20, 'last_loss': losses}
+            **memory(start), 'last_loss': losses}
 
 
 def trl(directory, options):
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
     torch.set_num_threads(options.threads)
     path = os.path.join(directory, 'model')
@@ -97,18 +71,8 @@ def trl(directory, options):
         return {'seconds': prepare(len(chats)) - some}
     times, counts, logged = [], [], []
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            times.append(now())
-
-        def on_step_end(self, *_, **__):
-            times.append(now())
-
-        def on_log(self, *_, logs=None, **__):
-            logged.append(logs.get('loss'))
-
     trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(read(os.path.join(directory, 'rows.jsonl'))),
-                         processing_class=tokenizer, callbacks=[Clock()])
+                         processing_class=tokenizer, callbacks=[trl_clock(times, logged)])
     collate = trainer.data_collator
 
     def counted(rows):
@@ -158,36 +122,20 @@ def ours(directory, options):
 def floor(directory, options):
     """Seconds of the float32 products of a step: 6 per multiplied weight and token, as fast as this machine multiplies."""
     import torch
-    torch.set_num_threads(options.threads)
-    a, b = torch.randn(2048, 256), torch.randn(256, 1024)
-    for _ in range(20):
-        a @ b
-    begun = time.perf_counter()
-    for _ in range(100):
-        a @ b
-    rate = 100 * 2 * 2048 * 256 * 1024 / (time.perf_counter() - begun)
+
     from data.tokenizer import load_tokenizer
-    tokenizer = load_tokenizer(os.path.join(directory, 'model'))
+    torch.set_num_threads(options.threads)
+    rate, tokenizer = multiplication_rate(), load_tokenizer(os.path.join(directory, 'model'))
     rows = read(os.path.join(directory, 'rows.jsonl'))
     tokens = BATCH * statistics.mean(len(tokenizer.encode(row['prompt'] + row['completion'])) for row in rows)
-    weights = 4 * (4 * 256 * 256 + 3 * 256 * 512)
-    return {'seconds': 6 * weights * tokens / rate, 'tokens_of_a_step': tokens, 'gflops': rate / 1e9}
-
-
-def has_bf16():
-    import torch
-    return any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    return {'seconds': 6 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens, 'gflops': rate / 1e9}
 
 
 def measure(side, directory, options):
     flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--tokenise={options.tokenise}',
              f'--threads={options.threads}']
     python = options.trl if side == 'trl' else sys.executable
-    done = subprocess.run([python, os.path.abspath(__file__), *flags], capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': str(options.threads), 'TOKENIZERS_PARALLELISM': 'true'}, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return child(__file__, *flags, python=python, OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM='true')
 
 
 def main():
@@ -203,11 +151,13 @@ def main():
     if options.child:
         print(json.dumps({'trl': trl, 'floor': floor}.get(options.child, ours)(options.directory, options)))
         return
+    from runtime import setup
+    has_bf16 = setup('cpu').matmul == 'bf16'
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(directory, options.steps, options.tokenise)
         found = {}
         for _ in range(options.rounds):
-            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', *['ours_bf16'] * has_bf16()):
+            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', *['ours_bf16'] * has_bf16):
                 found.setdefault(side, []).append(measure(side, directory, options))
                 print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
         if options.tokenise:

@@ -173,9 +173,9 @@ def read_python(path, text):
     node = None
     try:
         for node in ast.parse(text).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                names[node.targets[0].id] = constant(node.value)
-            elif not isinstance(node, ast.Import) and not isinstance(getattr(node, 'value', None), ast.Constant):
+            if isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
+                names.update({target.id: constant(node.value) for target in node.targets})
+            elif not isinstance(node, ast.Import) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
                 raise ValueError
     except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:
         line = error.lineno if isinstance(error, SyntaxError) else node.lineno if node else 1

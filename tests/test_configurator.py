@@ -203,6 +203,9 @@ def test_python_files(tmp_path):
     ('batch_size = 1 / 0', ['line 1']),
     ('for i in range(3): pass', ['line 1']),
     ('batch_size = "a" * 10', ['line 1']),
+    ('batch_size: int = 3', ['line 1']),
+    ('seed = 1\nbatch_size += 3', ['line 2']),
+    ('cfg.batch_size = 3', ['line 1']),
 ])
 def test_python_files_that_are_refused(tmp_path, capsys, text, says):
     path = tmp_path / 'bad.py'

@@ -64,6 +64,11 @@ class Config:
             raise UserError(f'top_p={self.top_p} must be above 0 and at most 1, repetition_penalty={self.repetition_penalty} above 0')
         if self.task and self.data:
             raise UserError(f'--task={self.task} brings its own problems, and --data={self.data} others: leave one out')
+        for name in ('subset', 'prompt_column', 'answer_column', 'system_prompt'):
+            if getattr(self, name) is not None and not self.data:
+                raise UserError(f'{name} says how to read --data, which is not given')
+        if self.task and self.split != 'eval':
+            raise UserError(f'--task={self.task} has held-out problems only: leave out --split={self.split}')
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
 

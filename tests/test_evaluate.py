@@ -351,7 +351,8 @@ def test_print_config_takes_the_documented_command():
 @pytest.mark.parametrize('words, said', [
     (['--task=arithmetic', '--data=x.jsonl'], 'leave one out'), (['--batch_size=0'], 'batch_size must be 1 or more'),
     (['--temperature=-1'], 'temperature must be 0 or more'), (['--top_p=0'], 'top_p=0'),
-    (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'),
+    (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'), (['--system_prompt=Be kind.'], 'system_prompt says how to read --data'),
+    (['--task=arithmetic', '--answer_column=say'], 'how to read --data'), (['--task=arithmetic', '--split=train'], 'held-out problems only'),
     (['--num_examples=-1'], 'num_examples must be 0 or more'), (['--dtype=int3'], 'is none of'), (['--model-pth=x'], 'did you mean')])
 def test_settings_without_meaning(words, said, capsys):
     with pytest.raises(SystemExit) as caught:

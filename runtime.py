@@ -350,7 +350,7 @@ class Log:
             self.wandb.log(metrics, step=step)
 
     def text(self, step, key, text):
-        """A sample of text, on the console and everywhere else."""
+        """A sample of text: on the console, in log.jsonl and in TensorBoard."""
         if not self.run.is_main:
             return
         self._line({'step': step, key: text})

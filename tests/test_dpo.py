@@ -340,10 +340,10 @@ def test_dropout_acts_only_where_asked_for(llama, preferences):
 @pytest.mark.parametrize('more', (['--use_lora', '--disable_dropout=false'], ['--reference=cache', '--dataloader_num_workers=2']))
 def test_kills_change_nothing(llama, preferences, more):
     """SIGKILL at random moments, resumed each time: weights, optimizer state and log are those of a run left alone."""
-    settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 24, 'save_steps': 4, 'eval_steps': 12, 'logging_steps': 5,
+    settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 16, 'save_steps': 4, 'eval_steps': 8, 'logging_steps': 5,
                 'eval_samples': 0, 'learning_rate': 0.01}
     flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}', *more]
-    done = run_and_kill('train_dpo', flags, steps=(4, 12, 16))
+    done = run_and_kill('train_dpo', flags, steps=(4, 8, 12))
     assert done.returncode == 0 and not done.stderr and done.stdout == '3', done.stderr
     tensors = 'adapter_model.safetensors' if '--use_lora' in more else 'model.safetensors'
     for name in (tensors, 'optimizer.safetensors', 'trainer_state.json'):

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError
+from configurator import UserError, from_dict
 
 TEMPORARY = '.nanoforge-tmp-'
 STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')               # of a checkpoint; the others are the model
@@ -122,14 +122,22 @@ def checkpoint_folders(out_dir):
     return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1]['step'])
 
 
-def saved_run(out_dir, script, with_checkpoint=True):
-    """What run_config.json in out_dir says of a run of `script`, {} if none is there (or none with a checkpoint).
+def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
+    """(the configuration of the run of `script` in out_dir, of which only what was typed again in cfg changes anything; what its
+    run_config.json says). Where no run with a checkpoint is there: (cfg, None) if cfg.resume is 'auto', else a UserError.
 
-    It is asked before setup(): a run goes on with the device and the precision that it had.
+    It is asked before setup(): a run goes on with the device and the precision that it had. from_start: no checkpoint is needed.
     """
     saved = read_own(Path(out_dir) / 'run_config.json')
-    has_checkpoint = any(manifest['run'] == saved.get('run') for _, manifest in checkpoint_folders(Path(out_dir)))
-    return saved if saved.get('script') == script and (has_checkpoint or not with_checkpoint) else {}
+    found = saved.get('script') == script and (
+        from_start or any(manifest['run'] == saved['run'] for _, manifest in checkpoint_folders(Path(out_dir))))
+    if not found and getattr(cfg, 'resume', None) == 'auto':
+        return cfg, None
+    if not found:
+        raise UserError(f'{flag}: {out_dir} holds no run of {script} with a checkpoint; start one without {flag}')
+    merged = from_dict(type(cfg), saved['config'], cfg)
+    merged.check()
+    return merged, saved
 
 
 def start_fresh(run, out_dir, config, keep=None, script=None):

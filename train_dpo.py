@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, as_dict, from_dict, parse, run, setting
+from configurator import UserError, as_dict, parse, run, setting
 from data.records import Source, best_fit
 from optim import SCHEDULES, learning_rate, make_optimizer
 
@@ -73,7 +73,7 @@ class Config:
     disable_dropout: bool = setting(True, 'training.disable_dropout')  # false: the adapter's dropout acts on the policy
     per_device_train_batch_size: int = setting(16, 'training.per_device_train_batch_size', also=('batch_size',))  # pairs in a micro-batch of one process
     gradient_accumulation_steps: int = setting(1, 'training.gradient_accumulation_steps')  # micro-batches of one process in a step
-    learning_rate: float | None = setting(None, 'training.learning_rate')  # the highest; by mode if not set: full 1e-5, LoRA 1e-4, QLoRA 2e-4
+    learning_rate: float | None = setting(None, 'training.learning_rate')  # the highest; by mode if not set: full 1e-5, LoRA 1e-4, QLoRA 2e-4, thirty times that below 10M parameters
     num_train_epochs: float = setting(2, 'training.num_train_epochs')  # passes over the pairs
     max_steps: int = setting(-1, 'training.max_steps')  # optimizer steps, whatever the epochs say; -1 = by epochs
     warmup_steps: int = setting(10, 'training.warmup_steps')  # steps of linear warm-up
@@ -172,7 +172,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import report
-from checkpoint import Checkpoints, read_checkpoint, replace, saved_run, start_fresh, write_json, writing
+from checkpoint import Checkpoints, read_checkpoint, replace, resume_config, start_fresh, write_json, writing
 from data.pairs import encode_pairs, read_pairs
 from data.tasks import facts
 from data.tasks.world import split_of
@@ -662,20 +662,8 @@ def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, m
     return means, norm, math.isfinite(norm) or rescaled
 
 
-def resume_config(cfg):
-    """(The configuration of the run in output_dir, of which only flags typed again change anything, what its run_config.json says)."""
-    saved = saved_run(cfg.output_dir, 'train_dpo.py')
-    if not saved and cfg.resume == 'auto':
-        return cfg, None
-    if not saved:
-        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_dpo.py with a checkpoint; start it without --resume')
-    merged = from_dict(Config, saved['config'], cfg)
-    merged.check()
-    return merged, saved
-
-
 def main(cfg):
-    cfg, saved = resume_config(cfg) if cfg.resume else (cfg, None)
+    cfg, saved = resume_config(cfg, cfg.output_dir, 'train_dpo.py') if cfg.resume else (cfg, None)
     machine = setup(cfg.device, 'bfloat16' if cfg.bf16 else 'float16' if cfg.fp16 else 'auto', cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)

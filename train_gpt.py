@@ -14,7 +14,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-from configurator import UserError, as_dict, from_dict, parse, run, setting
+from configurator import UserError, as_dict, parse, run, setting
 from optim import OPTIMIZERS, SCHEDULES, Plateau, WeightAverage, learning_rate, make_optimizer
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
@@ -112,7 +112,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import report
-from checkpoint import Checkpoints, read_checkpoint, saved_run, start_fresh, write_json
+from checkpoint import Checkpoints, read_checkpoint, resume_config, start_fresh, write_json
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
 from ops import TargetLogp
@@ -334,17 +334,6 @@ def flops_per_token(model, T):
 
 # ---- resume -----------------------------------------------------------------------------------------------------------------
 
-def resume_config(cfg):
-    """The configuration of the run in out_dir, of which only flags typed again change anything."""
-    saved = saved_run(cfg.out_dir, 'train_gpt.py')
-    if not saved:
-        raise UserError(f'--init_from=resume: {cfg.out_dir} holds no run of train_gpt.py with a checkpoint; start one without --init_from=resume')
-    merged = from_dict(Config, saved['config'], cfg)
-    merged.init_from = saved['config']['init_from']         # what the weights were first made of says their architecture
-    merged.check()
-    return merged, saved
-
-
 def restore(path, cfg, model, optimizer, average, machine):
     """Puts a checkpoint's weights and optimizer state back; returns the trainer state.
 
@@ -399,7 +388,10 @@ def train_step(cfg, forward, optimizer, batches, scaler, machine):
 
 
 def main(cfg):
-    cfg, saved = resume_config(cfg) if cfg.init_from == 'resume' else (cfg, None)
+    saved = None
+    if cfg.init_from == 'resume':
+        cfg, saved = resume_config(cfg, cfg.out_dir, 'train_gpt.py', '--init_from=resume')
+        cfg.init_from = saved['config']['init_from']        # what the weights were first made of says their architecture
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
@@ -442,7 +434,8 @@ def main(cfg):
     header = {'script': 'train_gpt.py', 'data': [{k: c.meta[k] for k in ('source', 'stand_in')} | {'name': c.name} for c in corpora],
               'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(machine)}
     announce(cfg, model, corpora, schedule, why, decay, time_step(cfg, forward, optimizer, corpora, machine), machine)
-    log = Log(machine, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, cfg.wandb_project if cfg.wandb_log else None,
+    wandb = {'project': cfg.wandb_project} | ({'name': cfg.wandb_run_name} if cfg.wandb_run_name else {})
+    log = Log(machine, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, wandb if cfg.wandb_log else None,
               step if resumed else None)
 
     def save(best):

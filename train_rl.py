@@ -19,7 +19,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-from configurator import UserError, as_dict, from_dict, parse, run, setting
+from configurator import UserError, as_dict, parse, run, setting
 from data.questions import TASKS
 from data.records import Source
 from optim import OPTIMIZERS, SCHEDULES
@@ -257,7 +257,7 @@ import contextlib
 import torch
 
 import report_rl
-from checkpoint import Checkpoints, read_checkpoint, saved_run, start_fresh, write_json
+from checkpoint import Checkpoints, read_checkpoint, resume_config, start_fresh, write_json
 from data import questions
 from data.rewards import Scorer
 from data.rollouts import Episode, Table, all_ranks, cut_rollouts, grouped, lay_out, read_episodes, write_rollout
@@ -941,18 +941,6 @@ def make_plan(cfg, num_problems, machine):
     return Plan(groups, updates, cfg.max_steps if cfg.max_steps > 0 else steps)
 
 
-def resume_config(cfg):
-    """The configuration of the run in output_dir, of which only flags typed again change anything."""
-    saved = saved_run(cfg.output_dir, 'train_rl.py', with_checkpoint=cfg.replay is None)
-    if not saved and cfg.resume == 'auto':
-        return cfg, None
-    if not saved:
-        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_rl.py with a checkpoint; start it without --resume')
-    merged = from_dict(Config, saved['config'], cfg)
-    merged.check()
-    return merged, saved
-
-
 def train_own_reward_model(cfg, problems, tokenizer, machine, resumed):
     """A reward model trained from the pairs and saved in output_dir/reward_model, or the one that is there of a run that goes on."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
@@ -1044,12 +1032,14 @@ def build(cfg, machine, resumed=None):
 
 
 def main(cfg):
-    cfg, saved = resume_config(cfg) if cfg.resume or cfg.replay is not None else (cfg, None)
+    saved, replayed = None, cfg.replay is not None
+    if cfg.resume or replayed:
+        cfg, saved = resume_config(cfg, cfg.output_dir, 'train_rl.py', '--replay' if replayed else '--resume', from_start=replayed)
     dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
     machine = setup(cfg.device, dtype, cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
-    if cfg.replay is not None:
+    if replayed:
         return replay(cfg, checkpoints, machine)
     resumed = checkpoints.latest() if saved else None
     if saved and not resumed and cfg.resume != 'auto':

@@ -18,7 +18,7 @@ import re
 import time
 from dataclasses import asdict, dataclass
 
-from configurator import UserError, as_dict, from_dict, parse, run, setting
+from configurator import UserError, as_dict, parse, run, setting
 from data.records import Source
 from optim import OPTIMIZERS, Plateau, WeightAverage, learning_rate, make_optimizer
 
@@ -160,8 +160,9 @@ class Config:
             raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of the two out')
         if not re.search(r'\{(step|epoch)\}', self.checkpoint_name) or os.path.basename(self.checkpoint_name) != self.checkpoint_name:
             raise UserError(f'checkpoint_name={self.checkpoint_name}: a name with {{step}} or {{epoch}}, so that none overwrites another')
-        if self.patience and self.eval_strategy == 'no':
-            raise UserError(f'patience={self.patience} counts evaluations, and eval_strategy=no makes none')
+        for name, judges in (('patience', self.patience), ('lr_scheduler_type', SCHEDULES[self.lr_scheduler_type] == 'plateau')):
+            if judges and self.eval_strategy == 'no':
+                raise UserError(f'{name}={getattr(self, name)} judges by evaluations, and eval_strategy=no makes none')
         for i, source in enumerate(self.datasets):
             if not source.name or not 0 < source.weight < math.inf:
                 raise UserError(f'data.datasets[{i}] needs a name and a weight above 0, not name={source.name!r}, weight={source.weight:g}')
@@ -174,7 +175,7 @@ import numpy as np
 import torch
 
 import report
-from checkpoint import Checkpoints, follow, read_checkpoint, saved_run, start_fresh, write_json
+from checkpoint import Checkpoints, follow, read_checkpoint, resume_config, start_fresh, write_json
 from data.encoded import Rows, digest, encode_records
 from data.records import read_rows, to_record
 from data.tokenizer import read_json
@@ -550,31 +551,11 @@ def announce(cfg, model, rows, sources, batches, total, warmup, machine):
 
 # ---- resume -----------------------------------------------------------------------------------------------------------------
 
-def resume_config(cfg):
-    """(The configuration of the run in output_dir, of which only flags typed again change anything, what its run_config.json says); of a new
-    run (cfg, None)."""
-    wanted = (cfg.resume_from_checkpoint or '').lower()
-    if not cfg.resume and wanted in ('', 'false', 'no'):
-        return cfg, None
-    saved = saved_run(cfg.output_dir, 'train_sft.py')
-    if not saved and cfg.resume == 'auto':
-        return cfg, None
-    if not saved:
-        raise UserError(f'--resume: {cfg.output_dir} holds no run of train_sft.py with a checkpoint; start it without --resume')
-    merged = from_dict(Config, saved['config'], cfg)
-    merged.resume, merged.resume_from_checkpoint = cfg.resume, cfg.resume_from_checkpoint       # not what the last resume asked for
-    merged.check()
-    return merged, saved
-
-
-def checkpoint_to_resume(cfg, checkpoints):
-    """The checkpoint that resume_from_checkpoint names, or the newest; None where there is no whole one and the run may begin anew."""
+def named_checkpoint(cfg):
+    """The folder that resume_from_checkpoint names; '' where it only says whether to resume."""
     wanted = cfg.resume_from_checkpoint or ''
     if wanted.lower() in ('', 'true', 'yes', 'false', 'no'):
-        path = checkpoints.latest()
-        if path is None and cfg.resume != 'auto':
-            raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
-        return path
+        return ''
     path = str(follow(wanted))
     if os.path.realpath(os.path.dirname(os.path.abspath(path))) != os.path.realpath(cfg.output_dir):
         raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir={cfg.output_dir}: name that folder too, or '
@@ -642,6 +623,8 @@ def refuse_or_warn(cfg, rows, findings, machine):
     if rows.held_out.all():
         reason = next(findings.lines(), 'every row is held out: rows to train on have "metadata": "train" or none')
         raise UserError(f'no row is left to train on; {reason}')
+    if (cfg.patience or SCHEDULES[cfg.lr_scheduler_type] == 'plateau') and not rows.held_out.any():
+        machine.say('note      no row is held out: patience and lr_scheduler_type=plateau have nothing to judge by, and do nothing')
 
 
 def open_log(cfg, model, sources, rows, total, resume_step, machine):
@@ -679,11 +662,16 @@ def finish(cfg, progress, metrics, log, machine):
 
 
 def main(cfg):
-    cfg, saved = resume_config(cfg)
+    saved, wanted, named = None, cfg.resume_from_checkpoint, named_checkpoint(cfg)
+    if cfg.resume or (wanted or '').lower() not in ('', 'false', 'no'):
+        cfg, saved = resume_config(cfg, cfg.output_dir, 'train_sft.py')
+        cfg.resume_from_checkpoint = wanted                 # not what an earlier resume named
     machine = setup(cfg.device, precision(cfg), cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
-    resumed = checkpoint_to_resume(cfg, checkpoints) if saved else None
+    resumed = named or checkpoints.latest() if saved else None
+    if saved and not resumed and cfg.resume != 'auto':
+        raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
     model, tokenizer = build_model(cfg, resumed, machine)
     rows, findings, sources = load_data(cfg, model, tokenizer, machine)
     if cfg.check_data:
@@ -734,10 +722,11 @@ def main(cfg):
                 log.text(progress.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
         log.histograms(progress.step, gradient_histograms(optimizer))
         flags.evaluation(progress, metrics['eval_loss'])
-        plateau.update(metrics['eval_loss'])
         best = metrics['eval_loss'] < (math.inf if progress.best_eval_loss is None else progress.best_eval_loss)
-        progress.best_eval_loss = metrics['eval_loss'] if best else progress.best_eval_loss
-        progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
+        if rows.held_out.any():
+            plateau.update(metrics['eval_loss'])
+            progress.best_eval_loss = metrics['eval_loss'] if best else progress.best_eval_loss
+            progress.evaluations_since_best = 0 if best else progress.evaluations_since_best + 1
         since[0] += time.perf_counter() - began         # tokens_per_second is that of training
         return best and keeps_best
 

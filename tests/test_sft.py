@@ -332,6 +332,14 @@ def test_early_stopping_freeze_and_nothing_overwritten(capsys):
     assert Path('o/earlier-1/log.jsonl').read_bytes() == before
 
 
+def test_without_held_out_rows_nothing_is_judged(capsys):
+    """Patience does not stop the run, and the plateau does not lower its rate, for evaluations that see no row."""
+    result = sft('--dataset_path', questions(8, 0), '--eval_fraction=0', '--output_dir=o', '--batch-size=4', '--grad-accum=1', '--max_steps=8',
+                 '--eval_steps=1', '--patience=2', '--lr_scheduler_type=plateau', '--warmup_steps=0', '--learning_rate=1e-4')
+    assert result['step'] == 8 and 'have nothing to judge by' in capsys.readouterr().out
+    assert {line['learning_rate'] for line in log_lines('o') if 'grad_norm' in line} == {1e-4}
+
+
 def test_augmentation_is_of_training_rows_only(capsys):
     pytest.importorskip('data.augment')
     sft('--dataset_path', questions(), '--augment', '--max_steps=1', '--output_dir=o')
@@ -398,7 +406,7 @@ def test_red_flags_are_named_once():
     ('--bf16 --fp16', 'exclude each other'), ('--load_in_4bit', 'needs use_lora=true'), ('--load_in_4bit --load_in_8bit', 'choose one'),
     ('training.deepspeed_config=ds.json', '--num_gpus=N or torchrun'), ('--epochs=0', 'above 0'), ('--max_steps=0', 'max_steps'),
     ('--max_length=10 --max_prompt_length=10', 'no room'), ('--checkpoint_name=last', '{step} or {epoch}'), ('--lora_dropout=1', 'below 1'),
-    ('--patience=2 --eval_strategy=no', 'eval_strategy=no'), ('--freeze norm --use_lora', 'frozen anyway'),
+    ('--patience=2 --eval_strategy=no', 'eval_strategy=no'), ('--lr_scheduler=plateau --eval_strategy=no', 'eval_strategy=no'), ('--freeze norm --use_lora', 'frozen anyway'),
     ('data.datasets[0].weight=2', 'needs a name'),
     ('--eval_strategy=sometimes', 'steps, epoch, no'), ('--lerning_rate=1', 'learning_rate')])
 def test_contradictions_are_refused(args, words, capsys):

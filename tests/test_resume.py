@@ -1,9 +1,13 @@
 """What every training script's --resume has in common."""
 import importlib
+import json
+import os
+from dataclasses import dataclass
 
 import pytest
 
-from configurator import parse
+from checkpoint import resume_config, write_json
+from configurator import UserError, from_dict, parse
 from data.prepare import prepare_files
 
 RUNS = {'train_gpt': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--max_iters=1', '--eval_iters=1',
@@ -34,3 +38,41 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
         with pytest.raises(InterruptedError):
             module.main(parse(module.Config, [resume, out, *typed]))
     assert asked == [('cpu', 'float32'), ('cpu', 'bf16')]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    longer = 'max_iters' if script == 'train_gpt' else 'max_steps'
+    assert module.main(parse(module.Config, [resume, out, f'--{longer}=2']))['step'] == 2
+    with open('o/run_config.json') as file:             # what was typed is what the next resume goes on with
+        saved = from_dict(module.Config, json.load(file)['config'])
+    assert (getattr(saved, longer), saved.matmul, saved.device) == (2, 'float32', 'cpu')
+
+
+@dataclass
+class Small:
+    rate: float = 1.0
+    resume: bool | str = False
+
+    def check(self):
+        pass
+
+
+def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
+    auto = Small(resume='auto')
+
+    def found(cfg, script='train.py'):
+        return resume_config(cfg, tmp_path, script)
+    assert found(auto) == (auto, None)
+    write_json(tmp_path / 'run_config.json', {'written_by': 'nanoforge', 'run': 'a', 'script': 'train.py', 'config': {'rate': 2.0}})
+    for run in (None, 'b'):                             # no checkpoint, then one of another run
+        if run:
+            os.mkdir(tmp_path / 'checkpoint-1')
+            write_json(tmp_path / 'checkpoint-1' / 'manifest.json', {'written_by': 'nanoforge', 'run': run, 'step': 1})
+        assert found(auto) == (auto, None)
+        with pytest.raises(UserError, match='no run of train.py with a checkpoint'):
+            found(Small(resume=True))
+    write_json(tmp_path / 'checkpoint-1' / 'manifest.json', {'written_by': 'nanoforge', 'run': 'a', 'step': 1})
+    cfg, saved = found(auto)
+    assert cfg.rate == 2.0 and saved['run'] == 'a'
+    assert found(auto, 'other.py') == (auto, None)
+    auto.typed = frozenset({'rate'})
+    assert found(auto)[0].rate == 1.0

@@ -325,6 +325,8 @@ def main(cfg):
         training = encode_records(tokenizer, data.training)
         results += [trivial(metrics.majority, 'most frequent answer', rows, training, data.task),
                     trivial(metrics.nearest, 'answer to the nearest question', rows, training, data.task)]
+    if len(counts := {len(result['rows']) for result in results}) > 1:
+        print(f'WARNING: from {min(counts):,} to {max(counts):,} rows fitted the contexts of these models: their scores are not of the same rows')
     print(scorecard.text_table(*scorecard.score_rows(results)))
     print(scorecard.text_table(*scorecard.error_rows(results)))
     evaluation = {'written_by': 'nanoforge', 'data': data.name, 'num_rows': len(rows), 'settings': as_dict(cfg), 'results': results}

@@ -230,12 +230,12 @@ def test_a_step_does_not_depend_on_how_it_is_cut(llama, pairs):
 
 
 def test_two_ranks_give_the_losses_of_one(llama, preferences):
-    settings = {**SMALL, 'matmul': 'float32', 'max_steps': 4, 'reference': 'cache', 'base_model_name': llama[1]}
-    flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}']
-    for ranks in (1, 2):
-        own = [f'--num_gpus={ranks}', f'--output_dir=out{ranks}', f'--reference_cache=cache{ranks}', f'--batch_size={4 // ranks}']
-        done = subprocess.run([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags, *own], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    settings = {'matmul': 'float32', 'max_steps': 4, 'reference': 'cache', 'base_model_name': llama[1]}
+    main(config(datasets=[train_dpo.Source(name=preferences)], output_dir='out1', reference_cache='cache1', per_device_train_batch_size=4, **settings))
+    flags = [f'--{k}={v}' for k, v in {**SMALL, **settings, 'output_dir': 'out2', 'reference_cache': 'cache2', 'batch_size': 2}.items()]
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags, f'data.datasets[0].name={preferences}', '--num_gpus=2'],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, two = lines('out1'), lines('out2')
     for key in ('loss', 'eval_loss', 'grad_norm', 'rewards/margins', 'logps/chosen', 'num_tokens'):
         a, b = ([line[key] for line in log if key in line] for log in (one, two))

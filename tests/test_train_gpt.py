@@ -124,13 +124,12 @@ def test_gradient_does_not_depend_on_the_cut(data):
 
 @pytest.mark.parametrize('accumulation', (1, 2))
 def test_two_ranks_give_the_losses_of_one(data, accumulation):
-    flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6,
-                                       'gradient_accumulation_steps': accumulation}.items()]
-    script = os.path.join(ROOT, 'train_gpt.py')
-    for ranks, out in ((1, 'one'), (2, 'two')):
-        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'] if ranks == 2 else []
-        done = subprocess.run([sys.executable, *launcher, script, *flags, f'--out_dir={out}'], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    settings = {'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6, 'gradient_accumulation_steps': accumulation}
+    main(config(data, 'one', **settings))
+    flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'out_dir': 'two', **settings}.items()]
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, 'train_gpt.py'), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, two = lines('one'), lines('two')
     for key in ('loss', 'eval_loss', 'train_loss', 'grad_norm'):
         a, b = ([line[key] for line in log if key in line] for log in (one, two))

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -187,6 +188,7 @@ if __name__ == '__main__':
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import report
 from checkpoint import Checkpoints, point, read_checkpoint, read_own, start_fresh, write_json
@@ -625,7 +627,7 @@ def warm_up(cfg, team, task, stop, machine):
     an answer, much of the task, and the pupils' faults."""
     kind = 'adamw' if isinstance(machine, Shared) else 'muon'           # which needs whole matrices
     started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in distinct(team)}
-    losses = []
+    losses, bar = [], tqdm(total=cfg.demo_steps, desc='demonstrations', leave=False, disable=not (machine.is_main and sys.stderr.isatty()))
     for step in range(cfg.demo_steps):
         if stop.requested:
             machine.say('stopped during the demonstrations, of which nothing is kept: start again')
@@ -646,10 +648,12 @@ def warm_up(cfg, team, task, stop, machine):
             own = [messages for agent, messages in rows if agent in policy.agents]
             loss = supervised_step(cfg, policy, optimizers[policy.name], own, step, machine)
             losses.append(loss)
-        if (step + 1) % max(1, cfg.demo_steps // 5) == 0:
-            recent = losses[-50:]
-            machine.say(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {sum(recent) / len(recent):.4f}  '
-                        f'{time.perf_counter() - started:.0f} s')
+        bar.update()
+        if (step + 1) % max(1, cfg.demo_steps // 10) == 0:
+            recent, seconds = losses[-50:], time.perf_counter() - started
+            machine.say(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {sum(recent) / len(recent):.4f}  {seconds:.0f} s, about '
+                        f'{seconds / (step + 1) * (cfg.demo_steps - step - 1):.0f} s to go')
+    bar.close()
     return time.perf_counter() - started
 
 

@@ -5,8 +5,8 @@ is a success if the program passes the hidden tests, all of them, so that agreei
 stay out of the sandbox, and hidden tests out of every prompt.
 
 Problems come from the files that scripts/dataprocess/load_code.py wrote, or from the generator here: Read numbers. Print the sum of
-the squares of the even ones. What is computed belongs to one split, the wording too. The pupils of the team: the coder's
-leaves the condition out or mistakes it in six programs of ten; the tester's mistakes what its test should print in half of the tests.
+the squares of the even ones. What is computed belongs to one split, the wording too. The pupils of the team: the coder's leaves the
+condition out of half of the programs, and mistakes it in a few; the tester's mistakes what its test should print in half of the tests.
 """
 import functools
 import random
@@ -33,7 +33,7 @@ RULES = {'coder': 'Write a Python program that solves the problem: it reads the 
          'tester': 'Write one test for the problem, not one of its examples: an input that may show a mistake in the program, and what '
                    'a right program prints for it. Write it as:\n**Test Input:**\n```\ninput\n```\n**Test Output:**\n```\noutput\n```'}
 SHOWN = 3                           # failed tests in a prompt, the last ones
-FORGETFUL, SLOPPY, WRONG = 0.4, 0.2, 0.5        # of the pupils' answers
+FORGETFUL, SLOPPY, WRONG = 0.5, 0.05, 0.5        # of the pupils' answers
 
 CONDITIONS = {'': lambda n, k: True, 'even': lambda n, k: n % 2 == 0, 'odd': lambda n, k: n % 2 == 1,
               'more than {k}': lambda n, k: n > k, 'less than {k}': lambda n, k: n < k, 'not {k}': lambda n, k: n != k}

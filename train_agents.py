@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from configurator import UserError, as_dict, from_dict, parse, run, setting
+from configurator import UserError, as_dict, parse, run, setting
 from optim import SCHEDULES, learning_rate
 
 MAX_BAD_STEPS = 5       # optimizer steps in a row without a finite gradient after which a run stops
@@ -191,7 +191,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import report
-from checkpoint import Checkpoints, point, read_checkpoint, read_own, start_fresh, write_json
+from checkpoint import Checkpoints, point, read_checkpoint, read_own, resume_config, start_fresh, write_json
 from data import sandbox
 from data.chat import encode, segments
 from data.rollouts import lay_out
@@ -761,16 +761,8 @@ class Texts:
 def saved_config(cfg):
     """(the configuration, of a resumed run the saved one, of which only flags typed again change anything; the run's folder or None)."""
     latest = os.path.join('logs', cfg.experiment_name, 'latest')
-    if not cfg.resume:
-        return cfg, None
-    saved = read_own(os.path.join(latest, 'checkpoints', 'run_config.json'))
-    if saved.get('script') == 'train_agents.py':
-        cfg = replace(from_dict(Config, saved['config'], cfg), GPU_num=cfg.GPU_num)
-        cfg.check()
-        return cfg, os.path.relpath(os.path.realpath(latest))
-    if cfg.resume != 'auto':
-        raise UserError(f'--resume: {latest} holds no run of train_agents.py; start one without --resume')
-    return cfg, None
+    merged, saved = resume_config(cfg, os.path.join(latest, 'checkpoints'), 'train_agents.py') if cfg.resume else (cfg, None)
+    return (replace(merged, GPU_num=cfg.GPU_num), os.path.relpath(os.path.realpath(latest))) if saved else (cfg, None)
 
 
 def new_run(cfg, machine):

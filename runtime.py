@@ -136,6 +136,8 @@ def setup(device='auto', dtype='auto', matmul='auto'):
 
     if kind == 'cpu':
         keep_freed_memory()
+        for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):     # two caches of kernels for bf16 products, a thousand
+            os.environ.setdefault(cache, '256')                                     # sizes each: gigabytes where every batch has its own
     run = Run(torch.device(kind, index) if kind == 'cuda' else torch.device(kind), amp,
               matmul if kind == 'cpu' else 'float32', rank, local_rank, world_size)
     if world_size > 1:

@@ -55,13 +55,11 @@ def processor_seconds():
 
 
 def validations(folder):
-    """({metric: [value]} of every validation, the same of every iteration)."""
+    """{metric: [value of every validation]}"""
     with open(os.path.join(folder, 'logs', 'run', 'latest', 'log.jsonl'), encoding='utf-8') as file:
-        lines = [line for line in map(json.loads, file) if 'step' in line]
-    columns = lambda rows, keys: {key: [row[key] for row in rows] for key in keys}
-    return (columns([line for line in lines if 'validation/success_rate' in line],
-                    ('step', 'validation/success_rate', 'validation/greedy_success_rate', 'validation/episode_length')),
-            columns([line for line in lines if 'groups' in line], ('step', 'reward', 'success_rate')))
+        rows = [line for line in map(json.loads, file) if 'validation/success_rate' in line]
+    return {key.removeprefix('validation/'): [row[key] for row in rows] for key in
+            ('step', 'validation/success_rate', 'validation/greedy_success_rate', 'validation/episode_length', 'validation/reward')}
 
 
 def solvers(game):
@@ -106,21 +104,19 @@ def runs_in(out):
 def draw(out):
     """The table, and bench/agents.png and .json."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     runs, result = runs_in(out), {}
     if not runs:
         sys.exit(f'{out} holds no run that has ended')
     print(f'{"run":28} {"sampled":>16} {"greedy":>16} {"turns":>12} {"reward":>14} {"seconds":>8} {"CPU s":>6}')
     for game, kind, seed, folder in runs:
-        held_out, training = validations(folder)
-        ends = {key.removeprefix('validation/'): [round(values[0], 4), round(values[-1], 4)] for key, values in held_out.items() if key != 'step'}
-        span = max(1, len(training['reward']) // 10)
-        ends['training_reward'] = [round(sum(part) / span, 3) for part in (training['reward'][:span], training['reward'][-span:])]
+        ends = {key: [round(values[0], 4), round(values[-1], 4)] for key, values in validations(folder).items() if key != 'step'}
         with open(os.path.join(folder, 'bench.json'), encoding='utf-8') as file:
             result.setdefault(game, {})[f'{kind}-{seed}'] = {**ends, **json.load(file)}
         row = result[game][f'{kind}-{seed}']
         change = lambda key, form: f'{row[key][0]:{form}} -> {row[key][1]:{form}}'
         print(f'{f"{game} {kind} {seed}":28} {change("success_rate", ".1%"):>16} {change("greedy_success_rate", ".1%"):>16} '
-              f'{change("episode_length", ".1f"):>12} {change("training_reward", ".2f"):>14} {row["seconds"]:>8} {row["processor_seconds"]:>6}')
+              f'{change("episode_length", ".1f"):>12} {change("reward", ".2f"):>14} {row["seconds"]:>8} {row["processor_seconds"] or "":>6}')
     for game in {game for game, *_ in runs} & {'plan_path', 'sokoban', 'sudoku'}:
         result[game]['solvers'] = solvers(game)
         print(game, ', '.join(f'{name} {rate:.1%}' for name, rate in result[game]['solvers'].items()))
@@ -128,12 +124,13 @@ def draw(out):
     figure = Figure(figsize=(3.6 * len(games), 3.8), dpi=120, layout='constrained')
     for panel, game in zip(figure.subplots(1, len(games), squeeze=False)[0], games):
         for _, kind, _, folder in (run for run in runs if run[0] == game):
-            held_out, training = validations(folder)
+            held_out = validations(folder)
             label = KINDS[kind][0] if KINDS[kind][0] not in [line.get_label() for line in panel.lines] else '_'
-            panel.plot(held_out['step'], held_out['validation/success_rate'], color=KINDS[kind][1], linewidth=1.8, marker='o', markersize=3,
+            panel.plot(held_out['step'], held_out['success_rate'], color=KINDS[kind][1], linewidth=1.8, marker='o', markersize=3,
                        label=label)
         panel.set_title(TITLES[game], loc='left')
         panel.set_xlabel('iteration')
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylim(0, 1)
         panel.spines[['top', 'right']].set_visible(False)
         panel.grid(axis='y', color='#e6e6e6')

@@ -2,7 +2,7 @@
 
     model(idx)                        logits (B, T, V)
     model(idx, targets)               log-probability of each target, float32 (B, T); 0 where the target is -1
-    model.hidden(idx, positions)      (B, T, C) after the last norm: what a critic or reward head stands on
+    model.hidden(idx, positions)      (B, T, C) after the last norm: what a critic or reward head stands on; of some `places` alone
     model.token_stats(hidden, targets, temperature)     logp, entropy, mean_logp, correct; (B, T, V) is never held
 
 The modules carry Llama's names (layers.0.self_attn.q_proj, ...), so the weights of most families load unmapped; GPT-2's
@@ -27,8 +27,9 @@ from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora
                   set_adapter, stacked_linear, unmerge_lora)
 from quantized import base_state, check_trainable, quantize
 
-SHORT_DOCUMENT = 256        # and for packed documents, since their masks slow blockwise attention down
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
+SHORT_DOCUMENT = 256        # and in packed rows, for a prompt with one continuation
+ALIGN = 64                  # bf16 products take packed rows of a multiple of this: oneDNN compiles a kernel for each new size
 
 
 class Linear(nn.Linear):
@@ -75,22 +76,20 @@ class Attention(nn.Module):
             return stacked_linear(x, layers)
         return torch.cat([layer(x) for layer in layers], -1)
 
-    def forward(self, x, plan, cache=None):
+    def forward(self, x, plan, cache=None, places=None):
         cfg, (B, T, _) = self.cfg, x.size()
+        out = self.o_proj if places is None else lambda y: self.o_proj(ops.pick(y, places))
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         cos, sin = plan.angles[self.layer_type] if plan.angles else (None, None)        # (B or 1, 1, T, D/2)
         qkv = self.qkv(x)
-        if plan.padded and cache is None:
+        if plan.spans:
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            qkv = ops.Pad.apply(qkv.flatten(0, 1), *plan.padded)                        # (documents, longest, ...)
-            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, cos, sin,
-                                         plan.added(self.window, qkv.dtype))
-            return self.o_proj(ops.Unpad.apply(y, plan.padded[0]).view(B, T, -1))
+            return out(ops.SpanAttention.apply(qkv, plan.spans, self.window, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, cos, sin))
         if plan.short and cache is None and (not self.window or T <= self.window):
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
             y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, None if cos is None else cos[0, 0],
                                          None if sin is None else sin[0, 0], ops.future(T, qkv.dtype))
-            return self.o_proj(y)
+            return out(y)
         q, k, v = qkv.split([H * D, G * D, G * D], -1)
         q, k, v = (h.view(B, T, -1, D).transpose(1, 2) for h in (q, k, v))              # (B, heads, T, D)
         if x.device.type == 'cpu':
@@ -104,7 +103,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, plan.positions)                                   # (B, G, S, D)
         y = plan.attend(q.to(k.dtype), k, v, self.window, cfg.attn_scale, cfg.attn_softcap)     # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, H * D)
-        return self.o_proj(y if cache is None else y.to(qkv.dtype))
+        return out(y if cache is None else y.to(qkv.dtype))
 
 
 class MLP(nn.Module):
@@ -134,9 +133,11 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = Norm(cfg, cfg.n_embd)
         self.post_norms, self.dropout = cfg.post_norms, cfg.dropout
 
-    def forward(self, x, plan, cache=None):
+    def forward(self, x, plan, cache=None, places=None):
+        """x (B, T, C) -> the same; of the given places alone, (len(places), C)."""
         drop = lambda h: F.dropout(h, self.dropout, self.training) if self.dropout else h
-        y = self.self_attn(self.input_layernorm(x), plan, cache)
+        y = self.self_attn(self.input_layernorm(x), plan, cache, places)
+        x = x if places is None else ops.pick(x, places)
         x = x + drop(self.post_attention_layernorm(y.to(x.dtype)) if self.post_norms else y)
         if self.post_norms:
             return x + drop(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)).to(x.dtype)))
@@ -158,31 +159,20 @@ class Plan:
         self.packed, self.slots, self.masks = positions is not None and cache is None, cache and cache.length, {}
         self.short = (device.type == 'cpu' and T <= SHORT_BLOCK and not self.packed and not cfg.attn_softcap
                       and cfg.n_kv_head == cfg.n_head)
-        self.documents = self.padded = self.branches = None
+        self.documents = self.branches = self.spans = None
         if self.packed and device.type == 'cpu':            # positions of each document, row after row
-            flat, lengths = positions.expand(B, T).flatten(), ops.document_lengths(positions.expand(B, T))
-            self.documents = flat.split(lengths.tolist())
-            N, L = len(lengths), int(lengths.max())
-            if L <= SHORT_DOCUMENT and N * L <= 2 * B * T and not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head:
-                places = (torch.arange(L) < lengths[:, None]).flatten().nonzero().squeeze(1)    # (B * T,) of N * L
-                self.padded = places, N, L                  # side by side, each padded to the longest
-                self.inside = flat.new_zeros(N * L).index_copy_(0, places, flat).view(N, L)     # positions; 0 in padding
-            elif any(len(d) != d[-1] - d[0] + 1 for d in self.documents) and not cfg.attn_softcap:
-                branches = ops.Branches(positions.expand(B, T))
+            rows = positions.expand(B, T)
+            self.documents, spans = rows.flatten().split(ops.document_lengths(rows).tolist()), ops.continuations(rows)
+            short = max(shared + end - at for _, shared, at, end in spans) <= SHORT_DOCUMENT
+            if short and not cfg.attn_softcap:
+                self.spans = ops.Spans(rows, spans, cfg.n_head, cfg.n_kv_head)
+            elif any(shared for _, shared, _, _ in spans) and not cfg.attn_softcap:
+                branches = ops.Branches(rows)
                 self.branches = branches if branches.cost < sum(len(d) ** 2 for d in self.documents) else None
-        where = self.inside if self.padded else self.positions
-        self.angles, self.heads = {}, cfg.n_head
+        self.angles = {}
         for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
-            angle = where[:, None, :, None].float() * model.inv_freq(kind).to(device)           # (1 or B, 1, T, D/2)
+            angle = self.positions[:, None, :, None].float() * model.inv_freq(kind).to(device)           # (1 or B, 1, T, D/2)
             self.angles[kind] = angle.cos(), angle.sin()
-
-    def added(self, window, dtype):
-        """(N * heads, L, L): what is added to the scores of padded documents; padding sees itself alone."""
-        if (window, dtype) not in self.masks:
-            seen = ops.visible(self.inside, window)
-            added = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float('-inf'))
-            self.masks[window, dtype] = added[:, None].expand(-1, self.heads, -1, -1).flatten(0, 1)
-        return self.masks[window, dtype]
 
     def mask(self, window):
         """(B or 1, 1, T, keys) bool, True where a query sees a key; made once for all layers of one window."""
@@ -264,7 +254,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)     # float32: see token_stats
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.matmul = False, 'float32'
         self._inv_freq = {}
 
     def init_weights(self, std=0.02):
@@ -279,6 +269,7 @@ class GPT(nn.Module):
 
     def set_matmul(self, mode):
         """'bf16' or 'float32': how the linear layers multiply on a CPU. On a GPU autocast decides."""
+        self.matmul = mode
         for module in self.modules():
             if hasattr(module, 'bf16'):
                 module.bf16 = mode == 'bf16'
@@ -297,16 +288,22 @@ class GPT(nn.Module):
             self._inv_freq[layer_type] = rope_frequencies(self.config, layer_type)
         return self._inv_freq[layer_type]
 
-    def hidden(self, idx, positions=None, caches=None, embeddings=None):
+    def hidden(self, idx, positions=None, caches=None, embeddings=None, places=None):
         """idx (B, T) -> (B, T, C), after the last norm.
 
         positions (B, T): absolute ones with `caches` (one KVCache a layer); without, each 0 begins a packed document and
         a jump back to p > 0 another continuation of its first p tokens; then a row may be longer than the context.
-        embeddings (B, T, C) stand in for those of idx (several streams summed, noise added).
+        embeddings (B, T, C) stand in for those of idx (several streams summed, noise added). places: an integer tensor of
+        any shape, counting the rows laid end to end: only these are wanted, (*places.shape, C), and the last layer is not
+        computed for others.
         """
         cfg, (B, T) = self.config, idx.size()
         if T > cfg.block_size and (positions is None or caches or positions.max() >= cfg.block_size):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: shorten it')
+        if self.matmul == 'bf16' and B == 1 and positions is not None and not caches and embeddings is None:
+            rest = torch.arange(-T % ALIGN, device=idx.device)[None]            # a document of its own
+            idx, positions = F.pad(idx, (0, rest.size(1))), torch.cat((positions, rest), 1)
+        kept, back = (None, None) if places is None else places.unique(return_inverse=True)
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)
         if cfg.embed_scale:
@@ -317,10 +314,10 @@ class GPT(nn.Module):
             x = F.dropout(x, cfg.dropout, self.training)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, plan, use_reentrant=False)
+                x = checkpoint(layer, x, plan, None, kept if layer is self.layers[-1] else None, use_reentrant=False)
             else:
-                x = layer(x, plan, caches[i] if caches else None)
-        return self.norm(x)
+                x = layer(x, plan, caches[i] if caches else None, kept if layer is self.layers[-1] else None)
+        return self.norm(x)[:, :T] if places is None else F.embedding(back, self.norm(x))
 
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""

@@ -95,36 +95,6 @@ def future(T, dtype):
     return torch.full((T, T), float('-inf'), dtype=dtype).triu_(1)
 
 
-class Pad(torch.autograd.Function):
-    """x (M, C) as rows of their own -> (N, L, C), x[i] at places[i] of the N * L, zeros between; its gradient is Unpad."""
-
-    @staticmethod
-    def forward(ctx, x, places, N, L):
-        ctx.save_for_backward(places)
-        return x.new_zeros(N * L, x.size(1)).index_copy_(0, places, x).view(N, L, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad.flatten(0, 1)[ctx.saved_tensors[0]], None, None, None
-
-
-class Unpad(torch.autograd.Function):
-    """x (N, L, C) -> (M, C), what stands at `places`: undoes Pad, which is its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, places):
-        ctx.save_for_backward(places)
-        ctx.sizes = x.shape[:2]
-        return x.flatten(0, 1)[places]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        N, L = ctx.sizes
-        return grad.new_zeros(N * L, grad.size(1)).index_copy_(0, ctx.saved_tensors[0], grad).view(N, L, -1), None
-
-
 class ShortAttention(torch.autograd.Function):
     """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched products.
 
@@ -189,6 +159,11 @@ class ShortAttention(torch.autograd.Function):
         return out.view(B, T, 3 * H * D), None, None, dq_weight, dk_weight, None, None, None, None
 
 
+def pick(x, places):
+    """x (..., C), places (M,) in the rows laid end to end -> (M, C)."""
+    return F.embedding(places, x.flatten(0, -2))        # whose backward is quicker than indexing's
+
+
 def document_lengths(positions):
     """positions (B, T), where each 0 begins a packed document, as a row does -> lengths of all documents, row after
     row."""
@@ -227,6 +202,138 @@ def continuations(positions):
         cuts = [begin, *(i for i in range(begin + 1, stop) if places[i] != places[i - 1] + 1), stop]
         spans += [(begin, places[at] if at > begin else 0, at, end) for at, end in zip(cuts, cuts[1:])]
     return spans
+
+
+SPAN = 16           # spans whose lengths differ by less are computed side by side,
+SCORES = 2 ** 18    # up to so many scores at a time, which stay in cache
+
+
+class Spans:
+    """Packed rows (see `visible`) for SpanAttention: each prompt, continuation and plain document is a span, which attends to the tokens
+    that it continues and to itself; spans of about the same lengths are a batch, padded to the longest of them.
+
+    The heads of queries, keys and values are rows of a table, head after head, N tokens each; behind them a row of zeros, for padding.
+    """
+
+    def __init__(self, positions, spans, heads, groups):
+        """positions (B, T), spans: their `continuations`; `heads` of queries, `groups` of keys and of values."""
+        self.sizes = N, H, G = positions.numel(), heads, groups
+        none, flat = (H + 2 * G) * N, torch.cat((positions.flatten(), positions.new_tensor([2 ** 30])))
+        of_heads = lambda first, count, place: torch.where(place < N, torch.arange(first, first + count).view(-1, 1, 1) * N + place, none)
+        self.batches, self.masks = [], {}
+        for part in self.alike(spans, SCORES // H):
+            begin, shared, at, end = torch.tensor(part).t()[:, :, None]                             # (n, 1) each
+            run = lambda start, count: torch.where((step := torch.arange(int(count.max()))) < count, start + step, N)     # (n, longest)
+            query = run(at, end - at)                                                               # (n, Q); N where padded
+            key = torch.cat((run(begin, shared), query), 1)                                         # (n, K)
+            q = of_heads(0, H, query).view(G, H // G, *query.shape).transpose(1, 2).flatten()       # heads that share keys: one product
+            rows = torch.cat((q, of_heads(H, G, key).flatten(), of_heads(H + G, G, key).flatten()))
+            grads = torch.where(q < none, q % N * H + q // N, H * N)                                # the same rows of (N, H)
+            self.batches.append((query.size(1), key.size(1), rows, grads, flat[query][:, :, None], flat[key][:, None]))
+        rows, outputs = (torch.cat(parts) for parts in zip(*((rows, rows[:len(grads)]) for _, _, rows, grads, _, _ in self.batches)))
+        place = torch.empty(none + 1, dtype=torch.long)
+        place[outputs] = torch.arange(len(outputs))
+        self.outputs = place[:H * N].view(H, N).t().flatten()                                       # of (N, H), in the batches' outputs
+        counts = torch.bincount(rows, minlength=none + 1)[:none]
+        self.sources = rows.argsort(stable=True)[:int(counts.sum())]        # of each row of the table: its copies in the batches,
+        self.begins = counts.cumsum(0) - counts                             # from here on
+
+    @staticmethod
+    def alike(spans, limit):
+        """[(begin, shared, at, end)] of `continuations` -> batches of them, each of at most `limit` scores if it can; a prompt
+        becomes a span of its own."""
+        prompts, kinds = {}, {}
+        for begin, shared, _, _ in spans:
+            prompts[begin] = max(prompts.get(begin, 0), shared)
+        for begin, shared, at, end in spans:
+            middle = begin + prompts[begin] if at == begin and prompts[begin] < end - at else at
+            for span in ((begin, 0, at, middle), (begin, shared or middle - at, middle, end)):
+                if span[2] < span[3]:
+                    kinds.setdefault((-(-span[1] // SPAN), -(-(span[3] - span[2]) // SPAN)), []).append(span)
+        for (few, many), members in kinds.items():
+            size = max(1, limit // (many * (few + many) * SPAN ** 2))
+            yield from (members[i:i + size] for i in range(0, len(members), size))
+
+    def added(self, window, dtype):
+        """For each batch (n, 1, Q, K): what is added to its scores; a padded query sees padding alone."""
+        if (window, dtype) not in self.masks:
+            seen = lambda query, key: (key <= query) & (query - key < window) if window else key <= query
+            self.masks[window, dtype] = [torch.zeros((), dtype=dtype).masked_fill(~seen(query, key), float('-inf')).unsqueeze(1)
+                                         for *_, query, key in self.batches]
+        return self.masks[window, dtype]
+
+
+class SpanAttention(torch.autograd.Function):
+    """QK norm, rotary positions and attention of packed rows of short documents on a CPU, as one node of batched products.
+
+    qkv (B, T, (H + 2 G) * D), heads of q, then of k, then of v -> (B, T, H * D); the rest as in ShortAttention, with cos, sin
+    (1 or B, 1, T, D/2) and the Spans of the rows. At least float32 throughout: products this small are no faster in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, spans, window, scale, q_weight, k_weight, eps, cos, sin):
+        (B, T, C), (N, H, G) = qkv.shape, spans.sizes
+        D, wide = C // (H + 2 * G), torch.promote_types(qkv.dtype, torch.float32)
+        raw = qkv.view(N, H + 2 * G, D).to(wide).transpose(0, 1)                                    # (H + 2 G, N, D)
+        x, norms, qk = raw.new_empty((H + 2 * G) * N + 1, D), (), raw[:H + G]
+        x[-1] = 0
+        heads = x[:-1].view(H + 2 * G, N, D)
+        if q_weight is not None:
+            raw = qk.contiguous()
+            qk, rms = _rms_forward(raw, torch.cat((q_weight.expand(H, 1, D), k_weight.expand(G, 1, D))), eps)
+            norms = raw, rms
+        if cos is not None:
+            cos, sin = (angle.expand(B, 1, T, D // 2).reshape(N, D // 2) for angle in (cos, sin))
+            _rotate(qk, cos, sin, heads[:H + G])
+        else:
+            heads[:H + G].copy_(qk)
+        heads[H + G:].copy_(qkv.view(N, H + 2 * G, D).transpose(0, 1)[H + G:])
+        saved, outputs = [], []
+        for (Q, K, rows, grads, *_), mask in zip(spans.batches, spans.added(window, wide)):
+            q, k, v = x.index_select(0, rows).split([len(grads), *[(len(rows) - len(grads)) // 2] * 2])
+            k, v = k.view(-1, K, D), v.view(-1, K, D)                                               # (G * n, K, D)
+            q = q.view(len(k), -1, D)                                                               # (G * n, H/G * Q, D)
+            scores = torch.bmm(q, k.transpose(1, 2)).view(G, -1, H // G, Q, K)
+            p = torch.add(mask, scores, alpha=scale).softmax(-1).view(len(k), -1, K)
+            outputs.append(torch.bmm(p, v).view(-1, D))
+            saved += (q, k, v, p)
+        ctx.save_for_backward(q_weight, k_weight, cos, sin, *norms, *saved)
+        ctx.spans, ctx.scale, ctx.shape = spans, scale, qkv.shape
+        return torch.cat(outputs).index_select(0, spans.outputs).view(B, T, H * D).to(qkv.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q_weight, k_weight, cos, sin, *saved = ctx.saved_tensors
+        norms, saved = (saved[:2], saved[2:]) if q_weight is not None else ((), saved)
+        spans, ((N, H, G), (B, T, C)) = ctx.spans, (ctx.spans.sizes, ctx.shape)
+        D = C // (H + 2 * G)
+        g = saved[0].new_empty(N * H + 1, D)
+        g[:-1], g[-1] = grad.view(N * H, D), 0
+        parts = g.new_empty(sum(len(rows) for _, _, rows, *_ in spans.batches), D)
+        begin = 0
+        for (Q, K, rows, grads, *_), q, k, v, p in zip(spans.batches, saved[::4], saved[1::4], saved[2::4], saved[3::4]):
+            own = g.index_select(0, grads).view(q.shape)
+            dq, dk, dv = (part.view(x.shape) for part, x in
+                          zip(parts[begin:begin + len(rows)].split([len(grads), *[(len(rows) - len(grads)) // 2] * 2]), (q, k, v)))
+            begin += len(rows)
+            dscores = torch.ops.aten._softmax_backward_data(torch.bmm(own, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scale)
+            torch.bmm(p.transpose(1, 2), own, out=dv)
+            torch.bmm(dscores, k, out=dq)
+            torch.bmm(dscores.transpose(1, 2), q, out=dk)
+        dx = F.embedding_bag(spans.sources, parts, spans.begins, mode='sum').view(H + 2 * G, N, D)      # sums the copies' gradients
+        out = grad.new_empty(N, H + 2 * G, D)
+        split, dqk = out.transpose(0, 1), dx[:H + G]
+        dq_weight = dk_weight = None
+        if cos is not None:
+            dqk = _rotate(dqk, cos, -sin, torch.empty_like(dqk))
+        if norms:
+            dq, dq_weight = _rms_backward(dqk[:H].contiguous(), norms[0][:H], norms[1][:H], q_weight)
+            dk, dk_weight = _rms_backward(dqk[H:].contiguous(), norms[0][H:], norms[1][H:], k_weight)
+            dqk = torch.cat((dq, dk))
+        split[:H + G].copy_(dqk)
+        split[H + G:].copy_(dx[H + G:])
+        return out.view(B, T, C), None, None, None, dq_weight, dk_weight, None, None, None
 
 
 class Branches:

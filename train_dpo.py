@@ -414,7 +414,7 @@ def build_policy(cfg, resumed, machine):
 
 def answer_logps(model, batch):
     """(S,) float32: the log-probability of each answer of a Batch, summed over its tokens."""
-    hidden = model.hidden(batch.idx, batch.positions).flatten(0, 1)[batch.source]                  # (N, C)
+    hidden = model.hidden(batch.idx, batch.positions, places=batch.source)                         # (N, C)
     logp = model.token_stats(hidden[None], batch.targets[None], extras=False)['logp'][0]           # (N,)
     inside = torch.arange(int(batch.lengths.max()), device=logp.device) < batch.lengths[:, None]   # (S, longest)
     return logp.new_zeros(inside.shape).masked_scatter(inside, logp).sum(1)

@@ -266,7 +266,7 @@ from model import find_model, load_model, save_model
 from optim import learning_rate, make_optimizer
 from runtime import DTYPES, Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
-from values import ValueModel, load_reward_model, pair_accuracy, save_reward_model, train_reward_model
+from values import ValueModel, load_reward_model, pair_accuracy, save_reward_model, states, train_reward_model
 
 # ---- advantages -------------------------------------------------------------------------------------------------------------
 
@@ -618,22 +618,14 @@ def pack(cfg, learner, episodes, table, plan, machine):
 def look(cfg, learner, batch, entropy=False):
     """One forward pass: (log-probabilities (B, T), entropies (B, T) or None, values (B, T) and (B,) or None)."""
     layout, critic = batch.layout, learner.critic
-    hidden = learner.policy.hidden(layout.idx, layout.positions).flatten(0, 1)                              # (R * W, C)
-    stats = learner.policy.token_stats(hidden[layout.source], layout.targets, cfg.temperature, extras=entropy)
+    hidden = states(learner.policy, layout)                                                                 # (B, T + 1, C)
+    stats = learner.policy.token_stats(hidden[:, :-1], layout.targets, cfg.temperature, extras=entropy)
     values = behind = None
     if learner.shared:
-        values, behind = critic.read(hidden[layout.source]), critic.read(hidden[layout.last])
+        values, behind = critic.read(hidden[:, :-1]), critic.read(hidden[:, -1])
     elif critic:
         values, behind = critic.values(layout)
     return stats['logp'], stats.get('entropy'), values, behind
-
-
-def ask(learner, batch):
-    """The critic's values (B, T) and (B,) of a Batch."""
-    if not learner.shared:
-        return learner.critic.values(batch.layout)
-    hidden = learner.policy.hidden(batch.layout.idx, batch.layout.positions).flatten(0, 1)
-    return learner.critic.read(hidden[batch.layout.source]), learner.critic.read(hidden[batch.layout.last])
 
 
 @torch.no_grad()
@@ -647,10 +639,10 @@ def score(cfg, learner, updates, machine):
                 if later or number:                         # a rollout's first update compares the policy with itself
                     batch.old, _, batch.values, batch.behind = look(cfg, learner, batch)
                 elif learner.critic:
-                    batch.values, batch.behind = ask(learner, batch)
+                    batch.values, batch.behind = learner.critic.values(batch.layout)
                 if learner.reference:
                     with learner.reference() as model:
-                        hidden = model.hidden(batch.layout.idx, batch.layout.positions).flatten(0, 1)[batch.layout.source]
+                        hidden = model.hidden(batch.layout.idx, batch.layout.positions, places=batch.layout.source)
                         batch.reference = model.token_stats(hidden, batch.layout.targets, cfg.temperature, extras=False)['logp']
 
 

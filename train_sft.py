@@ -424,8 +424,8 @@ def negative_logp(cfg, model, x, y, positions, extras=False):
         scale = cfg.neftune_noise_alpha / (lengths * embeddings.size(-1)).sqrt()
         scale = scale.repeat_interleave(lengths).view(*x.shape, 1)                      # of each token's own row
         noisy = {'embeddings': embeddings + scale * torch.empty_like(embeddings).uniform_(-1, 1)}
-    hidden = model.hidden(x, positions, **noisy)                                        # (B, T, C)
-    stats = model.token_stats(hidden, y, extras=extras or e > 0)
+    hidden = model.hidden(x, positions, **noisy, places=(y >= 0).flatten().nonzero().squeeze(1))            # (targets, C)
+    stats = model.token_stats(hidden, y[y >= 0], extras=extras or e > 0)
     loss = -stats['logp'].sum()
     if e and model.training:
         loss = (1 - e) * loss - e * stats['mean_logp'].sum()

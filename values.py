@@ -20,6 +20,11 @@ from optim import learning_rate, make_optimizer
 from runtime import explain_out_of_memory, seed_for
 
 
+def states(trunk, layout):
+    """A data.rollouts.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and that of the last token."""
+    return trunk.hidden(layout.idx, layout.positions, places=torch.cat((layout.source, layout.last[:, None]), 1))
+
+
 class ValueModel(nn.Module):
     """trunk: a GPT, whose own head is not used. The scalar head begins at 0: every value is. own: what belongs to this model alone,
     all of it or, on a trunk that is somebody else's, the head."""
@@ -43,13 +48,13 @@ class ValueModel(nn.Module):
 
     def values(self, layout):
         """A data.rollouts.Layout -> (values (B, T) before each token, values (B,) behind the last one; the layout has keep_last)."""
-        hidden = self.trunk.hidden(layout.idx, layout.positions).flatten(0, 1)
-        return self.read(hidden[layout.source]), self.read(hidden[layout.last])
+        values = self.read(states(self.trunk, layout))
+        return values[:, :-1], values[:, -1]
 
     def rewards(self, groups):
         """[(prompt ids, [completion ids, ...])] -> (n,), what it says behind each completion."""
         layout = lay_out(groups, self.score.weight.device, keep_last=True)
-        return self.read(self.trunk.hidden(layout.idx, layout.positions).flatten(0, 1)[layout.last])
+        return self.read(self.trunk.hidden(layout.idx, layout.positions, places=layout.last))
 
 
 class ForeignReward:

@@ -66,8 +66,10 @@ class Wrapped(nn.Module):
             raise UserError(f'{self.config.arch} is not supported: its logits are not last hidden state times head')
         return 1.0 if abs(scale - 1) < 1e-3 else scale
 
-    def hidden(self, idx, positions=None):
-        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T): as GPT.hidden's for packed rows."""
+    def hidden(self, idx, positions=None, places=None):
+        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T), places: as GPT.hidden's for packed rows."""
+        if places is not None:
+            return self.hidden(idx, positions).flatten(0, 1)[places]
         B, T = idx.size()
         if T > self.config.block_size and (positions is None or positions.max() >= self.config.block_size):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of {self.config.block_size}: '

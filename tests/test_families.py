@@ -212,6 +212,41 @@ def test_gradients(pairs, family):
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize('family', FAMILIES)
+def test_states_at_some_places(pairs, family, monkeypatch):
+    """Those of the whole rows, though the last layer skips the others; one place twice; values and gradients."""
+    ours, idx, places = pairs(family)[1], tokens(2, 20), torch.tensor([[3, 3, 39], [0, 21, 7]])
+    weights = torch.randn(2, 3, ours.config.n_embd, generator=torch.Generator().manual_seed(3))
+    named = dict(ours.named_parameters())
+    for positions in (None, torch.cat([torch.arange(12), torch.arange(8)]).repeat(2, 1)):
+        want = ours.hidden(idx, positions).flatten(0, 1)[places]
+        for checkpointing in (False, True):
+            monkeypatch.setattr(ours, 'gradient_checkpointing', checkpointing)
+            monkeypatch.setattr(ours, 'training', checkpointing)
+            got = ours.hidden(idx, positions, places=places)
+            close(got, want)
+            grads = [torch.autograd.grad((states * weights).sum(), list(named.values()), retain_graph=True, allow_unused=True,
+                                         materialize_grads=True) for states in (got, want)]
+            for name, a, b in zip(named, *grads):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()), msg=name)
+
+
+def test_packed_rows_in_bf16_are_rounded_up(pairs, monkeypatch):
+    """What is appended changes nothing, and nothing of it comes back."""
+    ours, idx = pairs('qwen3')[1], tokens(1, 41)
+    positions, shapes = torch.cat([torch.arange(15), torch.arange(10, 17), torch.arange(19)])[None], []
+    hook = ours.layers[0].register_forward_pre_hook(lambda layer, inputs: shapes.append(inputs[0].size(1)))
+    with torch.no_grad():
+        plain = ours.hidden(idx, positions)
+        ours.set_matmul('bf16')
+        got, some = ours.hidden(idx, positions), ours.hidden(idx, positions, places=torch.tensor([40, 2]))
+    hook.remove()
+    ours.set_matmul('float32')
+    assert shapes == [41, 64, 64] and got.shape == plain.shape
+    close(some, got[0, [40, 2]], 0.05)
+    assert 0 < (got - plain).norm() < 0.05 * plain.norm()
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 def edit_config(directory, **changes):

@@ -270,15 +270,6 @@ def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
     agree(direct, tiled, [hidden, weight], 1e-12)
 
 
-def test_pad_and_unpad():
-    x, places = leaf(5, 3), torch.tensor([0, 1, 3, 4, 5])
-    padded = ops.Pad.apply(x, places, 2, 3)
-    assert torch.equal(padded[0, 2], torch.zeros(3, dtype=x.dtype)) and torch.equal(padded.flatten(0, 1)[places], x)
-    assert torch.equal(ops.Unpad.apply(padded, places), x)
-    assert torch.autograd.gradcheck(lambda x: ops.Pad.apply(x, places, 2, 3), (x,))
-    assert torch.autograd.gradcheck(lambda x: ops.Unpad.apply(x, places), (leaf(2, 3, 3),))
-
-
 def test_document_lengths():
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
     assert ops.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
@@ -315,3 +306,26 @@ def test_branches_attend_as_the_mask_says(heads, groups):
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)), torch.autograd.grad((want * weight).sum(), (q, k, v))):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize('window', [0, 3])
+@pytest.mark.parametrize('H, G', [(4, 4), (4, 2)])
+@pytest.mark.parametrize('normed', [False, True])
+def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
+    """As above by SpanAttention, with spans of unlike lengths in a batch and batches cut small; gradients of weights, too."""
+    monkeypatch.setattr(ops, 'SCORES', 2 ** 12)
+    spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 30)], [(0, 2), (1, 5), (0, 34), (34, 36), (20, 37), (2, 5)]]
+    rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
+    T, D, eps = min(map(len, rows)), 8, 1e-3
+    positions = torch.stack([row[:T] for row in rows])
+    qkv, weights = leaf(2, T, (H + 2 * G) * D), [leaf(D, seed=1), leaf(D, seed=2)] if normed else []
+    angle = positions[:, None, :, None] / torch.arange(1, D // 2 + 1)
+    cos, sin = angle.double().cos(), angle.double().sin()
+    spans = ops.Spans(positions, ops.continuations(positions), H, G)
+    got = ops.SpanAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
+    q, k, v = qkv.view(2, T, -1, D).transpose(1, 2).split([H, G, G], 1)
+    if normed:
+        q, k = plain_rms(q, weights[0], eps), plain_rms(k, weights[1], eps)
+    q, k, v = plain_rotate(q, cos, sin), *(x.repeat_interleave(H // G, 1) for x in (plain_rotate(k, cos, sin), v))
+    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~ops.visible(positions, window)[:, None], -math.inf)
+    agree(got, (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, T, -1), [qkv, *weights], 1e-12)

@@ -125,7 +125,7 @@ def test_neftune_noise_is_bounded_and_only_in_training():
     rows, seen, hidden = encoded(tokenizer, 40), [], model.hidden
     short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())
     x, y, positions = tensors(rows, [[short, long]], torch.device('cpu'), True)
-    model.hidden = lambda idx, positions, embeddings=None: seen.append(embeddings) or hidden(idx, positions, embeddings=embeddings)
+    model.hidden = lambda *given, embeddings=None, **more: seen.append(embeddings) or hidden(*given, embeddings=embeddings, **more)
     cfg = parse(Config, ['--neftune_noise_alpha=5'])
     negative_logp(cfg, model.eval(), x, y, positions)
     negative_logp(cfg, model.train(), x, y, positions)

@@ -543,8 +543,8 @@ def answer_stats(model, rows, temperature, machine):
     """Log-probability and entropy of every token of the answers in rows [(prompt ids, [answer ids])] -> (B, T) each, and their mask."""
     layout = lay_out(rows, machine.device)                                  # a prompt is computed once for all of its answers
     with machine.autocast():
-        hidden = model.hidden(layout.idx, layout.positions).flatten(0, 1)
-        stats = model.token_stats(hidden[layout.source], layout.targets, temperature)
+        hidden = model.hidden(layout.idx, layout.positions, places=layout.source)               # (B, T, C)
+        stats = model.token_stats(hidden, layout.targets, temperature)
     return stats['logp'], stats['entropy'], layout.targets >= 0
 
 

@@ -312,7 +312,7 @@ class SpanAttention(torch.autograd.Function):
         g[:-1], g[-1] = grad.view(N * H, D), 0
         parts = g.new_empty(sum(len(rows) for _, _, rows, *_ in spans.batches), D)
         begin = 0
-        for (Q, K, rows, grads, *_), q, k, v, p in zip(spans.batches, saved[::4], saved[1::4], saved[2::4], saved[3::4]):
+        for (_, _, rows, grads, *_), q, k, v, p in zip(spans.batches, saved[::4], saved[1::4], saved[2::4], saved[3::4]):
             own = g.index_select(0, grads).view(q.shape)
             dq, dk, dv = (part.view(x.shape) for part, x in
                           zip(parts[begin:begin + len(rows)].split([len(grads), *[(len(rows) - len(grads)) // 2] * 2]), (q, k, v)))

@@ -835,13 +835,15 @@ def main(cfg):
     cfg, directory = saved_config(cfg)              # before setup: device and precision are those of the run, too
     machine = setup(cfg.device, cfg.dtype, cfg.matmul)
     machine = share_out(machine, cfg.GPU_num) if cfg.GPU_num > 1 else machine
-    stop, resumed = Stop(machine), bool(directory)
+    stop, going_on = Stop(machine), bool(directory)
     directory = directory or new_run(cfg, machine)
     texts, task = Texts(machine, directory), task_of(cfg)
     if getattr(task, 'RUNS_PROGRAMS', False):
         sandbox.start(cfg.allow_weak_sandbox)       # or it refuses, before the work
     checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), machine)
-    resumed = checkpoints.latest() if resumed else None
+    resumed = checkpoints.latest() if going_on else None
+    if going_on and not resumed and cfg.resume != 'auto':
+        raise UserError(f'{directory} holds no whole checkpoint to resume from; start anew without --resume')
     team = load_team(cfg, machine, resumed)
     clamp_lengths(cfg, team, machine)
     announce(cfg, team, task, directory, machine)

@@ -381,6 +381,10 @@ def test_killed_and_resumed_is_the_same_run(small):
     assert steps[0] == steps[1]
     with pytest.raises(UserError, match='holds no run'):
         go(small, 'training.experiment_name=nothing', '--resume')
+    for path in glob.glob('logs/killed/latest/checkpoints/checkpoint-*/model.safetensors'):
+        os.truncate(path, 100)
+    with pytest.raises(UserError, match='no whole checkpoint'):
+        go(small, 'training.experiment_name=killed', '--resume')
 
 
 def test_sigterm_saves_and_says_how_to_go_on(small):

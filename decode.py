@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import ops
+from lora import dense_weight
 from model import Linear
 
 FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
+GROW = 16                   # slots that the cache grows by, or an eighth of what it has
 
 
 class Decoder:
@@ -24,8 +26,10 @@ class Decoder:
 
     At small sizes a step is bound by the number of calls, so that what can be done once is not done per step or per layer.
     Prompts are shifted right in the cache so that all end at the same slot: every row writes slot `self.slot` and attends to the
-    slots up to it, and one mask made at the start hides what lies before a shorter prompt. Channels j and j + D/2 of a head of
-    q and k, which rotary positions turn together, are stored side by side: the rotation is then one complex product.
+    slots up to it, and one mask hides what lies before a shorter prompt, and the slots that are empty yet. Keys and values lie in
+    one piece, which grows when it is full, and all of it is read: on a CPU that is twice as fast as the filled part of a larger
+    piece. Channels j and j + D/2 of a head of q and k, which rotary positions turn together, are stored side by side: the
+    rotation is then one complex product.
     """
 
     def __init__(self, model, prompts, num_samples, room):
@@ -33,20 +37,21 @@ class Decoder:
         self.model, self.prompts, self.num_samples = model, prompts, num_samples
         self.rows = 0                                                   # the first rows of the state that `views` are of
         self.slot, self.wide = max(map(len, prompts)), torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
-        self.slots = self.slot + room
+        self.end = self.slot + room                                     # one behind the last slot there can be
+        self.slots = min(self.end, self.slot + GROW)                    # how many there are
         self.amp = torch.get_autocast_dtype(device.type) if device.type != 'cpu' and torch.is_autocast_enabled(device.type) else None
         self.pairs = torch.arange(cfg.head_size, device=device)
         self.turns = {}
         if cfg.position == 'rope':
             self.pairs = self.pairs.view(2, -1).t().flatten()                                   # 0, D/2, 1, D/2 + 1, ...
             for name in set(cfg.layer_types):
-                angle = torch.arange(self.slots, device=device)[:, None].float() * model.inv_freq(name).to(device)
-                self.turns[name] = torch.polar(torch.ones_like(angle), angle)                   # (slots, D/2) complex
+                angle = torch.arange(self.end, device=device)[:, None].float() * model.inv_freq(name).to(device)
+                self.turns[name] = torch.polar(torch.ones_like(angle), angle)                   # (end, D/2) complex
         self.layers = [self.prepare(layer) for layer in model.layers]
         self.windows, self.norm = {layer.window for layer in self.layers}, norm_of(model.norm)
-        head = model.lm_head.weight.t()
+        head, rows = dense_weight(model.lm_head), len(prompts) * num_samples
         plain = self.amp is None and head.dtype == self.wide and not cfg.logit_softcap      # model.logits without its conversions
-        self.logits = (lambda hidden: hidden @ head) if plain else model.logits
+        self.logits = product(head, None, head.dtype, rows if model.num_params() <= FUSE_LIMIT else 0) if plain else model.logits
 
     def prepare(self, layer):
         """One layer as functions."""
@@ -59,11 +64,11 @@ class Decoder:
         if cfg.qk_norm:
             weight = torch.cat((attention.q_norm.gain.expand(H, D), attention.k_norm.gain.expand(G, D)))[:, self.pairs]
             qk_norm = lambda x: F.rms_norm(x, (D,), None, cfg.norm_eps).mul_(weight)
-        product = lambda modules, order=None: product_of(modules, fuse, self.amp, len(self.prompts) * self.num_samples, order)
+        of = lambda modules, order=None: product_of(modules, fuse, self.amp, len(self.prompts) * self.num_samples, order)
         return SimpleNamespace(
             kind=attention.layer_type, window=attention.window, qk_norm=qk_norm,
-            qkv=product([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=product([attention.o_proj]),
-            up=product([mlp.gate_proj, mlp.up_proj] if cfg.gated else [mlp.up_proj]), act=mlp.act, down=product([mlp.down_proj]),
+            qkv=of([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=of([attention.o_proj]),
+            up=of([mlp.gate_proj, mlp.up_proj] if cfg.gated else [mlp.up_proj]), act=mlp.act, down=of([mlp.down_proj]),
             norms=[norm_of(module) for name, module in layer.named_children() if name.endswith('layernorm')])
 
     def start(self):
@@ -79,21 +84,36 @@ class Decoder:
         repeat = lambda x: x.repeat_interleave(self.num_samples, 0)
         self.caches = []                                                # a layer's keys and values (2, R, G, slots, D)
         for cache in caches:
-            self.caches.append(cache.k.new_empty(2, len(rows) * self.num_samples, cfg.n_kv_head, self.slots, cfg.head_size))
+            self.caches.append(cache.k.new_zeros(2, len(rows) * self.num_samples, cfg.n_kv_head, self.slots, cfg.head_size))
             for part, stored in zip((cache.k[..., self.pairs], cache.v), self.caches[-1]):
                 stored[:, :, :W] = repeat(part.gather(2, source[:, None, :, None].expand_as(part)))
         self.position = repeat(lengths)                                                         # (R,), of the next token
-        self.mask = torch.zeros(1, 1, 1, self.slots, dtype=caches[0].k.dtype, device=device)    # is added to scores
-        self.state = [self.position] + [part for cache in self.caches for part in cache]
+        place = torch.arange(self.slots, device=device)
+        hidden_slots = (place >= W)[None, None, None]                                           # empty yet
         if empty.any():
-            before = torch.arange(self.slots, device=device) < repeat(empty)[:, None, None, None]
-            self.mask = self.mask.masked_fill(before, float('-inf')).repeat(1, cfg.n_kv_head, 1, 1)     # (R, G, 1, slots)
-            self.state.append(self.mask)
+            hidden_slots = (hidden_slots | (place < repeat(empty)[:, None, None, None])).expand(-1, cfg.n_kv_head, -1, -1)
+        self.mask = torch.zeros(hidden_slots.shape, dtype=caches[0].k.dtype, device=device).masked_fill(hidden_slots, float('-inf'))
         return repeat(model.logits(hidden))
+
+    @property
+    def state(self):
+        own = [self.position] + [part for cache in self.caches for part in cache]
+        return own if len(self.mask) == 1 else own + [self.mask]
+
+    def grow(self, n):
+        """More slots for the first n rows, which are all that are left."""
+        more = min(max(GROW, self.slots // 8), self.end - self.slots)
+        self.views = None                                               # no layer's old cache outlives its new one
+        for i, cache in enumerate(self.caches):
+            self.caches[i] = F.pad(cache[:, :n], (0, 0, 0, more))
+        self.mask = F.pad(self.mask[:n], (0, more), value=float('-inf'))
+        self.slots, self.rows = self.slots + more, 0
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
         model, cfg, n = self.model, self.model.config, len(token)
+        if self.slot == self.slots:
+            self.grow(n)
         if n != self.rows:
             views = lambda part: part[:n].view(-1, *part.shape[2:])                             # (n * G, ...)
             self.rows, self.row_mask = n, views(self.mask)
@@ -105,10 +125,12 @@ class Decoder:
         if cfg.position == 'learned':
             x = x + F.embedding(position, model.embed_positions.weight)
         turns = {name: turn.index_select(0, position).unsqueeze(1) for name, turn in self.turns.items()}    # (n, 1, D/2)
+        self.mask[..., self.slot] = 0
         seen = {}                                                       # window -> first slot, number of slots, their mask
         for window in self.windows:
             begin = max(0, self.slot + 1 - window) if window else 0
-            seen[window] = begin, self.slot + 1 - begin, self.row_mask[..., begin:self.slot + 1]
+            end = self.slot + 1 if begin else self.slots
+            seen[window] = begin, end - begin, self.row_mask[..., begin:end]
         for layer, views in zip(self.layers, self.views):
             if cfg.post_norms:
                 before, after, before_mlp, after_mlp = layer.norms
@@ -172,12 +194,15 @@ def product_of(modules, fuse, amp, rows, order=None):
     if not fuse or not all(type(module) is Linear for module in modules):
         outputs = lambda x: torch.cat([module(x) for module in modules], -1) if len(modules) > 1 else modules[0](x)
         return lambda x, onto=None: (outputs(x) if order is None else outputs(x)[:, order]) + (0 if onto is None else onto)
-    own = modules[0].weight.dtype
-    dtype = torch.bfloat16 if modules[0].bf16 else amp or own
-    weight, bias = (None if parts[0] is None else (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
+    dtype = torch.bfloat16 if modules[0].bf16 else amp or modules[0].weight.dtype
+    weight, bias = (None if parts[0] is None else (torch.cat(parts) if len(parts) > 1 else parts[0])
                     for parts in ([module.weight for module in modules], [module.bias for module in modules]))
-    if order is not None:
-        weight, bias = weight[order], None if bias is None else bias[order]
+    return product(weight if order is None else weight[order], bias if order is None or bias is None else bias[order], dtype, rows)
+
+
+def product(weight, bias, dtype, rows):
+    """x (n, K) -> x times weight (N, K) transposed, plus bias, added to `onto` where it is given; n is `rows` at first."""
+    own, weight, bias = weight.dtype, weight.to(dtype), None if bias is None else bias.to(dtype)
     if weight.device.type == 'cpu' and rows >= PACK_ROWS and own == torch.float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise'):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)      # oneDNN's own layout: made once, not at every product
         linear = lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, 'none', [], '')

@@ -120,7 +120,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             rows = list(range(R))                   # rows[b] is the row of the result that row b of the batch draws
             uniforms = uniform_numbers(seed, numbers or range(len(prompts)), num_samples, T).to(device)     # (T, R), as the next two
             tokens, logp = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
-            state, seen = [uniforms.t(), tokens.t(), logp.t(), *decoder.state], None
+            state, seen = [uniforms.t(), tokens.t(), logp.t()], None
             if repetition_penalty != 1.0:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
                 for b in rows:
@@ -142,7 +142,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                     result.lengths[row], result.stopped[row] = t + 1, drawn[b] in stop_ids
                     if row != last:
                         rows[b] = last
-                        for tensor in state:
+                        for tensor in state + decoder.state:
                             tensor[b] = tensor[len(rows)]
                 if not rows:
                     break

@@ -1,13 +1,13 @@
 """A whole GRPO step against TRL's GRPOTrainer, in pairs on the same weights; and the time to a held-out accuracy on the embedded sums.
 
     python bench/rl.py --trl PYTHON [--pairs 5]           seconds a step
-    python bench/rl.py --trl PYTHON --until 0.8           seconds of training until that greedy accuracy
+    python bench/rl.py --trl PYTHON --until 0.9 [--pairs 3]   seconds of training until that greedy accuracy
 
 PYTHON is an interpreter that has TRL. A Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), 8 prompts of 16 tokens x 8
 samples x 64 tokens with no stop token, beta 0.04, one update, AdamW, float32: sampling, reward, reference, update. Each side runs in a
 process of its own, in turn, the first of them alternating; a side's time is the median of its steps after two, a pair's ratio theirs
 over ours. --matmul=bf16 is ours with bf16 products on a processor that has them. --until: the embedded model and sums, 64 completions a
-step in groups of 8, the same rate; evaluations are not counted. The last line is JSON.
+step in groups of 8, the same rate, another seed in every pair; evaluations are not counted. The last line is JSON.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ import time
 from shared import ROOT, child, llama
 
 PROMPTS, SAMPLES, NEW, PROMPT, VOCABULARY, BETA, RATE = 8, 8, 64, 16, 1024, 0.04, 1e-4
-TASK = dict(completions=64, samples=8, longest=32, rate=1e-4, steps=400, every=10)
+TASK = dict(completions=64, samples=8, longest=32, rate=1e-4, steps=200, every=5, held_out=500)
 
 
 def make_model(directory, end):
@@ -80,13 +80,13 @@ def ours(directory, steps, matmul, clock):
     return times
 
 
-def trl_trainer(directory, dataset, rewards, output, steps, completions, samples, longest, rate, beta, callbacks=(), **more):
+def trl_trainer(directory, dataset, rewards, output, steps, completions, samples, longest, rate, beta, callbacks=(), seed=0):
     from trl import GRPOConfig, GRPOTrainer
     settings = GRPOConfig(output_dir=output, per_device_train_batch_size=completions, gradient_accumulation_steps=1, num_generations=samples,
                           max_completion_length=longest, beta=beta, learning_rate=rate, max_steps=steps, use_cpu=True, bf16=False, fp16=False,
                           report_to='none', save_strategy='no', logging_strategy='no', gradient_checkpointing=False, disable_tqdm=True,
                           lr_scheduler_type='constant', warmup_steps=0, loss_type='grpo', temperature=1.0, top_k=0, top_p=1.0,
-                          model_init_kwargs={'dtype': 'float32'}, seed=0, **more)
+                          model_init_kwargs={'dtype': 'float32'}, seed=seed)
     return GRPOTrainer(model=directory, reward_funcs=rewards, args=settings, train_dataset=dataset, callbacks=list(callbacks))
 
 
@@ -116,46 +116,45 @@ def sums(split, count):
     return [(arithmetic.prompt(problem), problem) for problem in arithmetic.problems(split, count, 0)]
 
 
-def ours_until(accuracy):
-    """(seconds, steps, accuracy) of train_rl.py."""
+def ours_until(accuracy, seed, clock):
+    """[(step, seconds, accuracy)] of train_rl.py, up to the first evaluation that is good enough."""
     import train_rl
     from train_rl import Clock, Config
     machine = train_rl.setup('cpu', matmul='float32')
-    cfg = Config(per_device_train_batch_size=TASK['completions'], gradient_accumulation_steps=1, steps_per_generation=1, eval_problems=200,
+    cfg = Config(per_device_train_batch_size=TASK['completions'], gradient_accumulation_steps=1, steps_per_generation=1, eval_problems=TASK['held_out'],
                  num_generations=TASK['samples'], max_completion_length=TASK['longest'], learning_rate=TASK['rate'], max_steps=TASK['steps'],
-                 lr_scheduler='constant', warmup_steps=0, num_problems=TASK['steps'] * TASK['completions'] // TASK['samples'], seed=0)
+                 lr_scheduler='constant', warmup_steps=0, num_problems=TASK['steps'] * TASK['completions'] // TASK['samples'], seed=seed)
     cfg.typed = frozenset({'max_completion_length', 'gradient_accumulation_steps'})
     cfg, learner, problems, scorer, plan = train_rl.build(cfg, machine)
-    state, spent = train_rl.fresh_state(), 0.0
+    state, spent, curve = train_rl.fresh_state(), 0.0, []
     while state['step'] < TASK['steps']:
-        began = time.perf_counter()
+        began = clock()
         episodes, table, state['cursor'] = train_rl.rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], machine)
         updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, machine)
         for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), machine):
             pass
-        spent += time.perf_counter() - began
+        spent += clock() - began
         if state['step'] % TASK['every'] == 0:
-            found = train_rl.evaluate(cfg, learner, problems, scorer, machine)['eval_accuracy']
-            print(f'ours   step {state["step"]}  {spent:.0f} s  accuracy {found:.3f}', file=sys.stderr, flush=True)
-            if found >= accuracy:
+            curve.append((state['step'], round(spent, 2), train_rl.evaluate(cfg, learner, problems, scorer, machine)['eval_accuracy']))
+            if curve[-1][2] >= accuracy:
                 break
-    return spent, state['step'], found
+    return curve
 
 
-def theirs_until(accuracy):
+def theirs_until(accuracy, seed, clock):
     """The same of TRL's GRPOTrainer, from the same weights, with the same problems, reward, rate and evaluation."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from data.tasks import arithmetic
-    held_out, spent, result = sums('eval', 200), [0.0], []
+    held_out, spent, curve = sums('eval', TASK['held_out']), [0.0], []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **more):
-            self.began = time.perf_counter()
+            self.began = clock()
 
         def on_step_end(self, args, state, control, model=None, processing_class=None, **more):
-            spent[0] += time.perf_counter() - self.began
+            spent[0] += clock() - self.began
             if state.global_step % TASK['every']:
                 return
             model.eval()
@@ -165,10 +164,9 @@ def theirs_until(accuracy):
                 out = model.generate(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], max_new_tokens=TASK['longest'], do_sample=False)
             said = processing_class.batch_decode(out[:, batch['input_ids'].size(1):], skip_special_tokens=True)
             model.train()
-            found = statistics.mean(arithmetic.reward(problem, text) for (_, problem), text in zip(held_out, said))
-            print(f'theirs step {state.global_step}  {spent[0]:.0f} s  accuracy {found:.3f}', file=sys.stderr, flush=True)
-            result[:] = spent[0], state.global_step, found
-            control.should_training_stop = found >= accuracy
+            curve.append((state.global_step, round(spent[0], 2),
+                          statistics.mean(arithmetic.reward(problem, text) for (_, problem), text in zip(held_out, said))))
+            control.should_training_stop = curve[-1][2] >= accuracy
 
     def score(completions, answer, **columns):
         return [arithmetic.reward({'answer': a}, text[0]['content']) for text, a in zip(completions, answer)]
@@ -177,11 +175,26 @@ def theirs_until(accuracy):
                                  sums('train', TASK['steps'] * TASK['completions'] // TASK['samples'])])
     with tempfile.TemporaryDirectory() as output:
         trl_trainer(os.path.join(ROOT, 'data', 'tiny'), dataset, score, output, TASK['steps'], TASK['completions'], TASK['samples'],
-                    TASK['longest'], TASK['rate'], 0.0, [Watch()]).train()
-    return result
+                    TASK['longest'], TASK['rate'], 0.0, [Watch()], seed=seed).train()
+    return curve
 
 
 # ---- pairs ------------------------------------------------------------------------------------------------------------------
+
+def compare_until(args):
+    """Pairs of runs until an accuracy, each with its own seed."""
+    found = {'ours': [], 'theirs': []}
+    for pair in range(args.pairs):
+        for side in ('ours', 'theirs') if pair % 2 else ('theirs', 'ours'):
+            python = sys.executable if side == 'ours' else args.trl
+            curve = child(__file__, f'--side={side}', f'--until={args.until}', f'--seed={args.seed + pair}', *['--cpu'] * args.cpu, python=python)
+            found[side].append(curve)
+            step, seconds, accuracy = curve[-1]
+            print(f'pair {pair + 1}: {side:7} {seconds:6.1f} s of training, {step} steps, accuracy {accuracy:.1%}', flush=True)
+    medians = {f'{side}_{what}': statistics.median(curve[-1][i] for curve in curves)
+               for side, curves in found.items() for i, what in enumerate(('steps', 'seconds'))}
+    print(json.dumps({'until': args.until, **medians, **found}))
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -191,21 +204,18 @@ def main():
     parser.add_argument('--matmul', default='float32')
     parser.add_argument('--cpu', action='store_true', help='CPU seconds of the process, on a machine that does other things too')
     parser.add_argument('--until', type=float, help='measure the time to this held-out accuracy instead')
+    parser.add_argument('--seed', type=int, default=0, help='of the first pair with --until')
     parser.add_argument('--side', choices=('ours', 'theirs'))
     parser.add_argument('--model')
     args = parser.parse_args()
     clock = time.process_time if args.cpu else time.perf_counter
     if args.side:
-        result = {('ours', True): lambda: ours_until(args.until), ('theirs', True): lambda: theirs_until(args.until),
+        result = {('ours', True): lambda: ours_until(args.until, args.seed, clock), ('theirs', True): lambda: theirs_until(args.until, args.seed, clock),
                   ('ours', False): lambda: ours(args.model, args.steps, args.matmul, clock),
                   ('theirs', False): lambda: theirs(args.model, args.steps, clock)}[args.side, args.until is not None]()
         return print(json.dumps(result))
     if args.until is not None:
-        results = {side: child(__file__, f'--side={side}', f'--until={args.until}', python=python)
-                   for side, python in (('ours', sys.executable), ('theirs', args.trl))}
-        for side, (seconds, steps, accuracy) in results.items():
-            print(f'{side:7} {seconds:6.0f} s of training, {steps} steps, accuracy {accuracy:.3f}')
-        return print(json.dumps({side: dict(zip(('seconds', 'steps', 'accuracy'), found)) for side, found in results.items()}))
+        return compare_until(args)
     ratios, medians = [], {'ours': [], 'theirs': []}
     with tempfile.TemporaryDirectory() as directory:
         for side in medians:

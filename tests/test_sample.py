@@ -13,6 +13,7 @@ import sample
 from configurator import UserError
 from data.encoders import char_encoder
 from data.tokenizer import Tokenizer
+from lora import adapters_off, add_lora
 from model import FAMILIES, GPT, GPTConfig, save_model
 from sample import draw, generate, generate_long, logp_gap, truncate, uniform_numbers
 
@@ -237,6 +238,20 @@ def test_modules_that_are_no_plain_linear_are_called(models):
     attention.q_proj, attention.o_proj = Adapted(attention.q_proj), Adapted(attention.o_proj)
     samples = generate(model, PROMPTS, 10)
     assert logp_gap(model, PROMPTS, samples)[0] < 1e-4 and not torch.equal(samples.tokens, generate(models['llama'], PROMPTS, 10).tokens)
+
+
+def test_an_adapter_on_the_head_takes_part():
+    """Also where the head is tied, and for so many rows that its weight is packed."""
+    model = small('llama')
+    add_lora(model, 4, 8, 0.0, ['lm_head'])
+    for name, p in model.named_parameters():
+        if 'lora_B' in name:
+            p.data.normal_(0, 0.3)
+    for num_samples in (1, 10):
+        samples = generate(model, PROMPTS, 10, num_samples=num_samples)
+        assert logp_gap(model, PROMPTS, samples)[0] < 1e-4
+    with adapters_off(model):
+        assert logp_gap(model, PROMPTS, samples)[0] > 0.01
 
 
 def test_bf16_products_stay_near_the_training_forward():

@@ -180,7 +180,7 @@ table {{ border-collapse: collapse; flex: 1; min-width: 24em }} td, th {{ paddin
 border-bottom: 1px solid #eee }} td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
 tr.executed {{ background: #fff3c4; font-weight: 600 }} .good {{ color: #1a7f37 }} .bad {{ color: #b3261e }} .prompt {{ color: #666 }}
 </style><h1>{title}</h1><p>What every agent was asked in each state, its candidates with reward and advantage, and in yellow the one that
-was executed.</p>{body}
+was executed. An episode's reward is the sum over its turns: a team that solves sooner may be paid less often.</p>{body}
 '''
 
 

@@ -103,7 +103,8 @@ def step_part(step, episodes, is_open):
     length = sum(len(e.completion_ids) for e in episodes) / len(episodes)
     facts = f'step {step}: reward {mean:.3f}, {len(groups)} groups' + (f' ({dead} with equal rewards)' if dead else '') + f', {length:.0f} tokens a completion'
     strongest = max(abs(e.advantage) for e in episodes)
-    parts = [group_part(key, sorted(members, key=lambda e: e.sample), strongest) for key, members in sorted(groups.items(), key=str)[:GROUPS_SHOWN]]
+    keys = sorted(groups, key=lambda key: key[::2])         # by group and turn; agents as they came
+    parts = [group_part(key, sorted(groups[key], key=lambda e: e.sample), strongest) for key in keys[:GROUPS_SHOWN]]
     return f'<details class=step{" open" if is_open else ""}><summary>{html.escape(facts)}</summary>\n' + '\n'.join(parts) + '</details>'
 
 

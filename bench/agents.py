@@ -116,7 +116,7 @@ def draw(out):
         row = result[game][f'{kind}-{seed}']
         change = lambda key, form: f'{row[key][0]:{form}} -> {row[key][1]:{form}}'
         print(f'{f"{game} {kind} {seed}":28} {change("success_rate", ".1%"):>16} {change("greedy_success_rate", ".1%"):>16} '
-              f'{change("episode_length", ".1f"):>12} {change("reward", ".2f"):>14} {row["seconds"]:>8} {row["processor_seconds"] or "":>6}')
+              f'{change("episode_length", ".1f"):>12} {change("reward", ".2f"):>14} {row["seconds"] or "":>8} {row["processor_seconds"] or "":>6}')
     for game in {game for game, *_ in runs} & {'plan_path', 'sokoban', 'sudoku'}:
         result[game]['solvers'] = solvers(game)
         print(game, ', '.join(f'{name} {rate:.1%}' for name, rate in result[game]['solvers'].items()))

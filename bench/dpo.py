@@ -6,8 +6,8 @@ PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (
 texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two different continuations of as many, 8 pairs a step, sigmoid
 DPO of all weights with AdamW. `cache`: reference log-probabilities computed before training, on either side. Each side runs in a
 process of its own, in turn; ratios are taken round by round, of the clock and of processor time, which counts where others compute
-on the same machine (with --threads 1). Times are medians over training steps, the first left out. floor: the float32 matrix
-products of a step at the machine's measured rate, policy and reference, each answer behind its own prompt. The last line is JSON.
+on the same machine (with --threads 1). Times are medians over training steps, the first left out. floor: the seconds that the matrix
+products of a step of ours take alone at the machine's measured rates, attention not counted. The last line is JSON.
 """
 import argparse
 import itertools
@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 
-from shared import WEIGHTS, child, llama_with_words, memory, multiplication_rate, now, read, resident, trl_clock
+from shared import child, llama_with_words, memory, now, product_seconds, read, resident, trl_clock
 
 BATCH = 8
 SIDES = ('trl', 'trl_cache', 'ours', 'ours_cache', 'ours_bf16', 'ours_bf16_cache')
@@ -94,20 +94,22 @@ def ours(directory, options):
 
 
 def floor(directory, options):
-    """Seconds of the float32 products of a step: 6 per weight and token for the policy, 2 for the reference."""
+    """{side: seconds that the products of a step of ours take alone}, prompts shared, each token once through policy and reference."""
     import torch
 
     from data.tokenizer import load_tokenizer
     torch.set_num_threads(options.threads)
-    rate, tokenizer = multiplication_rate(), load_tokenizer(os.path.join(directory, 'model'))
-    size = lambda key: statistics.mean(len(tokenizer.encode(row[key])) for row in read(os.path.join(directory, 'pairs.jsonl')))
-    tokens = BATCH * (2 * size('prompt') + size('chosen') + size('rejected'))
-    return {'seconds': 8 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens,
-            'tokens_with_shared_prompts': tokens - BATCH * size('prompt'), 'gflops': rate / 1e9}
+    tokenizer = load_tokenizer(os.path.join(directory, 'model'))
+    size = lambda key: BATCH * statistics.mean(len(tokenizer.encode(row[key])) for row in read(os.path.join(directory, 'pairs.jsonl')))
+    answers = size('chosen') + size('rejected')
+    tokens = size('prompt') + answers
+    times = {'': 4, '_cache': 3}            # forward and backward of the policy, and the reference
+    return {**{f'ours{kind}{cache}': product_seconds([(times[cache], tokens, answers)], kind[1:] or 'float32')
+               for kind in ('', '_bf16') for cache in times if f'ours{kind}' in options.sides}, 'tokens': tokens, 'answers': answers}
 
 
 def measure(side, directory, options):
-    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--threads={options.threads}']
+    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--threads={options.threads}', '--sides', *options.sides]
     python = options.trl if side.startswith('trl') else sys.executable
     return child(__file__, *flags, python=python, OMP_NUM_THREADS=str(options.threads))
 

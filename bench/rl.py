@@ -1,13 +1,14 @@
 """A whole GRPO step against TRL's GRPOTrainer, in pairs on the same weights; and the time to a held-out accuracy on the embedded sums.
 
     python bench/rl.py --trl PYTHON [--pairs 5]           seconds a step
-    python bench/rl.py --trl PYTHON --until 0.9 [--pairs 3]   seconds of training until that greedy accuracy
+    python bench/rl.py --trl PYTHON --until 0.8           seconds of training until that greedy accuracy
 
 PYTHON is an interpreter that has TRL. A Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), 8 prompts of 16 tokens x 8
 samples x 64 tokens with no stop token, beta 0.04, one update, AdamW, float32: sampling, reward, reference, update. Each side runs in a
 process of its own, in turn, the first of them alternating; a side's time is the median of its steps after two, a pair's ratio theirs
-over ours. --matmul=bf16 is ours with bf16 products on a processor that has them. --until: the embedded model and sums, 64 completions a
-step in groups of 8, the same rate, another seed in every pair; evaluations are not counted. The last line is JSON.
+over ours; floor: what the matrix products of our step take alone, attention not counted. --matmul=bf16 is ours with bf16 products on a
+processor that has them. --until: the embedded model and sums, 64 completions a step in groups of 8, the same rate, another seed in
+every pair; evaluations are not counted. The last line is JSON.
 """
 import argparse
 import json
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from shared import ROOT, child, llama
+from shared import ROOT, child, llama, product_seconds
 
 PROMPTS, SAMPLES, NEW, PROMPT, VOCABULARY, BETA, RATE = 8, 8, 64, 16, 1024, 0.04, 1e-4
 TASK = dict(completions=64, samples=8, longest=32, rate=1e-4, steps=200, every=5, held_out=500)
@@ -179,6 +180,12 @@ def theirs_until(accuracy, seed, clock):
     return curve
 
 
+def floor(matmul):
+    """Seconds that the products of a step of ours take alone: sampling, the reference, forward and backward of the policy."""
+    prompt, sampled = PROMPTS * PROMPT, PROMPTS * SAMPLES * NEW
+    return product_seconds([(1, prompt + sampled, sampled), (4, prompt + sampled, sampled)], matmul)
+
+
 # ---- pairs ------------------------------------------------------------------------------------------------------------------
 
 def compare_until(args):
@@ -229,7 +236,7 @@ def main():
             ratios.append(medians['theirs'][-1] / medians['ours'][-1])
             print(f'pair {pair + 1}: ours {medians["ours"][-1]:.2f} s a step, TRL {medians["theirs"][-1]:.2f} s, {ratios[-1]:.2f} times', flush=True)
     print(json.dumps({'ours_seconds': statistics.median(medians['ours']), 'trl_seconds': statistics.median(medians['theirs']),
-                      'ratio': statistics.median(ratios), 'ratios': ratios, 'matmul': args.matmul}))
+                      'ratio': statistics.median(ratios), 'ratios': ratios, 'matmul': args.matmul, 'floor_seconds': floor(args.matmul)}))
 
 
 if __name__ == '__main__':

@@ -76,13 +76,20 @@ def trl_clock(times, losses):
     return Clock()
 
 
-def multiplication_rate():
-    """Floating-point operations a second of float32 matrix products."""
+def multiplication_rate(dtype='float32'):
+    """Floating-point operations a second of matrix products of this type, at the sizes of llama()."""
     import torch
-    a, b = torch.randn(2048, 256), torch.randn(256, 1024)
+    a, b = (torch.randn(size, dtype=getattr(torch, dtype)) for size in ((2048, 256), (256, 1024)))
     for _ in range(20):
         a @ b
     begun = time.perf_counter()
     for _ in range(100):
         a @ b
     return 100 * 2 * 2048 * 256 * 1024 / (time.perf_counter() - begun)
+
+
+def product_seconds(passes, matmul='float32'):
+    """Seconds that the products of llama()'s layers and head take alone: passes [(times, tokens through the layers, tokens through the
+    head)], a backward pass counting as two. The head is multiplied in float32; attention is not counted."""
+    layers, head = (sum(times * 2 * weights * tokens[kind] for times, *tokens in passes) for kind, weights in enumerate((WEIGHTS, 1024 * 256)))
+    return layers / multiplication_rate('bfloat16' if matmul == 'bf16' else matmul) + head / multiplication_rate()

@@ -3,9 +3,11 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -363,6 +365,9 @@ def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
     assert 'cut off' in page and 'unscored' in page and page.count('class=sample') == 3 and page.count('class=group') == 1
     green, red, grey = (page.split('class=sample style="background:')[i][:12] for i in (1, 2, 3))
     assert green.startswith('hsl(140') and red.startswith('hsl(8') and grey.startswith('#eeeeee')
+    (tmp_path / 'rollouts.jsonl').write_text(''.join(replace(members[0], group=group).line() + '\n' for group in (10, 2, 0)))
+    rollouts_page(tmp_path / 'rollouts.jsonl', tmp_path / 'page.html', 'a run')
+    assert re.findall(r'>group (\d+)', (tmp_path / 'page.html').read_text().replace('</span>', '>')) == ['0', '2', '10']
 
 
 # ---- the reward model -------------------------------------------------------------------------------------------------------

@@ -283,7 +283,8 @@ class Log:
     """One line per write() on the console and in out_dir/log.jsonl; scalars to TensorBoard (logs/<run>/) and wandb too.
 
     log.jsonl begins with {"run": header}; then come lines with "step". With `resume_step` the lines after it are cut,
-    as their steps come again, and the TensorBoard run is continued. Only the main rank writes.
+    as their steps come again, and the TensorBoard run is continued; what a line of that very step says already is not
+    written twice. Only the main rank writes.
 
     header       what the run is: script, data set, whether it is a stand-in, device ...
     total_steps  for the ETA, in the progress bar on a terminal, else in the lines
@@ -294,12 +295,15 @@ class Log:
     def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None, name=None):
         self.run, self.total, self.first_step, self.began = run, total_steps, resume_step or 0, time.monotonic()
         self.path, self.widths, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), {}, None, None
+        self.said = []      # the keys of each line of resume_step
         if not run.is_main:
             return
         name = name or f'{os.path.basename(os.path.abspath(out_dir))}-{time.strftime("%Y%m%d-%H%M%S")}'
         with writing(self.path):
             if resume_step is not None:
-                name = cut_log(self.path, resume_step) or name
+                kept = cut_log(self.path, resume_step)
+                name = next((line['run']['name'] for line in kept if line.get('run', {}).get('name')), name)
+                self.said = [line.keys() for line in kept if line.get('step') == resume_step]
                 header = {**header, 'resumed_at': resume_step}
             self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._line({'run': {'name': name, **header}})
@@ -334,7 +338,10 @@ class Log:
         order = [*(key for key in FIRST if key in metrics),
                  *(key for key in metrics if key not in FIRST + LAST), *(key for key in LAST if key in metrics)]
         metrics = {key: metrics[key] for key in order}
-        self._line({'step': step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}})
+        line = {'step': step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
+        again = step == self.first_step and line.keys() in self.said        # of a run that had ended before
+        if not again:
+            self._line(line)
         parts = [f'step {step:>{len(str(self.total))}}/{self.total}']
         for key, value in metrics.items():
             text = short(value)
@@ -346,9 +353,9 @@ class Log:
         elif 'tokens_per_second' in metrics:
             self.bar.set_postfix_str(f'{metrics["tokens_per_second"]:,.0f} tokens/s', refresh=False)
         self.run.say('  '.join(parts))
-        for key, value in metrics.items() if self.board else ():
+        for key, value in metrics.items() if self.board and not again else ():
             self.board.add_scalar(key, value, step)
-        if self.wandb:
+        if self.wandb and not again:
             self.wandb.log(metrics, step=step)
 
     def text(self, step, key, text):
@@ -380,17 +387,16 @@ class Log:
 
 
 def cut_log(path, step):
-    """Drop the lines of log.jsonl after `step`, and one that a kill cut short; returns the run's name."""
-    kept, name = [], None
+    """Drop the lines of log.jsonl after `step`, and one that a kill cut short; returns those that are kept."""
+    kept = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
-        for line in file:
+        for text in file:
             with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                name = name or value.get('run', {}).get('name')
-                if value.get('step', 0) <= step:
-                    kept.append(line.rstrip('\n') + '\n')
-    write_text(path, ''.join(kept))
-    return name
+                line = json.loads(text)
+                if line.get('step', 0) <= step:
+                    kept.append((line, text.rstrip('\n') + '\n'))
+    write_text(path, ''.join(text for _, text in kept))
+    return [line for line, _ in kept]
 
 
 def short(value):

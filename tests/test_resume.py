@@ -18,13 +18,17 @@ RUNS = {'train_gpt': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=
                      '--num_problems=8', '--max_completion_length=4', '--tensorboard=false']}
 
 
+def write_inputs(folder):
+    (folder / 'letters.txt').write_text('abcd\n' * 200)
+    prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
+    (folder / 'rows.jsonl').write_text(''.join(f'{{"question": "Who is {i}?", "answer": "Tom."}}\n' for i in range(20)))
+
+
 @pytest.mark.parametrize('script', RUNS)
 def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_path, monkeypatch):
     """Both must be known before setup(): what the command line says, else what the run had, not what is the default."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'letters.txt').write_text('abcd\n' * 200)
-    prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
-    (tmp_path / 'rows.jsonl').write_text('{"question": "Who?", "answer": "Tom."}\n' * 4)
+    write_inputs(tmp_path)
     module = importlib.import_module(script)
     resume, out = ('--init_from=resume', '--out_dir=o') if script == 'train_gpt' else ('--resume', '--output_dir=o')
     module.main(parse(module.Config, [*RUNS[script], out, '--device=cpu', '--matmul=float32']))
@@ -76,3 +80,22 @@ def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
     assert found(auto, 'other.py') == (auto, None)
     auto.typed = frozenset({'rate'})
     assert found(auto)[0].rate == 1.0
+
+
+@pytest.mark.parametrize('script', RUNS)
+def test_a_run_that_has_ended_is_left_as_it_is(script, tmp_path, monkeypatch):
+    """Resumed once more, as by a scheduler that does not know: no second line for the last step, the same state."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    module = importlib.import_module(script)
+    evaluated = {'train_sft': '--eval_strategy=steps', 'train_dpo': '--eval_fraction=0.1', 'train_rl': '--eval_steps=1'}
+    resume, out = ('--init_from=resume', '--out_dir=o') if script == 'train_gpt' else ('--resume', '--output_dir=o')
+    module.main(parse(module.Config, [*RUNS[script], out, *([evaluated[script]] if script in evaluated else [])]))
+
+    def left():
+        with open('o/log.jsonl') as file, open('o/last/trainer_state.json') as state:
+            return [line for line in file if 'step' in json.loads(line)], json.load(state)
+    before = left()
+    assert any('eval' in line for line in before[0])
+    module.main(parse(module.Config, [resume, out]))
+    assert left() == before

@@ -208,6 +208,13 @@ class Checkpoints:
         step = self.run.max(-1 if step is None else step)
         return next((str(path) for path, manifest in self.own() if manifest['step'] == step), None)
 
+    def say_processes(self, path):
+        """Where batches are counted per process: says it if checkpoint `path` is of another number of them."""
+        then, now = read_own(Path(path) / 'manifest.json').get('processes', self.run.world_size), self.run.world_size
+        if then != now:
+            self.run.say(f'note      the checkpoint is of {then} processes, this is {now}: from here on an optimizer step has {now / then:g} times '
+                         'as many rows, and the rest of the run is not what it would have been; gradient_accumulation_steps can make up for it')
+
     def rewind(self, path):
         """Go on from checkpoint `path`: later ones of this run, a future that will not be, move to earlier-K."""
         def work():
@@ -241,7 +248,7 @@ class Checkpoints:
         self.run.on_main(work)
 
     def _write(self, path, step, write_model, optimizer, state, best):
-        manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best, 'files': {}}
+        manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best, 'processes': self.run.world_size, 'files': {}}
         while os.path.lexists(path):    # saved at this step already; or another run's, that we loaded; or not ours
             saved = read_own(path / 'manifest.json')
             if saved and (saved['run'], saved['step']) == (manifest['run'], step):

@@ -54,6 +54,14 @@ def learning_rate(step, schedule, base_lr, min_lr, warmup_steps, decay_steps):
     return min_lr + share * (base_lr - min_lr)
 
 
+def warmup_within(steps, total, say):
+    """Steps of warm-up in a run of `total`: a tenth of them, and said so, where the highest rate would never come."""
+    if steps < total or not steps:
+        return steps
+    say(f'note      warm-up of {steps} steps in a run of {total}, whose highest rate would never come: clamped to {total // 10}')
+    return total // 10
+
+
 class Plateau:
     """`scale` for the learning rate: times `factor` when more than `patience` evaluations in a row bring no loss below
     the best by a ten-thousandth of it (as torch's ReduceLROnPlateau). A loss that is not finite is no improvement."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configurator import UserError, as_dict, parse, run, setting
-from optim import SCHEDULES, learning_rate
+from optim import SCHEDULES, learning_rate, warmup_within
 
 MAX_BAD_STEPS = 5       # optimizer steps in a row without a finite gradient after which a run stops
 NAMES = ('plan_path', 'sokoban', 'sudoku', 'math', 'code')     # modules in data/tasks that a team plays
@@ -858,6 +858,7 @@ def main(cfg):
     if not resumed:
         start_fresh(machine, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
         seconds = warm_up(cfg, team, task, stop, machine) if cfg.demo_steps else 0.0
+    warmup = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, machine.say)
     base_lr = cfg.learning_rate or (1e-4 if cfg.specialization == 'lora' else 1e-5)
     for policy in distinct(team):                   # after the warm-up, whose optimizers moved the weights into their own buffers
         policy.optimizer = new_optimizer(policy, 'adamw', base_lr, cfg.weight_decay)
@@ -894,7 +895,7 @@ def main(cfg):
             raise SystemExit(stop.code)
 
         clock, totals = Clock(), dict.fromkeys(TOTALS, 0.0)
-        lr = learning_rate(step, cfg.lr_scheduler, base_lr, base_lr * cfg.min_lr_ratio, cfg.lr_warmup_steps, cfg.total_training_steps)
+        lr = learning_rate(step, cfg.lr_scheduler, base_lr, base_lr * cfg.min_lr_ratio, warmup, cfg.total_training_steps)
         with clock('rollout'):
             episodes = rollout(cfg, team, task, draw_problems(cfg, task, step, machine), step, clock)
         with clock('update'):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from configurator import UserError, as_dict, parse, run, setting
 from data.records import Source, best_fit
-from optim import SCHEDULES, learning_rate, make_optimizer
+from optim import SCHEDULES, learning_rate, make_optimizer, warmup_within
 
 LOSS_TYPES = ('sigmoid', 'robust', 'hinge', 'ipo', 'sigmoid_norm', 'simpo', 'orpo', 'apo_zero')
 PER_TOKEN = ('ipo', 'sigmoid_norm', 'simpo', 'orpo')    # these take the mean log-probability of an answer's tokens, the others the sum
@@ -618,7 +618,7 @@ def show_data(tokenizer, pairs, train, held, feed, machine):
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def choose(cfg, model, from_base, steps, machine):
+def choose(cfg, model, from_base, machine):
     """Fills in what is unset and says so; returns the kind of reference."""
     small = model.num_params() < SMALL
     chosen = {'learning_rate': RATES[mode_of(cfg)] * (30 if small else 1), 'rpo_alpha': 1.0 if small and cfg.loss_type != 'orpo' else 0.0}
@@ -628,9 +628,6 @@ def choose(cfg, model, from_base, steps, machine):
     if chosen:
         machine.say('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) +
                     f' for {mode_of(cfg)} training' + ' of a small model' * small + ' (type the flags for others)')
-    if cfg.warmup_steps >= steps:
-        machine.say(f'note      warmup_steps={cfg.warmup_steps} is clamped to {steps // 2}: there are {steps} steps')
-        cfg.warmup_steps = steps // 2
     if cfg.loss_type in REFERENCE_FREE:
         return 'none'
     if cfg.reference == 'adapters_off' and not from_base:
@@ -674,7 +671,7 @@ def main(cfg):
     model, tokenizer = build_policy(cfg, resumed, machine)
     pairs, train, held = load_data(cfg, tokenizer, model.config.block_size, machine)
     feed = Feed(cfg, train, machine.world_size)
-    kind = choose(cfg, model, from_base, feed.total, machine)
+    kind, warmup = choose(cfg, model, from_base, machine), warmup_within(cfg.warmup_steps, feed.total, machine.say)
     announce(cfg, model, feed, kind, machine)
     if cfg.check_data:
         show_data(tokenizer, pairs, train, held, feed, machine)
@@ -691,6 +688,7 @@ def main(cfg):
         step, num_tokens, window = state['step'], state['num_tokens'], state['window']
         scaler = LossScale(machine.dtype, state['loss_scale'])
         best_loss = math.inf if state['best_eval_loss'] is None else state['best_eval_loss']
+        checkpoints.say_processes(resumed)
         checkpoints.rewind(resumed)
         machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
@@ -726,7 +724,7 @@ def main(cfg):
         if looked:
             since = time.perf_counter()
 
-        lr = learning_rate(step, cfg.lr_scheduler, cfg.learning_rate, 0.0, cfg.warmup_steps, feed.total)
+        lr = learning_rate(step, cfg.lr_scheduler, cfg.learning_rate, 0.0, warmup, feed.total)
         optimizer.set_lr(lr)
         indices, batches = loader(step)
         means, norm, good = train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, machine)

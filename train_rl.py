@@ -263,7 +263,7 @@ from data.rewards import Scorer
 from data.rollouts import Episode, Table, all_ranks, cut_rollouts, grouped, lay_out, read_episodes, write_rollout
 from lora import add_lora, adapters_off
 from model import find_model, load_model, save_model
-from optim import learning_rate, make_optimizer
+from optim import learning_rate, make_optimizer, warmup_within
 from runtime import DTYPES, Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 from values import ValueModel, load_reward_model, pair_accuracy, save_reward_model, states, train_reward_model
@@ -910,6 +910,7 @@ class Plan:
     groups_per_update: int
     updates: int            # optimizer steps of one pass over a rollout
     total_steps: int
+    warmup: int = 0         # of them
 
     @property
     def groups(self):
@@ -930,7 +931,8 @@ def make_plan(cfg, num_problems, machine):
     per_epoch = num_problems / (groups * updates)
     per_epoch = max(1, math.floor(per_epoch) if cfg.dataloader_drop_last else math.ceil(per_epoch))
     steps = max(1, round(per_epoch * cfg.num_train_epochs)) * updates * cfg.num_iterations
-    return Plan(groups, updates, cfg.max_steps if cfg.max_steps > 0 else steps)
+    steps = cfg.max_steps if cfg.max_steps > 0 else steps
+    return Plan(groups, updates, steps, warmup_within(cfg.warmup_steps, steps, machine.say))
 
 
 def train_own_reward_model(cfg, problems, tokenizer, machine, resumed):
@@ -1040,6 +1042,7 @@ def main(cfg):
     state, rollouts_path = fresh_state(), os.path.join(cfg.output_dir, 'rollouts.jsonl')
     if resumed:
         state = restore(learner, *read_checkpoint(resumed), machine)
+        checkpoints.say_processes(resumed)
         checkpoints.rewind(resumed)
         machine.on_main(lambda: (write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}),
                                  cut_rollouts(rollouts_path, state['step'])))
@@ -1104,7 +1107,7 @@ def learn_from(cfg, learner, updates, table, plan, state, clock, machine):
     """The optimizer steps of a rollout, one after the other: yields the metrics of each and counts it in `state`."""
     begin = state['step']
     for number in [number for _ in range(cfg.num_iterations) for number in range(plan.updates)][:plan.total_steps - begin]:
-        factor = learning_rate(state['step'], cfg.lr_scheduler, 1.0, 0.1, cfg.warmup_steps, plan.total_steps)
+        factor = learning_rate(state['step'], cfg.lr_scheduler, 1.0, 0.1, plan.warmup, plan.total_steps)
         for optimizer, peak in zip(learner.optimizers, (cfg.learning_rate, cfg.value_learning_rate)):
             optimizer.set_lr(peak * factor)
         with clock('updating'):

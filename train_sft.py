@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 from configurator import UserError, as_dict, parse, run, setting
 from data.records import Source
-from optim import OPTIMIZERS, Plateau, WeightAverage, learning_rate, make_optimizer
+from optim import OPTIMIZERS, Plateau, WeightAverage, learning_rate, make_optimizer, warmup_within
 
 SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'cosine_restarts', 'cosine_hard_restarts': 'cosine_restarts',
              'cosine_restarts': 'cosine_restarts', 'constant': 'constant', 'constant_with_warmup': 'constant', 'plateau': 'plateau',
@@ -508,9 +508,7 @@ def choose(cfg, model, sources, batches, machine):
         machine.say('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) + ' (type the flags for others)')
     total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.num_train_epochs * batches.steps_per_epoch)
     warmup = math.ceil(cfg.warmup_ratio * total) if cfg.warmup_steps is None else cfg.warmup_steps
-    if warmup >= total:
-        machine.say(f'note      warm-up of {warmup} steps in a run of {total}, whose peak would never come: clamped to {total // 10}')
-        warmup = total // 10
+    warmup = warmup_within(warmup, total, machine.say)
     for name in ('logging_steps', 'eval_steps'):
         if getattr(cfg, name) > total and (name != 'eval_steps' or cfg.eval_strategy == 'steps'):
             machine.say(f'note      {name}={getattr(cfg, name)} in a run of {total} steps: clamped to {total}')
@@ -689,6 +687,7 @@ def main(cfg):
         state = restore(resumed, optimizer, average)
         scaler, progress = LossScale(machine.dtype, state['loss_scale']), Progress(**state['progress'])
         plateau.load_state_dict(state['plateau'])
+        checkpoints.say_processes(resumed)
         checkpoints.rewind(resumed)
         machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:

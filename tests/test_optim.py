@@ -11,7 +11,7 @@ from torch import nn
 
 import optim
 from configurator import UserError
-from optim import AdamW, Muon, Plateau, SGD, learning_rate, make_optimizer
+from optim import AdamW, Muon, Plateau, SGD, learning_rate, make_optimizer, warmup_within
 
 
 class Block(nn.Module):
@@ -306,6 +306,13 @@ def test_state_before_the_first_step():
         fresh = make_optimizer(name, Net(), 0.01)
         fresh.load_state_dict(state)
         assert fresh.steps == 0
+
+
+def test_warmup_longer_than_the_run_is_clamped_and_said():
+    said = []
+    assert [warmup_within(steps, 20, said.append) for steps in (0, 19)] == [0, 19] and not said
+    assert [warmup_within(steps, 20, said.append) for steps in (20, 500)] == [2, 2] and 'warm-up of 500 steps in a run of 20' in said[1]
+    assert warmup_within(0, 0, said.append) == 0 and len(said) == 2
 
 
 def rates(schedule, steps, warmup=4, decay=104, base=1.0, low=0.01):

@@ -51,6 +51,19 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
     assert (getattr(saved, longer), saved.matmul, saved.device) == (2, 'float32', 'cpu')
 
 
+@pytest.mark.parametrize('script', ['train_sft', 'train_dpo', 'train_rl'])
+def test_another_number_of_processes_is_said(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    module = importlib.import_module(script)
+    module.main(parse(module.Config, [*RUNS[script], '--output_dir=o']))
+    for processes in (1, 4):
+        manifest = tmp_path / 'o' / 'last' / 'manifest.json'
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), 'processes': processes}))
+        module.main(parse(module.Config, ['--resume', '--output_dir=o']))
+        assert ('of 4 processes, this is 1: from here on an optimizer step has 0.25 times' in capsys.readouterr().out) == (processes == 4)
+
+
 @dataclass
 class Small:
     rate: float = 1.0

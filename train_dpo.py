@@ -90,7 +90,7 @@ class Config:
     prediction_loss_only: bool = setting(False, 'training.prediction_loss_only')  # evaluate losses and rewards only, without sampling answers
     eval_samples: int = setting(64, 'training.eval_samples')  # held-out prompts that are answered at each evaluation
     max_new_tokens: int = setting(64, 'training.max_new_tokens')  # of such an answer
-    bf16: bool = setting(False, 'training.bf16')  # autocast on a GPU in bfloat16; with neither this nor fp16, what the card does best
+    bf16: bool | None = setting(None, 'training.bf16')  # autocast on a GPU in bfloat16; false = float32; not set, nor fp16 = what the card does best
     fp16: bool = setting(False, 'training.fp16')  # in float16, with loss scaling
     gradient_checkpointing: bool = setting(False, 'training.gradient_checkpointing')  # compute activations again in backward: less memory, a third more time
     deepspeed_config: str | None = setting(None, 'training.deepspeed_config')  # there is no DeepSpeed here: an error that names what to use
@@ -661,7 +661,8 @@ def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, m
 
 def main(cfg):
     cfg, saved = resume_config(cfg, cfg.output_dir, 'train_dpo.py') if cfg.resume else (cfg, None)
-    machine = setup(cfg.device, 'bfloat16' if cfg.bf16 else 'float16' if cfg.fp16 else 'auto', cfg.matmul)
+    dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
+    machine = setup(cfg.device, dtype, cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
     resumed = checkpoints.latest() if saved else None

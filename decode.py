@@ -64,11 +64,11 @@ class Decoder:
         if cfg.qk_norm:
             weight = torch.cat((attention.q_norm.gain.expand(H, D), attention.k_norm.gain.expand(G, D)))[:, self.pairs]
             qk_norm = lambda x: F.rms_norm(x, (D,), None, cfg.norm_eps).mul_(weight)
-        of = lambda modules, order=None: product_of(modules, fuse, self.amp, len(self.prompts) * self.num_samples, order)
+        fused = lambda modules, order=None: product_of(modules, fuse, self.amp, len(self.prompts) * self.num_samples, order)
         return SimpleNamespace(
             kind=attention.layer_type, window=attention.window, qk_norm=qk_norm,
-            qkv=of([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=of([attention.o_proj]),
-            up=of([mlp.gate_proj, mlp.up_proj] if cfg.gated else [mlp.up_proj]), act=mlp.act, down=of([mlp.down_proj]),
+            qkv=fused([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=fused([attention.o_proj]),
+            up=fused([mlp.gate_proj, mlp.up_proj] if cfg.gated else [mlp.up_proj]), act=mlp.act, down=fused([mlp.down_proj]),
             norms=[norm_of(module) for name, module in layer.named_children() if name.endswith('layernorm')])
 
     def start(self):

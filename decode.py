@@ -77,7 +77,7 @@ class Decoder:
         rows = torch.arange(len(self.prompts), device=device)
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         idx = torch.tensor([prompt + [0] * (W - len(prompt)) for prompt in self.prompts], device=device)
-        caches = model.new_caches(len(rows), W, self.amp)
+        caches = model.new_caches(len(rows), W, self.amp)       # float32 with bf16 products, too: so log-probabilities are those of training
         hidden = model.hidden(idx, None, caches)[rows, lengths - 1]     # causal: the padding on the right changes nothing
         empty = W - lengths                                             # slots before each prompt
         source = (torch.arange(W, device=device) - empty[:, None]).clamp_(min=0)                # (N, W)

@@ -2,10 +2,11 @@
 
     python bench/agents.py plan_path sokoban sudoku --baselines      # the recipes, three seeds; the baselines once
     python bench/agents.py math --seeds 1 -- training.total_training_steps=40
-    python bench/agents.py --draw                                    # bench/agents.png and .json from what --out holds
+    python bench/agents.py --draw                                    # bench/agents.json and .png anew, with what --out holds
 
 --baselines also trains MAS+GRPO (rollout_mode=no_tree) and a single agent with twice the candidates, so that every run samples as
-much. What stands behind -- goes to every run. A run that --out holds already is not repeated. The figures are of the last iteration:
+much. What stands behind -- goes to every run. A run that --out holds already is not repeated; those that bench/agents.json has besides stay
+in it and in the picture. The figures are of the last iteration:
 none is chosen by what is reported. Seconds are of the whole command: start, warm-up, training, validations.
 """
 import argparse
@@ -97,37 +98,38 @@ def solvers(game):
 
 def runs_in(out):
     """[(game, kind, seed, folder)] of the runs that have ended."""
-    found = [(*name.rsplit('-', 2), os.path.join(out, name)) for name in sorted(os.listdir(out)) if name.count('-') == 2]
+    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    found = [(*name.rsplit('-', 2), os.path.join(out, name)) for name in names if name.count('-') == 2]
     return [run for run in found if os.path.exists(os.path.join(run[3], 'bench.json'))]
 
 
 def draw(out):
-    """The table, and bench/agents.png and .json."""
+    """The table, and bench/agents.png and .json: the runs that `out` holds, in place of the same ones of before."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-    runs, result = runs_in(out), {}
-    if not runs:
-        sys.exit(f'{out} holds no run that has ended')
-    print(f'{"run":28} {"sampled":>16} {"greedy":>16} {"turns":>12} {"reward":>14} {"seconds":>8} {"CPU s":>6}')
+    path = os.path.join(ROOT, 'bench', 'agents')
+    with open(path + '.json', encoding='utf-8') as file:
+        result = json.load(file)
+    runs = runs_in(out)
     for game, kind, seed, folder in runs:
-        ends = {key: [round(values[0], 4), round(values[-1], 4)] for key, values in validations(folder).items() if key != 'step'}
         with open(os.path.join(folder, 'bench.json'), encoding='utf-8') as file:
-            result.setdefault(game, {})[f'{kind}-{seed}'] = {**ends, **json.load(file)}
-        row = result[game][f'{kind}-{seed}']
-        change = lambda key, form: f'{row[key][0]:{form}} -> {row[key][1]:{form}}'
-        print(f'{f"{game} {kind} {seed}":28} {change("success_rate", ".1%"):>16} {change("greedy_success_rate", ".1%"):>16} '
-              f'{change("episode_length", ".1f"):>12} {change("reward", ".2f"):>14} {row["seconds"] or "":>8} {row["processor_seconds"] or "":>6}')
+            result.setdefault(game, {})[f'{kind}-{seed}'] = {**validations(folder), **json.load(file)}
     for game in {game for game, *_ in runs} & {'plan_path', 'sokoban', 'sudoku'}:
         result[game]['solvers'] = solvers(game)
-        print(game, ', '.join(f'{name} {rate:.1%}' for name, rate in result[game]['solvers'].items()))
+    print(f'{"run":28} {"sampled":>16} {"greedy":>16} {"turns":>12} {"reward":>14} {"seconds":>8} {"CPU s":>6}')
     games = [game for game in TITLES if game in result]
     figure = Figure(figsize=(3.6 * len(games), 3.8), dpi=120, layout='constrained')
     for panel, game in zip(figure.subplots(1, len(games), squeeze=False)[0], games):
-        for _, kind, _, folder in (run for run in runs if run[0] == game):
-            held_out = validations(folder)
-            label = KINDS[kind][0] if KINDS[kind][0] not in [line.get_label() for line in panel.lines] else '_'
-            panel.plot(held_out['step'], held_out['success_rate'], color=KINDS[kind][1], linewidth=1.8, marker='o', markersize=3,
-                       label=label)
+        for run, row in sorted(result[game].items()):
+            if run == 'solvers':
+                print(game, ', '.join(f'{name} {rate:.1%}' for name, rate in row.items()))
+                continue
+            change = lambda key, form: f'{row[key][0]:{form}} -> {row[key][-1]:{form}}'
+            print(f'{f"{game} {run}":28} {change("success_rate", ".1%"):>16} {change("greedy_success_rate", ".1%"):>16} '
+                  f'{change("episode_length", ".1f"):>12} {change("reward", ".2f"):>14} {row["seconds"] or "":>8} {row["processor_seconds"] or "":>6}')
+            label, color = KINDS[run.rsplit('-', 1)[0]]
+            panel.plot(row['step'], row['success_rate'], color=color, linewidth=1.8, marker='o', markersize=3,
+                       label=label if label not in [line.get_label() for line in panel.lines] else '_')
         panel.set_title(TITLES[game], loc='left')
         panel.set_xlabel('iteration')
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -137,8 +139,8 @@ def draw(out):
         if panel.get_subplotspec().is_first_col():
             panel.set_ylabel('success on held-out problems, sampled')
         panel.legend(frameon=False, loc='lower right')
-    figure.savefig(os.path.join(ROOT, 'bench', 'agents.png'))
-    with open(os.path.join(ROOT, 'bench', 'agents.json'), 'w', encoding='utf-8') as file:
+    figure.savefig(path + '.png')
+    with open(path + '.json', 'w', encoding='utf-8') as file:
         json.dump(result, file, indent=1)
 
 

@@ -92,6 +92,13 @@ class Run:
             dist.destroy_process_group()
 
 
+def precision(cfg):
+    """The dtype that setup() is asked for where a recipe says it by bf16 (true, false, or None: not said) and fp16, never both."""
+    if cfg.bf16 or cfg.fp16:
+        return 'bfloat16' if cfg.bf16 else 'float16'
+    return 'float32' if cfg.bf16 is False else 'auto'
+
+
 def setup(device='auto', dtype='auto', matmul='auto'):
     """Choose device and precision, join the process group that torchrun's environment describes; returns a Run.
 

@@ -854,11 +854,11 @@ def main(cfg):
         texts.summarise(0, metrics)
         machine.close()
         return metrics
+    warmup = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, machine.say)
     scaler, step, best, metrics, seconds = LossScale(machine.dtype), 0, -1.0, {}, 0.0
     if not resumed:
         start_fresh(machine, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
         seconds = warm_up(cfg, team, task, stop, machine) if cfg.demo_steps else 0.0
-    warmup = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, machine.say)
     base_lr = cfg.learning_rate or (1e-4 if cfg.specialization == 'lora' else 1e-5)
     for policy in distinct(team):                   # after the warm-up, whose optimizers moved the weights into their own buffers
         policy.optimizer = new_optimizer(policy, 'adamw', base_lr, cfg.weight_decay)

@@ -179,7 +179,7 @@ from data.tasks.world import split_of
 from lora import add_lora, adapters_off, lora_layers, merge_lora
 from model import find_model, load_model, save_model
 from quantized import check_trainable
-from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
+from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
 from sample import generate
 
 
@@ -661,8 +661,7 @@ def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, m
 
 def main(cfg):
     cfg, saved = resume_config(cfg, cfg.output_dir, 'train_dpo.py') if cfg.resume else (cfg, None)
-    dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
-    machine = setup(cfg.device, dtype, cfg.matmul)
+    machine = setup(cfg.device, precision(cfg), cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
     resumed = checkpoints.latest() if saved else None

@@ -453,16 +453,15 @@ def main(cfg):
             with averaged():
                 metrics = validate(cfg, model, corpora, machine)
             log.write(step, metrics)
-            if not resumed or step > first:         # else the run had ended, and all of this was done
-                best, since_best = metrics['eval_loss'] < best_loss, since_best + 1
-                if best:
-                    best_loss, since_best = metrics['eval_loss'], 0
-                if schedule == 'plateau':
-                    plateau.update(metrics['eval_loss'])
-                save(best)
-                if machine.is_main:
-                    with averaged():
-                        show(cfg, model, tokenizer, step, log)
+            best, since_best = metrics['eval_loss'] < best_loss, since_best + 1
+            if best:
+                best_loss, since_best = metrics['eval_loss'], 0
+            if schedule == 'plateau':
+                plateau.update(metrics['eval_loss'])
+            save(best)
+            if machine.is_main:
+                with averaged():
+                    show(cfg, model, tokenizer, step, log)
             since, losses = time.perf_counter(), []
         if step >= cfg.max_iters or cfg.patience and since_best >= cfg.patience:
             break

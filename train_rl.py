@@ -264,7 +264,7 @@ from data.rollouts import Episode, Table, all_ranks, cut_rollouts, grouped, lay_
 from lora import add_lora, adapters_off
 from model import find_model, load_model, save_model
 from optim import learning_rate, make_optimizer, warmup_within
-from runtime import DTYPES, Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
+from runtime import DTYPES, Log, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
 from sample import generate
 from values import ValueModel, load_reward_model, pair_accuracy, save_reward_model, states, train_reward_model
 
@@ -1029,8 +1029,7 @@ def main(cfg):
     saved, replayed = None, cfg.replay is not None
     if cfg.resume or replayed:
         cfg, saved = resume_config(cfg, cfg.output_dir, 'train_rl.py', '--replay' if replayed else '--resume', from_start=replayed)
-    dtype = 'float16' if cfg.fp16 else {None: 'auto', True: 'bfloat16', False: 'float32'}[cfg.bf16]
-    machine = setup(cfg.device, dtype, cfg.matmul)
+    machine = setup(cfg.device, precision(cfg), cfg.matmul)
     stop = Stop(machine)
     checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
     if replayed:

@@ -183,18 +183,11 @@ from diagnosis import Findings, RedFlags, compare_splits, show_check
 from model import add_lora, load_model, merge_lora, save_model
 from ops import document_lengths
 from quantized import check_trainable
-from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
+from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
 from sample import generate
 
 
 # ---- model ------------------------------------------------------------------------------------------------------------------
-
-def precision(cfg):
-    """The dtype that setup() is asked for."""
-    if cfg.bf16 or cfg.fp16:
-        return 'bfloat16' if cfg.bf16 else 'float16'
-    return 'float32' if cfg.bf16 is False else 'auto'
-
 
 def build_model(cfg, checkpoint, machine):
     """(model, tokenizer), weights of the run's own `checkpoint` where it resumes, else of load_checkpoint or the base model."""

@@ -240,9 +240,10 @@ def test_modules_that_are_no_plain_linear_are_called(models):
     assert logp_gap(model, PROMPTS, samples)[0] < 1e-4 and not torch.equal(samples.tokens, generate(models['llama'], PROMPTS, 10).tokens)
 
 
-def test_an_adapter_on_the_head_takes_part():
-    """Also where the head is tied, and for so many rows that its weight is packed."""
-    model = small('llama')
+@pytest.mark.parametrize('arch', ['llama', 'qwen2'])
+def test_an_adapter_on_the_head_takes_part(arch):
+    """Also where the head is tied (qwen2), and for so many rows that its weight is packed."""
+    model = small(arch)
     add_lora(model, 4, 8, 0.0, ['lm_head'])
     for name, p in model.named_parameters():
         if 'lora_B' in name:

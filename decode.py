@@ -18,7 +18,7 @@ from model import Linear
 
 FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
-GROW = 16                   # slots that the cache grows by, or an eighth of what it has
+GROW = 16                   # slots that the cache grows by at least; by an eighth of what it has where that is more
 
 
 class Decoder:
@@ -77,7 +77,8 @@ class Decoder:
         rows = torch.arange(len(self.prompts), device=device)
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         idx = torch.tensor([prompt + [0] * (W - len(prompt)) for prompt in self.prompts], device=device)
-        caches = model.new_caches(len(rows), W, self.amp)       # float32 with bf16 products, too: so log-probabilities are those of training
+        # with bf16 products the cache is float32, too: so log-probabilities are those of the training forward
+        caches = model.new_caches(len(rows), W, self.amp)
         hidden = model.hidden(idx, None, caches)[rows, lengths - 1]     # causal: the padding on the right changes nothing
         empty = W - lengths                                             # slots before each prompt
         source = (torch.arange(W, device=device) - empty[:, None]).clamp_(min=0)                # (N, W)

@@ -5,9 +5,9 @@
     python bench/agents.py --draw                                    # bench/agents.json and .png anew, with what --out holds
 
 --baselines also trains MAS+GRPO (rollout_mode=no_tree) and a single agent with twice the candidates, so that every run samples as
-much. What stands behind -- goes to every run. A run that --out holds already is not repeated; those that bench/agents.json has besides stay
-in it and in the picture. The figures are of the last iteration:
-none is chosen by what is reported. Seconds are of the whole command: start, warm-up, training, validations.
+much. What stands behind -- goes to every run. A run that --out holds already is not repeated; others that bench/agents.json has stay in
+it and in the picture. The figures are of the last iteration: none is chosen by what is reported. Seconds are of the whole command:
+start, warm-up, training, validations; null where a run was stopped on the way.
 """
 import argparse
 import json

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from shared import WEIGHTS, child, llama_with_words, memory, multiplication_rate, now, read, resident, trl_clock
+from shared import child, llama_with_words, memory, now, product_seconds, read, resident, trl_clock
 
 BATCH = 16
 
@@ -120,15 +120,15 @@ def ours(directory, options):
 
 
 def floor(directory, options):
-    """Seconds of the float32 products of a step: 6 per multiplied weight and token, as fast as this machine multiplies."""
+    """Seconds that the float32 products of a step take alone, forward and backward."""
     import torch
 
     from data.tokenizer import load_tokenizer
     torch.set_num_threads(options.threads)
-    rate, tokenizer = multiplication_rate(), load_tokenizer(os.path.join(directory, 'model'))
-    rows = read(os.path.join(directory, 'rows.jsonl'))
-    tokens = BATCH * statistics.mean(len(tokenizer.encode(row['prompt'] + row['completion'])) for row in rows)
-    return {'seconds': 6 * WEIGHTS * tokens / rate, 'tokens_of_a_step': tokens, 'gflops': rate / 1e9}
+    tokenizer, rows = load_tokenizer(os.path.join(directory, 'model')), read(os.path.join(directory, 'rows.jsonl'))
+    size = lambda text: BATCH * statistics.mean(len(tokenizer.encode(text(row))) for row in rows)
+    tokens, supervised = size(lambda row: row['prompt'] + row['completion']), size(lambda row: row['completion'])
+    return {'seconds': product_seconds([(3, tokens, supervised)]), 'tokens_of_a_step': tokens, 'supervised': supervised}
 
 
 def measure(side, directory, options):

@@ -333,7 +333,7 @@ def parse(cls, argv=None):
         fail(error)
 
 
-def run(main, cfg):
+def run_script(main, cfg):
     """main(cfg); a UserError becomes one line and exit status 2, Ctrl-C exit status 130."""
     try:
         main(cfg)

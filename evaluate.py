@@ -15,7 +15,7 @@ import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from configurator import UserError, as_dict, closest, from_dict, parse, run, setting
+from configurator import UserError, as_dict, closest, from_dict, parse, run_script, setting
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RESULTS = ('evaluation.json', 'evaluation.md', 'evaluation.html')
@@ -79,15 +79,15 @@ if __name__ == '__main__':
 import torch
 from tqdm import tqdm
 
-import metrics
-import scorecard
-from checkpoint import read_own, set_aside, write_json, write_text
+from nanoforge import metrics
+from nanoforge import scorecard
+from nanoforge.checkpoint import read_manifest, move_aside, write_json, write_text
 from data.chat import encode, parse_tool_calls
-from data.encoded import pieces_of
-from data.records import Record, Source
-from diagnosis import Findings
+from data.tokenized import pieces_of
+from data.formats import Record, Source
+from nanoforge.data_checks import DataIssues
 from model import load_model
-from runtime import describe_device, explain_out_of_memory, seed_for, setup
+from nanoforge.run import describe_device, explain_out_of_memory, seed_for, setup
 from sample import generate
 from train_sft import Config as Training, records_of, sources_of
 
@@ -124,16 +124,16 @@ class Data:
     problems: list | None = None
 
 
-def read_data(cfg, model_path, machine):
+def read_data(cfg, model_path, run):
     """What the command names, else what the run that wrote the checkpoint held out, else the embedded tool calls -> Data."""
     saved = {} if cfg.data or cfg.task else saved_run(model_path)
     if name := cfg.task or task_trained_on(saved):
         return read_task(name, cfg.num_samples or 200)
-    settings, findings = data_settings(cfg, saved, model_path), Findings()
-    sources = sources_of(settings, machine)
+    settings, findings = data_settings(cfg, saved, model_path), DataIssues()
+    sources = sources_of(settings, run)
     if cfg.split not in ('train', 'eval', 'all'):
         sources = [replace(source, split=cfg.split) for source in sources]
-    records = [record for _, record in records_of(settings, sources, findings, machine)]
+    records = [record for _, record in records_of(settings, sources, findings, run)]
     name = ', '.join(source.name for source in sources)
     for line in findings.lines():
         print(f'{name}: {line}')
@@ -164,7 +164,7 @@ def read_task(name, count):
 def saved_run(model_path):
     """The run_config.json of the run that wrote a checkpoint, {} where there is none."""
     folder = Path(model_path).absolute()
-    return next(filter(None, (read_own(place / 'run_config.json') for place in (folder, *folder.parents[:2]))), {})
+    return next(filter(None, (read_manifest(place / 'run_config.json') for place in (folder, *folder.parents[:2]))), {})
 
 
 def task_trained_on(saved):
@@ -223,10 +223,10 @@ def read_calls(text):
 
 # ---- the model --------------------------------------------------------------------------------------------------------------
 
-def read_answers(model, rows, batch_size, machine):
+def read_answers(model, rows, batch_size, run):
     """Sets loss and hits of each row: the model reads prompt and right answer. Prompts that are too long lose their beginning."""
     context, order = model.config.block_size, sorted(rows, key=lambda row: len(row.prompt) + len(row.answer))
-    with tqdm(total=len(rows), desc='reading answers', unit=' rows', disable=None) as bar, torch.inference_mode(), machine.autocast():
+    with tqdm(total=len(rows), desc='reading answers', unit=' rows', disable=None) as bar, torch.inference_mode(), run.autocast():
         for at in range(0, len(order), batch_size):
             batch = order[at:at + batch_size]
             idx = torch.zeros(len(batch), max(min(len(row.prompt) + len(row.answer), context + 1) for row in batch), dtype=torch.long)
@@ -242,11 +242,11 @@ def read_answers(model, rows, batch_size, machine):
             bar.update(len(batch))
 
 
-def answer_questions(model, tokenizer, rows, cfg, machine, max_new_tokens, room):
+def answer_questions(model, tokenizer, rows, cfg, run, max_new_tokens, room):
     """Sets response, tokens, stopped and called of each row: the model writes what follows the prompt, of which the end is kept that
     leaves `room` tokens of its context."""
     order = sorted(rows, key=lambda row: len(row.prompt))
-    with tqdm(total=len(rows), desc='answering', unit=' rows', disable=None) as bar, machine.autocast():
+    with tqdm(total=len(rows), desc='answering', unit=' rows', disable=None) as bar, run.autocast():
         for at in range(0, len(order), cfg.batch_size):
             batch = order[at:at + cfg.batch_size]
             prompts = [row.prompt[-(model.config.block_size - room):] for row in batch]
@@ -286,13 +286,13 @@ def trivial(solver, name, rows, training, task):
     return metrics.result_of(name, rows, task, read=False)
 
 
-def evaluate(cfg, name, data, machine):
+def evaluate(cfg, name, data, run):
     """One model on the data -> (its result, its Rows, its tokenizer)."""
     begun = time.perf_counter()
-    model, tokenizer = load_model(name, machine.device, machine.dtype, cfg.load_in_4bit, cfg.load_in_8bit)
+    model, tokenizer = load_model(name, run.device, run.dtype, cfg.load_in_4bit, cfg.load_in_8bit)
     if tokenizer is None:
         raise UserError(f'{name} has no tokenizer beside its weights: copy tokenizer.json there')
-    model.set_matmul(machine.matmul)
+    model.set_matmul(run.matmul)
     rows = encode_records(tokenizer, data.records, data.problems)
     longest = max(len(row.answer) for row in rows)
     allowed = cfg.max_new_tokens or max(32, 2 * longest)
@@ -301,25 +301,25 @@ def evaluate(cfg, name, data, machine):
     print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(rows):,} rows, at most {allowed} new tokens '
           'each')
     with explain_out_of_memory('--batch_size'):
-        read_answers(model, rows, cfg.batch_size, machine)
-        answer_questions(model, tokenizer, rows, cfg, machine, allowed, room)
+        read_answers(model, rows, cfg.batch_size, run)
+        answer_questions(model, tokenizer, rows, cfg, run, allowed, room)
     result = metrics.result_of(name, rows, data.task, max_new_tokens=allowed, seconds=time.perf_counter() - begun)
     return result, rows, tokenizer
 
 
 def main(cfg):
     names = [name for name in (cfg.model_path, *cfg.models) if name] or ['tiny']
-    machine = setup(cfg.device, cfg.dtype, cfg.matmul)
-    if machine.world_size > 1:
+    run = setup(cfg.device, cfg.dtype, cfg.matmul)
+    if run.world_size > 1:
         raise UserError('evaluate.py runs in one process: start it without torchrun')
-    print(describe_device(machine))
+    print(describe_device(run))
     out_dir = Path(cfg.output_dir or os.path.join('evaluation', os.path.basename(os.path.normpath(names[0]))))
     earlier_results(out_dir)
-    data, results = read_data(cfg, names[0], machine), []
+    data, results = read_data(cfg, names[0], run), []
     if cfg.baselines and not data.training:
         raise UserError(f'--baselines look at training rows, and {data.name} has none: mark them with metadata "train", others with "eval"')
     for name in names:
-        result, rows, tokenizer = evaluate(cfg, name, data, machine)
+        result, rows, tokenizer = evaluate(cfg, name, data, run)
         results.append(result)
     if cfg.baselines:
         training = encode_records(tokenizer, data.training)
@@ -338,7 +338,7 @@ def main(cfg):
 def earlier_results(out_dir):
     """What an earlier evaluation left in a folder; UserError where something else has these names."""
     there = [out_dir / name for name in RESULTS if (out_dir / name).exists()]
-    if there and not read_own(out_dir / 'evaluation.json'):
+    if there and not read_manifest(out_dir / 'evaluation.json'):
         raise UserError(f'{there[0]} was not written by evaluate.py: choose another --output_dir')
     return there
 
@@ -355,4 +355,4 @@ def write_results(out_dir, evaluation, num_examples):
 
 
 if __name__ == '__main__':
-    run(main, cfg)
+    run_script(main, cfg)

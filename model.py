@@ -2,7 +2,7 @@
 
     model(idx)                        logits (B, T, V)
     model(idx, targets)               log-probability of each target, float32 (B, T); 0 where the target is -1
-    model.hidden(idx, positions)      (B, T, C) after the last norm: what a critic or reward head stands on; of some `places` alone
+    model.hidden(idx, positions)      (B, T, C) after the last norm: what a critic or reward head stands on; of some `logit_positions` alone
     model.token_stats(hidden, targets, temperature)     logp, entropy, mean_logp, correct; (B, T, V) is never held
 
 The modules carry Llama's names (layers.0.self_attn.q_proj, ...), so the weights of most families load unmapped; GPT-2's
@@ -19,13 +19,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import ops
+from nanoforge import kernels
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
-from families import FAMILIES, GPT2_NAMES, GPTConfig, config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
-from lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora, read_adapter_config, save_adapter,
+from nanoforge.hf import FAMILIES, GPT2_NAMES, GPTConfig, config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
+from nanoforge.lora import (add_lora, adapters_off, dense_weight, load_adapter, merge_lora, read_adapter_config, save_adapter,
                   set_adapter, stacked_linear, unmerge_lora)
-from quantized import base_state, check_trainable, quantize
+from nanoforge.quantize import base_state, check_trainable, quantize
 
 SHORT_BLOCK = 192           # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 SHORT_DOCUMENT = 256        # and in packed rows, for a prompt with one continuation
@@ -33,11 +33,11 @@ ALIGN = 64                  # bf16 products take packed rows of a multiple of th
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose products run in bfloat16 on a CPU when the model says so (see ops.linear)."""
+    """nn.Linear whose products run in bfloat16 on a CPU when the model says so (see kernels.linear)."""
     bf16 = False
 
     def forward(self, x):
-        return ops.linear(x, [self.weight], [] if self.bias is None else [self.bias], self.bf16)
+        return kernels.linear(x, [self.weight], [] if self.bias is None else [self.bias], self.bf16)
 
 
 class Norm(nn.Module):
@@ -54,7 +54,7 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.layer_norm:
             return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, self.eps)
-        return ops.rms_norm(x, self.gain, self.eps)
+        return kernels.rms_norm(x, self.gain, self.eps)
 
 
 class Attention(nn.Module):
@@ -76,19 +76,19 @@ class Attention(nn.Module):
             return stacked_linear(x, layers)
         return torch.cat([layer(x) for layer in layers], -1)
 
-    def forward(self, x, plan, cache=None, places=None):
+    def forward(self, x, plan, cache=None, logit_positions=None):
         cfg, (B, T, _) = self.cfg, x.size()
-        out = self.o_proj if places is None else lambda y: self.o_proj(ops.pick(y, places))
+        out = self.o_proj if logit_positions is None else lambda y: self.o_proj(kernels.pick(y, logit_positions))
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         cos, sin = plan.angles[self.layer_type] if plan.angles else (None, None)        # (B or 1, 1, T, D/2)
         qkv = self.qkv(x)
         if plan.spans:
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            return out(ops.SpanAttention.apply(qkv, plan.spans, self.window, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, cos, sin))
+            return out(kernels.SpanAttention.apply(qkv, plan.spans, self.window, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, cos, sin))
         if plan.short and cache is None and (not self.window or T <= self.window):
             q_weight, k_weight = (self.q_norm.gain, self.k_norm.gain) if cfg.qk_norm else (None, None)
-            y = ops.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, None if cos is None else cos[0, 0],
-                                         None if sin is None else sin[0, 0], ops.future(T, qkv.dtype))
+            y = kernels.ShortAttention.apply(qkv, H, cfg.attn_scale, q_weight, k_weight, cfg.norm_eps, None if cos is None else cos[0, 0],
+                                         None if sin is None else sin[0, 0], kernels.future(T, qkv.dtype))
             return out(y)
         q, k, v = qkv.split([H * D, G * D, G * D], -1)
         q, k, v = (h.view(B, T, -1, D).transpose(1, 2) for h in (q, k, v))              # (B, heads, T, D)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
-            q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+            q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)                                   # (B, G, S, D)
@@ -133,11 +133,11 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = Norm(cfg, cfg.n_embd)
         self.post_norms, self.dropout = cfg.post_norms, cfg.dropout
 
-    def forward(self, x, plan, cache=None, places=None):
-        """x (B, T, C) -> the same; of the given places alone, (len(places), C)."""
+    def forward(self, x, plan, cache=None, logit_positions=None):
+        """x (B, T, C) -> the same; of the given logit_positions alone, (len(logit_positions), C)."""
         drop = lambda h: F.dropout(h, self.dropout, self.training) if self.dropout else h
-        y = self.self_attn(self.input_layernorm(x), plan, cache, places)
-        x = x if places is None else ops.pick(x, places)
+        y = self.self_attn(self.input_layernorm(x), plan, cache, logit_positions)
+        x = x if logit_positions is None else kernels.pick(x, logit_positions)
         x = x + drop(self.post_attention_layernorm(y.to(x.dtype)) if self.post_norms else y)
         if self.post_norms:
             return x + drop(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)).to(x.dtype)))
@@ -148,7 +148,7 @@ class Plan:
     """What one forward pass shares over its layers: positions, rotary angles, and who may look at whom.
 
     Three cases: a plain causal block; packed rows, whose positions restart at 0 with each document and jump back to
-    p > 0 with each further continuation of its first p tokens (see ops.visible); and a KV cache, where a query at
+    p > 0 with each further continuation of its first p tokens (see kernels.visible); and a KV cache, where a query at
     position p sees the keys of its row at positions 0..p. No (T, T) mask is made for the first, nor for packed rows on
     a CPU, which attend document by document.
     """
@@ -162,12 +162,12 @@ class Plan:
         self.documents = self.branches = self.spans = None
         if self.packed and device.type == 'cpu':            # positions of each document, row after row
             rows = positions.expand(B, T)
-            self.documents, spans = rows.flatten().split(ops.document_lengths(rows).tolist()), ops.continuations(rows)
+            self.documents, spans = rows.flatten().split(kernels.document_lengths(rows).tolist()), kernels.continuations(rows)
             short = max(shared + end - at for _, shared, at, end in spans) <= SHORT_DOCUMENT
             if short and not cfg.attn_softcap:
-                self.spans = ops.Spans(rows, spans, cfg.n_head, cfg.n_kv_head)
+                self.spans = kernels.Spans(rows, spans, cfg.n_head, cfg.n_kv_head)
             elif any(shared for _, shared, _, _ in spans) and not cfg.attn_softcap:
-                branches = ops.Branches(rows)
+                branches = kernels.Branches(rows)
                 self.branches = branches if branches.cost < sum(len(d) ** 2 for d in self.documents) else None
         self.angles = {}
         for kind in set(cfg.layer_types) if cfg.position == 'rope' else ():
@@ -181,14 +181,14 @@ class Plan:
                 query, slot = self.positions[:, None, :, None], torch.arange(self.slots, device=self.positions.device)
                 self.masks[window] = (slot <= query) & (query - slot < (window or self.slots))
             else:
-                self.masks[window] = ops.visible(self.positions, window)[:, None]
+                self.masks[window] = kernels.visible(self.positions, window)[:, None]
         return self.masks[window]
 
     def document_masks(self, window):
         """For each document of packed rows on a CPU (T, T) bool, or None where it is a plain causal block."""
         if window not in self.masks:
             plain = [len(d) == d[-1] - d[0] + 1 <= (window or len(d)) for d in self.documents]
-            self.masks[window] = [None if is_plain else ops.visible(d, window)
+            self.masks[window] = [None if is_plain else kernels.visible(d, window)
                                   for d, is_plain in zip(self.documents, plain)]
         return self.masks[window]
 
@@ -288,13 +288,13 @@ class GPT(nn.Module):
             self._inv_freq[layer_type] = rope_frequencies(self.config, layer_type)
         return self._inv_freq[layer_type]
 
-    def hidden(self, idx, positions=None, caches=None, embeddings=None, places=None):
+    def hidden(self, idx, positions=None, caches=None, embeddings=None, logit_positions=None):
         """idx (B, T) -> (B, T, C), after the last norm.
 
         positions (B, T): absolute ones with `caches` (one KVCache a layer); without, each 0 begins a packed document and
         a jump back to p > 0 another continuation of its first p tokens; then a row may be longer than the context.
-        embeddings (B, T, C) stand in for those of idx (several streams summed, noise added). places: an integer tensor of
-        any shape, counting the rows laid end to end: only these are wanted, (*places.shape, C), and the last layer is not
+        embeddings (B, T, C) stand in for those of idx (several streams summed, noise added). logit_positions: an integer tensor of
+        any shape, counting the rows laid end to end: only these are wanted, (*logit_positions.shape, C), and the last layer is not
         computed for others.
         """
         cfg, (B, T) = self.config, idx.size()
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         if self.matmul == 'bf16' and B == 1 and positions is not None and not caches and embeddings is None:
             rest = torch.arange(-T % ALIGN, device=idx.device)[None]            # a document of its own
             idx, positions = F.pad(idx, (0, rest.size(1))), torch.cat((positions, rest), 1)
-        kept, back = (None, None) if places is None else places.unique(return_inverse=True)
+        kept, back = (None, None) if logit_positions is None else logit_positions.unique(return_inverse=True)
         plan = Plan(self, idx, positions, caches[0] if caches else None)
         x = self.embed_tokens(idx) if embeddings is None else embeddings                    # (B, T, C)
         if cfg.embed_scale:
@@ -317,12 +317,12 @@ class GPT(nn.Module):
                 x = checkpoint(layer, x, plan, None, kept if layer is self.layers[-1] else None, use_reentrant=False)
             else:
                 x = layer(x, plan, caches[i] if caches else None, kept if layer is self.layers[-1] else None)
-        return self.norm(x)[:, :T] if places is None else F.embedding(back, self.norm(x))
+        return self.norm(x)[:, :T] if logit_positions is None else F.embedding(back, self.norm(x))
 
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return ops.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
+            return kernels.head(hidden, dense_weight(self.lm_head), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
@@ -332,7 +332,7 @@ class GPT(nn.Module):
         by the temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            return ops.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
+            return kernels.token_stats(hidden, dense_weight(self.lm_head), targets, temperature,
                                        self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):
@@ -442,7 +442,7 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
 
     tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where training wants
     it. load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are read (see
-    quantized.quantize). A PEFT adapter's directory loads `base`, or else the base that it names, and puts the adapter
+    quantize.quantize). A PEFT adapter's directory loads `base`, or else the base that it names, and puts the adapter
     on it.
     """
     if load_in_4bit and load_in_8bit:
@@ -457,7 +457,7 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
                         'single text to continue, and only train_gpt.py opens it')
     cfg, bits = config_from_hf(hf), 4 if load_in_4bit else 8 if load_in_8bit else None
     if cfg is None:
-        from wrapped import load_wrapped
+        from nanoforge.wrapped import load_wrapped
         model = load_wrapped(directory, device, dtype)
         if bits:
             quantize(model, bits, *quantisation[2:])

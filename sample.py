@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configurator import UserError, parse, run, setting
+from configurator import UserError, parse, run_script, setting
 
 
 @dataclass
@@ -57,9 +57,9 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-from decode import Decoder, Recomputer
+from nanoforge.decode import Decoder, Recomputer
 from model import load_model
-from runtime import setup
+from nanoforge.run import setup
 
 ONE_THREAD = 2 ** 23        # rows * parameters below which a second thread gains nothing, and costs much where others compute too
 
@@ -352,4 +352,4 @@ def main(cfg):
 if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends the program, not with a traceback
-    run(main, cfg)
+    run_script(main, cfg)

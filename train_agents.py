@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from configurator import UserError, as_dict, parse, run, setting
-from optim import SCHEDULES, learning_rate, warmup_within
+from configurator import UserError, as_dict, parse, run_script, setting
+from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 MAX_BAD_STEPS = 5       # optimizer steps in a row without a finite gradient after which a run stops
 NAMES = ('plan_path', 'sokoban', 'sudoku', 'math', 'code')     # modules in data/tasks that a team plays
@@ -190,16 +190,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import report
-from checkpoint import Checkpoints, point, read_checkpoint, read_own, resume_config, start_fresh, write_json
+from nanoforge import plots
+from nanoforge.checkpoint import Checkpoints, symlink, read_checkpoint, read_manifest, resume_config, start_fresh, write_json
 from data import sandbox
 from data.chat import encode, segments
-from data.rollouts import lay_out
-from lora import add_lora, load_adapter, set_adapter
+from data.completions import lay_out
+from nanoforge.lora import add_lora, load_adapter, set_adapter
 from model import load_model, save_model
-from optim import AdamW, make_optimizer
-from parallel import Shared, clip_grad_norm, shard, share, share_out, whole, whole_model
-from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
+from nanoforge.optim import AdamW, make_optimizer
+from nanoforge.parallel import Shared, clip_grad_norm, shard, share, share_out, whole, whole_model
+from nanoforge.log import Log
+from nanoforge.run import LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 from train_rl import group_advantages, policy_loss
 
@@ -272,7 +273,7 @@ def policies_of(cfg):
     return policies
 
 
-def load_team(cfg, machine, saved=None):
+def load_team(cfg, run, saved=None):
     """{agent: Policy}, still without optimizers; `saved`: a checkpoint of this team, else the models that base_models name."""
     policies, paths = policies_of(cfg), {name: model.path for name, model in cfg.base_models.items()}
     first, team = paths.get('policy_0', 'tiny'), []
@@ -288,7 +289,7 @@ def load_team(cfg, machine, saved=None):
     with explain_out_of_memory('--GPU_num (a higher one shards each model)'):
         if cfg.specialization == 'lora':
             model, tokenizer = load_model(first if not os.path.isdir(first) or os.path.exists(os.path.join(first, 'config.json'))
-                                          else base_of(first), machine.device)
+                                          else base_of(first), run.device)
             for name, agents in policies.items():
                 source = folder(saved or first, name)
                 if os.path.exists(os.path.join(source, 'adapter_config.json')):
@@ -300,13 +301,13 @@ def load_team(cfg, machine, saved=None):
         else:
             for name, agents in policies.items():
                 source = paths.get(name) or first
-                team.append(Policy(name, *load_model(folder(saved or source, name), machine.device), agents))
+                team.append(Policy(name, *load_model(folder(saved or source, name), run.device), agents))
     for policy in team:
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
-        policy.model.set_matmul(machine.matmul)
-        if isinstance(machine, Shared):
-            shard(policy.model, machine)
+        policy.model.set_matmul(run.matmul)
+        if isinstance(run, Shared):
+            shard(policy.model, run)
     return {agent: policy for policy in team for agent in policy.agents}
 
 
@@ -337,13 +338,13 @@ def settings_of(cfg, agent):
     return next((entry for entry in cfg.agents.values() if entry.name == agent), Agent(agent))
 
 
-def clamp_lengths(cfg, team, machine):
+def clamp_lengths(cfg, team, run):
     """Answers get at most half of the context, prompts the rest; said where that is less than asked for."""
     context = min(policy.model.config.block_size for policy in distinct(team))
     response = min(cfg.max_response_length, context // 2)
     prompt = min(cfg.max_prompt_length, context - response)
     if (prompt, response) != (cfg.max_prompt_length, cfg.max_response_length):
-        machine.say(f'lengths   max_prompt_length {cfg.max_prompt_length} -> {prompt}, max_response_length {cfg.max_response_length} -> '
+        run.print0(f'lengths   max_prompt_length {cfg.max_prompt_length} -> {prompt}, max_response_length {cfg.max_response_length} -> '
                     f'{response}: the context of the model is {context} tokens')
     cfg.max_prompt_length, cfg.max_response_length = prompt, response
 
@@ -363,10 +364,10 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def draw_problems(cfg, task, step, machine):
+def draw_problems(cfg, task, step, run):
     """This rank's (number, problem) of an iteration."""
     problems = task.problems('train', cfg.epoch_size, seed_for(cfg.seed, 'problems', step), **env_settings(cfg, task, cfg.dataset))
-    return list(enumerate(problems))[machine.rank::machine.world_size]
+    return list(enumerate(problems))[run.rank::run.world_size]
 
 
 def env_settings(cfg, task, dataset):
@@ -474,21 +475,21 @@ TOTALS = ('loss', 'entropy', 'tokens', 'clipped', 'kl', 'grad_norm', 'gap', 'gap
 COLUMNS = ('rank', 'group', 'candidate', 'agent', 'tokens', 'reward', 'advantage', 'episode', 'turn')
 
 
-def gather(rows, width, machine):
+def gather(rows, width, run):
     """Numbers [(width values)] of every rank -> float64 (N, width) of all ranks; every rank calls it, with any number of rows."""
-    return gather_tensor(torch.tensor(rows, dtype=torch.float64).view(-1, width), machine)
+    return gather_tensor(torch.tensor(rows, dtype=torch.float64).view(-1, width), run)
 
 
-def gather_text(text, machine):
-    return bytes(gather_tensor(torch.tensor(list(text.encode(errors='replace')), dtype=torch.uint8), machine).tolist()).decode()
+def gather_text(text, run):
+    return bytes(gather_tensor(torch.tensor(list(text.encode(errors='replace')), dtype=torch.uint8), run).tolist()).decode()
 
 
-def gather_tensor(mine, machine):
+def gather_tensor(mine, run):
     """(n, ...) of every rank, whatever its n -> (N, ...) of all, one rank's after the other's."""
-    if machine.world_size == 1:
+    if run.world_size == 1:
         return mine
-    group = getattr(machine, 'copies', None)
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(machine.world_size)]
+    group = getattr(run, 'copies', None)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(run.world_size)]
     dist.all_gather(counts, torch.tensor([len(mine)]), group=group)
     padded = mine.new_zeros(max(map(int, counts)), *mine.shape[1:])
     padded[:len(mine)] = mine
@@ -497,15 +498,15 @@ def gather_tensor(mine, machine):
     return torch.cat([part[:int(count)] for part, count in zip(parts, counts)])
 
 
-def plan_batches(cfg, episodes, step, machine):
+def plan_batches(cfg, episodes, step, run):
     """{policy: [optimizer steps]}, a step being float64 (sequences, COLUMNS) of all ranks, the same on each.
 
     The candidates of a group stay together, so that their prompt is computed once; a step has train_batch_size sequences.
     """
     groups = [group for episode in episodes for group in episode.groups]
-    rows = [(machine.rank, i, k, cfg.order.index(group.agent), len(c.tokens), c.reward, c.advantage, group.episode, group.turn)
+    rows = [(run.rank, i, k, cfg.order.index(group.agent), len(c.tokens), c.reward, c.advantage, group.episode, group.turn)
             for i, group in enumerate(groups) for k, c in enumerate(group.candidates)]
-    table = gather(rows, len(COLUMNS), machine)
+    table = gather(rows, len(COLUMNS), run)
     column = {name: table[:, i] for i, name in enumerate(COLUMNS)}
     problem = column['episode'] if cfg.rollout_mode == 'tree' else column['episode'] // cfg.train_sample_num
     turn = column['turn'] if cfg.rollout_mode == 'tree' else torch.zeros_like(problem)
@@ -539,20 +540,20 @@ def kept_groups(cfg, reward, advantage, place, count):
     return kept
 
 
-def answer_stats(model, rows, temperature, machine):
+def answer_stats(model, rows, temperature, run):
     """Log-probability and entropy of every token of the answers in rows [(prompt ids, [answer ids])] -> (B, T) each, and their mask."""
-    layout = lay_out(rows, machine.device)                                  # a prompt is computed once for all of its answers
-    with machine.autocast():
-        hidden = model.hidden(layout.idx, layout.positions, places=layout.source)               # (B, T, C)
+    layout = lay_out(rows, run.device)                                  # a prompt is computed once for all of its answers
+    with run.autocast():
+        hidden = model.hidden(layout.idx, layout.positions, logit_positions=layout.source)               # (B, T, C)
         stats = model.token_stats(hidden, layout.targets, temperature)
     return stats['logp'], stats['entropy'], layout.targets >= 0
 
 
-def micro_batches(cfg, batch, groups, machine):
+def micro_batches(cfg, batch, groups, run):
     """This rank's share of an optimizer step, cut so that a pass has at most micro_batch_tokens and one temperature: [(temperature,
     [(group, [candidates])])]."""
     found = []
-    rows = [(groups[int(i)], int(k)) for rank, i, k in batch[:, :3].tolist() if rank == machine.rank]
+    rows = [(groups[int(i)], int(k)) for rank, i, k in batch[:, :3].tolist() if rank == run.rank]
     for temperature in sorted({settings_of(cfg, group.agent).temperature for group, _ in rows}):
         own = [(group, group.candidates[k]) for group, k in rows if settings_of(cfg, group.agent).temperature == temperature]
         found += [(temperature, part) for part in cut(cfg, own)]
@@ -576,7 +577,7 @@ def cut(cfg, rows):
     return [part for part in mine if part]
 
 
-def update(cfg, policy, steps, groups, scaler, machine, totals):
+def update(cfg, policy, steps, groups, scaler, run, totals):
     """The optimizer steps of a policy on the candidates of its agents. Adds to totals {name: float} what is logged. A step without a
     finite gradient is skipped; UserError after MAX_BAD_STEPS in a row."""
     model, optimizer = policy.use(), policy.optimizer
@@ -585,10 +586,10 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
         tokens = int(batch[:, COLUMNS.index('tokens')].sum())                                   # of all ranks
         optimizer.zero_grad()
         sums = torch.zeros(6, dtype=torch.float64)
-        for temperature, part in micro_batches(cfg, batch, groups, machine):
+        for temperature, part in micro_batches(cfg, batch, groups, run):
             rows = [candidate for _, candidates in part for candidate in candidates]
             with explain_out_of_memory('training.micro_batch_tokens'):
-                logp, entropy, mask = answer_stats(model, [(g.prompt, [c.tokens for c in cs]) for g, cs in part], temperature, machine)
+                logp, entropy, mask = answer_stats(model, [(g.prompt, [c.tokens for c in cs]) for g, cs in part], temperature, run)
                 old = torch.zeros_like(logp)
                 old[mask] = torch.tensor([value for c in rows for value in c.logp], device=old.device)
                 advantages = torch.tensor([c.advantage for c in rows], device=old.device)
@@ -602,9 +603,9 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
                 sums += torch.tensor([float(loss), float(entropy[mask].sum()), float(n), float(stats['clip_ratio/region_mean'] * n),
                                       float(gap), float(stats['approx_kl'] * n)], dtype=torch.float64)
         for grad in optimizer.grads:
-            machine.sum(grad)
+            run.sum(grad)
         scaler.unscale_(optimizer.grads)
-        norm = float(clip_grad_norm(model, optimizer, cfg.max_grad_norm, machine))
+        norm = float(clip_grad_norm(model, optimizer, cfg.max_grad_norm, run))
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
@@ -613,7 +614,7 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
         if policy.bad_steps == MAX_BAD_STEPS:
             raise UserError(f'{MAX_BAD_STEPS} optimizer steps in a row without a finite gradient: lower training.learning_rate; the '
                             'checkpoints are good')
-        loss, entropy, n, clipped, gap, kl = machine.sum(sums).tolist()
+        loss, entropy, n, clipped, gap, kl = run.sum(sums).tolist()
         for name, value in dict(loss=loss, entropy=entropy, tokens=n, clipped=clipped, kl=kl, grad_norm=norm if finite else 0.0,
                                 gap=gap, gap_tokens=0 if totals['steps'] else n, steps=1, skipped=not finite).items():
             totals[name] += value
@@ -622,16 +623,16 @@ def update(cfg, policy, steps, groups, scaler, machine, totals):
 
 # ---- the warm-up on demonstrations ------------------------------------------------------------------------------------------
 
-def warm_up(cfg, team, task, stop, machine):
+def warm_up(cfg, team, task, stop, run):
     """Supervised steps on what the task's pupils answer, in the situations that they get into: from here on a model knows the form of
     an answer, much of the task, and the pupils' faults."""
-    kind = 'adamw' if isinstance(machine, Shared) else 'muon'           # which needs whole matrices
+    kind = 'adamw' if isinstance(run, Shared) else 'muon'           # which needs whole matrices
     started, optimizers = time.perf_counter(), {p.name: new_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in distinct(team)}
-    losses, bar = [], tqdm(total=cfg.demo_steps, desc='demonstrations', leave=False, disable=not (machine.is_main and sys.stderr.isatty()))
+    losses, bar = [], tqdm(total=cfg.demo_steps, desc='demonstrations', leave=False, disable=not (run.is_main and sys.stderr.isatty()))
     for step in range(cfg.demo_steps):
         if stop.requested:
-            machine.say('stopped during the demonstrations, of which nothing is kept: start again')
-            machine.close()
+            run.print0('stopped during the demonstrations, of which nothing is kept: start again')
+            run.close()
             raise SystemExit(stop.code)
         draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
         while len(rows) < cfg.demo_batch_size:
@@ -646,76 +647,76 @@ def warm_up(cfg, team, task, stop, machine):
         rows = rows[:cfg.demo_batch_size]
         for policy in distinct(team):
             own = [messages for agent, messages in rows if agent in policy.agents]
-            loss = supervised_step(cfg, policy, optimizers[policy.name], own, step, machine)
+            loss = supervised_step(cfg, policy, optimizers[policy.name], own, step, run)
             losses.append(loss)
         bar.update()
         if (step + 1) % max(1, cfg.demo_steps // 10) == 0:
             recent, seconds = losses[-50:], time.perf_counter() - started
-            machine.say(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {sum(recent) / len(recent):.4f}  {seconds:.0f} s, about '
+            run.print0(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {sum(recent) / len(recent):.4f}  {seconds:.0f} s, about '
                         f'{seconds / (step + 1) * (cfg.demo_steps - step - 1):.0f} s to go')
     bar.close()
     return time.perf_counter() - started
 
 
-def supervised_step(cfg, policy, optimizer, chats, step, machine):
+def supervised_step(cfg, policy, optimizer, chats, step, run):
     """One step of next-token loss on the last message of each chat; the mean over all of its tokens."""
     if not chats:
         return 0.0
     rows = encode(policy.tokenizer, [segments(policy.tokenizer, chat, None, 'completion') for chat in chats])
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
-    mine = sorted(rows[machine.rank::machine.world_size], key=lambda row: len(row.ids))             # so that little is padding
-    model, total = policy.use().train(), torch.zeros((), device=machine.device)
+    mine = sorted(rows[run.rank::run.world_size], key=lambda row: len(row.ids))             # so that little is padding
+    model, total = policy.use().train(), torch.zeros((), device=run.device)
     optimizer.set_lr(cfg.demo_learning_rate * min((step + 1) / 20, 1 - step / cfg.demo_steps))
     optimizer.zero_grad()
     for part in [mine[i:i + 16] for i in range(0, len(mine), 16)]:
         starts = [row.mask.index(True) for row in part]
         pairs = [(row.ids[:start], [row.ids[start:start + sum(row.mask)]]) for row, start in zip(part, starts)]
         with explain_out_of_memory('demonstrations.batch_size'):
-            loss = -answer_stats(model, pairs, 1.0, machine)[0].sum() / tokens
+            loss = -answer_stats(model, pairs, 1.0, run)[0].sum() / tokens
         loss.backward()
         total += loss.detach()
     for grad in optimizer.grads:
-        machine.sum(grad)
-    clip_grad_norm(model, optimizer, 1.0, machine)
+        run.sum(grad)
+    clip_grad_norm(model, optimizer, 1.0, run)
     optimizer.step()
     model.eval()
-    return float(machine.sum(total))
+    return float(run.sum(total))
 
 
 # ---- validation and what is written -----------------------------------------------------------------------------------------
 
-def held_out_problems(cfg, task, machine):
+def held_out_problems(cfg, task, run):
     """This rank's (number, problem) of every validation."""
     problems = task.problems('eval', cfg.validate_episodes, 'validation', **env_settings(cfg, task, cfg.benchmark))
-    return list(enumerate(problems))[machine.rank::machine.world_size]
+    return list(enumerate(problems))[run.rank::run.world_size]
 
 
-def validate(cfg, team, task, cases, step, directory, machine):
+def validate(cfg, team, task, cases, step, directory, run):
     """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every episode to validate/."""
     metrics, records = {}, []
     sampled = replace(cfg, agents={agent: Agent(agent, temperature=settings_of(cfg, agent).val_temperature) for agent in cfg.order})
     for manner, temperature in (('sampled', None), ('greedy', 0.0)):
         episodes = play(sampled, team, task, cases, seed_for(cfg.seed, 'validate', manner), 1, Clock(), temperature)
         prefix = 'validation/' if manner == 'sampled' else 'validation/greedy_'
-        metrics.update({prefix + key: value for key, value in summary(cfg, episodes, machine).items()})
+        metrics.update({prefix + key: value for key, value in summary(cfg, episodes, run).items()})
         records += [{'step': step, 'manner': manner, **record(episode)} for episode in episodes]
-    lines = gather_text(''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in records), machine)
-    if machine.is_main:
+    lines = gather_text(''.join(json.dumps(entry, ensure_ascii=False) + '\n' for entry in records), run)
+    if run.is_main:
         with open(os.path.join(directory, 'validate', f'step-{step}.jsonl'), 'w', encoding='utf-8', errors='replace') as file:
             file.write(lines)
     return metrics
 
 
-def summary(cfg, episodes, machine):
+def summary(cfg, episodes, run):
     """{'reward', 'success_rate', 'episode_length', and by agent} over the episodes of all ranks."""
     columns = [[1.0, e.reward, float(e.env.success), float(max((g.turn for g in e.groups), default=-1) + 1)] for e in episodes]
-    count, *sums = gather(columns, 4, machine).sum(0).tolist()
+    count, *sums = gather(columns, 4, run).sum(0).tolist()
     metrics = {key: total / max(count, 1) for key, total in zip(('reward', 'success_rate', 'episode_length'), sums)}
     for agent in cfg.order:
         rows = [[1.0, c.reward, float(c.outcome.valid), float(len(c.tokens)), float(not c.stopped)]
                 for e in episodes for g in e.groups if g.agent == agent for c in g.candidates]
-        count, *sums = gather(rows, 5, machine).sum(0).tolist()
+        count, *sums = gather(rows, 5, run).sum(0).tolist()
         metrics.update({f'{agent}/{key}': total / max(count, 1) for key, total in zip(('reward', 'valid', 'tokens', 'cut_off'), sums)})
     return metrics
 
@@ -730,9 +731,9 @@ def record(episode):
                                  'advantage': c.advantage, 'stopped': c.stopped} for c in g.candidates]} for g in episode.groups]}
 
 
-def write_episodes(cfg, episodes, step, directory, machine):
+def write_episodes(cfg, episodes, step, directory, run):
     """The first episodes of an iteration, for people and tests."""
-    if machine.is_main and cfg.log_episodes:
+    if run.is_main and cfg.log_episodes:
         with open(os.path.join(directory, 'episodes.jsonl'), 'a', encoding='utf-8', errors='replace') as file:
             for episode in episodes[:cfg.log_episodes]:
                 file.write(json.dumps({'step': step, **record(episode)}, ensure_ascii=False) + '\n')
@@ -741,13 +742,13 @@ def write_episodes(cfg, episodes, step, directory, machine):
 class Texts:
     """train.log, which is the console, and summary.log, a line per iteration and validation; `say` of the machine writes both."""
 
-    def __init__(self, machine, directory):
-        self.machine, self.directory = machine, directory
-        console = machine.say
-        machine.say = lambda text: (console(text), self.append('train.log', text))
+    def __init__(self, run, directory):
+        self.run, self.directory = run, directory
+        console = run.print0
+        run.print0 = lambda text: (console(text), self.append('train.log', text))
 
     def append(self, name, text):
-        if self.machine.is_main:
+        if self.run.is_main:
             with open(os.path.join(self.directory, name), 'a', encoding='utf-8', errors='replace') as file:
                 file.write(text + '\n')
 
@@ -765,7 +766,7 @@ def saved_config(cfg):
     return (replace(merged, GPU_num=cfg.GPU_num), os.path.relpath(os.path.realpath(latest))) if saved else (cfg, None)
 
 
-def new_run(cfg, machine):
+def new_run(cfg, run):
     """The folder of a new run, logs/<experiment>/<date>/<time>."""
     root = os.path.join('logs', cfg.experiment_name)
     latest = os.path.join(root, 'latest')
@@ -781,29 +782,29 @@ def new_run(cfg, machine):
             except OSError as error:
                 raise UserError(f'cannot write {root}: {error.strerror}') from None
         os.makedirs(os.path.join(root, date, clock, 'checkpoints'))
-        point(Path(latest), os.path.join(date, clock))
-    machine.on_main(create)
+        symlink(Path(latest), os.path.join(date, clock))
+    run.on_main(create)
     return os.path.relpath(os.path.realpath(latest))
 
 
-def announce(cfg, team, task, directory, machine):
+def announce(cfg, team, task, directory, run):
     kind = {'prompt': 'L1, one model, roles by prompt', 'lora': 'L2, an adapter per agent'}.get(cfg.specialization, 'L3, a model per agent')
-    machine.say(f'task      {task_name(cfg)}: {env_settings(cfg, task, cfg.dataset)}, {cfg.max_turns} turns of {", ".join(cfg.order)}')
+    run.print0(f'task      {task_name(cfg)}: {env_settings(cfg, task, cfg.dataset)}, {cfg.max_turns} turns of {", ".join(cfg.order)}')
     for policy in distinct(team):
-        machine.say(f'policy    {policy.name}: {policy.model.name_or_path}, {policy.model.num_params():,} parameters, for '
+        run.print0(f'policy    {policy.name}: {policy.model.name_or_path}, {policy.model.num_params():,} parameters, for '
                     f'{", ".join(policy.agents)}')
-    machine.say(f'team      {"L0, a single agent" if len(cfg.order) == 1 else kind}; {cfg.rollout_mode}, {cfg.train_sample_num} candidates')
-    machine.say(f'machine   {describe_device(machine)}')
-    machine.say(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} episodes, optimizer steps of '
+    run.print0(f'team      {"L0, a single agent" if len(cfg.order) == 1 else kind}; {cfg.rollout_mode}, {cfg.train_sample_num} candidates')
+    run.print0(f'machine   {describe_device(run)}')
+    run.print0(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} episodes, optimizer steps of '
                 f'{cfg.train_batch_size} sequences; logs in {directory}/')
 
 
-def write_team(checkpoints, team, state, is_best, machine):
+def write_team(checkpoints, team, state, is_best, run):
     """A checkpoint: one policy is the model in the folder itself, several have a folder each."""
     models, tensors = {}, {}
     for policy in distinct(team):
-        models[policy.name] = whole_model(policy.model, machine) if isinstance(machine, Shared) else policy.model
-        tensors.update({f'{policy.name}:{key}': value for key, value in whole(policy.optimizer.state_dict(), machine).items()})
+        models[policy.name] = whole_model(policy.model, run) if isinstance(run, Shared) else policy.model
+        tensors.update({f'{policy.name}:{key}': value for key, value in whole(policy.optimizer.state_dict(), run).items()})
 
     def write(folder):
         for policy in distinct(team):
@@ -812,124 +813,124 @@ def write_team(checkpoints, team, state, is_best, machine):
     checkpoints.save(state['step'], write, tensors, state, is_best)
 
 
-def restore(cfg, team, path, directory, machine):
+def restore(cfg, team, path, directory, run):
     """Puts the optimizers' states of a checkpoint back, cuts what was written after it, and returns the state of the run."""
     tensors, state = read_checkpoint(path)
     for policy in distinct(team):
         own = {key.partition(':')[2]: value for key, value in tensors.items() if key.partition(':')[0] == policy.name}
-        policy.optimizer.load_state_dict({key: share(key, value, machine) for key, value in own.items()})
+        policy.optimizer.load_state_dict({key: share(key, value, run) for key, value in own.items()})
     settings, episodes = os.path.join(directory, 'checkpoints', 'run_config.json'), os.path.join(directory, 'episodes.jsonl')
 
     def cut():
-        write_json(settings, {**read_own(settings), 'config': as_dict(cfg)})
+        write_json(settings, {**read_manifest(settings), 'config': as_dict(cfg)})
         if os.path.exists(episodes):
             with open(episodes, encoding='utf-8', errors='replace') as file:
                 lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= state['step']]
             with open(episodes, 'w', encoding='utf-8', errors='replace') as file:
                 file.writelines(lines)
-    machine.on_main(cut)
+    run.on_main(cut)
     return state
 
 
 def main(cfg):
     cfg, directory = saved_config(cfg)              # before setup: device and precision are those of the run, too
-    machine = setup(cfg.device, cfg.dtype, cfg.matmul)
-    machine = share_out(machine, cfg.GPU_num) if cfg.GPU_num > 1 else machine
-    stop, going_on = Stop(machine), bool(directory)
-    directory = directory or new_run(cfg, machine)
-    texts, task = Texts(machine, directory), task_of(cfg)
+    run = setup(cfg.device, cfg.dtype, cfg.matmul)
+    run = share_out(run, cfg.GPU_num) if cfg.GPU_num > 1 else run
+    stop, going_on = Stop(run), bool(directory)
+    directory = directory or new_run(cfg, run)
+    texts, task = Texts(run, directory), task_of(cfg)
     if getattr(task, 'RUNS_PROGRAMS', False):
         sandbox.start(cfg.allow_weak_sandbox)       # or it refuses, before the work
-    checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), machine)
+    checkpoints = Checkpoints(os.path.join(directory, 'checkpoints'), run)
     resumed = checkpoints.latest() if going_on else None
     if going_on and not resumed and cfg.resume != 'auto':
         raise UserError(f'{directory} holds no whole checkpoint to resume from; start anew without --resume')
-    team = load_team(cfg, machine, resumed)
-    clamp_lengths(cfg, team, machine)
-    announce(cfg, team, task, directory, machine)
-    held_out = held_out_problems(cfg, task, machine)
+    team = load_team(cfg, run, resumed)
+    clamp_lengths(cfg, team, run)
+    announce(cfg, team, task, directory, run)
+    held_out = held_out_problems(cfg, task, run)
     if cfg.eval_only:
-        metrics = validate(cfg, team, task, held_out, 0, directory, machine)
-        machine.say('  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
+        metrics = validate(cfg, team, task, held_out, 0, directory, run)
+        run.print0('  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
         texts.summarise(0, metrics)
-        machine.close()
+        run.close()
         return metrics
-    warmup = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, machine.say)
-    scaler, step, best, metrics, seconds = LossScale(machine.dtype), 0, -1.0, {}, 0.0
+    warmup = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, run.print0)
+    scaler, step, best, metrics, seconds = LossScale(run.dtype), 0, -1.0, {}, 0.0
     if not resumed:
-        start_fresh(machine, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
-        seconds = warm_up(cfg, team, task, stop, machine) if cfg.demo_steps else 0.0
+        start_fresh(run, checkpoints.out_dir, as_dict(cfg), script='train_agents.py')
+        seconds = warm_up(cfg, team, task, stop, run) if cfg.demo_steps else 0.0
     base_lr = cfg.learning_rate or (1e-4 if cfg.specialization == 'lora' else 1e-5)
     for policy in distinct(team):                   # after the warm-up, whose optimizers moved the weights into their own buffers
         policy.optimizer = new_optimizer(policy, 'adamw', base_lr, cfg.weight_decay)
     if resumed:
-        state = restore(cfg, team, resumed, directory, machine)
-        step, best, scaler = state['step'], state['best_success_rate'], LossScale(machine.dtype, state['loss_scale'])
-        checkpoints.rewind(resumed)
-    header = {'script': 'train_agents.py', 'task': task.__name__, 'machine': describe_device(machine)}
-    log = Log(machine, directory, header, cfg.total_training_steps, cfg.tensorboard, cfg.wandb_project if cfg.wandb_enabled else None,
+        state = restore(cfg, team, resumed, directory, run)
+        step, best, scaler = state['step'], state['best_success_rate'], LossScale(run.dtype, state['loss_scale'])
+        checkpoints.discard_later(resumed)
+    header = {'script': 'train_agents.py', 'task': task.__name__, 'machine': describe_device(run)}
+    log = Log(run, directory, header, cfg.total_training_steps, cfg.tensorboard, cfg.wandb_project if cfg.wandb_enabled else None,
               step if resumed else None, name=os.path.relpath(directory, 'logs'))
     if seconds:
         log.write(0, {'demonstrations/seconds': seconds})
 
     def save(is_best):
-        write_team(checkpoints, team, {'step': step, 'best_success_rate': best, 'loss_scale': scaler.state}, is_best, machine)
+        write_team(checkpoints, team, {'step': step, 'best_success_rate': best, 'loss_scale': scaler.state}, is_best, run)
 
     started, first = time.perf_counter(), step
     while True:
         if step == cfg.total_training_steps or step > first and step % cfg.val_freq == 0 or step == 0 and cfg.val_before_train:
-            metrics = validate(cfg, team, task, held_out, step, directory, machine)
+            metrics = validate(cfg, team, task, held_out, step, directory, run)
             log.write(step, metrics)
             texts.summarise(step, metrics)
             is_best = metrics['validation/success_rate'] > best
             best = max(best, metrics['validation/success_rate'])
             save(is_best)
-            machine.on_main(lambda: report.episodes_page(directory))
+            run.on_main(lambda: plots.episodes_page(directory))
         if step >= cfg.total_training_steps:
             break
         if stop.requested:
             save(False)
             log.close()
-            machine.say(f'stopped at step {step}, saved; go on with: {resume_command()}')
-            machine.close()
+            run.print0(f'stopped at step {step}, saved; go on with: {resume_command()}')
+            run.close()
             raise SystemExit(stop.code)
 
         clock, totals = Clock(), dict.fromkeys(TOTALS, 0.0)
         lr = learning_rate(step, cfg.lr_scheduler, base_lr, base_lr * cfg.min_lr_ratio, warmup, cfg.total_training_steps)
         with clock('rollout'):
-            episodes = rollout(cfg, team, task, draw_problems(cfg, task, step, machine), step, clock)
+            episodes = rollout(cfg, team, task, draw_problems(cfg, task, step, run), step, clock)
         with clock('update'):
-            batches, groups = plan_batches(cfg, episodes, step, machine)
+            batches, groups = plan_batches(cfg, episodes, step, run)
             for policy in distinct(team):
                 policy.optimizer.set_lr(lr)
-                update(cfg, policy, batches[policy.name], groups, scaler, machine, totals)
+                update(cfg, policy, batches[policy.name], groups, scaler, run, totals)
         step += 1
-        write_episodes(cfg, episodes, step, directory, machine)
-        metrics = step_metrics(cfg, episodes, totals, clock, lr, machine)
+        write_episodes(cfg, episodes, step, directory, run)
+        metrics = step_metrics(cfg, episodes, totals, clock, lr, run)
         log.write(step, metrics)
         texts.summarise(step, metrics)
         log.progress(step)
         if step == first + 1:
             left = (time.perf_counter() - started) * (cfg.total_training_steps - step) / 60
-            machine.say(f'          about {left:.1f} minutes for the other {cfg.total_training_steps - step} iterations, validation aside')
+            run.print0(f'          about {left:.1f} minutes for the other {cfg.total_training_steps - step} iterations, validation aside')
     log.close()
-    machine.say(f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, its episodes in '
+    run.print0(f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, its episodes in '
                 f'{directory}/episodes.html')
-    machine.close()
+    run.close()
     return {**metrics, 'best_success_rate': best, 'step': step}
 
 
-def step_metrics(cfg, episodes, totals, clock, lr, machine):
+def step_metrics(cfg, episodes, totals, clock, lr, run):
     """What an iteration logs; seconds are those of the main rank."""
     tokens, steps = max(totals['tokens'], 1), max(totals['steps'], 1)
     metrics = {'loss': totals['loss'] / steps, 'learning_rate': lr, 'grad_norm': totals['grad_norm'] / steps,
-               **summary(cfg, episodes, machine), 'entropy': totals['entropy'] / tokens, 'clip_ratio': totals['clipped'] / tokens,
+               **summary(cfg, episodes, run), 'entropy': totals['entropy'] / tokens, 'clip_ratio': totals['clipped'] / tokens,
                'approx_kl': totals['kl'] / tokens, 'sampling/logp_gap': totals['gap'] / max(totals['gap_tokens'], 1),
                'optimizer_steps': int(totals['steps'])}
     live = [any(c.advantage for c in g.candidates) for e in episodes for g in e.groups]
-    metrics['groups'] = int(gather([[1.0]] * len(live), 1, machine).sum())
-    metrics['dead_groups'] = int(gather([[float(not alive)] for alive in live], 1, machine).sum())
-    if cut := int(machine.max(clock.truncated)):
+    metrics['groups'] = int(gather([[1.0]] * len(live), 1, run).sum())
+    metrics['dead_groups'] = int(gather([[float(not alive)] for alive in live], 1, run).sum())
+    if cut := int(run.max(clock.truncated)):
         metrics['truncated_prompts'] = cut
     if totals['skipped']:
         metrics['skipped_steps'] = int(totals['skipped'])
@@ -938,4 +939,4 @@ def step_metrics(cfg, episodes, totals, clock, lr, machine):
 
 
 if __name__ == '__main__':
-    run(main, cfg)
+    run_script(main, cfg)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, as_dict, parse, run, setting
-from data.records import Source, best_fit
-from optim import SCHEDULES, learning_rate, make_optimizer, warmup_within
+from configurator import UserError, as_dict, parse, run_script, setting
+from data.formats import Source, best_fit
+from nanoforge.optim import SCHEDULES, learning_rate, make_optimizer, warmup_within
 
 LOSS_TYPES = ('sigmoid', 'robust', 'hinge', 'ipo', 'sigmoid_norm', 'simpo', 'orpo', 'apo_zero')
 PER_TOKEN = ('ipo', 'sigmoid_norm', 'simpo', 'orpo')    # these take the mean log-probability of an answer's tokens, the others the sum
@@ -171,15 +171,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import report
-from checkpoint import Checkpoints, read_checkpoint, replace, resume_config, start_fresh, write_json, writing
-from data.pairs import encode_pairs, read_pairs
+from nanoforge import plots
+from nanoforge.checkpoint import Checkpoints, read_checkpoint, atomic_write, resume_config, start_fresh, write_json, writing
+from data.preferences import encode_pairs, read_pairs
 from data.tasks import facts
 from data.tasks.world import split_of
-from lora import add_lora, adapters_off, lora_layers, merge_lora
+from nanoforge.lora import add_lora, adapters_off, lora_layers, merge_lora
 from model import find_model, load_model, save_model
-from quantized import check_trainable
-from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
+from nanoforge.quantize import check_trainable
+from nanoforge.log import Log
+from nanoforge.run import LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
 from sample import generate
 
 
@@ -278,11 +279,11 @@ def make_batch(groups, device, pin=False, one_row=None):
     return Batch(*(tensor.to(device, non_blocking=pin) for tensor in tensors))
 
 
-def load_data(cfg, tokenizer, context, machine):
+def load_data(cfg, tokenizer, context, run):
     """(pairs, train, held): all pairs as TokenPair; for each data set the indices of those that are trained on; those held out."""
     max_length = min(cfg.max_length or context, context)
     if cfg.max_length and cfg.max_length > context:
-        machine.say(f'max_length={cfg.max_length} is clamped to the {context} tokens of context that the model has')
+        run.print0(f'max_length={cfg.max_length} is clamped to the {context} tokens of context that the model has')
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the model\'s context of {context}')
     pairs, train, held = [], [], []
@@ -297,25 +298,25 @@ def load_data(cfg, tokenizer, context, machine):
             is_held = splits[pair.where] == 'eval' if marked else split_of(str(pair.prompt), cfg.eval_fraction) == 'eval'
             (own_held if is_held else own).append(i)
         pairs, train, held = pairs + found, train + [own], held + own_held
-        say_data(machine, source.name, len(raw) + sum(map(len, drops.values())), own, own_held, drops, cuts, max_length)
+        say_data(run, source.name, len(raw) + sum(map(len, drops.values())), own, own_held, drops, cuts, max_length)
     prompts = {tuple(pairs[i].prompt) for i in held}
     known = [[i for i in own if tuple(pairs[i].prompt) not in prompts] for own in train]
     if lost := sum(map(len, train)) - sum(map(len, known)):
-        machine.say(f'          {lost:,} training pairs are left out, since their prompts are held out too')
+        run.print0(f'          {lost:,} training pairs are left out, since their prompts are held out too')
     if not any(known):
         raise UserError('no pair is left to train on; what was dropped is said above')
     if len(held) > cfg.max_eval_pairs:
-        held = sorted(np.random.default_rng(seed_for(cfg.seed, 'held')).choice(held, cfg.max_eval_pairs, replace=False).tolist())
-        machine.say(f'          of the held-out pairs {cfg.max_eval_pairs:,} are looked at (max_eval_pairs)')
+        held = sorted(np.random.default_rng(seed_for(cfg.seed, 'held')).choice(held, cfg.max_eval_pairs, atomic_write=False).tolist())
+        run.print0(f'          of the held-out pairs {cfg.max_eval_pairs:,} are looked at (max_eval_pairs)')
     return pairs, known, held
 
 
-def say_data(machine, name, rows, train, held, drops, cuts, max_length):
-    machine.say(f'data      {name}: {rows:,} rows, {len(train):,} pairs to train on, {len(held):,} held out')
+def say_data(run, name, rows, train, held, drops, cuts, max_length):
+    run.print0(f'data      {name}: {rows:,} rows, {len(train):,} pairs to train on, {len(held):,} held out')
     if drops:
-        machine.say(f'          dropped: {drops}')
+        run.print0(f'          dropped: {drops}')
     if any(cuts.values()):
-        machine.say(f'          cut: the beginning of {cuts["prompts"]:,} prompts, the end of {cuts["answers"]:,} answers '
+        run.print0(f'          cut: the beginning of {cuts["prompts"]:,} prompts, the end of {cuts["answers"]:,} answers '
                     f'(max_length={max_length})')
 
 
@@ -351,25 +352,25 @@ class Feed:
         return round(step / self.per_epoch, 3)
 
 
-def micro_batches(cfg, pairs, indices, machine):
+def micro_batches(cfg, pairs, indices, run):
     """This rank's share of some pairs as [(Batch, indices)] of at most per_device_train_batch_size pairs."""
-    mine, B = indices[machine.rank::machine.world_size], cfg.per_device_train_batch_size
+    mine, B = indices[run.rank::run.world_size], cfg.per_device_train_batch_size
     for start in range(0, len(mine), B):
         part = mine[start:start + B]
-        yield make_batch([(pairs[i].prompt, [pairs[i].chosen, pairs[i].rejected]) for i in part], machine.device,
+        yield make_batch([(pairs[i].prompt, [pairs[i].chosen, pairs[i].rejected]) for i in part], run.device,
                          cfg.dataloader_pin_memory), part
 
 
 class Loader:
     """(indices of all pairs of a step, this rank's micro-batches), made `dataloader_num_workers` steps ahead by a thread."""
 
-    def __init__(self, cfg, feed, pairs, machine):
-        self.cfg, self.feed, self.pairs, self.machine, self.ahead = cfg, feed, pairs, machine, {}
+    def __init__(self, cfg, feed, pairs, run):
+        self.cfg, self.feed, self.pairs, self.run, self.ahead = cfg, feed, pairs, run, {}
         self.pool = concurrent.futures.ThreadPoolExecutor(1) if cfg.dataloader_num_workers else None
 
     def make(self, step):
         indices = self.feed.pairs(step)
-        return indices, list(micro_batches(self.cfg, self.pairs, indices, self.machine))
+        return indices, list(micro_batches(self.cfg, self.pairs, indices, self.run))
 
     def __call__(self, step):
         if not self.pool:
@@ -386,18 +387,18 @@ def mode_of(cfg):
     return 'QLoRA' if cfg.load_in_4bit or cfg.load_in_8bit else 'LoRA' if cfg.use_lora else 'full'
 
 
-def load(cfg, name, machine, trainable):
+def load(cfg, name, run, trainable):
     """load_model with the quantisation that the configuration asks for; weights that stay frozen in torch_dtype where autocast computes."""
     frozen = cfg.use_lora or not trainable
-    dtype = getattr(torch, cfg.torch_dtype) if frozen and machine.dtype != torch.float32 else torch.float32
-    model, tokenizer = load_model(name, machine.device, dtype, cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_4bit_quant_type,
+    dtype = getattr(torch, cfg.torch_dtype) if frozen and run.dtype != torch.float32 else torch.float32
+    model, tokenizer = load_model(name, run.device, dtype, cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_4bit_quant_type,
                                   cfg.bnb_4bit_use_double_quant, cfg.bnb_4bit_compute_dtype, trainable_adapter=trainable)
-    return model.set_matmul(machine.matmul), tokenizer
+    return model.set_matmul(run.matmul), tokenizer
 
 
-def build_policy(cfg, resumed, machine):
+def build_policy(cfg, resumed, run):
     """(model, tokenizer) with the weights of the base model, an adapter of it, or the checkpoint that is resumed."""
-    model, tokenizer = load(cfg, resumed or cfg.base_model_name, machine, trainable=True)
+    model, tokenizer = load(cfg, resumed or cfg.base_model_name, run, trainable=True)
     if tokenizer is None:
         raise UserError(f'{cfg.base_model_name} has no tokenizer beside it')
     if cfg.use_lora and not getattr(model, 'adapters', None):
@@ -414,7 +415,7 @@ def build_policy(cfg, resumed, machine):
 
 def answer_logps(model, batch):
     """(S,) float32: the log-probability of each answer of a Batch, summed over its tokens."""
-    hidden = model.hidden(batch.idx, batch.positions, places=batch.source)                         # (N, C)
+    hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.source)                         # (N, C)
     logp = model.token_stats(hidden[None], batch.targets[None], extras=False)['logp'][0]           # (N,)
     inside = torch.arange(int(batch.lengths.max()), device=logp.device) < batch.lengths[:, None]   # (S, longest)
     return logp.new_zeros(inside.shape).masked_scatter(inside, logp).sum(1)
@@ -426,14 +427,14 @@ class Reference:
     kind  adapters_off: the policy without its adapter; copy: the base model, frozen; cache: a table, computed once by either
     """
 
-    def __init__(self, cfg, kind, policy, from_base, fresh, pairs, needed, machine):
-        self.machine, self.model, self.table, self.off, self.kept = machine, None, None, contextlib.nullcontext, {}
+    def __init__(self, cfg, kind, policy, from_base, fresh, pairs, needed, run):
+        self.run, self.model, self.table, self.off, self.kept = run, None, None, contextlib.nullcontext, {}
         if kind == 'adapters_off' or kind == 'cache' and cfg.use_lora and from_base:
             self.model, self.off = policy, lambda: adapters_off(policy)
         elif kind == 'cache' and fresh:
             self.model = policy             # which has not been trained yet
         elif kind in ('copy', 'cache'):
-            self.model = load(cfg, cfg.base_model_name, machine, trainable=False)[0].requires_grad_(False)
+            self.model = load(cfg, cfg.base_model_name, run, trainable=False)[0].requires_grad_(False)
         if kind == 'cache':
             self.table = self.cached(cfg, pairs, needed)
             self.model = policy if self.model is policy and self.off is not contextlib.nullcontext else None
@@ -454,7 +455,7 @@ class Reference:
         training = self.model.training
         self.model.eval()
         try:
-            with self.off(), self.machine.autocast():
+            with self.off(), self.run.autocast():
                 return answer_logps(self.model, batch)
         finally:
             self.model.train(training)
@@ -462,11 +463,11 @@ class Reference:
     def cached(self, cfg, pairs, needed):
         """(len(pairs), 2) float32, from a file named after a hash of the weights and the precision, whose rows are named after hashes
         of the ids, so that template and truncation count too. What is missing is computed and added."""
-        machine, names = self.machine, [hash_of([pair.prompt, pair.chosen, pair.rejected]) for pair in pairs]
+        run, names = self.run, [hash_of([pair.prompt, pair.chosen, pair.rejected]) for pair in pairs]
         with self.off():
             weights = {name: tensor for name, tensor in self.model.state_dict().items()
                        if self.off is contextlib.nullcontext or '.lora.' not in name}
-        path = os.path.join(cfg.reference_cache, f'{hash_of([str(machine.dtype), machine.matmul], weights)}.safetensors')
+        path = os.path.join(cfg.reference_cache, f'{hash_of([str(run.dtype), run.matmul], weights)}.safetensors')
         known = {}
         if os.path.exists(path):
             try:
@@ -477,13 +478,13 @@ class Reference:
         missing = sorted({names[i]: i for i in needed if names[i] not in known}.values(), key=lambda i: len(pairs[i].prompt))
         table = torch.zeros(len(pairs), 2)
         if missing:
-            machine.say(f'reference {len(needed) - len(missing):,} of {len(needed):,} pairs are in {path}; computing the others')
-            table = table.to(machine.device)
-            for batch, indices in micro_batches(cfg, pairs, missing, machine):
+            run.print0(f'reference {len(needed) - len(missing):,} of {len(needed):,} pairs are in {path}; computing the others')
+            table = table.to(run.device)
+            for batch, indices in micro_batches(cfg, pairs, missing, run):
                 table[indices] = self.compute(batch).view(-1, 2)
-            table = machine.sum(table).cpu()
+            table = run.sum(table).cpu()
             known.update((names[i], table[i].clone()) for i in missing)
-            machine.on_main(lambda: self.write(path, known))
+            run.on_main(lambda: self.write(path, known))
         for i in needed:
             table[i] = known[names[i]]
         return table
@@ -493,7 +494,7 @@ class Reference:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         names = torch.tensor([list(bytes.fromhex(name)) for name in known], dtype=torch.uint8)
         with writing(path):
-            replace(Path(path), lambda temporary: save_file({'pairs': names, 'logps': torch.stack(list(known.values()))}, temporary))
+            atomic_write(Path(path), lambda temporary: save_file({'pairs': names, 'logps': torch.stack(list(known.values()))}, temporary))
 
 
 def hash_of(value, tensors=()):
@@ -535,31 +536,31 @@ def measure(cfg, logps, reference, lengths):
 
 
 @torch.no_grad()
-def evaluate(cfg, model, reference, pairs, held, machine):
+def evaluate(cfg, model, reference, pairs, held, run):
     """(metrics, margins (n,)) over the held-out pairs, each once."""
     model.eval()
-    table, place = torch.zeros(len(held), len(KEYS), device=machine.device), {i: at for at, i in enumerate(held)}
-    for batch, indices in micro_batches(cfg, pairs, held, machine):
-        with machine.autocast():
+    table, place = torch.zeros(len(held), len(KEYS), device=run.device), {i: at for at, i in enumerate(held)}
+    for batch, indices in micro_batches(cfg, pairs, held, run):
+        with run.autocast():
             logps = answer_logps(model, batch)
         table[[place[i] for i in indices]] = measure(cfg, logps, reference(batch, indices, keep=True), batch.lengths)[1]
-    machine.sum(table)
+    run.sum(table)
     model.train()
     return {f'eval_{key}': value for key, value in zip(KEYS, table.mean(0).tolist())}, table[:, KEYS.index('rewards/margins')].cpu()
 
 
-def sample_answers(cfg, model, reference, tokenizer, pairs, held, machine):
+def sample_answers(cfg, model, reference, tokenizer, pairs, held, run):
     """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three). kl estimates KL(policy || reference)
     in nats an answer by the mean log-ratio; success_rate is the share that follows the rule of an embedded set."""
     asked = list({tuple(pairs[i].prompt): pairs[i] for i in held}.values())[:cfg.eval_samples]
-    with explain_out_of_memory('--eval_samples', '--max_new_tokens'), machine.autocast():
+    with explain_out_of_memory('--eval_samples', '--max_new_tokens'), run.autocast():
         samples = generate(model, [pair.prompt for pair in asked], cfg.max_new_tokens, stop_ids=tokenizer.stop_ids,
                            seed=seed_for(cfg.seed, 'samples'))
         drawn = [row[:n].tolist() for row, n in zip(samples.tokens, samples.lengths)]
         log_ratio = []
         for start in range(0, len(asked), cfg.per_device_train_batch_size):
             part = slice(start, start + cfg.per_device_train_batch_size)
-            batch = make_batch([(pair.prompt, [ids]) for pair, ids in zip(asked[part], drawn[part])], machine.device)
+            batch = make_batch([(pair.prompt, [ids]) for pair, ids in zip(asked[part], drawn[part])], run.device)
             if (other := reference.compute(batch)) is not None:
                 with torch.no_grad():
                     log_ratio += (answer_logps(model, batch) - other).tolist()
@@ -585,40 +586,40 @@ def notes(cfg):
                '(disable_dropout=false applies it)')
 
 
-def announce(cfg, model, feed, kind, machine):
+def announce(cfg, model, feed, kind, run):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    machine.say(f'model     {cfg.base_model_name}: {model.num_params():,} parameters, {mode_of(cfg)}: {trained:,} are trained')
-    machine.say(f'machine   {describe_device(machine)}')
+    run.print0(f'model     {cfg.base_model_name}: {model.num_params():,} parameters, {mode_of(cfg)}: {trained:,} are trained')
+    run.print0(f'machine   {describe_device(run)}')
     words = {'adapters_off': 'the model without its adapter', 'copy': 'a frozen copy', 'cache': 'log-probabilities on disk', 'none': 'none'}
     sft = f' + {cfg.rpo_alpha:g} SFT' if cfg.rpo_alpha else ''
-    machine.say(f'loss      {cfg.loss_type}, beta {cfg.beta:g}{sft}, reference: {words[kind]}')
-    machine.say(f'run       {feed.total:,} steps of {feed.size} pairs, {feed.total / feed.per_epoch:.2g} epochs; highest learning rate '
+    run.print0(f'loss      {cfg.loss_type}, beta {cfg.beta:g}{sft}, reference: {words[kind]}')
+    run.print0(f'run       {feed.total:,} steps of {feed.size} pairs, {feed.total / feed.per_epoch:.2g} epochs; highest learning rate '
                 f'{cfg.learning_rate:g}')
     for note in notes(cfg):
-        machine.say(f'note      {note}')
+        run.print0(f'note      {note}')
 
 
-def show_data(tokenizer, pairs, train, held, feed, machine):
+def show_data(tokenizer, pairs, train, held, feed, run):
     """What --check prints: lengths, and three pairs as the model sees them, what is learned in colour."""
     for name in ('prompt', 'chosen', 'rejected'):
         lengths = sorted(len(getattr(pair, name)) for pair in pairs)
-        machine.say(f'          {name + ":":<10} {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}')
+        run.print0(f'          {name + ":":<10} {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}')
     longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
-    machine.say(f'          the chosen answer is the longer one in {longer:.0%} of the pairs' + (
+    run.print0(f'          the chosen answer is the longer one in {longer:.0%} of the pairs' + (
         ': a policy can win by length alone (see loss_type=sigmoid_norm or simpo)' if not 0.35 < longer < 0.65 else ''))
     unended = sum(pair.chosen[-1] not in tokenizer.stop_ids for pair in pairs)
     if unended:
-        machine.say(f'          {unended:,} chosen answers do not end with a stop token')
-    machine.say(f'          {feed.per_epoch:,} steps an epoch, {feed.total:,} in all')
+        run.print0(f'          {unended:,} chosen answers do not end with a stop token')
+    run.print0(f'          {feed.per_epoch:,} steps an epoch, {feed.total:,} in all')
     for i in [*(own[0] for own in train if own), *held[:1]][:3]:
         pair = pairs[i]
-        machine.say(f'--- {pair.where}\n{tokenizer.decode(pair.prompt)}\033[32m{tokenizer.decode(pair.chosen)}\033[0m\n'
+        run.print0(f'--- {pair.where}\n{tokenizer.decode(pair.prompt)}\033[32m{tokenizer.decode(pair.chosen)}\033[0m\n'
                     f'   instead of: \033[31m{tokenizer.decode(pair.rejected)}\033[0m')
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def choose(cfg, model, from_base, machine):
+def choose(cfg, model, from_base, run):
     """Fills in what is unset and says so; returns the kind of reference."""
     small = model.num_params() < SMALL
     chosen = {'learning_rate': RATES[mode_of(cfg)] * (30 if small else 1), 'rpo_alpha': 1.0 if small and cfg.loss_type != 'orpo' else 0.0}
@@ -626,7 +627,7 @@ def choose(cfg, model, from_base, machine):
     for name, value in chosen.items():
         setattr(cfg, name, value)
     if chosen:
-        machine.say('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) +
+        run.print0('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) +
                     f' for {mode_of(cfg)} training' + ' of a small model' * small + ' (type the flags for others)')
     if cfg.loss_type in REFERENCE_FREE:
         return 'none'
@@ -636,21 +637,21 @@ def choose(cfg, model, from_base, machine):
     return cfg.reference if cfg.reference != 'auto' else 'adapters_off' if cfg.use_lora and from_base else 'copy'
 
 
-def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, machine):
+def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, run):
     """One optimizer step over `count` pairs: (this rank's part of the means of KEYS (8,), gradient norm, whether it was sound)."""
     optimizer.zero_grad()
-    means = torch.zeros(len(KEYS), device=machine.device)
+    means = torch.zeros(len(KEYS), device=run.device)
     for micro, (batch, indices) in enumerate(batches):
         if not cfg.disable_dropout:
-            torch.manual_seed(seed_for(cfg.seed, 'dropout', step, micro, machine.rank))
+            torch.manual_seed(seed_for(cfg.seed, 'dropout', step, micro, run.rank))
         with explain_out_of_memory('--per_device_train_batch_size', '--max_length'):
-            with machine.autocast():
+            with run.autocast():
                 logps = answer_logps(model, batch)                                                 # (S,)
             loss, columns = measure(cfg, logps, reference(batch, indices), batch.lengths)
             (loss.sum() / count * scaler.value).backward()
         means += columns.sum(0) / count
     for grad in optimizer.grads:
-        machine.sum(grad)
+        run.sum(grad)
     scaler.unscale_(optimizer.grads)
     norm = float(optimizer.clip_grad_norm(cfg.max_grad_norm))
     if math.isfinite(norm):
@@ -661,54 +662,54 @@ def train_step(cfg, model, reference, optimizer, batches, count, scaler, step, m
 
 def main(cfg):
     cfg, saved = resume_config(cfg, cfg.output_dir, 'train_dpo.py') if cfg.resume else (cfg, None)
-    machine = setup(cfg.device, precision(cfg), cfg.matmul)
-    stop = Stop(machine)
-    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    run = setup(cfg.device, precision(cfg), cfg.matmul)
+    stop = Stop(run)
+    checkpoints = Checkpoints(cfg.output_dir, run, cfg.save_total_limit, cfg.save_only_model)
     resumed = checkpoints.latest() if saved else None
     if saved and not resumed and cfg.resume != 'auto':
         raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
     from_base = not os.path.exists(os.path.join(find_model(cfg.base_model_name), 'adapter_config.json'))
-    model, tokenizer = build_policy(cfg, resumed, machine)
-    pairs, train, held = load_data(cfg, tokenizer, model.config.block_size, machine)
-    feed = Feed(cfg, train, machine.world_size)
-    kind, warmup = choose(cfg, model, from_base, machine), warmup_within(cfg.warmup_steps, feed.total, machine.say)
-    announce(cfg, model, feed, kind, machine)
+    model, tokenizer = build_policy(cfg, resumed, run)
+    pairs, train, held = load_data(cfg, tokenizer, model.config.block_size, run)
+    feed = Feed(cfg, train, run.world_size)
+    kind, warmup = choose(cfg, model, from_base, run), warmup_within(cfg.warmup_steps, feed.total, run.print0)
+    announce(cfg, model, feed, kind, run)
     if cfg.check_data:
-        show_data(tokenizer, pairs, train, held, feed, machine)
-        machine.close()
+        show_data(tokenizer, pairs, train, held, feed, run)
+        run.close()
         return {'pairs': sum(map(len, train)), 'held_out': len(held)}
     used = sorted({i for step in range(feed.total) for i in feed.pairs(step)} | set(held)) if kind == 'cache' else []
-    reference = Reference(cfg, kind, model, from_base, not resumed, pairs, used, machine)
+    reference = Reference(cfg, kind, model, from_base, not resumed, pairs, used, run)
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
-    step, num_tokens, best_loss, scaler = 0, 0, math.inf, LossScale(machine.dtype)
+    step, num_tokens, best_loss, scaler = 0, 0, math.inf, LossScale(run.dtype)
     window = [0.0] * (len(KEYS) + 2)        # since the last log line: sums of KEYS, tokens, steps
     if resumed:
         tensors, state = read_checkpoint(resumed)
         optimizer.load_state_dict(tensors)
         step, num_tokens, window = state['step'], state['num_tokens'], state['window']
-        scaler = LossScale(machine.dtype, state['loss_scale'])
+        scaler = LossScale(run.dtype, state['loss_scale'])
         best_loss = math.inf if state['best_eval_loss'] is None else state['best_eval_loss']
         checkpoints.say_processes(resumed)
-        checkpoints.rewind(resumed)
-        machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
+        checkpoints.discard_later(resumed)
+        run.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
-        start_fresh(machine, cfg.output_dir, as_dict(cfg), keep=cfg.base_model_name, script='train_dpo.py')
+        start_fresh(run, cfg.output_dir, as_dict(cfg), keep=cfg.base_model_name, script='train_dpo.py')
     header = {'script': 'train_dpo.py', 'data': [source.name for source in cfg.datasets], 'model': cfg.base_model_name,
-              'mode': mode_of(cfg), 'loss_type': cfg.loss_type, 'reference': kind, 'machine': describe_device(machine)}
+              'mode': mode_of(cfg), 'loss_type': cfg.loss_type, 'reference': kind, 'machine': describe_device(run)}
     wandb = {name: getattr(cfg, f'wandb_{name}') for name in ('project', 'entity', 'name', 'tags') if getattr(cfg, f'wandb_{name}')}
-    log = Log(machine, cfg.output_dir, header, feed.total, cfg.tensorboard, wandb if cfg.wandb_enabled else None, step if resumed else None)
+    log = Log(run, cfg.output_dir, header, feed.total, cfg.tensorboard, wandb if cfg.wandb_enabled else None, step if resumed else None)
 
     def save(best):
         state = {'step': step, 'num_tokens': num_tokens, 'window': window, 'loss_scale': scaler.state,
                  'best_eval_loss': best_loss if math.isfinite(best_loss) else None}
         checkpoints.save(step, lambda directory: save_model(model, tokenizer, directory), optimizer.state_dict(), state, best)
 
-    loader = Loader(cfg, feed, pairs, machine)
+    loader = Loader(cfg, feed, pairs, run)
     first, bad_steps, since, metrics = step, 0, time.perf_counter(), {}
     while True:
         looked = bool(held) and (step % cfg.eval_steps == 0 or step == feed.total) and (step > first or not resumed)
         if looked:
-            metrics = look(cfg, model, reference, tokenizer, pairs, held, step, log, machine)
+            metrics = look(cfg, model, reference, tokenizer, pairs, held, step, log, run)
         if step > first and (looked or step % cfg.save_steps == 0 or step == feed.total):
             best = looked and metrics['eval_loss'] < best_loss
             best_loss = metrics['eval_loss'] if best else best_loss
@@ -718,8 +719,8 @@ def main(cfg):
         if stop.requested:
             save(False)
             log.close()
-            machine.say(f'stopped at step {step}, saved; go on with: {resume_command()}')
-            machine.close()
+            run.print0(f'stopped at step {step}, saved; go on with: {resume_command()}')
+            run.close()
             raise SystemExit(stop.code)
         if looked:
             since = time.perf_counter()
@@ -727,12 +728,12 @@ def main(cfg):
         lr = learning_rate(step, cfg.lr_scheduler, cfg.learning_rate, 0.0, warmup, feed.total)
         optimizer.set_lr(lr)
         indices, batches = loader(step)
-        means, norm, good = train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, machine)
+        means, norm, good = train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, run)
         tokens = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in map(pairs.__getitem__, indices))
         step, bad_steps, num_tokens = step + 1, 0 if good else bad_steps + 1, num_tokens + tokens
-        window = [a + b for a, b in zip(window, [*machine.sum(means).tolist(), tokens, 1])]
+        window = [a + b for a, b in zip(window, [*run.sum(means).tolist(), tokens, 1])]
         if not good:
-            machine.say(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
+            run.print0(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
             if bad_steps == MAX_BAD_STEPS:
                 raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower training.learning_rate='
                                 f'{cfg.learning_rate:g}; the checkpoints in {cfg.output_dir} are good')
@@ -745,28 +746,28 @@ def main(cfg):
         log.progress(step)
     log.close()
     found = f' (eval_loss {best_loss:.4f})' if held else ''
-    machine.say(f'the model is in {cfg.output_dir}/{found}: python sample.py {cfg.output_dir} --chat')
-    machine.close()
+    run.print0(f'the model is in {cfg.output_dir}/{found}: python sample.py {cfg.output_dir} --chat')
+    run.close()
     return {**metrics, 'step': step}
 
 
-def look(cfg, model, reference, tokenizer, pairs, held, step, log, machine):
+def look(cfg, model, reference, tokenizer, pairs, held, step, log, run):
     """Evaluates on the held-out pairs, samples answers, logs and draws; returns the metrics."""
-    metrics, margins = evaluate(cfg, model, reference, pairs, held, machine)
-    if machine.is_main:
+    metrics, margins = evaluate(cfg, model, reference, pairs, held, run)
+    if run.is_main:
         text = None
         if cfg.eval_samples and not cfg.prediction_loss_only:
-            sampled, text = sample_answers(cfg, model, reference, tokenizer, pairs, held, machine)
+            sampled, text = sample_answers(cfg, model, reference, tokenizer, pairs, held, run)
             metrics.update(sampled)
         log.write(step, metrics)
         if text is not None:
             log.text(step, 'samples', text)
         title = os.path.basename(os.path.abspath(cfg.output_dir))
-        report.curves(log.path, os.path.join(cfg.output_dir, 'loss.png'), title, PANELS)
-        report.margins(margins.tolist(), os.path.join(cfg.output_dir, 'margins.png'), f'{title}: held-out pairs after step {step}')
-    machine.barrier()
+        plots.curves(log.path, os.path.join(cfg.output_dir, 'loss.png'), title, PANELS)
+        plots.margins(margins.tolist(), os.path.join(cfg.output_dir, 'margins.png'), f'{title}: held-out pairs after step {step}')
+    run.barrier()
     return metrics
 
 
 if __name__ == '__main__':
-    run(main, cfg)
+    run_script(main, cfg)

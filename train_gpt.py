@@ -14,8 +14,8 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-from configurator import UserError, as_dict, parse, run, setting
-from optim import OPTIMIZERS, SCHEDULES, Plateau, WeightAverage, learning_rate, make_optimizer
+from configurator import UserError, as_dict, parse, run_script, setting
+from nanoforge.optim import OPTIMIZERS, SCHEDULES, Plateau, WeightAverage, learning_rate, make_optimizer
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 SIZES = {'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64),       # documented command: minutes on two cores
@@ -111,38 +111,39 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import report
-from checkpoint import Checkpoints, read_checkpoint, resume_config, start_fresh, write_json
+from nanoforge import plots
+from nanoforge.checkpoint import Checkpoints, read_checkpoint, resume_config, start_fresh, write_json
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import load_tokenizer
-from ops import TargetLogp
+from nanoforge.kernels import TargetLogp
 from model import (FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, read_safetensors, save_model)
-from runtime import Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
+from nanoforge.log import Log
+from nanoforge.run import LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
 from sample import generate
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------------
 
-def open_data(cfg, machine):
+def open_data(cfg, run):
     """The data sets of this run as Corpus objects, checked against each other and the block size."""
     names = {'single': [cfg.dataset], 'multidataset': cfg.dataset_list, 'multicontext': cfg.multicontext_datasets}[cfg.training_mode]
     for name in dict.fromkeys(names):
-        if machine.is_main:
+        if run.is_main:
             prepare_missing(name)
-    machine.barrier()
+    run.barrier()
     corpora = [Corpus(name) for name in names]
     check_together(corpora, streams=cfg.training_mode == 'multicontext')
     return corpora
 
 
-def get_batch(cfg, corpora, step, machine):
+def get_batch(cfg, corpora, step, run):
     """This rank's micro-batches of an optimizer step: [(x, y)], each (rows, T), with a last axis of streams in multicontext.
 
     Row i of a step begins where a counter says, whatever the number of ranks: whole micro-batches are shared out among them where
     that comes out even, else the rows of each.
     """
     accum, B, T = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
-    ranks, rank = machine.world_size, machine.rank
+    ranks, rank = run.world_size, run.rank
     mine = range(rank, accum, ranks) if accum % ranks == 0 else range(accum)
     rows = slice(None) if accum % ranks == 0 else slice(rank * B // ranks, (rank + 1) * B // ranks)
     batches = []
@@ -154,7 +155,7 @@ def get_batch(cfg, corpora, step, machine):
         else:
             sources = corpora
         offsets = rng.integers(len(sources[0].tokens('train')) - T, size=B)[rows]           # aligned streams share them
-        pairs = [windows(corpus.tokens('train'), offsets, T, machine.device) for corpus in sources]
+        pairs = [windows(corpus.tokens('train'), offsets, T, run.device) for corpus in sources]
         batches.append(pairs[0] if cfg.training_mode != 'multicontext' else [torch.stack(part, -1) for part in zip(*pairs)])
     return batches
 
@@ -185,15 +186,15 @@ class MultiContextGPT(GPT):
                             for s, z in enumerate(logits)], -1)
 
 
-def build_model(cfg, corpora, machine):
+def build_model(cfg, corpora, run):
     """(model, tokenizer, cfg with every size set), weights new or pretrained; float32 on the run's device."""
     tokenizer = load_tokenizer(corpora[0].directory)
     if cfg.init_from.startswith('gpt2'):
-        return load_pretrained(cfg, tokenizer, corpora, machine)
-    sizes = SIZES['cpu' if machine.device.type == 'cpu' else 'gpu']
+        return load_pretrained(cfg, tokenizer, corpora, run)
+    sizes = SIZES['cpu' if run.device.type == 'cpu' else 'gpu']
     chosen = {name: value for name, value in sizes.items() if getattr(cfg, name) is None}
     if chosen:
-        machine.say(f'sizes for {machine.device.type}: ' + ', '.join(f'{k}={v}' for k, v in chosen.items()) + ' (type the flags for others)')
+        run.print0(f'sizes for {run.device.type}: ' + ', '.join(f'{k}={v}' for k, v in chosen.items()) + ' (type the flags for others)')
     cfg = replace_typed(cfg, **chosen)
     family = dict(FAMILIES[cfg.arch], bias=cfg.bias)
     if cfg.activation:
@@ -204,17 +205,17 @@ def build_model(cfg, corpora, machine):
                       **{**family, 'tied': True})
     model = MultiContextGPT(shape, vocab_sizes) if cfg.training_mode == 'multicontext' else GPT(shape)
     torch.manual_seed(seed_for(cfg.seed, 'weights'))
-    return model.init_weights().to(machine.device), tokenizer, cfg
+    return model.init_weights().to(run.device), tokenizer, cfg
 
 
-def build_optimizer(cfg, model, machine):
+def build_optimizer(cfg, model, run):
     return make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.momentum,
-                          ns_dtype=torch.bfloat16 if machine.matmul == 'bf16' else None)
+                          ns_dtype=torch.bfloat16 if run.matmul == 'bf16' else None)
 
 
-def load_pretrained(cfg, tokenizer, corpora, machine):
+def load_pretrained(cfg, tokenizer, corpora, run):
     name = cfg.gpt2_type if cfg.init_from == 'gpt2' else cfg.init_from
-    model, own = load_model(name, machine.device)
+    model, own = load_model(name, run.device)
     if own is None or own.backend.get_vocab() != tokenizer.backend.get_vocab():     # character ids never reach a GPT-2
         raise UserError(f'data set {corpora[0].name!r} has the ids of a {corpora[0].meta["tokenizer"]} tokenizer, not those of {name}: '
                         f'prepare it with --tokenizer=gpt2 (python data/prepare.py NAME FILE --tokenizer gpt2)')
@@ -224,7 +225,7 @@ def load_pretrained(cfg, tokenizer, corpora, machine):
             raise UserError(f'--{flag}={getattr(cfg, flag)} contradicts {name}, whose {flag} is {getattr(shape, flag)}: leave it out')
     block_size = min(cfg.block_size or shape.block_size, shape.block_size)
     if cfg.block_size and cfg.block_size > block_size:
-        machine.say(f'block_size {cfg.block_size} is clamped to the {block_size} tokens of context that {name} has')
+        run.print0(f'block_size {cfg.block_size} is clamped to the {block_size} tokens of context that {name} has')
     for module in model.modules():
         if hasattr(module, 'dropout'):
             module.dropout = cfg.dropout
@@ -242,7 +243,7 @@ def replace_typed(cfg, **changes):
 # ---- evaluation -------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(cfg, model, corpora, split, machine):
+def evaluate(cfg, model, corpora, split, run):
     """{corpus name: mean loss in nats per token} over fixed windows of a split, no token twice.
 
     The windows depend on nothing but the data, the block size and eval_iters: the same from run to run and rank to rank.
@@ -257,21 +258,21 @@ def evaluate(cfg, model, corpora, split, machine):
         stride = (len(group[0].tokens(split)) - 1) // T // count
         starts = np.arange(count) * stride * T
         total = torch.zeros(len(group), dtype=torch.float64)
-        for offsets in np.array_split(starts, -(-count // B))[machine.rank::machine.world_size]:
-            pairs = [windows(corpus.tokens(split), offsets, T, machine.device) for corpus in group]
+        for offsets in np.array_split(starts, -(-count // B))[run.rank::run.world_size]:
+            pairs = [windows(corpus.tokens(split), offsets, T, run.device) for corpus in group]
             x, y = pairs[0] if not streams else [torch.stack(part, -1) for part in zip(*pairs)]
-            with machine.autocast():
+            with run.autocast():
                 total -= model(x, y).view(-1, len(group)).double().sum(0).cpu()
-        machine.sum(total)
+        run.sum(total)
         losses.update({corpus.name: loss for corpus, loss in zip(group, (total / (count * T)).tolist())})
     model.train()
     return losses
 
 
-def validate(cfg, model, corpora, machine):
+def validate(cfg, model, corpora, run):
     """The metrics of one evaluation. eval_loss is the one that counts: of several data sets, their mean weighted by the probabilities."""
-    val = evaluate(cfg, model, corpora, 'val', machine)
-    train = evaluate(cfg, model, corpora, 'train', machine)
+    val = evaluate(cfg, model, corpora, 'val', run)
+    train = evaluate(cfg, model, corpora, 'train', run)
     weights = dict(zip((c.name for c in corpora), cfg.dataset_sampling_probs or [1] * len(corpora)))
     mean = lambda losses: sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
     metrics = {'eval_loss': mean(val), 'train_loss': mean(train)}
@@ -302,26 +303,26 @@ def effective_schedule(cfg):
     return cfg.lr_scheduler, 'lr_scheduler'
 
 
-def announce(cfg, model, corpora, schedule, why, decay, seconds_per_step, machine):
+def announce(cfg, model, corpora, schedule, why, decay, seconds_per_step, run):
     """What will be trained on what, and for how long, before the first step."""
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     for corpus in corpora:
         note = 'STAND-IN TEXT, not the real corpus: ' if corpus.meta['stand_in'] else ''
-        machine.say(f'data      {corpus.name}: {note}{len(corpus.tokens("train")):,} + {len(corpus.tokens("val")):,} tokens, '
+        run.print0(f'data      {corpus.name}: {note}{len(corpus.tokens("train")):,} + {len(corpus.tokens("val")):,} tokens, '
                     f'{corpus.meta["tokenizer"]} vocabulary of {corpus.meta["vocab_size"]:,}')
     c = model.config
-    machine.say(f'model     {c.arch}: {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, '
+    run.print0(f'model     {c.arch}: {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, '
                 f'context {cfg.block_size}')
-    machine.say(f'machine   {describe_device(machine)}')
+    run.print0(f'machine   {describe_device(run)}')
     rates = [learning_rate(s, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters)
              for s in range(0, max(cfg.max_iters, 1), max(1, cfg.max_iters // 240))]
-    machine.say(f'schedule  {report.sparkline(rates, 40)} {schedule} ({why}), {max(rates):g} to {rates[-1]:g}')
+    run.print0(f'schedule  {plots.sparkline(rates, 40)} {schedule} ({why}), {max(rates):g} to {rates[-1]:g}')
     if schedule not in ('none', 'constant', 'plateau') and not 0.8 <= cfg.max_iters / max(cfg.lr_decay_iters, 1) <= 1.25:
-        machine.say(f'          note: max_iters={cfg.max_iters} is far from lr_decay_iters={cfg.lr_decay_iters}, where the schedule ends')
+        run.print0(f'          note: max_iters={cfg.max_iters} is far from lr_decay_iters={cfg.lr_decay_iters}, where the schedule ends')
     if decay:
-        machine.say(f'weights   evaluated and saved is their mean over about {1 / (1 - decay):.0f} steps (--ema=0: those of the last step)')
+        run.print0(f'weights   evaluated and saved is their mean over about {1 / (1 - decay):.0f} steps (--ema=0: those of the last step)')
     time_needed = f', about {seconds_per_step * cfg.max_iters / 60:.1f} minutes of training' if seconds_per_step else ''
-    machine.say(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}{time_needed}, '
+    run.print0(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}{time_needed}, '
                 f'an evaluation every {cfg.eval_interval} steps')
 
 
@@ -334,7 +335,7 @@ def flops_per_token(model, T):
 
 # ---- resume -----------------------------------------------------------------------------------------------------------------
 
-def restore(path, cfg, model, optimizer, average, machine):
+def restore(path, cfg, model, optimizer, average, run):
     """Puts a checkpoint's weights and optimizer state back; returns the trainer state.
 
     Where a mean of the weights is kept, the model's file holds the mean, and the optimizer's the weights of the last step.
@@ -356,29 +357,29 @@ def restore(path, cfg, model, optimizer, average, machine):
     if state['optimizer'] == cfg.optimizer:
         optimizer.load_state_dict(tensors)
     else:
-        machine.say(f'note: the run used {state["optimizer"]}; {cfg.optimizer} starts with a fresh state')
+        run.print0(f'note: the run used {state["optimizer"]}; {cfg.optimizer} starts with a fresh state')
     return state
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def train_step(cfg, forward, optimizer, batches, scaler, machine):
+def train_step(cfg, forward, optimizer, batches, scaler, run):
     """One optimizer step: (this rank's part of the mean loss over all its tokens, gradient norm before clipping, whether it was sound).
 
     A norm that is not finite skips the step.
     """
     count = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     optimizer.zero_grad()
-    loss = torch.zeros((), device=machine.device)
+    loss = torch.zeros((), device=run.device)
     for x, y in batches:
         with explain_out_of_memory('--batch_size', '--block_size'):
-            with machine.autocast():
+            with run.autocast():
                 logp = forward(x, y)                                    # (B, T), and streams in multicontext
             part = -logp.sum() / (count * (logp.size(-1) if logp.dim() == 3 else 1))
             (part * scaler.value).backward()
         loss += part.detach()
     for grad in optimizer.grads:
-        machine.sum(grad)
+        run.sum(grad)
     scaler.unscale_(optimizer.grads)
     norm = float(optimizer.clip_grad_norm(cfg.grad_clip))
     if math.isfinite(norm):
@@ -392,22 +393,22 @@ def main(cfg):
     if cfg.init_from == 'resume':
         cfg, saved = resume_config(cfg, cfg.out_dir, 'train_gpt.py', '--init_from=resume')
         cfg.init_from = saved['config']['init_from']        # what the weights were first made of says their architecture
-    machine = setup(cfg.device, cfg.dtype, cfg.matmul)
-    stop = Stop(machine)
-    checkpoints = Checkpoints(cfg.out_dir, machine, limit=None if cfg.always_save_checkpoint else 2)
+    run = setup(cfg.device, cfg.dtype, cfg.matmul)
+    stop = Stop(run)
+    checkpoints = Checkpoints(cfg.out_dir, run, limit=None if cfg.always_save_checkpoint else 2)
     resumed = checkpoints.latest() if saved else None
     if saved and not resumed:
         raise UserError(f'{cfg.out_dir} holds no whole checkpoint to resume from; start anew without --init_from=resume')
-    corpora = open_data(cfg, machine)
-    model, tokenizer, cfg = build_model(cfg, corpora, machine)
-    model.set_matmul(machine.matmul)
+    corpora = open_data(cfg, run)
+    model, tokenizer, cfg = build_model(cfg, corpora, run)
+    model.set_matmul(run.matmul)
     for corpus in corpora:
         corpus.check(cfg.block_size)
-    if machine.world_size > 1 and cfg.gradient_accumulation_steps % machine.world_size and cfg.batch_size % machine.world_size:
-        raise UserError(f'{machine.world_size} ranks can share neither gradient_accumulation_steps={cfg.gradient_accumulation_steps} '
+    if run.world_size > 1 and cfg.gradient_accumulation_steps % run.world_size and cfg.batch_size % run.world_size:
+        raise UserError(f'{run.world_size} ranks can share neither gradient_accumulation_steps={cfg.gradient_accumulation_steps} '
                         f'micro-batches nor their batch_size={cfg.batch_size} rows evenly: make one of them divisible')
-    optimizer = build_optimizer(cfg, model, machine)
-    scaler, plateau = LossScale(machine.dtype), Plateau()
+    optimizer = build_optimizer(cfg, model, run)
+    scaler, plateau = LossScale(run.dtype), Plateau()
     schedule, why = effective_schedule(cfg)
     # A rate that stays high keeps the last step's weights noisy; one that falls settles them, and tuned weights need not move far
     decay = cfg.ema if cfg.ema is not None else 0.998 if schedule in ('none', 'constant') and not cfg.init_from.startswith('gpt2') else 0
@@ -415,27 +416,27 @@ def main(cfg):
     averaged = average.swapped if average else contextlib.nullcontext
     step, best_loss, since_best = 0, math.inf, 0
     if resumed:
-        state = restore(resumed, cfg, model, optimizer, average, machine)
+        state = restore(resumed, cfg, model, optimizer, average, run)
         step, best_loss, since_best = state['step'], state['best_eval_loss'] or math.inf, state['evaluations_since_best']
         plateau.load_state_dict(state['plateau'])
-        scaler = LossScale(machine.dtype, state['loss_scale'])
+        scaler = LossScale(run.dtype, state['loss_scale'])
     if cfg.eval_only:
         with averaged():
-            metrics = validate(cfg, model, corpora, machine)
-        machine.say('  '.join(f'{k} {v:.4f}' for k, v in metrics.items()))
-        machine.close()
+            metrics = validate(cfg, model, corpora, run)
+        run.print0('  '.join(f'{k} {v:.4f}' for k, v in metrics.items()))
+        run.close()
         return metrics
     if resumed:
-        checkpoints.rewind(resumed)
-        machine.on_main(lambda: write_json(os.path.join(cfg.out_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
+        checkpoints.discard_later(resumed)
+        run.on_main(lambda: write_json(os.path.join(cfg.out_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
-        start_fresh(machine, cfg.out_dir, as_dict(cfg), script='train_gpt.py')
+        start_fresh(run, cfg.out_dir, as_dict(cfg), script='train_gpt.py')
     forward = torch.compile(model) if cfg.compile else model
     header = {'script': 'train_gpt.py', 'data': [{k: c.meta[k] for k in ('source', 'stand_in')} | {'name': c.name} for c in corpora],
-              'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(machine)}
-    announce(cfg, model, corpora, schedule, why, decay, time_step(cfg, forward, optimizer, corpora, machine), machine)
+              'model': model.config.arch, 'parameters': model.num_params(), 'machine': describe_device(run)}
+    announce(cfg, model, corpora, schedule, why, decay, time_step(cfg, forward, optimizer, corpora, run), run)
     wandb = {'project': cfg.wandb_project} | ({'name': cfg.wandb_run_name} if cfg.wandb_run_name else {})
-    log = Log(machine, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, wandb if cfg.wandb_log else None,
+    log = Log(run, cfg.out_dir, header, cfg.max_iters, cfg.tensorboard, wandb if cfg.wandb_log else None,
               step if resumed else None)
 
     def save(best):
@@ -451,7 +452,7 @@ def main(cfg):
     while True:
         if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and step > first or step == cfg.max_iters:
             with averaged():
-                metrics = validate(cfg, model, corpora, machine)
+                metrics = validate(cfg, model, corpora, run)
             log.write(step, metrics)
             best, since_best = metrics['eval_loss'] < best_loss, since_best + 1
             if best:
@@ -459,7 +460,7 @@ def main(cfg):
             if schedule == 'plateau':
                 plateau.update(metrics['eval_loss'])
             save(best)
-            if machine.is_main:
+            if run.is_main:
                 with averaged():
                     show(cfg, model, tokenizer, step, log)
             since, losses = time.perf_counter(), []
@@ -468,8 +469,8 @@ def main(cfg):
         if stop.requested:
             save(False)
             log.close()
-            machine.say(f'stopped at step {step}, saved; go on with: {resume_command(flag="--init_from=resume")}')
-            machine.close()
+            run.print0(f'stopped at step {step}, saved; go on with: {resume_command(flag="--init_from=resume")}')
+            run.close()
             raise SystemExit(stop.code)
 
         lr = learning_rate(step, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters)
@@ -477,37 +478,37 @@ def main(cfg):
             lr = max(lr * plateau.scale, min(lr, cfg.min_lr))
         optimizer.set_lr(lr)
         if cfg.dropout:
-            torch.manual_seed(seed_for(cfg.seed, 'dropout', step, machine.rank))
-        loss, norm, good = train_step(cfg, forward, optimizer, get_batch(cfg, corpora, step, machine), scaler, machine)
+            torch.manual_seed(seed_for(cfg.seed, 'dropout', step, run.rank))
+        loss, norm, good = train_step(cfg, forward, optimizer, get_batch(cfg, corpora, step, run), scaler, run)
         losses.append(loss)
         step += 1
         if average:
             average.update(step)
         bad_steps = 0 if good else bad_steps + 1
         if not good:
-            machine.say(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
+            run.print0(f'step {step}: the gradient is not finite, the step is skipped ({bad_steps} in a row)')
             if bad_steps == MAX_BAD_STEPS:
                 raise UserError(f'{bad_steps} steps in a row without a finite gradient: lower --learning_rate={cfg.learning_rate:g}; '
                                 f'the checkpoints in {cfg.out_dir} are good')
         if step % cfg.log_interval == 0:
-            mean = float(machine.sum(torch.stack(losses).mean()))
+            mean = float(run.sum(torch.stack(losses).mean()))
             seconds = time.perf_counter() - since
             line = {'loss': mean, 'learning_rate': lr, 'grad_norm': norm, 'num_tokens': step * tokens_per_step,
                     'tokens_per_second': round(len(losses) * tokens_per_step / seconds)}
-            if peak := device_peak_flops(machine.device):
-                line['mfu'] = line['tokens_per_second'] * flops_per_token(model, cfg.block_size) / peak / machine.world_size
+            if peak := device_peak_flops(run.device):
+                line['mfu'] = line['tokens_per_second'] * flops_per_token(model, cfg.block_size) / peak / run.world_size
             log.write(step, line)
             since, losses = time.perf_counter(), []
         log.progress(step)
     log.close()
-    machine.say(f'best eval_loss {best_loss:.4f}; the model is in {cfg.out_dir}/: python sample.py {cfg.out_dir}')
-    machine.close()
+    run.print0(f'best eval_loss {best_loss:.4f}; the model is in {cfg.out_dir}/: python sample.py {cfg.out_dir}')
+    run.close()
     return {**metrics, 'best_eval_loss': best_loss, 'step': step}
 
 
 def show(cfg, model, tokenizer, step, log):
     """The picture so far, and a sample of text to the console, samples.txt and TensorBoard."""
-    report.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), f'{os.path.basename(os.path.abspath(cfg.out_dir))}')
+    plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), f'{os.path.basename(os.path.abspath(cfg.out_dir))}')
     if cfg.sample_tokens and cfg.training_mode != 'multicontext':
         text = sample_text(cfg, model, tokenizer, step)
         with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as f:
@@ -515,20 +516,20 @@ def show(cfg, model, tokenizer, step, log):
         log.text(step, 'sample', text.strip())
 
 
-def time_step(cfg, forward, optimizer, corpora, machine):
+def time_step(cfg, forward, optimizer, corpora, run):
     """Seconds of a forward and backward pass, times the micro-batches of a step (None when that would compile first): the weights
     stay as they are."""
     if cfg.compile or not cfg.max_iters:
         return None
-    x, y = get_batch(cfg, corpora, 0, machine)[0]
+    x, y = get_batch(cfg, corpora, 0, run)[0]
     for _ in range(2):                                                  # the first pass allocates
         started = time.perf_counter()
-        with explain_out_of_memory('--batch_size', '--block_size'), machine.autocast():
+        with explain_out_of_memory('--batch_size', '--block_size'), run.autocast():
             forward(x, y).sum().backward()
     optimizer.zero_grad()
     return (time.perf_counter() - started) * cfg.gradient_accumulation_steps / (
-        machine.world_size if cfg.gradient_accumulation_steps % machine.world_size == 0 else 1)
+        run.world_size if cfg.gradient_accumulation_steps % run.world_size == 0 else 1)
 
 
 if __name__ == '__main__':
-    run(main, cfg)
+    run_script(main, cfg)

@@ -19,10 +19,10 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-from configurator import UserError, as_dict, parse, run, setting
-from data.questions import TASKS
-from data.records import Source
-from optim import OPTIMIZERS, SCHEDULES
+from configurator import UserError, as_dict, parse, run_script, setting
+from data.problems import TASKS
+from data.formats import Source
+from nanoforge.optim import OPTIMIZERS, SCHEDULES
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 MAX_REFILLS = 10        # rollouts that dynamic sampling draws at most for one step
@@ -256,17 +256,18 @@ import contextlib
 
 import torch
 
-import report_rl
-from checkpoint import Checkpoints, read_checkpoint, resume_config, start_fresh, write_json
-from data import questions
+from nanoforge import pages
+from nanoforge.checkpoint import Checkpoints, read_checkpoint, resume_config, start_fresh, write_json
+from data import problems as questions
 from data.rewards import Scorer
-from data.rollouts import Episode, Table, all_ranks, cut_rollouts, grouped, lay_out, read_episodes, write_rollout
-from lora import add_lora, adapters_off
+from data.completions import Episode, Table, all_ranks, cut_rollouts, grouped, lay_out, read_episodes, write_rollout
+from nanoforge.lora import add_lora, adapters_off
 from model import find_model, load_model, save_model
-from optim import learning_rate, make_optimizer, warmup_within
-from runtime import DTYPES, Log, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
+from nanoforge.optim import learning_rate, make_optimizer, warmup_within
+from nanoforge.log import Log
+from nanoforge.run import DTYPES, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
 from sample import generate
-from values import ValueModel, load_reward_model, pair_accuracy, save_reward_model, states, train_reward_model
+from nanoforge.reward_model import ValueModel, load_reward_model, pair_accuracy, save_reward_model, hidden_states, train_reward_model
 
 # ---- advantages -------------------------------------------------------------------------------------------------------------
 
@@ -452,16 +453,16 @@ class Learner:
 
     @property
     def shared(self):
-        return self.critic is not None and self.critic.trunk is self.policy
+        return self.critic is not None and self.critic.backbone is self.policy
 
 
-def load_language_model(cfg, name, machine, path=None, trainable=True):
+def load_language_model(cfg, name, run, path=None, trainable=True):
     """(model, tokenizer): `name` with a fresh adapter where LoRA is on, or what the checkpoint `path` of this run holds of it."""
-    frozen = DTYPES[cfg.torch_dtype] if machine.device.type == 'cuda' and (cfg.use_lora or not trainable) else torch.float32
+    frozen = DTYPES[cfg.torch_dtype] if run.device.type == 'cuda' and (cfg.use_lora or not trainable) else torch.float32
     bits = dict(load_in_4bit=cfg.load_in_4bit, load_in_8bit=cfg.load_in_8bit, bnb_4bit_quant_type=cfg.bnb_4bit_quant_type,
                 bnb_4bit_use_double_quant=cfg.bnb_4bit_use_double_quant, bnb_4bit_compute_dtype=DTYPES[cfg.bnb_4bit_compute_dtype])
     base = name if path and cfg.use_lora and not is_adapter(name) else None
-    model, tokenizer = load_model(path or name, machine.device, frozen, base=base, trainable_adapter=trainable, **bits)
+    model, tokenizer = load_model(path or name, run.device, frozen, base=base, trainable_adapter=trainable, **bits)
     if tokenizer is None:
         raise UserError(f'{name} has no tokenizer beside its weights: copy tokenizer.json there')
     if is_adapter(name) and not cfg.use_lora:
@@ -472,33 +473,33 @@ def load_language_model(cfg, name, machine, path=None, trainable=True):
     if not trainable:
         model.requires_grad_(False)
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    return model.set_matmul(machine.matmul), tokenizer
+    return model.set_matmul(run.matmul), tokenizer
 
 
 def is_adapter(name):
     return os.path.exists(os.path.join(find_model(name), 'adapter_config.json'))
 
 
-def load_reference(cfg, policy, machine):
+def load_reference(cfg, policy, run):
     """The context of Learner.reference. Adapters switched off are the reference only where training began without one."""
     if not cfg.beta:
         return None
     if cfg.use_lora and not is_adapter(cfg.base_model_name):
         return lambda: adapters_off(policy)
-    frozen, _ = load_language_model(cfg, cfg.base_model_name, machine, trainable=False)
+    frozen, _ = load_language_model(cfg, cfg.base_model_name, run, trainable=False)
     return lambda: contextlib.nullcontext(frozen)
 
 
-def load_critic(cfg, policy, tokenizer, machine):
+def load_critic(cfg, policy, tokenizer, run):
     """PPO's critic, else None."""
     if cfg.algorithm != 'ppo':
         return None
     if cfg.share_critic:
         return ValueModel(policy, own=False)
-    trunk, theirs = load_language_model(cfg, cfg.value_model_name, machine)
+    backbone, theirs = load_language_model(cfg, cfg.value_model_name, run)
     if theirs.sha256 != tokenizer.sha256:
         raise UserError(f'value_model_name={cfg.value_model_name} has another tokenizer than {cfg.base_model_name}: it could not read its tokens')
-    return ValueModel(trunk)
+    return ValueModel(backbone)
 
 
 def make_optimizers(cfg, policy, critic):
@@ -509,13 +510,13 @@ def make_optimizers(cfg, policy, critic):
 
 # ---- rollouts ---------------------------------------------------------------------------------------------------------------
 
-def sample_group_by_group(cfg, learner, numbered, step, seed, machine, temperature, num_samples):
+def sample_group_by_group(cfg, learner, numbered, step, seed, run, temperature, num_samples):
     """[(number, problem)] -> Episodes without rewards, num_samples for each, sampled in parts that memory allows."""
     part = max(1, cfg.per_device_train_batch_size * cfg.steps_per_generation // num_samples)
     episodes = []
     for at in range(0, len(numbered), part):
         numbers, chunk = zip(*numbered[at:at + part])
-        with explain_out_of_memory('--per_device_train_batch_size', '--max_completion_length'), machine.autocast():
+        with explain_out_of_memory('--per_device_train_batch_size', '--max_completion_length'), run.autocast():
             samples = generate(learner.policy, [problem['prompt_ids'] for problem in chunk], cfg.max_completion_length, temperature,
                                stop_ids=learner.tokenizer.stop_ids, num_samples=num_samples, seed=seed, numbers=numbers)
         rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), samples.logp.tolist(), samples.stopped.tolist())
@@ -550,7 +551,7 @@ def ask_reward_model(cfg, model, episodes):
     return scores
 
 
-def rollout(cfg, learner, problems, scorer, plan, step, cursor, machine):
+def rollout(cfg, learner, problems, scorer, plan, step, cursor, run):
     """(this rank's Episodes, the Table of all ranks' in the order of their groups, the new cursor).
 
     Who samples a group does not matter: its samples depend on its number. With dynamic sampling, groups whose rewards are all equal
@@ -560,10 +561,10 @@ def rollout(cfg, learner, problems, scorer, plan, step, cursor, machine):
     for attempt in range(MAX_REFILLS + 1 if cfg.dynamic_sampling else 1):
         wanted = plan.groups - len(groups)
         numbered = list(zip(range(drawn, drawn + wanted), questions.draw_problems(problems.train, cursor, wanted, cfg.seed)))
-        own = sample_group_by_group(cfg, learner, numbered[machine.rank::machine.world_size], step, seed_for(cfg.seed, 'rollout', step),
-                                    machine, cfg.temperature, cfg.num_generations)
+        own = sample_group_by_group(cfg, learner, numbered[run.rank::run.world_size], step, seed_for(cfg.seed, 'rollout', step),
+                                    run, cfg.temperature, cfg.num_generations)
         reward(cfg, learner, scorer, own)
-        table = Table.gather(own, range(drawn, drawn + wanted), cfg.num_generations, scorer.names, machine, cfg.mask_truncated)
+        table = Table.gather(own, range(drawn, drawn + wanted), cfg.num_generations, scorer.names, run, cfg.mask_truncated)
         cursor, drawn = cursor + wanted, drawn + wanted
         alive = table.alive() if cfg.dynamic_sampling and attempt < MAX_REFILLS else table.groups
         groups += alive
@@ -592,7 +593,7 @@ class Batch:
     returns: torch.Tensor | None = None
 
 
-def pack(cfg, learner, episodes, table, plan, machine):
+def pack(cfg, learner, episodes, table, plan, run):
     """[this rank's Batches of each optimizer step of the rollout].
 
     Without a KL term, a critic and an entropy bonus the gradient of a completion with advantage 0 is 0: it is counted, not computed.
@@ -608,8 +609,8 @@ def pack(cfg, learner, episodes, table, plan, machine):
         batches = []
         for at in range(0, len(own), cfg.per_device_train_batch_size):
             part = own[at:at + cfg.per_device_train_batch_size]
-            layout = lay_out(grouped(part), machine.device, keep_last=learner.critic is not None)
-            sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.logp) for e in part], batch_first=True).to(machine.device)
+            layout = lay_out(grouped(part), run.device, keep_last=learner.critic is not None)
+            sampled = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.logp) for e in part], batch_first=True).to(run.device)
             batches.append(Batch(part, layout, layout.targets >= 0, sampled))
         updates.append(batches)
     return updates
@@ -618,7 +619,7 @@ def pack(cfg, learner, episodes, table, plan, machine):
 def look(cfg, learner, batch, entropy=False):
     """One forward pass: (log-probabilities (B, T), entropies (B, T) or None, values (B, T) and (B,) or None)."""
     layout, critic = batch.layout, learner.critic
-    hidden = states(learner.policy, layout)                                                                 # (B, T + 1, C)
+    hidden = hidden_states(learner.policy, layout)                                                                 # (B, T + 1, C)
     stats = learner.policy.token_stats(hidden[:, :-1], layout.targets, cfg.temperature, extras=entropy)
     values = behind = None
     if learner.shared:
@@ -629,41 +630,41 @@ def look(cfg, learner, batch, entropy=False):
 
 
 @torch.no_grad()
-def score(cfg, learner, updates, machine):
+def score(cfg, learner, updates, run):
     """Old log-probabilities, where they will be needed, the reference's, and the critic's values. No gradient, no dropout."""
     learner.policy.eval()
     later = cfg.num_iterations > 1
     for number, batches in enumerate(updates):
         for batch in batches:
-            with explain_out_of_memory('--per_device_train_batch_size'), machine.autocast():
+            with explain_out_of_memory('--per_device_train_batch_size'), run.autocast():
                 if later or number:                         # a rollout's first update compares the policy with itself
                     batch.old, _, batch.values, batch.behind = look(cfg, learner, batch)
                 elif learner.critic:
                     batch.values, batch.behind = learner.critic.values(batch.layout)
                 if learner.reference:
                     with learner.reference() as model:
-                        hidden = model.hidden(batch.layout.idx, batch.layout.positions, places=batch.layout.source)
+                        hidden = model.hidden(batch.layout.idx, batch.layout.positions, logit_positions=batch.layout.source)
                         batch.reference = model.token_stats(hidden, batch.layout.targets, cfg.temperature, extras=False)['logp']
 
 
 # ---- advantages of a rollout -------------------------------------------------------------------------------------------------
 
-def prepare(cfg, learner, episodes, table, plan, machine):
+def prepare(cfg, learner, episodes, table, plan, run):
     """(this rank's Batches of each optimizer step of a rollout, packed, scored, with advantages; metrics of the critic)."""
     in_reward = cfg.kl == 'reward' and learner.beta > 0
     if not learner.critic:
         compare_in_groups(cfg, episodes, table, table['reward'])
-    updates = pack(cfg, learner, episodes, table, plan, machine)
-    score(cfg, learner, updates, machine)
+    updates = pack(cfg, learner, episodes, table, plan, run)
+    score(cfg, learner, updates, run)
     if learner.reference:
-        measure_kl(cfg, updates, table, machine)
+        measure_kl(cfg, updates, table, run)
     about = {}
     if learner.critic:
-        about = ask_critic(updates, cfg.gamma, cfg.lam, learner.beta if in_reward else 0.0, machine)
+        about = ask_critic(updates, cfg.gamma, cfg.lam, learner.beta if in_reward else 0.0, run)
     elif in_reward:
         compare_in_groups(cfg, episodes, table, table['reward'] - learner.beta * table['k1'])
     for batch in [batch for batches in updates for batch in batches if batch.advantages is None]:
-        batch.advantages = torch.tensor([e.advantage for e in batch.episodes], device=machine.device)
+        batch.advantages = torch.tensor([e.advantage for e in batch.episodes], device=run.device)
     return updates, about
 
 
@@ -676,7 +677,7 @@ def compare_in_groups(cfg, episodes, table, rewards):
         e.advantage = advantages[place[e.group], e.sample].item()
 
 
-def measure_kl(cfg, updates, table, machine):
+def measure_kl(cfg, updates, table, run):
     """Fills in the table's k1 and k3: sums over each completion, of the policy that sampled it to the reference."""
     place = {group: i for i, group in enumerate(table.groups)}
     for kind in ('k1', 'k3'):
@@ -685,10 +686,10 @@ def measure_kl(cfg, updates, table, machine):
             policy = batch.sampled if batch.old is None else batch.old
             kl = torch.where(batch.mask, kl_estimate(policy, batch.reference, kind), 0.0).sum(1).double().cpu()
             sums[[place[e.group] * cfg.num_generations + e.sample for e in batch.episodes]] = kl
-        table[kind] = all_ranks(sums, machine)
+        table[kind] = all_ranks(sums, run)
 
 
-def ask_critic(updates, gamma, lam, beta, machine):
+def ask_critic(updates, gamma, lam, beta, run):
     """Advantages and returns of every token by gae, with the reward at the last one, beta times k1 off each, and what the critic
     expects behind a completion that was cut off. Advantages are whitened over the whole rollout. Returns metrics."""
     batches = [batch for part in updates for batch in part]
@@ -697,12 +698,12 @@ def ask_critic(updates, gamma, lam, beta, machine):
         last = batch.mask.sum(1, keepdim=True) - 1                                                          # (B, 1)
         policy = batch.sampled if batch.old is None else batch.old
         rewards = -beta * kl_estimate(policy, batch.reference, 'k1') if beta else torch.zeros_like(policy)
-        rewards = rewards.scatter_add(1, last, torch.tensor([[e.reward] for e in batch.episodes], device=machine.device))
-        stopped = torch.tensor([e.stopped for e in batch.episodes], device=machine.device)
+        rewards = rewards.scatter_add(1, last, torch.tensor([[e.reward] for e in batch.episodes], device=run.device))
+        stopped = torch.tensor([e.stopped for e in batch.episodes], device=run.device)
         batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, gamma, lam, torch.where(stopped, 0.0, batch.behind))
         A, R, V = (x[batch.mask].double().cpu() for x in (batch.advantages, batch.returns, batch.values))
         moments += torch.stack((torch.ones_like(A).sum(), A.sum(), (A * A).sum(), R.sum(), (R * R).sum(), ((R - V) ** 2).sum()))
-    n, a, a2, r, r2, e2 = all_ranks(moments, machine).tolist()
+    n, a, a2, r, r2, e2 = all_ranks(moments, run).tolist()
     for batch in batches:
         batch.advantages = whiten(batch.advantages, batch.mask, n, a, a2)
         for e, row, mask in zip(batch.episodes, batch.advantages, batch.mask):
@@ -718,7 +719,7 @@ MEANS = ('ratio_mean', 'approx_kl', 'clip_ratio/low_mean', 'clip_ratio/high_mean
 LARGEST = ('ratio_max', 'ratio_min', 'sampling/logp_gap_max')                   # over everything; ratio_min as its negative
 
 
-def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
+def update(cfg, learner, batches, normaliser, tokens, first, step, run):
     """One optimizer step on this rank's Batches -> (metrics, whether the gradient was sound).
 
     normaliser: what policy_loss divides by, tokens: how many there are, both over all ranks. In the first update since the rollout
@@ -732,8 +733,8 @@ def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
         optimizer.zero_grad()
     learner.policy.train()
     for number, batch in enumerate(batches):
-        torch.manual_seed(seed_for(cfg.seed, 'dropout', step, machine.rank, number))
-        with explain_out_of_memory('--per_device_train_batch_size', '--max_completion_length'), machine.autocast():
+        torch.manual_seed(seed_for(cfg.seed, 'dropout', step, run.rank, number))
+        with explain_out_of_memory('--per_device_train_batch_size', '--max_completion_length'), run.autocast():
             logp, entropy, values, _ = look(cfg, learner, batch, entropy=cfg.entropy_coef > 0)
         mask, old = batch.mask, logp.detach() if first else batch.old
         weights = torch.exp(torch.where(mask, old - batch.sampled, 0.0)).clamp(max=cfg.importance_cap) if cfg.importance_cap else None
@@ -762,7 +763,7 @@ def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
             largest[key] = max(largest[key], float(stats.get(key, -math.inf)))
     for optimizer in learner.optimizers:
         for grad in optimizer.grads:
-            machine.sum(grad)
+            run.sum(grad)
         learner.scaler.unscale_(optimizer.grads)
     norms = [float(optimizer.clip_grad_norm(cfg.max_grad_norm)) for optimizer in learner.optimizers]
     good = all(map(math.isfinite, norms))
@@ -770,7 +771,7 @@ def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
         for optimizer in learner.optimizers:
             optimizer.step()
     rescaled = learner.scaler.update(good)                  # a float16 scale that was too high is no fault of the model's
-    totals = dict(zip(sums, all_ranks(torch.tensor([float(x) for x in sums.values()], dtype=torch.float64), machine).tolist()))
+    totals = dict(zip(sums, all_ranks(torch.tensor([float(x) for x in sums.values()], dtype=torch.float64), run).tolist()))
     metrics = {'loss': totals['loss'], 'grad_norm': norms[0]}
     if learner.critic:
         metrics.update({'value_loss': totals['value_loss'], 'value_grad_norm': norms[1]})
@@ -779,7 +780,7 @@ def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
         c['surrogate'] in ('clip', 'cispo', 'gmpo') if 'clip' in key else True)]
     metrics.update({key: totals[key] / totals['tokens'] for key in known})
     for key, value in largest.items():
-        value = machine.max(int(max(-1e9, min(value, 1e9)) * 1e6))
+        value = run.max(int(max(-1e9, min(value, 1e9)) * 1e6))
         if value > -1e15:
             metrics[key] = (-value if key == 'ratio_min' else value) / 1e6
     return metrics, good or rescaled
@@ -787,19 +788,19 @@ def update(cfg, learner, batches, normaliser, tokens, first, step, machine):
 
 # ---- evaluation and what is written -----------------------------------------------------------------------------------------
 
-def evaluate(cfg, learner, problems, scorer, machine):
+def evaluate(cfg, learner, problems, scorer, run):
     """{eval_accuracy (of exact or task), eval_reward} of the likeliest answers to held-out problems, and the same `_sampled` at the
     training temperature; samples depend on neither step nor ranks."""
     metrics = {}
     for name, temperature in (('', 0.0), ('_sampled', cfg.temperature)):
-        numbered = list(enumerate(problems.held_out))[machine.rank::machine.world_size]
-        episodes = sample_group_by_group(cfg, learner, numbered, 0, seed_for(cfg.seed, 'evaluation'), machine, temperature, 1)
+        numbered = list(enumerate(problems.held_out))[run.rank::run.world_size]
+        episodes = sample_group_by_group(cfg, learner, numbered, 0, seed_for(cfg.seed, 'evaluation'), run, temperature, 1)
         reward(cfg, learner, scorer, episodes)
         right = next((kind for kind in ('task', 'exact') if kind in scorer.names), None)
         scored = [e for e in episodes if e.reward is not None]
         sums = torch.tensor([len(scored), sum(e.reward for e in scored), sum(e.rewards[right] for e in scored) if right else 0.0],
                             dtype=torch.float64)
-        count, total, correct = all_ranks(sums, machine).tolist()
+        count, total, correct = all_ranks(sums, run).tolist()
         if count:
             metrics[f'eval_reward{name}'] = total / count
             if right:
@@ -836,7 +837,7 @@ def describe_rollout(cfg, learner, table, scorer):
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def resolve(cfg, machine):
+def resolve(cfg, run):
     """cfg with every setting that was left to be chosen; each choice is said."""
     ppo, c = cfg.algorithm == 'ppo', cfg.composition()
     embedded = not cfg.datasets
@@ -860,13 +861,13 @@ def resolve(cfg, machine):
                         'one from')
     if cfg.length_buffer > cfg.max_completion_length:
         raise UserError(f'length_buffer={cfg.length_buffer} is longer than max_completion_length={cfg.max_completion_length}')
-    say_chosen(said + (more if 'length' in cfg.rewards else []), machine)
+    say_chosen(said + (more if 'length' in cfg.rewards else []), run)
     for name, why in (('dataloader_num_workers', 'prompts are tokenised once, at the start'), ('dataset_num_proc', 'the tokenizer uses all cores by itself'),
                       ('dataloader_pin_memory', 'batches are made of sampled tokens'), ('low_cpu_mem_usage', 'weights are always mapped from disk'),
                       ('prediction_loss_only', 'an evaluation always samples and scores')):
         if getattr(cfg, name) != getattr(Config(), name):
-            machine.say(f'note      {name}={getattr(cfg, name)} changes nothing here: {why}')
-    if machine.device.type == 'cuda' and cfg.use_flash_attention:
+            run.print0(f'note      {name}={getattr(cfg, name)} changes nothing here: {why}')
+    if run.device.type == 'cuda' and cfg.use_flash_attention:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return cfg
@@ -880,25 +881,25 @@ def choose(cfg, values):
     return changed, [f'{name}={" ".join(value) if isinstance(value, list) else value}' for name, value in chosen.items()]
 
 
-def say_chosen(choices, machine):
+def say_chosen(choices, run):
     if choices:
-        machine.say('chosen    ' + ', '.join(choices))
+        run.print0('chosen    ' + ', '.join(choices))
 
 
-def fit_to_model(cfg, policy, machine):
+def fit_to_model(cfg, policy, run):
     """cfg with learning rates by the model's size and mode, and lengths within its context."""
     small = sum(p.numel() for p in policy.parameters()) < SMALL and not cfg.use_lora
     by_mode = 2e-4 if cfg.load_in_4bit or cfg.load_in_8bit else 1e-4 if cfg.use_lora else 2e-4 if small else 1e-5
     cfg, said = choose(cfg, {'learning_rate': by_mode})
     cfg, more = choose(cfg, {'value_learning_rate': 1e-3 if small else cfg.learning_rate, 'reward_learning_rate': 1e-3 if small else cfg.learning_rate})
-    say_chosen(said + (more if cfg.algorithm == 'ppo' else []), machine)
+    say_chosen(said + (more if cfg.algorithm == 'ppo' else []), run)
     context, room = policy.config.block_size, policy.config.block_size - cfg.max_completion_length
     if 'max_completion_length' in cfg.typed and room < 1:
         raise UserError(f'max_completion_length={cfg.max_completion_length} does not fit the context of {context} tokens that {cfg.base_model_name} has')
     longest = min(cfg.max_completion_length, context // 2) if room < min(cfg.max_prompt_length, context // 2) else cfg.max_completion_length
     prompts = min(cfg.max_prompt_length, context - longest)
     if (longest, prompts) != (cfg.max_completion_length, cfg.max_prompt_length):
-        machine.say(f'lengths   clamped to the context of {context} tokens: prompts {prompts}, completions {longest}')
+        run.print0(f'lengths   clamped to the context of {context} tokens: prompts {prompts}, completions {longest}')
     changed = replace(cfg, max_completion_length=longest, max_prompt_length=prompts, length_buffer=min(cfg.length_buffer, longest))
     changed.typed = cfg.typed
     return changed
@@ -917,54 +918,54 @@ class Plan:
         return self.groups_per_update * self.updates
 
 
-def make_plan(cfg, num_problems, machine):
+def make_plan(cfg, num_problems, run):
     """Counts are completions; what makes no whole groups is rounded up, and said."""
-    wanted = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * machine.world_size
-    sampled = cfg.per_device_train_batch_size * cfg.steps_per_generation * machine.world_size
+    wanted = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.world_size
+    sampled = cfg.per_device_train_batch_size * cfg.steps_per_generation * run.world_size
     groups = -(-wanted // cfg.num_generations)
     updates = max(1, -(-sampled // (groups * cfg.num_generations)))
     if groups * cfg.num_generations != wanted or sampled > wanted and updates * wanted != sampled:
-        machine.say(f'batch     {wanted} completions a step and {sampled} a rollout make no whole groups of {cfg.num_generations}: rounded up to '
+        run.print0(f'batch     {wanted} completions a step and {sampled} a rollout make no whole groups of {cfg.num_generations}: rounded up to '
                     f'{groups * cfg.num_generations} and {groups * updates * cfg.num_generations}')
     if groups * updates > num_problems:
-        machine.say(f'note      a rollout asks {groups * updates} problems, the training set has {num_problems}: some come twice')
+        run.print0(f'note      a rollout asks {groups * updates} problems, the training set has {num_problems}: some come twice')
     per_epoch = num_problems / (groups * updates)
     per_epoch = max(1, math.floor(per_epoch) if cfg.dataloader_drop_last else math.ceil(per_epoch))
     steps = max(1, round(per_epoch * cfg.num_train_epochs)) * updates * cfg.num_iterations
     steps = cfg.max_steps if cfg.max_steps > 0 else steps
-    return Plan(groups, updates, steps, warmup_within(cfg.warmup_steps, steps, machine.say))
+    return Plan(groups, updates, steps, warmup_within(cfg.warmup_steps, steps, run.print0))
 
 
-def train_own_reward_model(cfg, problems, tokenizer, machine, resumed):
+def train_own_reward_model(cfg, problems, tokenizer, run, resumed):
     """A reward model trained from the pairs and saved in output_dir/reward_model, or the one that is there of a run that goes on."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
     if resumed:
-        return load_reward_model(directory, machine.device, tokenizer)
-    trunk, theirs = load_language_model(cfg, cfg.value_model_name or cfg.base_model_name, machine)
+        return load_reward_model(directory, run.device, tokenizer)
+    backbone, theirs = load_language_model(cfg, cfg.value_model_name or cfg.base_model_name, run)
     if theirs.sha256 != tokenizer.sha256:
         raise UserError(f'value_model_name={cfg.value_model_name} has another tokenizer than {cfg.base_model_name}: it could not read its tokens')
-    model = ValueModel(trunk)
-    result = train_reward_model(model, problems.pairs, problems.held_out_pairs, machine, cfg.reward_epochs, cfg.reward_batch_size,
+    model = ValueModel(backbone)
+    result = train_reward_model(model, problems.pairs, problems.held_out_pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
                                 cfg.reward_learning_rate, cfg.seed)
-    machine.say(f'reward model: prefers the chosen side in {result["accuracy"]:.1%} of {len(problems.held_out_pairs)} held-out pairs; {directory}')
-    machine.on_main(lambda: save_reward_model(model, tokenizer, directory))
+    run.print0(f'reward model: prefers the chosen side in {result["accuracy"]:.1%} of {len(problems.held_out_pairs)} held-out pairs; {directory}')
+    run.on_main(lambda: save_reward_model(model, tokenizer, directory))
     return model.requires_grad_(False).eval()
 
 
-def announce(cfg, learner, problems, plan, machine):
+def announce(cfg, learner, problems, plan, run):
     c = cfg.composition()
     source = ', '.join(s.name for s in cfg.datasets) if cfg.datasets else f'embedded task {cfg.task}'
     policy = learner.policy
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    machine.say(f'data      {source}: {len(problems.train):,} problems, {len(problems.held_out):,} held out; rewards {" + ".join(cfg.rewards)}')
-    machine.say(f'model     {cfg.base_model_name}: {policy.num_params():,} parameters, {trained:,} trained' + (
+    run.print0(f'data      {source}: {len(problems.train):,} problems, {len(problems.held_out):,} held out; rewards {" + ".join(cfg.rewards)}')
+    run.print0(f'model     {cfg.base_model_name}: {policy.num_params():,} parameters, {trained:,} trained' + (
         f'; critic {"on its trunk" if learner.shared else cfg.value_model_name}' if learner.critic else ''))
     kl = f'beta {learner.beta:g} ({"k1 in the reward" if cfg.kl == "reward" else cfg.kl + " in the loss"})' if cfg.beta else 'no reference'
     advantage = 'gae' if learner.critic else f'{c["baseline"]} over {c["scale"]}'
-    machine.say(f'algorithm {cfg.algorithm}: {c["ratio"]} ratio, {c["surrogate"]} {c["clip_low"]:g}/{c["clip_high"]:g}, {c["mean"]} mean, '
+    run.print0(f'algorithm {cfg.algorithm}: {c["ratio"]} ratio, {c["surrogate"]} {c["clip_low"]:g}/{c["clip_high"]:g}, {c["mean"]} mean, '
                 f'advantages by {advantage}, {kl}')
-    machine.say(f'machine   {describe_device(machine)}')
-    machine.say(f'run       {plan.total_steps:,} optimizer steps of {plan.groups_per_update} groups of {cfg.num_generations}; a rollout feeds '
+    run.print0(f'machine   {describe_device(run)}')
+    run.print0(f'run       {plan.total_steps:,} optimizer steps of {plan.groups_per_update} groups of {cfg.num_generations}; a rollout feeds '
                 f'{plan.updates * cfg.num_iterations}, up to {cfg.max_completion_length} tokens a completion')
 
 
@@ -982,7 +983,7 @@ def fresh_state():
     return {'step': 0, 'rollouts': 0, 'cursor': 0, 'num_tokens': 0, 'bad_steps': 0, 'best': None}
 
 
-def restore(learner, tensors, state, machine):
+def restore(learner, tensors, state, run):
     """Critic, optimizers and KL weight of a checkpoint, into a learner whose policy was loaded from there; returns the counters."""
     parts = {'critic': {}, 'critic_optimizer': {}, '': {}}
     for key, tensor in tensors.items():
@@ -995,7 +996,7 @@ def restore(learner, tensors, state, machine):
                 own[name].copy_(tensor)             # in place: the optimizer's flat buffers hold the parameters
         learner.optimizers[1].load_state_dict(parts['critic_optimizer'])
     learner.optimizers[0].load_state_dict(parts[''])
-    learner.beta, learner.scaler = state['beta'], LossScale(machine.dtype, state['loss_scale'])
+    learner.beta, learner.scaler = state['beta'], LossScale(run.dtype, state['loss_scale'])
     return {key: state[key] for key in fresh_state()}
 
 
@@ -1005,64 +1006,64 @@ def adapt_beta(cfg, beta, table):
     return beta * (1 + error * len(table.values) / cfg.kl_horizon)
 
 
-def build(cfg, machine, resumed=None):
+def build(cfg, run, resumed=None):
     """(cfg with every choice made, learner, problems, scorer, plan)."""
-    cfg = resolve(cfg, machine)
+    cfg = resolve(cfg, run)
     scorer = Scorer([name for name in cfg.rewards], cfg.reward_weights, None if cfg.datasets else questions.load_task(cfg.task),
                     cfg.max_completion_length, cfg.length_buffer, cfg.reward_timeout)
-    policy, tokenizer = load_language_model(cfg, cfg.base_model_name, machine, resumed)
-    cfg = fit_to_model(cfg, policy, machine)
+    policy, tokenizer = load_language_model(cfg, cfg.base_model_name, run, resumed)
+    cfg = fit_to_model(cfg, policy, run)
     scorer.longest, scorer.buffer = cfg.max_completion_length, cfg.length_buffer
-    problems = questions.open_problems(cfg, tokenizer, machine.say)
-    critic = load_critic(cfg, policy, tokenizer, machine)
-    learner = Learner(policy, tokenizer, make_optimizers(cfg, policy, critic), LossScale(machine.dtype), load_reference(cfg, policy, machine),
+    problems = questions.open_problems(cfg, tokenizer, run.print0)
+    critic = load_critic(cfg, policy, tokenizer, run)
+    learner = Learner(policy, tokenizer, make_optimizers(cfg, policy, critic), LossScale(run.dtype), load_reference(cfg, policy, run),
                       critic, beta=cfg.beta)
     if cfg.reward_model_path:
-        learner.reward_model = load_reward_model(cfg.reward_model_path, machine.device, tokenizer)
+        learner.reward_model = load_reward_model(cfg.reward_model_path, run.device, tokenizer)
         if problems.held_out_pairs and isinstance(learner.reward_model, ValueModel):
-            accuracy = pair_accuracy(learner.reward_model, problems.held_out_pairs, machine)
-            machine.say(f'reward model: prefers the chosen side in {accuracy:.1%} of {len(problems.held_out_pairs)} held-out pairs')
-    return cfg, learner, problems, scorer, make_plan(cfg, len(problems.train), machine)
+            accuracy = pair_accuracy(learner.reward_model, problems.held_out_pairs, run)
+            run.print0(f'reward model: prefers the chosen side in {accuracy:.1%} of {len(problems.held_out_pairs)} held-out pairs')
+    return cfg, learner, problems, scorer, make_plan(cfg, len(problems.train), run)
 
 
 def main(cfg):
     saved, replayed = None, cfg.replay is not None
     if cfg.resume or replayed:
         cfg, saved = resume_config(cfg, cfg.output_dir, 'train_rl.py', '--replay' if replayed else '--resume', from_start=replayed)
-    machine = setup(cfg.device, precision(cfg), cfg.matmul)
-    stop = Stop(machine)
-    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    run = setup(cfg.device, precision(cfg), cfg.matmul)
+    stop = Stop(run)
+    checkpoints = Checkpoints(cfg.output_dir, run, cfg.save_total_limit, cfg.save_only_model)
     if replayed:
-        return replay(cfg, checkpoints, machine)
+        return replay(cfg, checkpoints, run)
     resumed = checkpoints.latest() if saved else None
     if saved and not resumed and cfg.resume != 'auto':
         raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
-    cfg, learner, problems, scorer, plan = build(cfg, machine, resumed)
+    cfg, learner, problems, scorer, plan = build(cfg, run, resumed)
     state, rollouts_path = fresh_state(), os.path.join(cfg.output_dir, 'rollouts.jsonl')
     if resumed:
-        state = restore(learner, *read_checkpoint(resumed), machine)
+        state = restore(learner, *read_checkpoint(resumed), run)
         checkpoints.say_processes(resumed)
-        checkpoints.rewind(resumed)
-        machine.on_main(lambda: (write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}),
+        checkpoints.discard_later(resumed)
+        run.on_main(lambda: (write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}),
                                  cut_rollouts(rollouts_path, state['step'])))
     else:
-        start_fresh(machine, cfg.output_dir, as_dict(cfg), script='train_rl.py')
+        start_fresh(run, cfg.output_dir, as_dict(cfg), script='train_rl.py')
     if 'model' in cfg.rewards and not cfg.reward_model_path:
-        learner.reward_model = train_own_reward_model(cfg, problems, learner.tokenizer, machine, resumed)
-    announce(cfg, learner, problems, plan, machine)
-    header = {'script': 'train_rl.py', 'algorithm': cfg.algorithm, 'model': cfg.base_model_name, 'machine': describe_device(machine)}
+        learner.reward_model = train_own_reward_model(cfg, problems, learner.tokenizer, run, resumed)
+    announce(cfg, learner, problems, plan, run)
+    header = {'script': 'train_rl.py', 'algorithm': cfg.algorithm, 'model': cfg.base_model_name, 'machine': describe_device(run)}
     wandb = {name: getattr(cfg, f'wandb_{name}') for name in ('project', 'entity', 'name', 'tags') if getattr(cfg, f'wandb_{name}')}
-    log = Log(machine, cfg.output_dir, header, plan.total_steps, cfg.tensorboard, wandb if cfg.wandb_enabled else None,
+    log = Log(run, cfg.output_dir, header, plan.total_steps, cfg.tensorboard, wandb if cfg.wandb_enabled else None,
               state['step'] if resumed else None)
-    metrics = learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, rollouts_path, machine)
+    metrics = learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, rollouts_path, run)
     log.close()
     scorer.close()
-    machine.say(f'the model is in {cfg.output_dir}/: python sample.py {cfg.output_dir} --chat; samples: {cfg.output_dir}/rollouts.html')
-    machine.close()
+    run.print0(f'the model is in {cfg.output_dir}/: python sample.py {cfg.output_dir} --chat; samples: {cfg.output_dir}/rollouts.html')
+    run.close()
     return metrics
 
 
-def learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, rollouts_path, machine):
+def learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, rollouts_path, run):
     """The loop: rollouts, each with its updates. `state` counts what is done; all that is drawn depends on it and the seed alone."""
     lines, metrics, clock, before = [], {}, Clock(), state['step']
     while True:
@@ -1071,9 +1072,9 @@ def learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, r
         best = False
         if due(cfg.eval_steps) or ended or step == 0 and cfg.eval_steps:
             with clock('evaluating'):
-                metrics = evaluate(cfg, learner, problems, scorer, machine)
+                metrics = evaluate(cfg, learner, problems, scorer, run)
             log.write(step, metrics)
-            show(cfg, log, rollouts_path, machine)
+            show(cfg, log, rollouts_path, run)
             mark = metrics.get('eval_accuracy', metrics.get('eval_reward', 0.0))
             best = step > 0 and (state['best'] is None or mark > state['best'])
             state['best'] = mark if best else state['best']
@@ -1082,19 +1083,19 @@ def learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, r
         if ended:
             return {**metrics, 'step': step, 'best': state['best']}
         if stop.requested:
-            machine.say(f'stopped at step {step}, saved; go on with: {resume_command()}')
+            run.print0(f'stopped at step {step}, saved; go on with: {resume_command()}')
             raise SystemExit(stop.code)
 
         before = step
         with clock('generating'):
-            episodes, table, state['cursor'] = rollout(cfg, learner, problems, scorer, plan, step, state['cursor'], machine)
+            episodes, table, state['cursor'] = rollout(cfg, learner, problems, scorer, plan, step, state['cursor'], run)
         with clock('scoring'):
-            updates, about = prepare(cfg, learner, episodes, table, plan, machine)
+            updates, about = prepare(cfg, learner, episodes, table, plan, run)
         about = {**describe_rollout(cfg, learner, table, scorer), **about}
         if cfg.rollout_steps and state['rollouts'] % cfg.rollout_steps == 0:
-            write_rollout(episodes, rollouts_path, machine)
+            write_rollout(episodes, rollouts_path, run)
         state.update(rollouts=state['rollouts'] + 1, num_tokens=state['num_tokens'] + int(table['length'].sum()))
-        for result in learn_from(cfg, learner, updates, table, plan, state, clock, machine):
+        for result in learn_from(cfg, learner, updates, table, plan, state, clock, run):
             lines.append({**about, **result})
             if state['step'] % cfg.logging_steps == 0 or state['step'] == plan.total_steps:
                 log.write(state['step'], {**mean_of(lines), 'num_tokens': state['num_tokens'], **clock.rates(state['num_tokens'])})
@@ -1102,7 +1103,7 @@ def learn(cfg, learner, problems, scorer, plan, state, checkpoints, log, stop, r
             log.progress(state['step'])
 
 
-def learn_from(cfg, learner, updates, table, plan, state, clock, machine):
+def learn_from(cfg, learner, updates, table, plan, state, clock, run):
     """The optimizer steps of a rollout, one after the other: yields the metrics of each and counts it in `state`."""
     begin = state['step']
     for number in [number for _ in range(cfg.num_iterations) for number in range(plan.updates)][:plan.total_steps - begin]:
@@ -1111,10 +1112,10 @@ def learn_from(cfg, learner, updates, table, plan, state, clock, machine):
             optimizer.set_lr(peak * factor)
         with clock('updating'):
             metrics, good = update(cfg, learner, updates[number], *count(cfg, table, number, plan), state['step'] == begin, state['step'],
-                                   machine)
+                                   run)
         state.update(step=state['step'] + 1, bad_steps=0 if good else state['bad_steps'] + 1)
         if not good:
-            machine.say(f'step {state["step"]}: the gradient is not finite, the step is skipped ({state["bad_steps"]} in a row)')
+            run.print0(f'step {state["step"]}: the gradient is not finite, the step is skipped ({state["bad_steps"]} in a row)')
             if state['bad_steps'] == MAX_BAD_STEPS:
                 raise UserError(f'{MAX_BAD_STEPS} steps in a row without a finite gradient: lower --learning_rate={cfg.learning_rate:g}; '
                                 f'the checkpoints in {cfg.output_dir} are good')
@@ -1162,18 +1163,18 @@ def mean_of(lines):
     return {key: how.get(key, lambda x: sum(x) / len(x))(values) for key, values in columns.items()}
 
 
-def show(cfg, log, rollouts_path, machine):
+def show(cfg, log, rollouts_path, run):
     """The picture and the page so far."""
-    if machine.is_main:
+    if run.is_main:
         name = os.path.basename(os.path.abspath(cfg.output_dir))
-        report_rl.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
+        pages.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
         if os.path.exists(rollouts_path):
-            report_rl.rollouts_page(rollouts_path, os.path.join(cfg.output_dir, 'rollouts.html'), name)
+            pages.rollouts_page(rollouts_path, os.path.join(cfg.output_dir, 'rollouts.html'), name)
 
 
 # ---- replay -----------------------------------------------------------------------------------------------------------------
 
-def replay(cfg, checkpoints, machine):
+def replay(cfg, checkpoints, run):
     """Samples the rollout of step cfg.replay again, from the nearest checkpoint before it (or the start) and the seeds, compares it with
     rollouts.jsonl and says of each group what there was to learn from it. Writes nothing."""
     path = os.path.join(cfg.output_dir, 'rollouts.jsonl')
@@ -1186,30 +1187,30 @@ def replay(cfg, checkpoints, machine):
         raise UserError(f'--replay={cfg.replay}: no rollout was written at that step; the nearest one is {near}')
     usable = [path for path, manifest in checkpoints.own() if manifest['step'] <= cfg.replay and (path / 'optimizer.safetensors').exists()]
     resumed = str(usable[-1]) if usable else None
-    cfg, learner, problems, scorer, plan = build(cfg, machine, resumed)
+    cfg, learner, problems, scorer, plan = build(cfg, run, resumed)
     state = fresh_state()
     if resumed:
-        state = restore(learner, *read_checkpoint(resumed), machine)
+        state = restore(learner, *read_checkpoint(resumed), run)
     if 'model' in cfg.rewards and not cfg.reward_model_path:
-        learner.reward_model = train_own_reward_model(cfg, problems, learner.tokenizer, machine, resumed=True)
-    machine.say(f'replay    from {resumed or "the start"}, step {state["step"]}, to step {cfg.replay}')
+        learner.reward_model = train_own_reward_model(cfg, problems, learner.tokenizer, run, resumed=True)
+    run.print0(f'replay    from {resumed or "the start"}, step {state["step"]}, to step {cfg.replay}')
     while True:
-        episodes, table, state['cursor'] = rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], machine)
-        updates, _ = prepare(cfg, learner, episodes, table, plan, machine)
+        episodes, table, state['cursor'] = rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], run)
+        updates, _ = prepare(cfg, learner, episodes, table, plan, run)
         if state['step'] >= cfg.replay:
             break
-        for _ in learn_from(cfg, learner, updates, table, plan, state, Clock(), machine):
+        for _ in learn_from(cfg, learner, updates, table, plan, state, Clock(), run):
             pass
     wanted = {(e.group, e.sample): e for e in written if e.step == cfg.replay}
     same = sum(e.completion_ids == wanted[e.group, e.sample].completion_ids for e in episodes if (e.group, e.sample) in wanted)
     for group in table.groups:
         members = sorted((e for e in episodes if e.group == group), key=lambda e: e.sample)
         if members:
-            print(report_rl.explain_group(members))
+            print(pages.explain_group(members))
     print(f'{same} of {len(episodes)} completions are those of {path}, token by token')
     scorer.close()
     return {'same': same, 'completions': len(episodes)}
 
 
 if __name__ == '__main__':
-    run(main, cfg)
+    run_script(main, cfg)

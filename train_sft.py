@@ -6,8 +6,8 @@
     python train_sft.py --dataset_path dataset.jsonl --check              what is learned of which rows, and what is wrong with them
 
 The loss is the mean of -log p over every target of the optimizer step, counted over micro-batches and ranks: it does not depend on how
-the batch is cut. Which rows a step sees is decided by step and seed alone. What is learned of a row, and formats: data/encoded.py and
-data/records.py.
+the batch is cut. Which rows a step sees is decided by step and seed alone. What is learned of a row, and formats: data/tokenized.py and
+data/formats.py.
 """
 import concurrent.futures
 import contextlib
@@ -18,9 +18,9 @@ import re
 import time
 from dataclasses import asdict, dataclass
 
-from configurator import UserError, as_dict, parse, run, setting
-from data.records import Source
-from optim import OPTIMIZERS, Plateau, WeightAverage, learning_rate, make_optimizer, warmup_within
+from configurator import UserError, as_dict, parse, run_script, setting
+from data.formats import Source
+from nanoforge.optim import OPTIMIZERS, Plateau, WeightAverage, learning_rate, make_optimizer, warmup_within
 
 SCHEDULES = {'linear': 'linear', 'cosine': 'cosine', 'cosine_with_restarts': 'cosine_restarts', 'cosine_hard_restarts': 'cosine_restarts',
              'cosine_restarts': 'cosine_restarts', 'constant': 'constant', 'constant_with_warmup': 'constant', 'plateau': 'plateau',
@@ -174,30 +174,31 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-import report
-from checkpoint import Checkpoints, follow, read_checkpoint, resume_config, start_fresh, write_json
-from data.encoded import Rows, digest, encode_records
-from data.records import read_rows, to_record
+from nanoforge import plots
+from nanoforge.checkpoint import Checkpoints, resolve_link, read_checkpoint, resume_config, start_fresh, write_json
+from data.tokenized import TokenizedRows, digest, encode_records
+from data.formats import read_rows, to_record
 from data.tokenizer import read_json
-from diagnosis import Findings, RedFlags, compare_splits, show_check
+from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, show_check
 from model import add_lora, load_model, merge_lora, save_model
-from ops import document_lengths
-from quantized import check_trainable
-from runtime import Log, LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
+from nanoforge.kernels import document_lengths
+from nanoforge.quantize import check_trainable
+from nanoforge.log import Log
+from nanoforge.run import LossScale, Stop, describe_device, explain_out_of_memory, precision, resume_command, seed_for, setup
 from sample import generate
 
 
 # ---- model ------------------------------------------------------------------------------------------------------------------
 
-def build_model(cfg, checkpoint, machine):
+def build_model(cfg, checkpoint, run):
     """(model, tokenizer), weights of the run's own `checkpoint` where it resumes, else of load_checkpoint or the base model."""
-    half = cfg.use_lora and machine.device.type == 'cuda'
+    half = cfg.use_lora and run.device.type == 'cuda'
     quantisation = dict(load_in_4bit=cfg.load_in_4bit, load_in_8bit=cfg.load_in_8bit, bnb_4bit_quant_type=cfg.bnb_4bit_quant_type,
                         bnb_4bit_use_double_quant=cfg.bnb_4bit_use_double_quant, bnb_4bit_compute_dtype=cfg.bnb_4bit_compute_dtype)
-    source = checkpoint or (cfg.load_checkpoint and str(follow(cfg.load_checkpoint))) or cfg.base_model_name
+    source = checkpoint or (cfg.load_checkpoint and str(resolve_link(cfg.load_checkpoint))) or cfg.base_model_name
     is_adapter = lambda path: os.path.exists(os.path.join(path, 'adapter_config.json'))
     base = cfg.base_model_name if is_adapter(source) and 'base_model_name' in cfg.typed and not is_adapter(cfg.base_model_name) else None
-    model, tokenizer = load_model(source, machine.device, getattr(torch, cfg.torch_dtype) if half else torch.float32, **quantisation,
+    model, tokenizer = load_model(source, run.device, getattr(torch, cfg.torch_dtype) if half else torch.float32, **quantisation,
                                   base=base, trainable_adapter=True)
     if tokenizer is None:
         raise UserError(f'{source} has no tokenizer beside its weights: copy tokenizer.json there')
@@ -221,28 +222,28 @@ def build_model(cfg, checkpoint, machine):
             module.dropout = cfg.dropout
     model.config.dropout = cfg.dropout
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    return model.set_matmul(machine.matmul).train(), tokenizer
+    return model.set_matmul(run.matmul).train(), tokenizer
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------------
 
-def sources_of(cfg, machine):
+def sources_of(cfg, run):
     """The data sets of this run. dataset_path stands in for a recipe's list."""
     if cfg.dataset_path:
         if cfg.datasets:
-            machine.say(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
+            run.print0(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
         names = [cfg.dataset_path] if os.path.exists(cfg.dataset_path) else cfg.dataset_path.split(',')
         return [Source(name=name.strip()) for name in names]
     if cfg.datasets:
         return cfg.datasets
     if cfg.base_model_name == 'tiny':
-        machine.say(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny (--dataset_path insists)')
+        run.print0(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny (--dataset_path insists)')
         return [Source(name='devices')]
     try:
         next(read_rows(HUB_DATASET))
         return [Source(name=HUB_DATASET)]
     except UserError as error:
-        machine.say(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN devices; --dataset_path names your own data')
+        run.print0(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN devices; --dataset_path names your own data')
         return [Source(name='devices')]
 
 
@@ -250,7 +251,7 @@ def is_embedded(sources):
     return [source.name for source in sources] == ['devices']
 
 
-def records_of(cfg, sources, findings, machine):
+def records_of(cfg, sources, findings, run):
     """(number of the source, Record) of every row that can be read; the others are findings."""
     fraction, held_out = 0.1 if cfg.eval_fraction is None else cfg.eval_fraction, 0
     for number, source in enumerate(sources):
@@ -265,20 +266,20 @@ def records_of(cfg, sources, findings, machine):
                     record.split, held_out = 'eval', held_out + 1
             yield number, record
     if held_out:
-        machine.say(f'data      {held_out:,} rows without "metadata" are held out (--eval_fraction={fraction:g})')
+        run.print0(f'data      {held_out:,} rows without "metadata" are held out (--eval_fraction={fraction:g})')
 
 
-def load_data(cfg, model, tokenizer, machine):
+def load_data(cfg, model, tokenizer, run):
     """(Rows, Findings, sources): every row encoded; max_length is set to what the rows need, or the context allows."""
-    sources, rows, findings = sources_of(cfg, machine), Rows(), Findings()
+    sources, rows, findings = sources_of(cfg, run), TokenizedRows(), DataIssues()
     context, asked = model.config.block_size, cfg.max_length
     if asked and asked > context:
-        machine.say(f'max_length {asked} is clamped to the {context} tokens of context that the model has')
-    records = records_of(cfg, sources, findings, machine)
+        run.print0(f'max_length {asked} is clamped to the {context} tokens of context that the model has')
+    records = records_of(cfg, sources, findings, run)
     if cfg.augment:
         from data.augment import augment
         records = ((number, record) for number, group in itertools.groupby(records, key=lambda pair: pair[0])
-                   for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, say=machine.say))
+                   for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, say=run.print0))
     longest = encode_records(records, tokenizer, rows, findings, cfg.loss_on, min(asked or context, context), cfg.max_prompt_length,
                              cfg.dataset_num_proc, cfg.skip_bad_rows)
     compare_splits(rows.close(), findings)
@@ -313,7 +314,7 @@ class Batches:
         return np.concatenate(parts)
 
     def pack(self, drawn):
-        from data.records import best_fit
+        from data.formats import best_fit
         bins = best_fit((self.rows.lengths[drawn] - 1).tolist(), self.cfg.max_length)
         return [drawn[places].tolist() for places in bins]
 
@@ -379,8 +380,8 @@ def tensors(rows, batch, device, packed, pin=False):
 class Loader:
     """What a step needs, made ahead by `workers` threads: (this rank's micro-batches, targets of the step over all ranks, tokens)."""
 
-    def __init__(self, cfg, batches, total, machine):
-        self.cfg, self.batches, self.total, self.machine = cfg, batches, total, machine
+    def __init__(self, cfg, batches, total, run):
+        self.cfg, self.batches, self.total, self.run = cfg, batches, total, run
         self.pool = concurrent.futures.ThreadPoolExecutor(1) if cfg.dataloader_num_workers else None
         self.ahead = {}
 
@@ -388,8 +389,8 @@ class Loader:
         cfg, rows = self.cfg, self.batches.rows
         batches = self.batches.of_step(step)
         learned = [i for batch in batches for item in batch for i in item]
-        mine = [micro_batch(rows, batch, cfg.packing, self.machine.device, cfg.dataloader_pin_memory)
-                for batch in batches[self.machine.rank::self.machine.world_size]]
+        mine = [micro_batch(rows, batch, cfg.packing, self.run.device, cfg.dataloader_pin_memory)
+                for batch in batches[self.run.rank::self.run.world_size]]
         return mine, int(rows.targets[learned].sum()), int((rows.lengths[learned] - 1).sum())
 
     def __call__(self, step):
@@ -417,7 +418,7 @@ def negative_logp(cfg, model, x, y, positions, extras=False):
         scale = cfg.neftune_noise_alpha / (lengths * embeddings.size(-1)).sqrt()
         scale = scale.repeat_interleave(lengths).view(*x.shape, 1)                      # of each token's own row
         noisy = {'embeddings': embeddings + scale * torch.empty_like(embeddings).uniform_(-1, 1)}
-    hidden = model.hidden(x, positions, **noisy, places=(y >= 0).flatten().nonzero().squeeze(1))            # (targets, C)
+    hidden = model.hidden(x, positions, **noisy, logit_positions=(y >= 0).flatten().nonzero().squeeze(1))            # (targets, C)
     stats = model.token_stats(hidden, y[y >= 0], extras=extras or e > 0)
     loss = -stats['logp'].sum()
     if e and model.training:
@@ -425,20 +426,20 @@ def negative_logp(cfg, model, x, y, positions, extras=False):
     return loss, stats['correct'].sum() if extras else None
 
 
-def train_step(cfg, model, optimizer, batches, count, step, scaler, extras, machine):
+def train_step(cfg, model, optimizer, batches, count, step, scaler, extras, run):
     """One optimizer step: (this rank's part of the mean loss over all `count` targets, gradient norm before clipping, how many of this
     rank's targets were the likeliest token, whether the step was sound). A norm that is not finite skips the step."""
     optimizer.zero_grad()
-    loss, correct = torch.zeros((), device=machine.device), torch.zeros((), device=machine.device)
+    loss, correct = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     for micro, (x, y, positions) in enumerate(batches):
-        torch.manual_seed(seed_for(cfg.seed, 'noise', step, micro, machine.rank))       # of dropout and NEFTune
-        with explain_out_of_memory('--per_device_train_batch_size', '--max_length'), machine.autocast():
+        torch.manual_seed(seed_for(cfg.seed, 'noise', step, micro, run.rank))       # of dropout and NEFTune
+        with explain_out_of_memory('--per_device_train_batch_size', '--max_length'), run.autocast():
             part, hits = negative_logp(cfg, model, x, y, positions, extras)
             (part / max(count, 1) * scaler.value).backward()
         loss += part.detach() / max(count, 1)
         correct += hits if extras else 0
     for grad in optimizer.grads:
-        machine.sum(grad)
+        run.sum(grad)
     scaler.unscale_(optimizer.grads)
     norm = float(optimizer.clip_grad_norm(cfg.max_grad_norm))
     if math.isfinite(norm):
@@ -450,7 +451,7 @@ def train_step(cfg, model, optimizer, batches, count, step, scaler, extras, mach
 # ---- evaluation -------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(cfg, model, rows, machine):
+def evaluate(cfg, model, rows, run):
     """{'eval_loss': nats per target, 'eval_mean_token_accuracy', 'eval_runtime', ...} on the held-out rows; nan where there are none."""
     held_out, started = np.flatnonzero(rows.held_out), time.perf_counter()
     if not len(held_out):
@@ -459,12 +460,12 @@ def evaluate(cfg, model, rows, machine):
     B = cfg.per_device_eval_batch_size or 2 * cfg.per_device_train_batch_size
     held_out = held_out[np.argsort(rows.lengths[held_out], kind='stable')]
     total = torch.zeros(2, dtype=torch.float64)
-    for at in range(0, len(held_out), B)[machine.rank::machine.world_size]:
-        x, y, positions = micro_batch(rows, [[i] for i in held_out[at:at + B]], False, machine.device)
-        with explain_out_of_memory('--per_device_eval_batch_size'), machine.autocast():
+    for at in range(0, len(held_out), B)[run.rank::run.world_size]:
+        x, y, positions = micro_batch(rows, [[i] for i in held_out[at:at + B]], False, run.device)
+        with explain_out_of_memory('--per_device_eval_batch_size'), run.autocast():
             loss, correct = negative_logp(cfg, model, x, y, positions, extras=True)
         total += torch.stack([loss.double().cpu(), correct.double().cpu()])
-    loss, correct = (machine.sum(total) / rows.targets[held_out].sum()).tolist()
+    loss, correct = (run.sum(total) / rows.targets[held_out].sum()).tolist()
     model.train()
     seconds = time.perf_counter() - started
     return {'eval_loss': loss, 'eval_mean_token_accuracy': correct, 'eval_runtime': seconds,
@@ -486,7 +487,7 @@ def answer_examples(cfg, model, tokenizer, rows):
 
 # ---- what is said -----------------------------------------------------------------------------------------------------------
 
-def choose(cfg, model, sources, batches, machine):
+def choose(cfg, model, sources, batches, run):
     """Sets what was left open, and says so; clamps what cannot be. Returns (optimizer steps, steps of warm-up)."""
     chosen = {}
     if cfg.learning_rate is None:
@@ -498,44 +499,44 @@ def choose(cfg, model, sources, batches, machine):
     for name, value in chosen.items():
         setattr(cfg, name, value)
     if chosen:
-        machine.say('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) + ' (type the flags for others)')
+        run.print0('chosen    ' + ', '.join(f'{name}={value:g}' for name, value in chosen.items()) + ' (type the flags for others)')
     total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.num_train_epochs * batches.steps_per_epoch)
     warmup = math.ceil(cfg.warmup_ratio * total) if cfg.warmup_steps is None else cfg.warmup_steps
-    warmup = warmup_within(warmup, total, machine.say)
+    warmup = warmup_within(warmup, total, run.print0)
     for name in ('logging_steps', 'eval_steps'):
         if getattr(cfg, name) > total and (name != 'eval_steps' or cfg.eval_strategy == 'steps'):
-            machine.say(f'note      {name}={getattr(cfg, name)} in a run of {total} steps: clamped to {total}')
+            run.print0(f'note      {name}={getattr(cfg, name)} in a run of {total} steps: clamped to {total}')
             setattr(cfg, name, total)
     return total, warmup
 
 
-def announce(cfg, model, rows, sources, batches, total, warmup, machine):
+def announce(cfg, model, rows, sources, batches, total, warmup, run):
     """What will be trained on what, and for how long, before the first step."""
     held_out, c = rows.held_out, model.config
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     names = ', '.join(source.name for source in sources)
-    machine.say(f'data      {names}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; {rows.targets[~held_out].sum():,} '
+    run.print0(f'data      {names}: {(~held_out).sum():,} rows to train on, {held_out.sum():,} held out; {rows.targets[~held_out].sum():,} '
                 f'of {rows.lengths[~held_out].sum():,} tokens are learned (loss_on={cfg.loss_on})')
     order = (f'packed into {len(batches.packs):,}' if cfg.packing else
              'steps of similar length' if cfg.group_by_length else 'in any order')
-    waste = f'{100 * batches.padding():.0f}% of a batch is padding' + ', which a CPU does not compute' * (machine.device.type == 'cpu')
-    machine.say(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
+    waste = f'{100 * batches.padding():.0f}% of a batch is padding' + ', which a CPU does not compute' * (run.device.type == 'cpu')
+    run.print0(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
     how = '4-bit ' * cfg.load_in_4bit + '8-bit ' * cfg.load_in_8bit + ('LoRA' if getattr(model, 'adapters', None) else 'full')
-    machine.say(f'model     {cfg.load_checkpoint or cfg.base_model_name} ({c.arch}): {how} fine-tuning, {trained:,} of '
+    run.print0(f'model     {cfg.load_checkpoint or cfg.base_model_name} ({c.arch}): {how} fine-tuning, {trained:,} of '
                 f'{model.num_params():,} parameters train')
-    machine.say(f'machine   {describe_device(machine)}')
+    run.print0(f'machine   {describe_device(run)}')
     rates = [learning_rate(s, SCHEDULES[cfg.lr_scheduler_type], cfg.learning_rate, cfg.min_lr, warmup, total)
              for s in range(0, total, max(1, total // 240))]
-    machine.say(f'schedule  {report.sparkline(rates, 40)} {cfg.lr_scheduler_type} to {max(rates):g} after {warmup} steps of warm-up')
+    run.print0(f'schedule  {plots.sparkline(rates, 40)} {cfg.lr_scheduler_type} to {max(rates):g} after {warmup} steps of warm-up')
     often = {'steps': f'every {cfg.eval_steps} steps', 'epoch': 'after each epoch', 'no': 'never'}[cfg.eval_strategy]
-    machine.say(f'run       {total:,} steps of {batches.size} rows, {total / batches.steps_per_epoch:.3g} epochs, evaluation {often}')
+    run.print0(f'run       {total:,} steps of {batches.size} rows, {total / batches.steps_per_epoch:.3g} epochs, evaluation {often}')
     if not cfg.low_cpu_mem_usage:
-        machine.say('note      low_cpu_mem_usage=false: weights are mapped from disk in any case')
+        run.print0('note      low_cpu_mem_usage=false: weights are mapped from disk in any case')
     if not cfg.remove_unused_columns:
-        machine.say('note      remove_unused_columns=false: rows are encoded as they are read, no column is kept in any case')
-    if cfg.use_lora and cfg.torch_dtype != 'float32' and machine.device.type == 'cpu' and 'torch_dtype' in cfg.typed:
-        machine.say(f'note      torch_dtype={cfg.torch_dtype}: on a CPU weights are float32')
-    if machine.device.type == 'cuda' and cfg.use_flash_attention:
+        run.print0('note      remove_unused_columns=false: rows are encoded as they are read, no column is kept in any case')
+    if cfg.use_lora and cfg.torch_dtype != 'float32' and run.device.type == 'cpu' and 'torch_dtype' in cfg.typed:
+        run.print0(f'note      torch_dtype={cfg.torch_dtype}: on a CPU weights are float32')
+    if run.device.type == 'cuda' and cfg.use_flash_attention:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -547,7 +548,7 @@ def named_checkpoint(cfg):
     wanted = cfg.resume_from_checkpoint or ''
     if wanted.lower() in ('', 'true', 'yes', 'false', 'no'):
         return ''
-    path = str(follow(wanted))
+    path = str(resolve_link(wanted))
     if os.path.realpath(os.path.dirname(os.path.abspath(path))) != os.path.realpath(cfg.output_dir):
         raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir={cfg.output_dir}: name that folder too, or '
                         'take its weights alone with --load_checkpoint')
@@ -558,7 +559,7 @@ def first_epoch(cfg):
     """The number of epochs that the loaded checkpoint has behind it."""
     if not cfg.load_checkpoint:
         return 0
-    state = read_json(os.path.join(follow(cfg.load_checkpoint), 'trainer_state.json'))
+    state = read_json(os.path.join(resolve_link(cfg.load_checkpoint), 'trainer_state.json'))
     named = re.search(r'epoch_(\d+)/?$', cfg.load_checkpoint)
     return int(state['epoch']) if 'epoch' in state else int(named[1]) if named else 0
 
@@ -594,10 +595,10 @@ class Progress:
     evaluations_since_best: int = 0
     seconds: float = 0.0            # of training and evaluation, over all starts
 
-    def settle(self, losses, machine):
+    def settle(self, losses, run):
         """Adds the ranks' parts of the losses of some steps, and empties the list."""
         if losses:
-            total = float(machine.sum(torch.stack(losses).sum()))
+            total = float(run.sum(torch.stack(losses).sum()))
             self.loss_sum, self.interval_loss = self.loss_sum + total, self.interval_loss + total
             self.interval_steps += len(losses)
             losses.clear()
@@ -605,25 +606,25 @@ class Progress:
 
 # ---- the run ----------------------------------------------------------------------------------------------------------------
 
-def refuse_or_warn(cfg, rows, findings, machine):
+def refuse_or_warn(cfg, rows, findings, run):
     """UserError where rows must not be learned, or none are left; everything else that is wrong with the data is said."""
     if not cfg.skip_bad_rows:
         findings.stop()
     for line in findings.lines():
-        machine.say('note      ' + line)
+        run.print0('note      ' + line)
     if rows.held_out.all():
         reason = next(findings.lines(), 'every row is held out: rows to train on have "metadata": "train" or none')
         raise UserError(f'no row is left to train on; {reason}')
     if (cfg.patience or SCHEDULES[cfg.lr_scheduler_type] == 'plateau') and not rows.held_out.any():
-        machine.say('note      no row is held out: patience and lr_scheduler_type=plateau have nothing to judge by, and do nothing')
+        run.print0('note      no row is held out: patience and lr_scheduler_type=plateau have nothing to judge by, and do nothing')
 
 
-def open_log(cfg, model, sources, rows, total, resume_step, machine):
+def open_log(cfg, model, sources, rows, total, resume_step, run):
     header = {'script': 'train_sft.py', 'data': [source.name for source in sources], 'rows': int((~rows.held_out).sum()),
-              'model': cfg.load_checkpoint or cfg.base_model_name, 'parameters': model.num_params(), 'machine': describe_device(machine)}
+              'model': cfg.load_checkpoint or cfg.base_model_name, 'parameters': model.num_params(), 'machine': describe_device(run)}
     places = set(cfg.report_to) | ({'wandb'} if cfg.wandb_enabled else set())
     named = {'project': cfg.wandb_project, 'entity': cfg.wandb_entity, 'name': cfg.wandb_name, 'tags': cfg.wandb_tags}
-    return Log(machine, cfg.output_dir, header, total, bool(places & {'tensorboard', 'all'}),
+    return Log(run, cfg.output_dir, header, total, bool(places & {'tensorboard', 'all'}),
                {key: value for key, value in named.items() if value} if places & {'wandb', 'all'} else None, resume_step)
 
 
@@ -632,23 +633,23 @@ def gradient_histograms(optimizer):
     return {f'gradients/{name}': grad for flat in optimizer.flats for name, grad in zip(flat.names, flat.grads)}
 
 
-def finish(cfg, progress, metrics, log, machine):
+def finish(cfg, progress, metrics, log, run):
     """The last log line and the picture; with save_merged the whole model. Returns the final metrics."""
     seconds = progress.seconds
     summary = {'train_loss': progress.loss_sum / max(progress.step, 1), 'train_runtime': seconds, 'num_tokens': progress.num_tokens,
                'train_steps_per_second': progress.step / max(seconds, 1e-9), 'tokens_per_second': progress.num_tokens / max(seconds, 1e-9)}
     log.write(progress.step, summary)
-    if machine.is_main:
-        report.loss_picture(log.path, os.path.join(cfg.output_dir, 'loss.png'), os.path.basename(os.path.abspath(cfg.output_dir)))
+    if run.is_main:
+        plots.loss_picture(log.path, os.path.join(cfg.output_dir, 'loss.png'), os.path.basename(os.path.abspath(cfg.output_dir)))
     log.close()
-    if cfg.save_merged and os.path.exists(os.path.join(cfg.output_dir, 'adapter_config.json')) and machine.is_main:
+    if cfg.save_merged and os.path.exists(os.path.join(cfg.output_dir, 'adapter_config.json')) and run.is_main:
         base = cfg.base_model_name if 'base_model_name' in cfg.typed else None
         merged, tokenizer = load_model(cfg.output_dir, base=base)
         save_model(merge_lora(merged, keep=False), tokenizer, os.path.join(cfg.output_dir, 'merged'))
-    machine.barrier()
+    run.barrier()
     best = '' if progress.best_eval_loss is None else f'best eval_loss {progress.best_eval_loss:.4f}; '
-    machine.say(f'{best}the model is in {cfg.output_dir}/: python evaluate.py --model-path {cfg.output_dir}')
-    machine.close()
+    run.print0(f'{best}the model is in {cfg.output_dir}/: python evaluate.py --model-path {cfg.output_dir}')
+    run.close()
     return {**metrics, **summary, 'best_eval_loss': progress.best_eval_loss, 'step': progress.step}
 
 
@@ -657,43 +658,43 @@ def main(cfg):
     if cfg.resume or (wanted or '').lower() not in ('', 'false', 'no'):
         cfg, saved = resume_config(cfg, cfg.output_dir, 'train_sft.py')
         cfg.resume_from_checkpoint = wanted                 # not what an earlier resume named
-    machine = setup(cfg.device, precision(cfg), cfg.matmul)
-    stop = Stop(machine)
-    checkpoints = Checkpoints(cfg.output_dir, machine, cfg.save_total_limit, cfg.save_only_model)
+    run = setup(cfg.device, precision(cfg), cfg.matmul)
+    stop = Stop(run)
+    checkpoints = Checkpoints(cfg.output_dir, run, cfg.save_total_limit, cfg.save_only_model)
     resumed = named or checkpoints.latest() if saved else None
     if saved and not resumed and cfg.resume != 'auto':
         raise UserError(f'{cfg.output_dir} holds no whole checkpoint to resume from; start anew without --resume')
-    model, tokenizer = build_model(cfg, resumed, machine)
-    rows, findings, sources = load_data(cfg, model, tokenizer, machine)
+    model, tokenizer = build_model(cfg, resumed, run)
+    rows, findings, sources = load_data(cfg, model, tokenizer, run)
     if cfg.check_data:
-        return show_check(cfg, tokenizer, rows, findings, machine)
-    refuse_or_warn(cfg, rows, findings, machine)
+        return show_check(cfg, tokenizer, rows, findings, run)
+    refuse_or_warn(cfg, rows, findings, run)
     if cfg.group_by_length is None:
         cfg.group_by_length = is_embedded(sources)
-    batches = Batches(cfg, rows, [source.weight for source in sources], machine.world_size)
-    total, warmup = choose(cfg, model, sources, batches, machine)
+    batches = Batches(cfg, rows, [source.weight for source in sources], run.world_size)
+    total, warmup = choose(cfg, model, sources, batches, run)
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
     average = WeightAverage(optimizer, cfg.ema) if cfg.ema else None
     averaged = average.swapped if average else contextlib.nullcontext
-    scaler, plateau, progress = LossScale(machine.dtype), Plateau(), Progress(epochs_before=first_epoch(cfg))
+    scaler, plateau, progress = LossScale(run.dtype), Plateau(), Progress(epochs_before=first_epoch(cfg))
     if resumed:
         state = restore(resumed, optimizer, average)
-        scaler, progress = LossScale(machine.dtype, state['loss_scale']), Progress(**state['progress'])
+        scaler, progress = LossScale(run.dtype, state['loss_scale']), Progress(**state['progress'])
         plateau.load_state_dict(state['plateau'])
         checkpoints.say_processes(resumed)
-        checkpoints.rewind(resumed)
-        machine.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
+        checkpoints.discard_later(resumed)
+        run.on_main(lambda: write_json(os.path.join(cfg.output_dir, 'run_config.json'), {**saved, 'config': as_dict(cfg)}))
     else:
-        start_fresh(machine, cfg.output_dir, as_dict(cfg), keep=cfg.load_checkpoint and follow(cfg.load_checkpoint), script='train_sft.py')
-    announce(cfg, model, rows, sources, batches, total, warmup, machine)
-    log = open_log(cfg, model, sources, rows, total, progress.step if resumed else None, machine)
+        start_fresh(run, cfg.output_dir, as_dict(cfg), keep=cfg.load_checkpoint and resolve_link(cfg.load_checkpoint), script='train_sft.py')
+    announce(cfg, model, rows, sources, batches, total, warmup, run)
+    log = open_log(cfg, model, sources, rows, total, progress.step if resumed else None, run)
     started, before = time.perf_counter(), progress.seconds
-    loader, flags, schedule = Loader(cfg, batches, total, machine), RedFlags(machine), SCHEDULES[cfg.lr_scheduler_type]
+    loader, flags, schedule = Loader(cfg, batches, total, run), TrainingAlerts(run), SCHEDULES[cfg.lr_scheduler_type]
     per_epoch, losses, metrics, since = batches.steps_per_epoch, [], {}, [time.perf_counter(), progress.num_tokens]
     epoch_now = lambda: progress.epochs_before + progress.step / per_epoch
 
     def save(best):
-        progress.settle(losses, machine)
+        progress.settle(losses, run)
         progress.seconds = before + time.perf_counter() - started
         whole = progress.step % per_epoch == 0
         name = cfg.checkpoint_name if whole or '{step}' in cfg.checkpoint_name else 'checkpoint-{step}'
@@ -706,11 +707,11 @@ def main(cfg):
 
     def validate():
         began = time.perf_counter()
-        progress.settle(losses, machine)
+        progress.settle(losses, run)
         with averaged():
-            metrics.update(evaluate(cfg, model, rows, machine))
+            metrics.update(evaluate(cfg, model, rows, run))
             log.write(progress.step, {'epoch': epoch_now(), **metrics})
-            if cfg.sample_rows and rows.held_out.any() and machine.is_main:
+            if cfg.sample_rows and rows.held_out.any() and run.is_main:
                 log.text(progress.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
         log.histograms(progress.step, gradient_histograms(optimizer))
         flags.evaluation(progress, metrics['eval_loss'])
@@ -731,17 +732,17 @@ def main(cfg):
         optimizer.set_lr(max(lr * plateau.scale, min(lr, cfg.min_lr)) if schedule == 'plateau' else lr)
         micro_batches, count, tokens = loader(progress.step)
         logging = (progress.step + 1) % cfg.logging_steps == 0
-        loss, norm, correct, good = train_step(cfg, model, optimizer, micro_batches, count, progress.step, scaler, logging, machine)
+        loss, norm, correct, good = train_step(cfg, model, optimizer, micro_batches, count, progress.step, scaler, logging, run)
         losses.append(loss)
         progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
         if average:
             average.update(progress.step)
         flags.step(good, cfg.learning_rate, cfg.output_dir)
         if logging:
-            progress.settle(losses, machine)
+            progress.settle(losses, run)
             seconds = time.perf_counter() - since[0]
             line = {'epoch': epoch_now(), 'loss': progress.interval_loss / progress.interval_steps, 'grad_norm': norm,
-                    'learning_rate': optimizer.param_groups[0]['lr'], 'mean_token_accuracy': float(machine.sum(correct)) / max(count, 1),
+                    'learning_rate': optimizer.param_groups[0]['lr'], 'mean_token_accuracy': float(run.sum(correct)) / max(count, 1),
                     'num_tokens': progress.num_tokens, 'tokens_per_second': (progress.num_tokens - since[1]) / seconds}
             log.write(progress.step, line)
             flags.train(line['loss'], norm)
@@ -751,17 +752,17 @@ def main(cfg):
         due = lambda when, n: done or when == 'steps' and progress.step % n == 0 or when == 'epoch' and progress.step % per_epoch == 0
         best = validate() if cfg.eval_strategy != 'no' and due(cfg.eval_strategy, cfg.eval_steps) else False
         if cfg.patience and progress.evaluations_since_best >= cfg.patience:
-            machine.say(f'no better evaluation in {cfg.patience}: stopped at step {progress.step}')
+            run.print0(f'no better evaluation in {cfg.patience}: stopped at step {progress.step}')
             done = True
         if done or stopping or due(cfg.save_strategy, cfg.save_steps) or best:
             save(best)
         if stopping and not done:
             log.close()
-            machine.say(f'stopped at step {progress.step}, saved; go on with: {resume_command()}')
-            machine.close()
+            run.print0(f'stopped at step {progress.step}, saved; go on with: {resume_command()}')
+            run.close()
             raise SystemExit(stop.code)
-    return finish(cfg, progress, metrics, log, machine)
+    return finish(cfg, progress, metrics, log, run)
 
 
 if __name__ == '__main__':
-    run(main, cfg)
+    run_script(main, cfg)

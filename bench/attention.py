@@ -15,8 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.nn.functional as F
 
-from ops import ShortAttention, future
-from runtime import setup
+from nanoforge.kernels import ShortAttention, future
+from nanoforge.run import setup
 
 TOKENS, H, D = 4096, 4, 32
 

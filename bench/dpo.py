@@ -73,21 +73,21 @@ def ours(directory, options):
         f'--base_model_name={os.path.join(directory, "model")}', f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}',
         '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
         '--rpo_alpha=0', f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
-    machine = script.setup(cfg.device, 'float32', cfg.matmul)
+    run = script.setup(cfg.device, 'float32', cfg.matmul)
     cfg.reference_cache = os.path.join(directory, 'cache')
-    model, tokenizer = script.build_policy(cfg, None, machine)
-    pairs, train, _ = script.load_data(cfg, tokenizer, 512, machine)
+    model, tokenizer = script.build_policy(cfg, None, run)
+    pairs, train, _ = script.load_data(cfg, tokenizer, 512, run)
     feed = script.Feed(cfg, train, 1)
     start = resident()
     kind = 'cache' if options.child.endswith('cache') else 'copy'
-    reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], machine)
+    reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], run)
     optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
-    loader, scaler = script.Loader(cfg, feed, pairs, machine), script.LossScale(machine.dtype)
+    loader, scaler = script.Loader(cfg, feed, pairs, run), script.LossScale(run.dtype)
     losses, times = [], [now()]
     for step in range(options.steps):
         optimizer.set_lr(cfg.learning_rate)
         indices, batches = loader(step)
-        means, *_ = script.train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, machine)
+        means, *_ = script.train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, run)
         losses.append(float(means[0]))
         times.append(now())
     return result(times, start, statistics.mean(losses))
@@ -129,7 +129,7 @@ def main():
         print(json.dumps(run(options.directory, options)))
         return
     if not options.sides:
-        from runtime import setup
+        from nanoforge.run import setup
         options.sides = [side for side in SIDES if 'bf16' not in side or setup('cpu').matmul == 'bf16']
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(directory, options.steps)

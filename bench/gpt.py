@@ -75,17 +75,17 @@ def ours(args):
     import train_gpt as script
     from configurator import parse
     cfg = parse(script.Config, args)
-    machine = script.setup(cfg.device, cfg.dtype, cfg.matmul)
-    corpora = script.open_data(cfg, machine)
-    model, _, cfg = script.build_model(cfg, corpora, machine)
-    model.set_matmul(machine.matmul).train()
-    optimizer = script.build_optimizer(cfg, model, machine)
-    scaler, (schedule, _), seconds = script.LossScale(machine.dtype), script.effective_schedule(cfg), 0.0
+    run = script.setup(cfg.device, cfg.dtype, cfg.matmul)
+    corpora = script.open_data(cfg, run)
+    model, _, cfg = script.build_model(cfg, corpora, run)
+    model.set_matmul(run.matmul).train()
+    optimizer = script.build_optimizer(cfg, model, run)
+    scaler, (schedule, _), seconds = script.LossScale(run.dtype), script.effective_schedule(cfg), 0.0
     for step in range(cfg.max_iters + 1):
         yield step, seconds, model
         started = time.perf_counter()
         optimizer.set_lr(script.learning_rate(step, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters))
-        script.train_step(cfg, model, optimizer, script.get_batch(cfg, corpora, step, machine), scaler, machine)
+        script.train_step(cfg, model, optimizer, script.get_batch(cfg, corpora, step, run), scaler, run)
         seconds += time.perf_counter() - started
 
 

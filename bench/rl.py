@@ -50,14 +50,14 @@ def reward(completions, **columns):
 def ours(directory, steps, matmul, clock):
     """Seconds of each step of train_rl.py's own functions."""
     import train_rl
-    from data.questions import Problems
+    from data.problems import Problems
     from train_rl import Clock, Config, Learner, Plan
-    machine = train_rl.setup('cpu', matmul=matmul)
+    run = train_rl.setup('cpu', matmul=matmul)
     cfg = Config(base_model_name=directory, per_device_train_batch_size=PROMPTS * SAMPLES, gradient_accumulation_steps=1, steps_per_generation=1,
                  num_generations=SAMPLES, max_completion_length=NEW, beta=BETA, kl='k3', learning_rate=RATE, dynamic_sampling=False)
-    policy, tokenizer = train_rl.load_language_model(cfg, directory, machine)
-    learner = Learner(policy, tokenizer, train_rl.make_optimizers(cfg, policy, None), train_rl.LossScale(machine.dtype),
-                      train_rl.load_reference(cfg, policy, machine), beta=BETA)
+    policy, tokenizer = train_rl.load_language_model(cfg, directory, run)
+    learner = Learner(policy, tokenizer, train_rl.make_optimizers(cfg, policy, None), train_rl.LossScale(run.dtype),
+                      train_rl.load_reference(cfg, policy, run), beta=BETA)
     problems = Problems(None, [{'prompt_ids': ids} for ids in prompts(PROMPTS * steps)], [])
 
     class Scorer:
@@ -72,9 +72,9 @@ def ours(directory, steps, matmul, clock):
     plan, state, times, cursor = Plan(PROMPTS, 1, steps), train_rl.fresh_state(), [], 0
     for step in range(steps):
         began = clock()
-        episodes, table, cursor = train_rl.rollout(cfg, learner, problems, Scorer(), plan, step, cursor, machine)
-        updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, machine)
-        for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), machine):
+        episodes, table, cursor = train_rl.rollout(cfg, learner, problems, Scorer(), plan, step, cursor, run)
+        updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, run)
+        for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), run):
             pass
         times.append(clock() - began)
     assert all(len(e.completion_ids) == NEW for e in episodes)
@@ -121,22 +121,22 @@ def ours_until(accuracy, seed, clock):
     """[(step, seconds, accuracy)] of train_rl.py, up to the first evaluation that is good enough."""
     import train_rl
     from train_rl import Clock, Config
-    machine = train_rl.setup('cpu', matmul='float32')
+    run = train_rl.setup('cpu', matmul='float32')
     cfg = Config(per_device_train_batch_size=TASK['completions'], gradient_accumulation_steps=1, steps_per_generation=1, eval_problems=TASK['held_out'],
                  num_generations=TASK['samples'], max_completion_length=TASK['longest'], learning_rate=TASK['rate'], max_steps=TASK['steps'],
                  lr_scheduler='constant', warmup_steps=0, num_problems=TASK['steps'] * TASK['completions'] // TASK['samples'], seed=seed)
     cfg.typed = frozenset({'max_completion_length', 'gradient_accumulation_steps'})
-    cfg, learner, problems, scorer, plan = train_rl.build(cfg, machine)
+    cfg, learner, problems, scorer, plan = train_rl.build(cfg, run)
     state, spent, curve = train_rl.fresh_state(), 0.0, []
     while state['step'] < TASK['steps']:
         began = clock()
-        episodes, table, state['cursor'] = train_rl.rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], machine)
-        updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, machine)
-        for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), machine):
+        episodes, table, state['cursor'] = train_rl.rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], run)
+        updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, run)
+        for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), run):
             pass
         spent += clock() - began
         if state['step'] % TASK['every'] == 0:
-            curve.append((state['step'], round(spent, 2), train_rl.evaluate(cfg, learner, problems, scorer, machine)['eval_accuracy']))
+            curve.append((state['step'], round(spent, 2), train_rl.evaluate(cfg, learner, problems, scorer, run)['eval_accuracy']))
             if curve[-1][2] >= accuracy:
                 break
     return curve

@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from configurator import run
+from configurator import run_script
 
 LOGITS, LOGP = 1e-5, 1e-4       # what rounding in another order may do: relative to the largest logit; nats
 
@@ -31,8 +31,8 @@ def theirs_of(directory):
 @torch.no_grad()
 def comparisons(name):
     """Yields (what is compared, difference or None where it does not apply, allowed, remark)."""
-    from families import config_to_hf
-    from lora import add_lora, merge_lora
+    from nanoforge.hf import config_to_hf
+    from nanoforge.lora import add_lora, merge_lora
     from model import GPT, find_model, load_model, save_model
     from sample import generate, logp_gap
     model, tokenizer = load_model(name)
@@ -105,4 +105,4 @@ def main():
 
     def go(_):
         raise SystemExit(0 if check(args.check) else 1)
-    run(go, args)
+    run_script(go, args)

@@ -90,30 +90,30 @@ def ours(directory, options):
 
     import train_sft as script
     from configurator import parse
-    from data.encoded import Rows, encode_records
-    from data.records import read_rows, to_record
-    from diagnosis import Findings
+    from data.tokenized import TokenizedRows, encode_records
+    from data.formats import read_rows, to_record
+    from nanoforge.data_checks import DataIssues
     torch.set_num_threads(options.threads)
     flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
              '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
              f'--max_steps={options.steps}', f'--matmul={"bf16" if options.child == "ours_bf16" else "float32"}', '--device=cpu']
     cfg = parse(script.Config, flags)
-    machine = script.setup(cfg.device, 'float32', cfg.matmul)
-    model, tokenizer = script.build_model(cfg, None, machine)
+    run = script.setup(cfg.device, 'float32', cfg.matmul)
+    model, tokenizer = script.build_model(cfg, None, run)
     if options.tokenise:
         path, begun = os.path.join(directory, 'chats.jsonl'), time.perf_counter()
-        rows = Rows()
-        encode_records(((0, to_record(row, where)) for where, row in read_rows(path)), tokenizer, rows, Findings())
+        rows = TokenizedRows()
+        encode_records(((0, to_record(row, where)) for where, row in read_rows(path)), tokenizer, rows, DataIssues())
         return {'seconds': time.perf_counter() - begun, 'rows': len(rows.close())}
-    rows, _, _ = script.load_data(cfg, model, tokenizer, machine)
+    rows, _, _ = script.load_data(cfg, model, tokenizer, run)
     batches = script.Batches(cfg, rows, [1.0], 1)
     optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
-    loader, scaler = script.Loader(cfg, batches, options.steps, machine), script.LossScale(machine.dtype)
+    loader, scaler = script.Loader(cfg, batches, options.steps, run), script.LossScale(run.dtype)
     counts, losses, start, times = [], [], resident(), [now()]
     for step in range(options.steps):
         optimizer.set_lr(cfg.learning_rate)
         micro_batches, count, _ = loader(step)
-        losses.append(script.train_step(cfg, model, optimizer, micro_batches, count, step, scaler, False, machine)[0])
+        losses.append(script.train_step(cfg, model, optimizer, micro_batches, count, step, scaler, False, run)[0])
         times.append(now())
         counts.append(count)
     return result(times, counts, start, float(torch.stack(losses).mean()))
@@ -151,7 +151,7 @@ def main():
     if options.child:
         print(json.dumps({'trl': trl, 'floor': floor}.get(options.child, ours)(options.directory, options)))
         return
-    from runtime import setup
+    from nanoforge.run import setup
     has_bf16 = setup('cpu').matmul == 'bf16'
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(directory, options.steps, options.tokenise)

@@ -36,7 +36,7 @@ KEYS = ('qwertyuiop', 'asdfghjkl', 'zxcvbnm')
 
 
 def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, say=print):
-    """`records` (Records of data/records.py) and, behind them, copies of the training ones whose last question is worded otherwise.
+    """`records` (Records of data/formats.py) and, behind them, copies of the training ones whose last question is worded otherwise.
 
     factor    rows for training afterwards to those before: 2 is a copy of each, 1.5 of about every other, 3 two of each
     synonyms  probability that a word which has a synonym here is replaced

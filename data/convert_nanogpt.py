@@ -14,8 +14,8 @@ if __name__ == '__main__':    # run as a command: imports start at the root of t
 
 import numpy as np
 
-from configurator import UserError, run
-from data.encoders import byte_symbols, char_encoder, file_encoder, gpt2_encoder
+from configurator import UserError, run_script
+from data.build_tokenizer import byte_symbols, char_encoder, file_encoder, gpt2_encoder
 from data.prepare import Parser, Writer, check_name
 
 BLOCK = 1 << 22    # tokens copied at a time
@@ -140,4 +140,4 @@ def parse(argv=None):
 
 
 if __name__ == '__main__':
-    run(main, parse())
+    run_script(main, parse())

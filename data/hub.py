@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data.prepare import Parser, prepare
-from data.texts import split_documents
+from data.documents import split_documents
 
 
 def prepare_hub(directory, dataset, subset=None, num_tokens=None, max_documents=None, val_fraction=0.005):

@@ -23,9 +23,9 @@ if __name__ == '__main__':    # run as a command: imports start at the root of t
 
 import numpy as np
 
-from configurator import UserError, run
-from data.encoders import bpe_encoder, byte_encoder, char_encoder, file_encoder, gpt2_encoder
-from data.texts import READERS, read_files, split_at, split_documents
+from configurator import UserError, run_script
+from data.build_tokenizer import bpe_encoder, byte_encoder, char_encoder, file_encoder, gpt2_encoder
+from data.documents import READERS, read_files, split_at, split_documents
 
 BATCH = 1 << 21      # characters encoded together, on all cores, and then written
 SAMPLE = 50 << 20    # characters of the training split that a BPE learns from, at most
@@ -239,4 +239,4 @@ def parse(argv=None):
 
 
 if __name__ == '__main__':
-    run(main, parse())
+    run_script(main, parse())

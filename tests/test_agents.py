@@ -18,7 +18,7 @@ from configurator import UserError, parse
 from data.tasks.env import Outcome
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, find_model, load_model, save_model
-from runtime import LossScale, setup
+from nanoforge.run import LossScale, setup
 from train_agents import BaseModel, Candidate, Clock, Config, Group, give_advantages, load_team, plan_batches, play, rollout, update
 
 
@@ -68,7 +68,7 @@ def scratch(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def machine():
+def run():
     return setup('cpu', matmul='float32')
 
 
@@ -82,12 +82,12 @@ def config(small, benchmark='scripted', **changes):
     return cfg
 
 
-def played(cfg, machine, step=0):
+def played(cfg, run, step=0):
     """(team, episodes with advantages) of one iteration."""
-    team, task = load_team(cfg, machine), train_agents.task_of(cfg)
+    team, task = load_team(cfg, run), train_agents.task_of(cfg)
     for policy in train_agents.distinct(team):
         policy.optimizer = train_agents.new_optimizer(policy, 'adamw', cfg.learning_rate, cfg.weight_decay)
-    return team, rollout(cfg, team, task, train_agents.draw_problems(cfg, task, step, machine), step, Clock())
+    return team, rollout(cfg, team, task, train_agents.draw_problems(cfg, task, step, run), step, Clock())
 
 
 def totals():
@@ -98,11 +98,11 @@ def weights(policy):
     return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
 
 
-def test_update_by_hand(small, machine):
+def test_update_by_hand(small, run):
     """Two episodes, two agents, two turns, three candidates: advantages, loss and step from plain formulas and torch's own AdamW,
     candidate by candidate, each in a row of its own."""
     cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.3)})
-    team, episodes = played(cfg, machine)
+    team, episodes = played(cfg, run)
     groups = [group for episode in episodes for group in episode.groups]
     assert [(g.episode, g.turn, g.agent) for g in groups] == [(e, t, a) for e in (0, 1) for t in (0, 1) for a in ('first', 'second')]
     model, _ = load_model(small)
@@ -128,9 +128,9 @@ def test_update_by_hand(small, machine):
     before = [p.detach().clone() for p in model.parameters()]
     reference.step()
 
-    steps, groups = plan_batches(cfg, episodes, 0, machine)
+    steps, groups = plan_batches(cfg, episodes, 0, run)
     sums = totals()
-    update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), machine, sums)
+    update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), run, sums)
     assert sums['loss'] == pytest.approx(float(loss.detach()), abs=1e-5) and sums['steps'] == 1
     assert any((a - b).abs().max() > 5e-4 for a, b in zip(before, model.parameters()))
     for (name, ours), theirs in zip(team['first'].model.named_parameters(), model.parameters()):
@@ -139,10 +139,10 @@ def test_update_by_hand(small, machine):
         torch.testing.assert_close(ours[sure], theirs[sure], atol=2e-5, rtol=0, msg=name)
 
 
-def test_groups_are_of_one_problem_turn_and_agent(small, machine):
+def test_groups_are_of_one_problem_turn_and_agent(small, run):
     """32 problems with 8 candidates gave 4 groups that mixed 8 problems each."""
     cfg = config(small, epoch_size=32, train_sample_num=8, max_response_length=3)
-    _, episodes = played(cfg, machine)
+    _, episodes = played(cfg, run)
     groups = [group for episode in episodes for group in episode.groups]
     assert len(groups) == 32 * 2 * 2 and len({tuple(group.prompt) for group in groups}) == len(groups)
     for group in groups:
@@ -152,9 +152,9 @@ def test_groups_are_of_one_problem_turn_and_agent(small, machine):
         torch.testing.assert_close(torch.tensor([c.advantage for c in group.candidates]), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_every_agent_sees_what_was_executed_before_it(small, machine):
+def test_every_agent_sees_what_was_executed_before_it(small, run):
     """All agents answered before any acted; and from the second turn on the state that was seen stood still."""
-    _, episodes = played(config(small, max_turns=3), machine)
+    _, episodes = played(config(small, max_turns=3), run)
     for episode in episodes:
         words = [episode.problem['word']]
         for group in episode.groups:
@@ -163,9 +163,9 @@ def test_every_agent_sees_what_was_executed_before_it(small, machine):
         assert len(words) == 7
 
 
-def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, machine):
+def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, run):
     """The second agent's candidates all had the reward of one, which is no signal; and a candidate is scored in the state that it saw."""
-    _, episodes = played(config(small, train_sample_num=6), machine)
+    _, episodes = played(config(small, train_sample_num=6), run)
     second = [group for episode in episodes for group in episode.groups if group.agent == 'second']
     assert all(len({c.reward for c in group.candidates}) > 1 for group in second)
     for group in second:
@@ -173,15 +173,15 @@ def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, machine)
             assert c.reward == pytest.approx(len(set(c.text)) / 10 - abs(len(c.text) - 10) / 30)
 
 
-def test_candidates_come_from_the_distribution_that_is_trained(small, machine):
+def test_candidates_come_from_the_distribution_that_is_trained(small, run):
     """Sampling with top_p, top_k and a repetition penalty, and scoring without, is off-policy. At another temperature too."""
     cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.7)}, epoch_size=8)
-    team, episodes = played(cfg, machine)
+    team, episodes = played(cfg, run)
     groups = [g for e in episodes for g in e.groups]
     for agent, temperature in (('first', 1.0), ('second', 1.7)):
         rows = [g for g in groups if g.agent == agent]
         logp, _, mask = train_agents.answer_stats(team[agent].model, [(g.prompt, [c.tokens for c in g.candidates]) for g in rows],
-                                                  temperature, machine)
+                                                  temperature, run)
         sampled = torch.tensor([value for g in rows for c in g.candidates for value in c.logp])
         torch.testing.assert_close(logp[mask].detach(), sampled, atol=2e-5, rtol=0)
 
@@ -196,10 +196,10 @@ def test_mixed_groups_are_refused(small):
         give_advantages(cfg, [types.SimpleNamespace(number=0, groups=[Group(0, 0, 'first', [5], [], '', candidates[:1])])])
 
 
-def test_no_tree_compares_whole_episodes(small, machine):
+def test_no_tree_compares_whole_episodes(small, run):
     """K episodes of a problem: an agent's rewards are summed, and each of its turns has the episode's advantage."""
     cfg = config(small, rollout_mode='no_tree')
-    _, episodes = played(cfg, machine)
+    _, episodes = played(cfg, run)
     assert len(episodes) == 6 and all(len(g.candidates) == 1 for e in episodes for g in e.groups)
     for problem in (0, 1):
         for agent in ('first', 'second'):
@@ -209,7 +209,7 @@ def test_no_tree_compares_whole_episodes(small, machine):
             assert [c.advantage for row in rows for c in row] == pytest.approx([a for a in expected.tolist() for _ in (0, 1)], abs=1e-4)
 
 
-def test_filters(small, machine):
+def test_filters(small, run):
     """dapo drops groups whose rewards are equal; std and mean the share of lowest deviation and mean."""
     def group(episode, rewards):
         return Group(episode, 0, 'first', [episode + 1, 2], [], '', [Candidate([3], [0.0], '', True, reward=r) for r in rewards])
@@ -220,15 +220,15 @@ def test_filters(small, machine):
         cfg = config(small, filter_method=method, filter_ratio=ratio)
         episodes = [types.SimpleNamespace(number=e, groups=[group(e, r)]) for e, r in rewards.items()]
         give_advantages(cfg, episodes)
-        steps, groups = plan_batches(cfg, episodes, 0, machine)
+        steps, groups = plan_batches(cfg, episodes, 0, run)
         kept[method] = {groups[int(i)].episode for step in steps['policy_0'] for i in step[:, 1]}
     assert kept == {'none': {0, 1, 2, 3}, 'dapo': {1, 2, 3}, 'std': {2, 3}, 'mean': {1, 2}}
 
 
-def test_steps_hold_train_batch_size_sequences_of_whole_groups(small, machine):
+def test_steps_hold_train_batch_size_sequences_of_whole_groups(small, run):
     cfg = config(small, epoch_size=5, train_batch_size=8)
-    _, episodes = played(cfg, machine)
-    steps, _ = plan_batches(cfg, episodes, 0, machine)
+    _, episodes = played(cfg, run)
+    steps, _ = plan_batches(cfg, episodes, 0, run)
     sizes = [len(step) for step in steps['policy_0']]
     assert sum(sizes) == 5 * 2 * 2 * 3 and set(sizes[:-1]) == {8}
     order = [int(i) for step in steps['policy_0'] for i in step[:, 1]]
@@ -236,46 +236,46 @@ def test_steps_hold_train_batch_size_sequences_of_whole_groups(small, machine):
     assert sorted(order) == sorted(list(range(20)) * 3)
 
 
-def test_gradient_does_not_depend_on_the_cut(small, machine):
+def test_gradient_does_not_depend_on_the_cut(small, run):
     """One pass over all candidates, or a pass for every few tokens: the same step."""
     found = []
     for tokens in (100_000, 60):
         cfg = config(small, micro_batch_tokens=tokens, entropy_coef=0.01)
-        team, episodes = played(cfg, machine)
-        steps, groups = plan_batches(cfg, episodes, 0, machine)
-        passes = len(train_agents.micro_batches(cfg, steps['policy_0'][0], groups, machine))
+        team, episodes = played(cfg, run)
+        steps, groups = plan_batches(cfg, episodes, 0, run)
+        passes = len(train_agents.micro_batches(cfg, steps['policy_0'][0], groups, run))
         assert passes == 1 if tokens > 60 else passes > 5
         team['first'].optimizer.step = lambda: None
-        update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), machine, totals())
+        update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), run, totals())
         found.append(torch.cat([grad.clone() for grad in team['first'].optimizer.grads]))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
 
 
-def test_gradients_that_are_not_finite_skip_and_then_stop(small, machine):
+def test_gradients_that_are_not_finite_skip_and_then_stop(small, run):
     cfg = config(small, train_batch_size=8)
-    team, episodes = played(cfg, machine)
-    steps, groups = plan_batches(cfg, episodes, 0, machine)
+    team, episodes = played(cfg, run)
+    steps, groups = plan_batches(cfg, episodes, 0, run)
     before, sums = weights(team['first']), totals()
     for group in groups:
         group.candidates[0].advantage = float('nan')
     with pytest.raises(UserError, match='learning_rate'):
         for _ in range(3):
-            update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), machine, sums)
+            update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), run, sums)
     assert sums['skipped'] == sums['steps'] == 4 and all(torch.equal(p, before[name]) for name, p in weights(team['first']).items())
 
 
 @pytest.mark.parametrize('level', ['lora', 'full'])
-def test_policies_learn_from_their_own_agents_only(small, machine, level):
+def test_policies_learn_from_their_own_agents_only(small, run, level):
     cfg = config(small, specialization=level)
-    team, episodes = played(cfg, machine)
+    team, episodes = played(cfg, run)
     assert team['first'].name != team['second'].name and (team['first'].model is team['second'].model) == (level == 'lora')
     for agent in ('first', 'second'):
         for p in team[agent].use().parameters():
             p.data.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) if p.requires_grad else 0)
     before = {agent: weights(team[agent]) for agent in team}
-    steps, groups = plan_batches(cfg, episodes, 0, machine)
+    steps, groups = plan_batches(cfg, episodes, 0, run)
     assert {g.agent for name in steps for step in steps[name] for g in [groups[int(i)] for i in step[:, 1]]} == {'first', 'second'}
-    update(cfg, team['first'], steps[team['first'].name], groups, LossScale(torch.float32), machine, totals())
+    update(cfg, team['first'], steps[team['first'].name], groups, LossScale(torch.float32), run, totals())
     changed = {agent: {name for name, p in weights(team[agent]).items() if not torch.equal(p, before[agent][name])} for agent in team}
     if level == 'full':
         assert changed['first'] and not changed['second']
@@ -283,23 +283,23 @@ def test_policies_learn_from_their_own_agents_only(small, machine, level):
         assert changed['first'] and all('.lora.first.' in name for name in changed['first'])
 
 
-def test_candidates_do_not_depend_on_who_else_plays(small, machine):
+def test_candidates_do_not_depend_on_who_else_plays(small, run):
     """A problem alone, or among others (on another rank): the same candidates."""
     cfg = config(small, epoch_size=4)
-    team, task = load_team(cfg, machine), train_agents.task_of(cfg)
-    cases = train_agents.draw_problems(cfg, task, 0, machine)
+    team, task = load_team(cfg, run), train_agents.task_of(cfg)
+    cases = train_agents.draw_problems(cfg, task, 0, run)
     whole, part = (play(cfg, team, task, some, 7, 3, Clock()) for some in (cases, cases[2:3]))
     texts = lambda episode: [[c.text for c in g.candidates] for g in episode.groups]
     assert texts(whole[2]) == texts(part[0]) and texts(whole[1]) != texts(whole[2])
 
 
-def test_validation_never_branches_and_is_repeatable(small, machine):
+def test_validation_never_branches_and_is_repeatable(small, run):
     cfg = config(small, validate_episodes=6)
-    team, task = load_team(cfg, machine), train_agents.task_of(cfg)
+    team, task = load_team(cfg, run), train_agents.task_of(cfg)
     os.makedirs('validate')
-    cases = train_agents.held_out_problems(cfg, task, machine)
-    metrics = train_agents.validate(cfg, team, task, cases, 3, '.', machine)
-    assert metrics == train_agents.validate(cfg, team, task, cases, 4, '.', machine)
+    cases = train_agents.held_out_problems(cfg, task, run)
+    metrics = train_agents.validate(cfg, team, task, cases, 3, '.', run)
+    assert metrics == train_agents.validate(cfg, team, task, cases, 4, '.', run)
     rows = [json.loads(line) for line in open('validate/step-3.jsonl')]
     assert len(rows) == 12 and all(len(turn['candidates']) == 1 for row in rows for turn in row['turns'])
     assert {'validation/success_rate', 'validation/greedy_success_rate', 'validation/reward', 'validation/episode_length'} <= set(metrics)

@@ -5,7 +5,7 @@ import pytest
 
 from configurator import UserError
 from data.augment import MEANING, OTHERS, augment, change, mistyped, other_wording
-from data.records import Record
+from data.formats import Record
 from data.tasks import questions, toolcalls
 import random
 

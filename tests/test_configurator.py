@@ -13,7 +13,7 @@ import pytest
 
 import configurator
 from conftest import ROOT
-from configurator import UserError, as_dict, from_dict, parse, run, setting
+from configurator import UserError, as_dict, from_dict, parse, run_script, setting
 
 
 @dataclass
@@ -312,7 +312,7 @@ def test_positional():
 
 
 def test_run(capsys):
-    assert run(lambda cfg: {'loss': cfg}, 1) is None
+    assert run_script(lambda cfg: {'loss': cfg}, 1) is None
 
     def wrong(cfg):
         raise UserError('two\nlines')
@@ -321,17 +321,17 @@ def test_run(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        run(wrong, None)
+        run_script(wrong, None)
     assert stop.value.code == 2 and capsys.readouterr().err.endswith('error: two lines\n')
     with pytest.raises(SystemExit) as stop:
-        run(interrupted, None)
+        run_script(interrupted, None)
     assert stop.value.code == 130
 
 
 SCRIPT = '''"""A script."""
 import os, signal, sys, time
 from dataclasses import dataclass
-from configurator import UserError, parse, run
+from configurator import UserError, parse, run_script
 
 @dataclass
 class Config:
@@ -356,7 +356,7 @@ def main(cfg):
         time.sleep(20)
 
 if __name__ == '__main__':
-    run(main, parse(Config))
+    run_script(main, parse(Config))
 '''
 
 

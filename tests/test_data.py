@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configurator import UserError
 from conftest import ROOT
-from data import convert_nanogpt, corpus, encoders, hub, prepare, texts
+from data import build_tokenizer, convert_nanogpt, corpus, documents, hub, prepare
 from data.corpus import Corpus, windows
 from data.shakespeare_char import prepare as shakespeare
 from data.shakespeare_char.stand_in import play
@@ -90,7 +90,7 @@ def test_bpe_is_the_same_in_another_process(tmp_path):
 
 
 def test_text_read_in_blocks_encodes_as_if_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, 'BLOCK', 50)
+    monkeypatch.setattr(documents, 'BLOCK', 50)
     monkeypatch.setattr(prepare, 'BATCH', 200)
     text = play(5000) + HARD * 5
     directory = make(tmp_path, text, tokenizer='bpe', vocab_size=300)
@@ -135,9 +135,9 @@ def test_parquet_val_file_and_text_files_as_documents(tmp_path):
     ('', 'one\nmore\n\n\n\ntwo\r\n\r\nthree\n')])
 @pytest.mark.parametrize('block', [3, 1 << 20])
 def test_document_separator_line(tmp_path, monkeypatch, separator, text, block):
-    monkeypatch.setattr(texts, 'BLOCK', block)
+    monkeypatch.setattr(documents, 'BLOCK', block)
     path = write(tmp_path / 'a.txt', text)
-    pieces = list(texts.read_files([path], separator=separator))
+    pieces = list(documents.read_files([path], separator=separator))
     first = 'one\n\nmore' if separator else 'one\nmore'
     assert pieces == [(True, first), (True, 'two'), (True, 'three')]
 
@@ -148,7 +148,7 @@ def test_sample_is_bounded_and_evenly_spread():
 
 
 def test_wide_vocabulary_takes_uint32(tmp_path):
-    encoder = encoders.char_encoder([chr(i) for i in range(0x4E00, 0x4E00 + 10)])
+    encoder = build_tokenizer.char_encoder([chr(i) for i in range(0x4E00, 0x4E00 + 10)])
     with prepare.Writer(str(tmp_path), 70_000) as writer:
         writer.write('train', np.array([69_999, 1]), 0)
         writer.write('val', np.array([65_536]), 0)
@@ -452,7 +452,7 @@ def test_a_full_disk_keeps_the_old_data_set(tmp_path):
             writer.files['train'] = open('/dev/full', 'wb')
             writer.write('train', np.arange(200), 200)
             writer.write('val', np.arange(200), 200)
-            writer.finish(encoders.byte_encoder(), 'x')
+            writer.finish(build_tokenizer.byte_encoder(), 'x')
     with pytest.raises(KeyboardInterrupt):
         with prepare.Writer(directory, 300) as writer:
             writer.write('train', np.arange(200), 200)

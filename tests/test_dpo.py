@@ -15,11 +15,11 @@ import transformers
 import train_dpo
 from conftest import ROOT
 from configurator import UserError, as_dict, parse
-from data.pairs import TokenPair
+from data.preferences import TokenPair
 from kills import run_and_kill
-from lora import adapters_off
+from nanoforge.lora import adapters_off
 from model import load_model
-from runtime import setup
+from nanoforge.run import setup
 from train_dpo import LOSS_TYPES, PER_TOKEN, REFERENCE_FREE, Config, Feed, Reference, answer_logps, dpo_loss, main, make_batch
 
 SMALL = dict(logging_steps=1, save_steps=3, eval_steps=3, eval_samples=4, max_new_tokens=8, per_device_train_batch_size=4, warmup_steps=1,
@@ -215,13 +215,13 @@ def test_a_step_does_not_depend_on_how_it_is_cut(llama, pairs):
     for B, ranks in ((8, 1), (1, 1), (2, 2)):
         grads, sums = 0, 0
         for rank in range(ranks):
-            machine = setup('cpu')
-            machine.rank, machine.world_size = rank, ranks
-            machine.sum = lambda tensor: tensor             # summed below
-            batches = list(train_dpo.micro_batches(config(per_device_train_batch_size=B), pairs, list(range(8)), machine))
+            run = setup('cpu')
+            run.rank, run.world_size = rank, ranks
+            run.sum = lambda tensor: tensor             # summed below
+            batches = list(train_dpo.micro_batches(config(per_device_train_batch_size=B), pairs, list(range(8)), run))
             assert sum(len(indices) for _, indices in batches) == 8 // ranks
             means, *_ = train_dpo.train_step(config(max_grad_norm=0.0), model, reference, optimizer, batches, 8,
-                                             train_dpo.LossScale(torch.float32), 0, machine)
+                                             train_dpo.LossScale(torch.float32), 0, run)
             grads, sums = grads + torch.cat(optimizer.grads), sums + means
         found.append((grads, sums))
     for grads, sums in found[1:]:
@@ -261,26 +261,26 @@ def test_order_of_the_pairs():
 # ---- references -------------------------------------------------------------------------------------------------------------
 
 def test_cached_log_probabilities_are_those_of_the_reference_and_are_reused(llama, pairs, monkeypatch, capsys):
-    machine, cfg = setup('cpu', matmul='float32'), config(base_model_name=llama[1])
+    run, cfg = setup('cpu', matmul='float32'), config(base_model_name=llama[1])
     model = load_model(llama[1])[0].train()
     expected = their_logps(llama[0].float(), pairs).detach()
-    first = Reference(cfg, 'cache', model, True, True, pairs, [0, 1, 2, 5], machine)
-    batch = make_batch(groups([pairs[5], pairs[2]]), machine.device)
+    first = Reference(cfg, 'cache', model, True, True, pairs, [0, 1, 2, 5], run)
+    batch = make_batch(groups([pairs[5], pairs[2]]), run.device)
     torch.testing.assert_close(first(batch, [5, 2]), expected[[10, 11, 4, 5]], rtol=1e-5, atol=1e-5)
     assert first.model is None                                                          # nothing is held in training
     counted, passes = answer_logps, []
     monkeypatch.setattr(train_dpo, 'answer_logps', lambda *given: passes.append(len(given[1].lengths)) or counted(*given))
-    again = Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
+    again = Reference(cfg, 'cache', model, True, True, pairs, range(8), run)
     assert sum(passes) == 2 * 4 and torch.equal(again.table[[0, 1, 2, 5]], first.table[[0, 1, 2, 5]])
     assert '4 of 8 pairs are in' in capsys.readouterr().out
     with torch.no_grad():
         model.norm.weight[0] += 1                                                       # another model: another file
-    Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
+    Reference(cfg, 'cache', model, True, True, pairs, range(8), run)
     assert sum(passes) == 2 * 4 + 2 * 8 and len(os.listdir(cfg.reference_cache)) == 2
     for name in os.listdir(cfg.reference_cache):
         os.truncate(os.path.join(cfg.reference_cache, name), 100)
     with pytest.raises(UserError, match='remove it'):
-        Reference(cfg, 'cache', model, True, True, pairs, range(8), machine)
+        Reference(cfg, 'cache', model, True, True, pairs, range(8), run)
 
 
 def test_references_under_lora(llama, pairs, preferences):
@@ -300,10 +300,10 @@ def test_references_under_lora(llama, pairs, preferences):
     assert start['eval_logps/chosen'] == pytest.approx(before[-1]['eval_logps/chosen'], abs=1e-4)
     with pytest.raises(UserError, match='is an adapter already'):
         main(config(base_model_name='first', output_dir='third', reference='adapters_off', **settings))
-    machine = setup('cpu', matmul='float32')
+    run = setup('cpu', matmul='float32')
     model = load_model('first')[0]
-    batch = make_batch(groups(pairs), machine.device)
-    copy = Reference(config(base_model_name='first', use_lora=True), 'copy', model, False, True, pairs, [], machine)
+    batch = make_batch(groups(pairs), run.device)
+    copy = Reference(config(base_model_name='first', use_lora=True), 'copy', model, False, True, pairs, [], run)
     assert torch.equal(copy(batch, range(8)), answer_logps(model, batch))
     with adapters_off(model):
         assert not torch.equal(copy(batch, range(8)), answer_logps(model, batch))
@@ -378,10 +378,10 @@ def test_held_out_prompts_are_not_trained_on(capsys):
         f.write('\n'.join(map(json.dumps, rows)))
     with open('marked.jsonl', 'w') as f:
         f.write('\n'.join(json.dumps({**row, 'metadata': 'eval' if n < 3 else 'train'}) for n, row in enumerate(rows)))
-    tokenizer, machine = load_model('tiny')[1], setup('cpu')
+    tokenizer, run = load_model('tiny')[1], setup('cpu')
     for name, settings in (('plain.jsonl', dict(eval_fraction=0.2)), ('marked.jsonl', {})):
         cfg = config(datasets=[train_dpo.Source(name=name)], **settings)
-        pairs, (train,), held = train_dpo.load_data(cfg, tokenizer, 128, machine)
+        pairs, (train,), held = train_dpo.load_data(cfg, tokenizer, 128, run)
         assert held and not {tuple(pairs[i].prompt) for i in train} & {tuple(pairs[i].prompt) for i in held}
         assert len(train) + len(held) == (60 if name == 'plain.jsonl' else 57)
     assert '3 training pairs are left out' in capsys.readouterr().out

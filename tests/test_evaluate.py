@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import evaluate
-import metrics
-import scorecard
+from nanoforge import metrics
+from nanoforge import scorecard
 from conftest import ROOT
-from checkpoint import write_json
+from nanoforge.checkpoint import write_json
 from configurator import UserError, as_dict, parse
-from data.encoded import digest
-from data.records import Record
+from data.tokenized import digest
+from data.formats import Record
 from data.tasks import arithmetic, devices, questions, toolcalls
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
-from runtime import seed_for, setup
+from nanoforge.run import seed_for, setup
 from sample import generate
 from train_sft import Config as Training
 

@@ -10,10 +10,10 @@ import transformers
 import peft
 from configurator import UserError
 from conftest import losses_of
-from lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
+from nanoforge.lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
-from optim import AdamW
-from wrapped import Wrapped
+from nanoforge.optim import AdamW
+from nanoforge.wrapped import Wrapped
 
 SIZES = dict(vocab_size=61, bos_token_id=None, eos_token_id=None)
 LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from nanoforge import optim
 from configurator import UserError
-from optim import AdamW, Muon, Plateau, SGD, learning_rate, make_optimizer, warmup_within
+from nanoforge.optim import AdamW, Muon, Plateau, SGD, learning_rate, make_optimizer, warmup_within
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""data/rewards.py and data/questions.py: what counts as the same answer, every reward by hand, a user's function that misbehaves."""
+"""data/rewards.py and data/problems.py: what counts as the same answer, every reward by hand, a user's function that misbehaves."""
 import json
 import time
 from fractions import Fraction
@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 
 from configurator import UserError
-from data.questions import FORM, hold_out, prompt, read_problems
-from data.records import Source
+from data.problems import FORM, hold_out, prompt, read_problems
+from data.formats import Source
 from data.rewards import Scorer, as_number, exact, extract_answer, length_penalty, number, same_answer, tags
 
 

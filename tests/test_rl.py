@@ -15,15 +15,15 @@ import torch
 import train_rl
 from conftest import ROOT
 from configurator import UserError, parse
-from data.pairs import encode_pairs, to_pair
-from data.questions import draw_problems
-from data.records import Source
-from data.rollouts import Episode, Table, lay_out, read_episodes
+from data.preferences import encode_pairs, to_pair
+from data.problems import draw_problems
+from data.formats import Source
+from data.completions import Episode, Table, lay_out, read_episodes
 from data.tasks import arithmetic, facts
 from kills import run_and_kill
 from model import load_model
 from train_rl import Config, main
-from values import ValueModel, load_reward_model, save_reward_model, train_reward_model
+from nanoforge.reward_model import ValueModel, load_reward_model, save_reward_model, train_reward_model
 
 TINY = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4, max_steps=4, logging_steps=1,
             eval_steps=2, eval_problems=6, num_problems=64, max_completion_length=24, learning_rate=2e-4, warmup_steps=0, temperature=1.5,
@@ -326,8 +326,8 @@ def test_critic_is_asked_behind_what_was_cut_off():
     mask = torch.tensor([[True, True], [True, False]])
     batch = train_rl.Batch([episode(1.0, True), episode(0.5, False, 1)], None, mask, torch.zeros(2, 2), old=torch.tensor([[-1., -2.], [-1., 0.]]),
                            reference=torch.tensor([[-1.5, -2.], [-0.8, 9.]]), values=torch.tensor([[0.2, 0.4], [0.1, 7.]]), behind=torch.tensor([5., 3.]))
-    machine = train_rl.setup('cpu')
-    about = train_rl.ask_critic([[batch]], 1.0, 1.0, 0.1, machine)
+    run = train_rl.setup('cpu')
+    about = train_rl.ask_critic([[batch]], 1.0, 1.0, 0.1, run)
     # returns with lam = 1: what is still to come. Row 0: 1 - 0.1 * (0.5 + 0), then 1; row 1: 0.5 - 0.1 * -0.2 + 3
     assert batch.returns.tolist() == [pytest.approx([0.95, 1.0]), pytest.approx([3.52, 0.0])]
     raw = torch.tensor([0.95 - 0.2, 1 - 0.4, 3.52 - 0.1])
@@ -354,7 +354,7 @@ def test_problems_are_drawn_without_replacement():
 
 
 def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
-    from report_rl import rollouts_page
+    from nanoforge.pages import rollouts_page
     members = [episode(1.0, True, advantage=1.0), episode(0.0, False, sample=1, advantage=-1.0), episode(None, True, sample=2)]
     for e in members:
         e.text, e.problem = '<script>alert(1)</script>', {'question': 'How <many>?', 'answer': '5'}
@@ -381,13 +381,13 @@ def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
                  for short, long in [sorted((facts.solution(p), facts.other_form(p)), key=len)]]
         return encode_pairs(tokenizer, found, 128)[0]
 
-    value, machine = ValueModel(model), train_rl.setup('cpu')
-    result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), machine, 1, 16, 1e-3)
+    value, run = ValueModel(model), train_rl.setup('cpu')
+    result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), run, 1, 16, 1e-3)
     assert result['accuracy'] > 0.9
     save_reward_model(value, tokenizer, tmp_path / 'rm')
     from transformers import AutoModelForSequenceClassification
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / 'rm')
-    ours = load_reward_model(str(tmp_path / 'rm'), machine.device, tokenizer)
+    ours = load_reward_model(str(tmp_path / 'rm'), run.device, tokenizer)
     groups = [([5, 6, 7, 8], [[9, 10], [11]])]
     with torch.no_grad():
         scores = ours.rewards(groups)

@@ -11,9 +11,9 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 import sample
 from configurator import UserError
-from data.encoders import char_encoder
+from data.build_tokenizer import char_encoder
 from data.tokenizer import Tokenizer
-from lora import adapters_off, add_lora
+from nanoforge.lora import adapters_off, add_lora
 from model import FAMILIES, GPT, GPTConfig, save_model
 from sample import draw, generate, generate_long, logp_gap, truncate, uniform_numbers
 
@@ -333,7 +333,7 @@ def test_a_multicontext_model_is_named(monkeypatch, capsys, tmp_path):
 
 
 def test_half_characters_wait_and_rows_take_turns(capsys):
-    from data.encoders import byte_encoder
+    from data.build_tokenizer import byte_encoder
     encoder = byte_encoder()
     tokenizer = Tokenizer(encoder.tokenizer.to_str())
     printer, shown = sample.Printer(tokenizer, tokenizer.encode('é'), {0}), []

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 import train_sft
 from configurator import UserError, as_dict, parse
 from conftest import ROOT
-from data.encoded import Rows, encode_records, fit
-from data.records import to_record
+from data.tokenized import TokenizedRows, encode_records, fit
+from data.formats import to_record
 from data.tasks import facts
 from data.tasks.world import NAMES, ROOMS
-from diagnosis import Findings, RedFlags
+from nanoforge.data_checks import DataIssues, TrainingAlerts
 from model import load_model
 from train_sft import Batches, Config, negative_logp, tensors
 
@@ -64,7 +64,7 @@ def log_lines(directory):
 
 
 def encoded(tokenizer, count=6, **settings):
-    rows, findings = Rows(), Findings()
+    rows, findings = TokenizedRows(), DataIssues()
     asked = [{'question': p['question'], 'answer': p['answer']} for p in facts.problems('train', count, 3)]
     records = [(0, to_record(row, f'row {i}')) for i, row in enumerate(asked)]
     encode_records(records, tokenizer, rows, findings, **settings)
@@ -389,7 +389,7 @@ class Ear:
 
 def test_red_flags_are_named_once():
     ear = Ear()
-    flags, progress = RedFlags(ear), train_sft.Progress()
+    flags, progress = TrainingAlerts(ear), train_sft.Progress()
     flags.train(0.0, 0.0), flags.train(0.0, 0.0), flags.train(float('nan'), 1.0), flags.train(0.5, 1.0)
     for step, (train, held_out) in enumerate([(1.0, 2.0), (0.8, 2.1), (0.6, 2.2), (0.5, float('nan'))], 1):
         progress.step, progress.loss_sum = step, progress.loss_sum + train

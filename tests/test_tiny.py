@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from data.chat import prompt_ids, render
 from data.corpus import Corpus
-from data.records import SIZES
+from data.formats import SIZES
 from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tasks.world import NAMES, part, split_of
 from data.tiny import build

@@ -96,27 +96,27 @@ def test_transformers_opens_the_result(data):
         assert theirs.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.size(1) + 4)
 
 
-def gradient(data, machine, **changes):
+def gradient(data, run, **changes):
     """The summed gradient of one step's batches, computed as train_step does."""
     cfg = config(data, matmul='float32', **changes)
-    corpora = train_gpt.open_data(cfg, machine)
-    model, _, cfg = train_gpt.build_model(cfg, corpora, machine)
-    optimizer = train_gpt.build_optimizer(cfg, model.double(), machine)
+    corpora = train_gpt.open_data(cfg, run)
+    model, _, cfg = train_gpt.build_model(cfg, corpora, run)
+    optimizer = train_gpt.build_optimizer(cfg, model.double(), run)
     optimizer.set_lr(0.0)
-    batches = train_gpt.get_batch(cfg, corpora, 0, machine)
-    train_gpt.train_step(cfg, model, optimizer, batches, train_gpt.LossScale(torch.float32), machine)
+    batches = train_gpt.get_batch(cfg, corpora, 0, run)
+    train_gpt.train_step(cfg, model, optimizer, batches, train_gpt.LossScale(torch.float32), run)
     return torch.cat([grad.flatten() for grad in optimizer.grads]), batches
 
 
 def test_gradient_does_not_depend_on_the_cut(data):
     """1 micro-batch of 8 rows = 8 of 1 = 2 of 4, given the same rows."""
-    machine = train_gpt.setup('cpu', matmul='float32')
-    whole, [(x, y)] = gradient(data, machine, batch_size=8, grad_clip=0.0)
+    run = train_gpt.setup('cpu', matmul='float32')
+    whole, [(x, y)] = gradient(data, run, batch_size=8, grad_clip=0.0)
     original = train_gpt.get_batch
     for rows in (1, 4):
         try:
             train_gpt.get_batch = lambda *_: list(zip(x.split(rows), y.split(rows)))
-            parts, _ = gradient(data, machine, batch_size=rows, gradient_accumulation_steps=8 // rows, grad_clip=0.0)
+            parts, _ = gradient(data, run, batch_size=rows, gradient_accumulation_steps=8 // rows, grad_clip=0.0)
         finally:
             train_gpt.get_batch = original
         torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-10)
@@ -197,12 +197,12 @@ def test_second_fresh_run_keeps_the_first(data):
 
 
 def test_multidataset_draws_by_probability(data):
-    machine = train_gpt.setup('cpu')
+    run = train_gpt.setup('cpu')
     cfg = config(data, training_mode='multidataset', dataset_list=[str(data / 'plays'), str(data / 'songs')], dataset_sampling_probs=[3.0, 1.0],
                  block_size=16)
-    corpora = train_gpt.open_data(cfg, machine)
+    corpora = train_gpt.open_data(cfg, run)
     plays = np.asarray(corpora[0].tokens('train')).tobytes()
-    drawn = [np.uint16(train_gpt.get_batch(cfg, corpora, step, machine)[0][0][0].numpy()).tobytes() in plays for step in range(400)]
+    drawn = [np.uint16(train_gpt.get_batch(cfg, corpora, step, run)[0][0][0].numpy()).tobytes() in plays for step in range(400)]
     assert 0.68 < sum(drawn) / 400 < 0.82
     metrics = main(cfg)
     names = [f'eval_loss/{name}' for name in ('plays', 'songs')]
@@ -213,11 +213,11 @@ def test_multicontext_is_the_sum_of_embeddings_and_the_mean_of_losses(data):
     streams = [str(data / 'plays'), str(data / 'plays')]
     metrics = main(config(data, training_mode='multicontext', multicontext_datasets=streams, max_iters=3))
     assert json.load(open('out/config.json'))['nanoforge']['multicontext']
-    machine = train_gpt.setup('cpu')
+    run = train_gpt.setup('cpu')
     cfg = config(data, training_mode='multicontext', multicontext_datasets=streams)
-    corpora = train_gpt.open_data(cfg, machine)
-    model, _, cfg = train_gpt.build_model(cfg, corpora, machine)
-    (x, y), = train_gpt.get_batch(cfg, corpora, 0, machine)
+    corpora = train_gpt.open_data(cfg, run)
+    model, _, cfg = train_gpt.build_model(cfg, corpora, run)
+    (x, y), = train_gpt.get_batch(cfg, corpora, 0, run)
     assert x.shape == (4, 16, 2) and torch.equal(x[..., 0], x[..., 1])      # aligned: one data set twice gives equal streams
     hidden = model.hidden(x[..., 0], embeddings=model.embed_tokens(x[..., 0]) + model.more_embeddings[0](x[..., 1]))
     logp = (hidden @ model.more_embeddings[0].weight.t()).log_softmax(-1).gather(-1, y[..., 1:]).squeeze(-1)
@@ -226,17 +226,17 @@ def test_multicontext_is_the_sum_of_embeddings_and_the_mean_of_losses(data):
 
 
 def test_evaluation_uses_no_token_twice(data, monkeypatch):
-    machine = train_gpt.setup('cpu')
+    run = train_gpt.setup('cpu')
     for eval_iters in (1, 3, 10 ** 6):
         cfg = config(data, eval_iters=eval_iters)
-        corpora = train_gpt.open_data(cfg, machine)
-        model, _, cfg = train_gpt.build_model(cfg, corpora, machine)
+        corpora = train_gpt.open_data(cfg, run)
+        model, _, cfg = train_gpt.build_model(cfg, corpora, run)
         seen = []
         monkeypatch.setattr(train_gpt, 'windows', lambda tokens, offsets, T, device: seen.extend(offsets) or windows(tokens, offsets, T, device))
         from data.corpus import windows
-        loss = train_gpt.evaluate(cfg, model, corpora, 'val', machine)
+        loss = train_gpt.evaluate(cfg, model, corpora, 'val', run)
         assert len(seen) <= eval_iters * cfg.batch_size and np.diff(sorted(seen)).min(initial=16) >= 16
-        assert loss == train_gpt.evaluate(cfg, model, corpora, 'val', machine)
+        assert loss == train_gpt.evaluate(cfg, model, corpora, 'val', run)
     assert len(seen) // 2 == (len(corpora[0].tokens('val')) - 1) // 16
 
 

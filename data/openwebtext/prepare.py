@@ -8,7 +8,7 @@ import sys
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import run
+from configurator import run_script
 from data.hub import parse, prepare_hub
 
 
@@ -19,4 +19,4 @@ def prepare(directory=None, num_tokens=None, max_documents=None):
 
 
 if __name__ == '__main__':
-    run(lambda args: prepare(None, args.num_tokens, args.max_documents), parse(__doc__))
+    run_script(lambda args: prepare(None, args.num_tokens, args.max_documents), parse(__doc__))

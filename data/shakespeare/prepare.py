@@ -8,7 +8,7 @@ import sys
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import run
+from configurator import run_script
 from data.shakespeare_char import prepare as characters
 
 
@@ -18,4 +18,4 @@ def prepare(directory=None):
 
 
 if __name__ == '__main__':
-    run(lambda _: prepare(), None)
+    run_script(lambda _: prepare(), None)

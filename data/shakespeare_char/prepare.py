@@ -12,10 +12,10 @@ import urllib.request
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import run
+from configurator import run_script
 from data.prepare import prepare as write, prepare_files
 from data.shakespeare_char.stand_in import play
-from data.texts import split_at
+from data.documents import split_at
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -64,4 +64,4 @@ def download(path):
 
 
 if __name__ == '__main__':
-    run(lambda _: prepare(), None)
+    run_script(lambda _: prepare(), None)

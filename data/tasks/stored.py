@@ -51,7 +51,7 @@ def files_of(domain, split, data_dir):
 
 @functools.lru_cache(maxsize=64)
 def rows_of(path):
-    from data.records import read_file      # only here: it takes longer to import than --print_config may take
+    from data.formats import read_file      # only here: it takes longer to import than --print_config may take
     return list(read_file(path))
 
 

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer as Backend, decoders, models, pre_tokeni
 
 from configurator import UserError
 from data.chat import CHAT_TEMPLATE, prompt_ids
-from data.encoders import Encoder
+from data.build_tokenizer import Encoder
 from data.prepare import Writer
 from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tiny.corpus import END, documents

@@ -14,7 +14,7 @@ import sys
 
 import store
 
-from configurator import run
+from configurator import run_script
 from data import sandbox
 from data.tasks import code
 
@@ -85,4 +85,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    run(lambda _: main(store.arguments(__doc__, dict.fromkeys([*TRAIN, *TEST]))), None)
+    run_script(lambda _: main(store.arguments(__doc__, dict.fromkeys([*TRAIN, *TEST]))), None)

@@ -8,7 +8,7 @@ row has "question", "solution" (the final answer) and "source"; a generated one 
 """
 import store
 
-from configurator import run
+from configurator import run_script
 from data.rewards import extract_answer
 from data.tasks import math
 
@@ -48,4 +48,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    run(lambda _: main(store.arguments(__doc__, dict.fromkeys([*TRAIN, *TEST]))), None)
+    run_script(lambda _: main(store.arguments(__doc__, dict.fromkeys([*TRAIN, *TEST]))), None)

@@ -10,7 +10,7 @@ and no training puzzle is a held-out one. A row has "question" (what the plan ag
 """
 import store
 
-from configurator import UserError, run
+from configurator import UserError, run_script
 from data.tasks import plan_path, sokoban, sudoku
 
 GAMES = {'sokoban': sokoban, 'sudoku': sudoku, 'plan_path': plan_path}
@@ -35,4 +35,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    run(lambda _: main(store.arguments(__doc__, GAMES)), None)
+    run_script(lambda _: main(store.arguments(__doc__, GAMES)), None)

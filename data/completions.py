@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import write_text
+from nanoforge.checkpoint import write_text
 
 LONGEST_SHARED = 2048           # tokens of a prompt with its completions up to which attention over all of them costs little,
 LEAST_SHARED = 0.1              # if sharing the prompt saves at least so many of all tokens
@@ -54,13 +54,13 @@ def read_episodes(path, step=None):
     return found
 
 
-def write_rollout(episodes, path, machine):
+def write_rollout(episodes, path, run):
     """Appends this rollout's Episodes, of all ranks, to rollouts.jsonl, each rank in its turn."""
-    for rank in range(machine.world_size):
-        if rank == machine.rank:
+    for rank in range(run.world_size):
+        if rank == run.rank:
             with open(path, 'a', encoding='utf-8') as file:
                 file.write(''.join(e.line() + '\n' for e in episodes))
-        machine.barrier()
+        run.barrier()
 
 
 def cut_rollouts(path, step):
@@ -81,7 +81,7 @@ class Layout(NamedTuple):
 def lay_out(groups, device, keep_last=False, share=None):
     """[(prompt ids, [completion ids, ...]), ...] -> Layout, the completions in their order.
 
-    A prompt is computed once for all its completions, which lie behind it as branches of one document (see ops.visible), unless they
+    A prompt is computed once for all its completions, which lie behind it as branches of one document (see kernels.visible), unless they
     are so long that attention over all of them would cost more than the prompts (share: None = decided so). Otherwise there is a padded
     row for each; on a CPU one row without padding where they are shared or long. keep_last: also the last tokens are fed, for what a
     critic says behind them.
@@ -136,7 +136,7 @@ class Table:
         self.drawn = len(self.groups)
 
     @staticmethod
-    def gather(episodes, groups, size, names, machine, mask_truncated=False):
+    def gather(episodes, groups, size, names, run, mask_truncated=False):
         """Of the Episodes of all ranks: `groups` have consecutive numbers and `size` members each. mask_truncated: what was cut off does
         not count as scored."""
         begin = min(groups)
@@ -146,7 +146,7 @@ class Table:
             values[(e.group - begin) * size + e.sample] = torch.tensor(
                 [e.reward if e.reward is not None else 0.0, scored, len(e.completion_ids), e.stopped, sum(e.logp), 0.0, 0.0,
                  *(math.nan if e.rewards[name] is None else e.rewards[name] for name in names)])
-        return Table(all_ranks(values, machine), groups, names)
+        return Table(all_ranks(values, run), groups, names)
 
     def __getitem__(self, name):
         return self.values[:, self.names.index(name)]
@@ -175,9 +175,9 @@ class Table:
         return table
 
 
-def all_ranks(values, machine):
+def all_ranks(values, run):
     """values, of which each rank has filled in its own part and left 0 elsewhere, whole."""
-    if machine.world_size > 1:
+    if run.world_size > 1:
         torch.distributed.all_reduce(values)        # on the CPU, by gloo
     return values
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from configurator import UserError, closest
 from data.chat import encode, segments
-from data.records import checked_messages, checked_tools, fill, from_values, parsed, read_rows, split_of_row, uses_values
+from data.formats import checked_messages, checked_tools, fill, from_values, parsed, read_rows, split_of_row, uses_values
 
 PROMPT_COLUMNS = ('prompt', 'question', 'instruction', 'input')     # looked for in this order where none is named
 CHUNK = 1000                                                        # pairs that are encoded together

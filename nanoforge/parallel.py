@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from configurator import UserError
 from model import GPT, Linear, load_weights
-from runtime import Run
+from nanoforge.run import Run
 
 ROWS, COLUMNS = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$', r'\.(o|down)_proj\.weight$'
 PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, but each sees the gradient of its own heads only
@@ -51,16 +51,16 @@ class Shared(Run):
         dist.destroy_process_group()
 
 
-def share_out(machine, shards):
+def share_out(run, shards):
     """A Run -> Shared, `shards` neighbouring ranks to a copy of each model. UserError where the ranks do not come out even."""
-    if machine.world_size % shards:
-        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {machine.world_size}: start a multiple of {shards}')
-    copies = machine.world_size // shards
+    if run.world_size % shards:
+        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a multiple of {shards}')
+    copies = run.world_size // shards
     groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
-    peers = [dist.new_group(range(s, machine.world_size, shards)) for s in range(shards)]
-    copy_of, shard = divmod(machine.rank, shards)
-    return Shared(machine.device, machine.dtype, machine.matmul, copy_of, machine.local_rank, copies, shards, shard,
-                  machine.rank == 0, peers[shard], groups[copy_of])
+    peers = [dist.new_group(range(s, run.world_size, shards)) for s in range(shards)]
+    copy_of, shard = divmod(run.rank, shards)
+    return Shared(run.device, run.dtype, run.matmul, copy_of, run.local_rank, copies, shards, shard,
+                  run.rank == 0, peers[shard], groups[copy_of])
 
 
 class Enter(torch.autograd.Function):
@@ -92,7 +92,7 @@ class Leave(torch.autograd.Function):
         return grad, None
 
 
-class ColumnLinear(Linear):
+class RowParallelLinear(Linear):
     """A linear layer of which each shard holds some input channels; x (..., in / shards) -> the whole output. A class of its own, so
     that the sampler calls it as it is."""
     group = None
@@ -106,27 +106,27 @@ class ColumnLinear(Linear):
         return y if bias is None else y + bias
 
 
-def shard(model, machine):
+def shard(model, run):
     """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config counts the share's heads."""
     if not isinstance(model, GPT) or getattr(model, 'adapters', None) or getattr(model.layers[0].self_attn.q_proj, 'plain_class', None):
         raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full precision: set GPU_num=1')
-    cfg, n = model.config, machine.shards
+    cfg, n = model.config, run.shards
     for name in ('n_head', 'n_kv_head', 'n_inner'):
         if getattr(cfg, name) % n:
             raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of {model.name_or_path} evenly')
     model.whole_config, model.config = cfg, replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(share(name, p.data, machine).clone()))
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(share(name, p.data, run).clone()))
     if cfg.tied:
         model.lm_head.weight = model.embed_tokens.weight
-    enter = lambda module, args: (Enter.apply(args[0], machine.group), *args[1:])
+    enter = lambda module, args: (Enter.apply(args[0], run.group), *args[1:])
     for layer in model.layers:
         layer.self_attn.cfg = model.config
         layer.self_attn.register_forward_pre_hook(enter)
         layer.mlp.register_forward_pre_hook(enter)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.__class__, linear.group = ColumnLinear, machine.group
+            linear.__class__, linear.group = RowParallelLinear, run.group
 
 
 def dimension(name):
@@ -134,48 +134,48 @@ def dimension(name):
     return 0 if re.search(ROWS, name) else 1 if re.search(COLUMNS, name) else None
 
 
-def share(name, tensor, machine):
+def share(name, tensor, run):
     """This rank's share of a whole tensor."""
     cut = dimension(name)
-    return tensor if cut is None or not tensor.dim() or not isinstance(machine, Shared) else tensor.chunk(machine.shards, cut)[machine.shard]
+    return tensor if cut is None or not tensor.dim() or not isinstance(run, Shared) else tensor.chunk(run.shards, cut)[run.shard]
 
 
-def whole(tensors, machine):
+def whole(tensors, run):
     """{name: share} -> {name: whole tensor}; called on all ranks together."""
-    if not isinstance(machine, Shared):
+    if not isinstance(run, Shared):
         return tensors
     found = {}
     for name, tensor in tensors.items():
         cut = dimension(name)
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(machine.shards)]
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(run.shards)]
         if cut is not None and tensor.dim():
-            dist.all_gather(parts, tensor.detach().contiguous(), group=machine.group)
+            dist.all_gather(parts, tensor.detach().contiguous(), group=run.group)
         found[name] = tensor.detach() if cut is None or not tensor.dim() else torch.cat(parts, cut)
     return found
 
 
-def whole_model(model, machine):
+def whole_model(model, run):
     """A copy of a sharded model in one piece, to save; called on all ranks together."""
-    state = whole(dict(model.named_parameters()), machine)
+    state = whole(dict(model.named_parameters()), run)
     with torch.device('meta'):
         full = GPT(copy.deepcopy(model.whole_config))
-    load_weights(full, state, model.name_or_path, device=machine.device)
+    load_weights(full, state, model.name_or_path, device=run.device)
     return full
 
 
-def clip_grad_norm(model, optimizer, max_norm, machine):
+def clip_grad_norm(model, optimizer, max_norm, run):
     """optimizer.clip_grad_norm for a model that may be sharded: the norm of the whole model's gradient before, a tensor ().
 
     First the gradients of what each shard saw a part of are summed over the shards.
     """
-    if not isinstance(machine, Shared):
+    if not isinstance(run, Shared):
         return optimizer.clip_grad_norm(max_norm)
-    squares = torch.zeros(2, device=machine.device)                 # of what is cut, of what is not
+    squares = torch.zeros(2, device=run.device)                 # of what is cut, of what is not
     for name, p in model.named_parameters():
         if re.search(PARTIAL, name):
-            dist.all_reduce(p.grad, group=machine.group)
+            dist.all_reduce(p.grad, group=run.group)
         squares[int(dimension(name) is None)] += p.grad.square().sum()
-    dist.all_reduce(squares[0], group=machine.group)
+    dist.all_reduce(squares[0], group=run.group)
     norm = squares.sum().sqrt()
     if max_norm > 0 and norm.isfinite():
         for grad in optimizer.grads:

@@ -1,4 +1,4 @@
-"""runtime.py and checkpoint.py: real files, real signals, real ranks. Child processes are forked, which is fast."""
+"""run.py, log.py and checkpoint.py: real files, real signals, real ranks. Child processes are forked, which is fast."""
 import itertools
 import json
 import os
@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import Checkpoints, damage, follow, point, read_checkpoint, start_fresh
+from nanoforge.checkpoint import Checkpoints, damage, resolve_link, symlink, read_checkpoint, start_fresh
 from configurator import UserError
-from runtime import (Log, LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command,
-                     seed_for, setup)
+from nanoforge.log import Log
+from nanoforge.run import LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
 
 
 @pytest.fixture(scope='module')
@@ -306,7 +306,7 @@ def test_damage_falls_back_to_the_checkpoint_before(run, out, capsys, file, harm
     assert 'checkpoint-2 is skipped: ' in said and file in said and said.count('\n') == 1
     with pytest.raises(UserError, match=f'checkpoint-2: .*{file}'):
         read_checkpoint(out / 'checkpoint-2')
-    checkpoints.rewind(checkpoints.latest())
+    checkpoints.discard_later(checkpoints.latest())
     save(checkpoints, 2)    # what we cannot recognise as ours is not touched
     assert os.readlink(out / 'last') == ('checkpoint-2-new' if file == 'manifest.json' else 'checkpoint-2')
     assert damage(out / 'last') == ''
@@ -316,7 +316,7 @@ def test_rewind_sets_the_abandoned_future_aside(run, out):
     checkpoints = Checkpoints(out, run, limit=None)
     for step in (1, 2, 3, 4):
         save(checkpoints, step, best=step in (2, 3))
-    checkpoints.rewind(out / 'checkpoint-2')
+    checkpoints.discard_later(out / 'checkpoint-2')
     assert names(out / 'earlier-1') == ['checkpoint-3', 'checkpoint-4']
     assert os.readlink(out / 'last') == os.readlink(out / 'best') == 'checkpoint-2'
     assert load_file(out / 'model.safetensors')['w'][0, 0] == 2
@@ -366,7 +366,7 @@ def test_killed_at_every_step_of_a_save(run, out):
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        checkpoints.rewind(latest)
+        checkpoints.discard_later(latest)
         save(checkpoints, 3, best=True)
         assert names(copy) == ['best', 'checkpoint-2', 'checkpoint-3', 'config.json', 'last', 'manifest.json',
                                'model.safetensors', 'run_config.json']
@@ -398,7 +398,7 @@ def test_really_full_disk(tmp_path):
 import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(os.path.abspath(__file__)))!r})
 import torch
 from safetensors.torch import save_file
-from checkpoint import *; from runtime import setup
+from nanoforge.checkpoint import *; from nanoforge.run import setup
 run = setup('cpu'); start_fresh(run, 'out', {{}}); checkpoints = Checkpoints('out', run)
 for step in range(1, 9):
     try:
@@ -477,9 +477,9 @@ def test_somebody_elses_model_is_refused(run, tmp_path, keep):
 def test_pointer_without_symlinks(tmp_path):
     (tmp_path / 'checkpoint-1').mkdir()
     (tmp_path / 'last').write_text('checkpoint-1')
-    assert follow(tmp_path / 'last') == tmp_path / 'checkpoint-1'
-    point(tmp_path / 'last', 'checkpoint-1')
-    assert follow(tmp_path / 'last').samefile(tmp_path / 'checkpoint-1')
+    assert resolve_link(tmp_path / 'last') == tmp_path / 'checkpoint-1'
+    symlink(tmp_path / 'last', 'checkpoint-1')
+    assert resolve_link(tmp_path / 'last').samefile(tmp_path / 'checkpoint-1')
 
 
 # log

@@ -11,35 +11,35 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from data.rollouts import lay_out
+from data.completions import lay_out
 from data.tokenizer import load_tokenizer, read_json
-from families import config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
-from lora import merge_lora
+from nanoforge.hf import config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
+from nanoforge.lora import merge_lora
 from model import GPT, find_model, load_weights, read_safetensors
-from optim import learning_rate, make_optimizer
-from runtime import explain_out_of_memory, seed_for
+from nanoforge.optim import learning_rate, make_optimizer
+from nanoforge.run import explain_out_of_memory, seed_for
 
 
-def states(trunk, layout):
+def hidden_states(backbone, layout):
     """A data.rollouts.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and that of the last token."""
-    return trunk.hidden(layout.idx, layout.positions, places=torch.cat((layout.source, layout.last[:, None]), 1))
+    return backbone.hidden(layout.idx, layout.positions, logit_positions=torch.cat((layout.source, layout.last[:, None]), 1))
 
 
 class ValueModel(nn.Module):
     """trunk: a GPT, whose own head is not used. The scalar head begins at 0: every value is. own: what belongs to this model alone,
     all of it or, on a trunk that is somebody else's, the head."""
 
-    def __init__(self, trunk, own=True):
+    def __init__(self, backbone, own=True):
         super().__init__()
-        self.trunk, self.score = trunk, nn.Linear(trunk.config.n_embd, 1, bias=False, device=trunk.device)
-        self.own_trunk = own
+        self.backbone, self.score = backbone, nn.Linear(backbone.config.n_embd, 1, bias=False, device=backbone.device)
+        self.owns_backbone = own
         nn.init.zeros_(self.score.weight)
-        if own and isinstance(trunk, GPT) and not trunk.config.tied:        # a head of its own would only take memory
-            trunk.lm_head.weight, trunk.config.tied = trunk.embed_tokens.weight, True
+        if own and isinstance(backbone, GPT) and not backbone.config.tied:        # a head of its own would only take memory
+            backbone.lm_head.weight, backbone.config.tied = backbone.embed_tokens.weight, True
 
     @property
     def own(self):
-        return self if self.own_trunk else self.score
+        return self if self.owns_backbone else self.score
 
     def read(self, hidden):
         """(..., C) -> (...) float32."""
@@ -48,16 +48,16 @@ class ValueModel(nn.Module):
 
     def values(self, layout):
         """A data.rollouts.Layout -> (values (B, T) before each token, values (B,) behind the last one; the layout has keep_last)."""
-        values = self.read(states(self.trunk, layout))
+        values = self.read(hidden_states(self.backbone, layout))
         return values[:, :-1], values[:, -1]
 
     def rewards(self, groups):
         """[(prompt ids, [completion ids, ...])] -> (n,), what it says behind each completion."""
         layout = lay_out(groups, self.score.weight.device, keep_last=True)
-        return self.read(self.trunk.hidden(layout.idx, layout.positions, places=layout.last))
+        return self.read(self.backbone.hidden(layout.idx, layout.positions, logit_positions=layout.last))
 
 
-class ForeignReward:
+class HFRewardModel:
     """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer: it reads texts."""
 
     def __init__(self, directory, device):
@@ -97,13 +97,13 @@ def load_reward_model(name_or_path, device, tokenizer):
         raise UserError(f'reward_model_path={name_or_path} has {labels} labels; a reward model has one')
     shape = config_from_hf({**hf, 'tie_word_embeddings': True})
     if shape is None or load_tokenizer(directory).sha256 != tokenizer.sha256:
-        return ForeignReward(directory, device)
+        return HFRewardModel(directory, device)
     weights = read_safetensors(directory)
     score = weights.pop('score.weight')
     with torch.device('meta'):
-        trunk = GPT(shape)
-    load_weights(trunk, from_hf_weights(shape, weights), directory, torch.float32, device)
-    model = ValueModel(trunk)
+        backbone = GPT(shape)
+    load_weights(backbone, from_hf_weights(shape, weights), directory, torch.float32, device)
+    model = ValueModel(backbone)
     model.score.weight.data.copy_(score)
     return model.requires_grad_(False).eval()
 
@@ -112,15 +112,15 @@ def save_reward_model(model, tokenizer, directory):
     """Writes a ValueModel as a sequence classifier of transformers."""
     from safetensors.torch import save_file
     os.makedirs(directory, exist_ok=True)
-    if getattr(model.trunk, 'adapters', None):
-        merge_lora(model.trunk, keep=False)
-    if not isinstance(model.trunk, GPT):
+    if getattr(model.backbone, 'adapters', None):
+        merge_lora(model.backbone, keep=False)
+    if not isinstance(model.backbone, GPT):
         raise UserError(f'a reward model on {model.trunk.config.arch} cannot be saved: use one of the families of model.py')
-    hf = config_to_hf(model.trunk.config)
+    hf = config_to_hf(model.backbone.config)
     name = hf['architectures'][0].replace('LMHeadModel', 'ForCausalLM').replace('ForCausalLM', 'ForSequenceClassification')
     hf.update(architectures=[name], id2label={'0': 'LABEL_0'}, label2id={'LABEL_0': 0},
               pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id)
-    weights = {**to_hf_weights(model.trunk, hf['model_type']), 'score.weight': model.score.weight}
+    weights = {**to_hf_weights(model.backbone, hf['model_type']), 'score.weight': model.score.weight}
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, os.path.join(directory, 'model.safetensors'),
               metadata={'format': 'pt'})
     tokenizer.save(directory)
@@ -130,7 +130,7 @@ def save_reward_model(model, tokenizer, directory):
 
 # ---- Bradley-Terry ----------------------------------------------------------------------------------------------------------
 
-def train_reward_model(model, pairs, held_out, machine, epochs=1, batch_size=32, lr=1e-4, seed=0):
+def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=1e-4, seed=0):
     """Fits a ValueModel to preference pairs (data.pairs.TokenPair) by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
     averaged over the pairs of a step; returns {'loss', 'accuracy': share of held-out pairs whose chosen side scores higher}.
 
@@ -145,23 +145,23 @@ def train_reward_model(model, pairs, held_out, machine, epochs=1, batch_size=32,
             batch = [pairs[i] for i in order[at:at + batch_size]]
             optimizer.set_lr(learning_rate(step, 'linear', lr, 0.0, steps // 20, steps))
             optimizer.zero_grad()
-            torch.manual_seed(seed_for(seed, 'reward dropout', step, machine.rank))
-            own, loss = batch[machine.rank::machine.world_size], torch.zeros((), device=machine.device)
+            torch.manual_seed(seed_for(seed, 'reward dropout', step, run.rank))
+            own, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
             if own:
-                with explain_out_of_memory('--reward_batch_size', '--max_length'), machine.autocast():
+                with explain_out_of_memory('--reward_batch_size', '--max_length'), run.autocast():
                     margin = margins(model, own)
                 loss = -F.logsigmoid(margin).sum() / len(batch)
                 loss.backward()
                 loss = loss.detach()
-            machine.sum(loss)
+            run.sum(loss)
             for grad in optimizer.grads:
-                machine.sum(grad)
+                run.sum(grad)
             if optimizer.clip_grad_norm(1.0).isfinite():
                 optimizer.step()
             step += 1
             if step % max(1, steps // 5) == 0:
-                machine.say(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')
-    return {'loss': loss.item(), 'accuracy': pair_accuracy(model, held_out, machine, batch_size)}
+                run.print0(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')
+    return {'loss': loss.item(), 'accuracy': pair_accuracy(model, held_out, run, batch_size)}
 
 
 def margins(model, pairs):
@@ -171,9 +171,9 @@ def margins(model, pairs):
 
 
 @torch.no_grad()
-def pair_accuracy(model, pairs, machine, batch_size=32):
+def pair_accuracy(model, pairs, run, batch_size=32):
     model.eval()
-    right = torch.zeros((), device=machine.device)
-    for at in range(machine.rank * batch_size, len(pairs), machine.world_size * batch_size):
+    right = torch.zeros((), device=run.device)
+    for at in range(run.rank * batch_size, len(pairs), run.world_size * batch_size):
         right += (margins(model, pairs[at:at + batch_size]) > 0).sum()
-    return machine.sum(right).item() / max(len(pairs), 1)
+    return run.sum(right).item() / max(len(pairs), 1)

@@ -1,11 +1,11 @@
-"""Each operation of ops.py against its plain formula: values and gradients, float64, float32 and bfloat16."""
+"""Each operation of kernels.py against its plain formula: values and gradients, float64, float32 and bfloat16."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import ops
+from nanoforge import kernels
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -36,12 +36,12 @@ def test_linear_stacks_its_weights(sizes, biased):
     x, weights = leaf(2, 3, 5), [leaf(n, 5, seed=i) for i, n in enumerate(sizes)]
     biases = [leaf(n, seed=9 + i) for i, n in enumerate(sizes)] if biased else []
     plain = torch.cat([F.linear(x, w, biases[i] if biased else None) for i, w in enumerate(weights)], -1)
-    agree(ops.linear(x, weights, biases), plain, [x, *weights, *biases], 1e-12)
+    agree(kernels.linear(x, weights, biases), plain, [x, *weights, *biases], 1e-12)
 
 
 def test_linear_in_bf16_rounds_factors_and_result_only():
     x, w, b = leaf(4, 64, dtype=torch.float32), leaf(8, 64, dtype=torch.float32), leaf(8, dtype=torch.float32)
-    y = ops.linear(x, [w], [b], bf16=True)
+    y = kernels.linear(x, [w], [b], bf16=True)
     assert y.dtype == torch.bfloat16
     exact = x.bfloat16().double() @ w.bfloat16().double().t() + b.bfloat16().double()
     assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-3).all()
@@ -60,24 +60,24 @@ def plain_rms(x, weight, eps):
 @pytest.mark.parametrize('shape', [(3, 16), (2, 5, 16), (2, 3, 4, 8)])
 def test_rms_norm(shape, dtype):
     x, w = leaf(*shape, dtype=dtype), leaf(shape[-1], dtype=dtype)
-    agree(ops.rms_norm(x, w, 1e-3), plain_rms(x, w, 1e-3), [x, w], tolerance(dtype))
+    agree(kernels.rms_norm(x, w, 1e-3), plain_rms(x, w, 1e-3), [x, w], tolerance(dtype))
 
 
 def test_rms_norm_of_a_transposed_view():
     """As q and k come: (B, T, H, D) seen as (B, H, T, D), and a slice of a wider tensor."""
     base, w = leaf(2, 5, 3, 24), leaf(8)
     x = base[..., 8:16].transpose(1, 2)
-    agree(ops.rms_norm(x, w, 1e-6), plain_rms(x, w, 1e-6), [base, w], 1e-12)
+    agree(kernels.rms_norm(x, w, 1e-6), plain_rms(x, w, 1e-6), [base, w], 1e-12)
 
 
 def test_rms_norm_gradcheck():
-    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-2), (leaf(2, 3, 6), leaf(6)))
-    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x.transpose(0, 1), w, 1e-2), (leaf(2, 3, 6), leaf(6)))
+    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x, w, 1e-2), (leaf(2, 3, 6), leaf(6)))
+    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x.transpose(0, 1), w, 1e-2), (leaf(2, 3, 6), leaf(6)))
 
 
 def test_rms_norm_in_bf16_is_rounded_once():
     x, w = leaf(7, 512, dtype=torch.bfloat16, scale=3), leaf(512, dtype=torch.bfloat16)
-    y = ops.rms_norm(x, w, 1e-6)
+    y = kernels.rms_norm(x, w, 1e-6)
     assert y.dtype == torch.bfloat16
     exact = plain_rms(x.double(), w.double(), 1e-6)
     assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 * 1.01).all()      # half a unit in the last place
@@ -100,16 +100,16 @@ def plain_rotate(x, cos, sin):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_rotate(dtype):
     x, (cos, sin) = leaf(2, 3, 7, 8, dtype=dtype), angles(7, 8, dtype)
-    agree(ops.rotate(x, cos, sin), plain_rotate(x, cos, sin), [x], tolerance(dtype))
+    agree(kernels.rotate(x, cos, sin), plain_rotate(x, cos, sin), [x], tolerance(dtype))
     view = leaf(2, 7, 3, 8, dtype=dtype)
     turned = view.transpose(1, 2)
-    agree(ops.rotate(turned, cos, sin), plain_rotate(turned, cos, sin), [view], tolerance(dtype))
-    assert torch.equal(ops.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
+    agree(kernels.rotate(turned, cos, sin), plain_rotate(turned, cos, sin), [view], tolerance(dtype))
+    assert torch.equal(kernels.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
 
 
 def test_rotate_gradcheck():
     cos, sin = angles(4, 6)
-    assert torch.autograd.gradcheck(lambda x: ops.rotate(x, cos, sin), (leaf(2, 4, 6),))
+    assert torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (leaf(2, 4, 6),))
 
 
 # ---- short attention -------------------------------------------------------------------------------------------------
@@ -134,9 +134,9 @@ def test_short_attention(normed, rotated, dtype):
     weights = [leaf(D, dtype=dtype), leaf(D, dtype=dtype, seed=1)] if normed else []
     cos, sin = angles(T, D, dtype) if rotated else (None, None)
     rest = (H, 0.4, *(weights or (None, None)), eps, cos, sin)
-    agree(ops.ShortAttention.apply(qkv, *rest, ops.future(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
+    agree(kernels.ShortAttention.apply(qkv, *rest, kernels.future(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
     if dtype == torch.float64:
-        call = lambda qkv, *w: ops.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, ops.future(T, dtype))
+        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, kernels.future(T, dtype))
         assert torch.autograd.gradcheck(call, (qkv, *weights))
 
 
@@ -145,7 +145,7 @@ def test_short_attention_in_bf16():
     rest = (2, 8 ** -0.5, w, w, 1e-6, *angles(16, 8, torch.float32))
     plain = plain_attention(qkv, *rest)
     rounded = qkv.detach().bfloat16().requires_grad_()
-    ours = ops.ShortAttention.apply(rounded, *rest, ops.future(16, torch.bfloat16))
+    ours = kernels.ShortAttention.apply(rounded, *rest, kernels.future(16, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
     push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
     expected, = torch.autograd.grad(plain, [qkv], push)
@@ -179,13 +179,13 @@ def test_token_stats(tiling, dtype, temperature, softcap):
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     targets[:4] = torch.tensor([0, 255, 256, 699])                                          # at the edges of tiles
     targets[4] = (hidden @ weight.t())[4].argmax()
-    ours = ops.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
+    ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
     plain = plain_stats(hidden, weight, targets, temperature, softcap)
     assert torch.equal(ours[3], plain[3]) and ours[3][4]
     for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                               # gradients come into any of the three
         stacked = (torch.stack([parts[i] for i in used]) for parts in (ours, plain))
         agree(*stacked, [hidden, weight], 3 * tolerance(dtype))
-    alone = ops.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
+    alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
     assert alone[1:] == (None, None, None)
     agree(alone[0], plain[0], [hidden, weight], 3 * tolerance(dtype))
 
@@ -194,14 +194,14 @@ def test_token_stats_gradcheck(tiling):
     hidden, weight, targets = leaf(5, 3), leaf(300, 3), torch.tensor([0, 299, 255, 256, 7])
     for softcap in (0.0, 1.5):
         keep = 0 if softcap else tiling
-        call = lambda h, w: torch.stack(ops.TokenStats.apply(h, w, targets, 0.8, softcap, True, keep)[:3])
+        call = lambda h, w: torch.stack(kernels.TokenStats.apply(h, w, targets, 0.8, softcap, True, keep)[:3])
         assert torch.autograd.gradcheck(call, (hidden, weight), fast_mode=True)
 
 
 def test_token_stats_without_rows(tiling):
     hidden, weight = leaf(0, 6), leaf(700, 6)
     for extras in (True, False):
-        logp = ops.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras, tiling)[0]
+        logp = kernels.TokenStats.apply(hidden, weight, torch.zeros(0, dtype=torch.long), 1.0, 0.0, extras, tiling)[0]
         grads = torch.autograd.grad(logp.sum(), [hidden, weight])
         assert logp.shape == (0,) and grads[0].shape == (0, 6) and not grads[1].any() and grads[1].shape == (700, 6)
 
@@ -210,7 +210,7 @@ def test_token_stats_of_huge_logits():
     """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0, gradients are finite."""
     hidden, weight = leaf(6, 4, dtype=torch.float32, scale=300), leaf(900, 4, dtype=torch.float32)
     best = (hidden @ weight.t()).argmax(1)
-    logp, entropy, _, correct = ops.TokenStats.apply(hidden, weight, best, 1.0, 0.0, True, 0)
+    logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, best, 1.0, 0.0, True, 0)
     assert correct.all() and (logp <= 0).all() and (entropy >= 0).all()
     grads = torch.autograd.grad((logp + entropy).sum(), [hidden, weight])
     assert all(g.isfinite().all() for g in grads)
@@ -220,7 +220,7 @@ def test_token_stats_in_bf16_are_computed_in_float32():
     hidden, weight = leaf(11, 64, dtype=torch.bfloat16), leaf(700, 64, dtype=torch.bfloat16)
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    ours = ops.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False, 0)[0]
+    ours = kernels.TokenStats.apply(hidden, weight, targets, 1.0, 0.0, False, 0)[0]
     plain = plain_stats(*wide, targets)[0]
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours.sum(), [hidden, weight]), torch.autograd.grad(plain.sum(), wide)):
@@ -231,13 +231,13 @@ def test_token_stats_in_bf16_are_computed_in_float32():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_head_is_float32(dtype):
     hidden, weight = leaf(2, 3, 64, dtype=dtype), leaf(50, 64, dtype=dtype)
-    torch.testing.assert_close(ops.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(kernels.head(hidden, weight), hidden.float() @ weight.float().t(), rtol=1e-6, atol=1e-5)
 
 
 def test_masked_targets_have_zeros_and_no_gradient(monkeypatch):
     hidden, weight = leaf(2, 5, 6), leaf(30, 6)
     targets = torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
-    stats = ops.token_stats(hidden, weight, targets, 0.9)
+    stats = kernels.token_stats(hidden, weight, targets, 0.9)
     plain = plain_stats(hidden.flatten(0, 1), weight, targets.flatten().clamp(min=0), 0.9)
     for name, expected in zip(('logp', 'entropy', 'mean_logp', 'correct'), plain):
         torch.testing.assert_close(stats[name], expected.view(2, 5) * (targets >= 0))
@@ -245,34 +245,34 @@ def test_masked_targets_have_zeros_and_no_gradient(monkeypatch):
     assert grad[0, 1].any() and not grad[targets < 0].any()
     for direct in (0, 2 ** 20):
         monkeypatch.setattr(ops, 'DIRECT', direct)
-        empty = ops.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
+        empty = kernels.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
         assert empty.shape == (2, 5) and not any(g.any() for g in torch.autograd.grad(empty.sum(), [hidden, weight]))
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
     monkeypatch.setattr(ops, 'TILE', 1)
-    hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), ops.TokenStats.logits
-    monkeypatch.setattr(ops.TokenStats, 'logits', staticmethod(
+    hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), kernels.TokenStats.logits
+    monkeypatch.setattr(kernels.TokenStats, 'logits', staticmethod(
         lambda ctx, x, w, buffer: used.add(buffer.data_ptr()) or real(ctx, x, w, buffer)))
     with torch.no_grad():
-        ops.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))
+        kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))
     assert len(used) == 1
-    logp = ops.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))['logp']
+    logp = kernels.token_stats(hidden, weight, torch.zeros(11, dtype=torch.long))['logp']
     assert len(used) > 2 and logp.requires_grad
 
 
 @pytest.mark.parametrize('temperature, softcap', [(1.0, 0.0), (0.7, 2.0)])
 def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
     hidden, weight, targets = leaf(2, 5, 6), leaf(30, 6), torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
-    direct = ops.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    direct = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
     monkeypatch.setattr(ops, 'DIRECT', 0)
-    tiled = ops.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
+    tiled = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
     agree(direct, tiled, [hidden, weight], 1e-12)
 
 
 def test_document_lengths():
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
-    assert ops.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
+    assert kernels.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
 
 
 @pytest.mark.parametrize('window', [0, 2])
@@ -285,8 +285,8 @@ def test_visible_is_the_path_to_the_root(window):
     for row in range(2):
         for i, path in enumerate(paths[row]):
             expected[row, i, list(path[-window:])] = True
-    assert torch.equal(ops.visible(rows, window), expected)
-    assert torch.equal(ops.visible(rows[0], window), expected[0])
+    assert torch.equal(kernels.visible(rows, window), expected)
+    assert torch.equal(kernels.visible(rows[0], window), expected[0])
 
 
 @pytest.mark.parametrize('heads, groups', [(4, 4), (4, 2)])
@@ -298,9 +298,9 @@ def test_branches_attend_as_the_mask_says(heads, groups):
     positions = torch.stack([row[:T] for row in rows])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, T, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (heads, groups, groups))
-    got = ops.Branches(positions).attend(q, k, v, 0.3)
+    got = kernels.Branches(positions).attend(q, k, v, 0.3)
     repeat = lambda x: x.repeat_interleave(heads // groups, 1)
-    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~ops.visible(positions)[:, None], float('-inf'))
+    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~kernels.visible(positions)[:, None], float('-inf'))
     want = scores.softmax(-1) @ repeat(v)
     assert torch.allclose(got, want, atol=1e-12)
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
@@ -321,11 +321,11 @@ def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
     qkv, weights = leaf(2, T, (H + 2 * G) * D), [leaf(D, seed=1), leaf(D, seed=2)] if normed else []
     angle = positions[:, None, :, None] / torch.arange(1, D // 2 + 1)
     cos, sin = angle.double().cos(), angle.double().sin()
-    spans = ops.Spans(positions, ops.continuations(positions), H, G)
-    got = ops.SpanAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
+    spans = kernels.Spans(positions, kernels.continuations(positions), H, G)
+    got = kernels.SpanAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
     q, k, v = qkv.view(2, T, -1, D).transpose(1, 2).split([H, G, G], 1)
     if normed:
         q, k = plain_rms(q, weights[0], eps), plain_rms(k, weights[1], eps)
     q, k, v = plain_rotate(q, cos, sin), *(x.repeat_interleave(H // G, 1) for x in (plain_rotate(k, cos, sin), v))
-    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~ops.visible(positions, window)[:, None], -math.inf)
+    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~kernels.visible(positions, window)[:, None], -math.inf)
     agree(got, (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, T, -1), [qkv, *weights], 1e-12)

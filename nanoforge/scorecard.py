@@ -7,7 +7,7 @@ import io
 import itertools
 import re
 
-from metrics import ERRORS
+from nanoforge.metrics import ERRORS
 
 COLOURS = ['#3b6fb6', '#d9622b', '#4a9b6e', '#8d62a9', '#b8912f', '#5aa9c4', '#b5527a', '#777777']
 ERROR_COLOURS = dict(zip(('correct', *ERRORS), ['#4a9b6e', '#1f1f1f', '#5d3a7a', '#8d62a9', '#b5527a', '#d9622b', '#e8a15f', '#5aa9c4',

@@ -17,8 +17,8 @@ from bench import roundtrip
 from configurator import UserError
 from conftest import ROOT
 from data.tokenizer import Tokenizer
-from families import FAMILIES as FIELDS
-from families import UNSAID, from_hf_weights
+from nanoforge.hf import FAMILIES as FIELDS
+from nanoforge.hf import UNSAID, from_hf_weights
 from model import GPT, GPTConfig, Plan, load_model, save_model
 from sample import generate, logp_gap
 
@@ -223,7 +223,7 @@ def test_states_at_some_places(pairs, family, monkeypatch):
         for checkpointing in (False, True):
             monkeypatch.setattr(ours, 'gradient_checkpointing', checkpointing)
             monkeypatch.setattr(ours, 'training', checkpointing)
-            got = ours.hidden(idx, positions, places=places)
+            got = ours.hidden(idx, positions, logit_positions=places)
             close(got, want)
             grads = [torch.autograd.grad((states * weights).sum(), list(named.values()), retain_graph=True, allow_unused=True,
                                          materialize_grads=True) for states in (got, want)]
@@ -239,7 +239,7 @@ def test_packed_rows_in_bf16_are_rounded_up(pairs, monkeypatch):
     with torch.no_grad():
         plain = ours.hidden(idx, positions)
         ours.set_matmul('bf16')
-        got, some = ours.hidden(idx, positions), ours.hidden(idx, positions, places=torch.tensor([40, 2]))
+        got, some = ours.hidden(idx, positions), ours.hidden(idx, positions, logit_positions=torch.tensor([40, 2]))
     hook.remove()
     ours.set_matmul('float32')
     assert shapes == [41, 64, 64] and got.shape == plain.shape

@@ -1,4 +1,4 @@
-"""LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantized.py) it is QLoRA.
+"""LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantize.py) it is QLoRA.
 
 A layer with adapters is the same object with the same `.weight`, its class swapped for one whose forward adds
 scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers
@@ -16,9 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import ops
+from nanoforge import kernels
 from configurator import UserError
-from quantized import dequantize, head_of, is_quantized
+from nanoforge.quantize import dequantize, head_of, is_quantized
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False, 'use_dora': False,
             'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -88,7 +88,7 @@ def stacked_linear(x, layers):
     flat, bf16 = x.flatten(0, -2), layers[0].bf16
     flat = flat.bfloat16() if bf16 else flat
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    y = ops.linear(flat, [layer.weight for layer in layers], biases, bf16)
+    y = kernels.linear(flat, [layer.weight for layer in layers], biases, bf16)
     return add_adapters(y, flat, layers).view(*x.shape[:-1], -1)
 
 

@@ -10,8 +10,8 @@ import traceback
 import pytest
 
 from configurator import UserError
-from data import records
-from data.records import Source, best_fit, broken_calls, read_rows, to_record
+from data import formats
+from data.formats import Source, best_fit, broken_calls, read_rows, to_record
 from data.tasks import devices, toolcalls
 
 ASK, ANSWER = {'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}
@@ -101,19 +101,19 @@ def test_embedded_tool_calls(name):
         record = to_record(row, where)
         split[record.split].append(record)
         assert not broken_calls(record)
-    assert [len(part) for part in split.values()] == list(records.SIZES[name])
+    assert [len(part) for part in split.values()] == list(formats.SIZES[name])
 
 
 def test_hub_that_does_not_answer():
-    code = "from data.records import read_rows; next(read_rows('google/mobile-actions'))"
+    code = "from data.formats import read_rows; next(read_rows('google/mobile-actions'))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'},
-                          cwd=os.path.dirname(os.path.dirname(records.__file__)))
+                          cwd=os.path.dirname(os.path.dirname(formats.__file__)))
     assert 'UserError: google/mobile-actions: no such file' in done.stderr
 
 
 def test_torch_is_not_imported():
-    subprocess.run([sys.executable, '-c', 'import sys, data.records; assert "torch" not in sys.modules'], check=True,
-                   cwd=os.path.dirname(os.path.dirname(records.__file__)))
+    subprocess.run([sys.executable, '-c', 'import sys, data.formats; assert "torch" not in sys.modules'], check=True,
+                   cwd=os.path.dirname(os.path.dirname(formats.__file__)))
 
 
 # A file (name, content) or a row, and words of the message. `None` for a content: nothing is written.
@@ -157,7 +157,7 @@ COLUMNS = [({'q': 'a', 'answer': 'b'}, Source(prompt_column='question'), None, "
 
 
 def refusal(action):
-    """(message, the line of records.py or chat.py that refused)"""
+    """(message, the line of formats.py or chat.py that refused)"""
     with pytest.raises(UserError) as info:
         action()
     error = info.value
@@ -224,13 +224,13 @@ def test_every_field_of_a_source_is_explained():
 @pytest.mark.parametrize('task', [devices, toolcalls])
 def test_embedded_rows_are_those_of_the_task(task):
     name = task.__name__.rpartition('.')[2]
-    train, held_out = records.SIZES[name]
+    train, held_out = formats.SIZES[name]
     assert [row for _, row in read_rows(name)] == task.rows('train', train, 0) + task.rows('eval', held_out, 0)
 
 
 def test_held_out_devices_are_new():
     """No value, wording, opening or joint of a held-out row occurs in training; a dozen tools, one to three calls a row."""
-    train, held_out = (devices.problems(split, count, 0) for split, count in zip(('train', 'eval'), records.SIZES['devices']))
+    train, held_out = (devices.problems(split, count, 0) for split, count in zip(('train', 'eval'), formats.SIZES['devices']))
     values = [{str(value) for problem in part for call in problem['calls'] for value in call['arguments'].values()} for part in (train, held_out)]
     assert len(devices.TOOLS) == 12 and not values[0] & values[1]
     assert not any(set(taught) & set(asked) for _, _, taught, asked in devices.TOOLS.values())

@@ -8,8 +8,8 @@ import pytest
 from configurator import UserError
 from conftest import ROOT
 from data.chat import prompt_ids, render
-from data.pairs import Dropped, Drops, Pair, encode_pairs, fit, read_pairs, to_pair
-from data.records import Source
+from data.preferences import Dropped, Drops, Pair, encode_pairs, fit, read_pairs, to_pair
+from data.formats import Source
 from data.tokenizer import load_tokenizer
 
 ASK, YES, NO = {'role': 'user', 'content': 'ok?'}, {'role': 'assistant', 'content': 'yes'}, {'role': 'assistant', 'content': 'no'}
@@ -73,7 +73,7 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_beginning_of_the_answers
 
 
 def test_several_processes_encode_the_same(tokenizer, monkeypatch):
-    monkeypatch.setattr('data.pairs.CHUNK', 2)
+    monkeypatch.setattr('data.preferences.CHUNK', 2)
     stopped = {'role': 'assistant', 'content': '<|im_end|>'}
     pairs = [Pair([{'role': 'user', 'content': f'{n}?'}], YES, NO if n % 2 else stopped, None, 'train', str(n)) for n in range(5)]
     assert encode_pairs(tokenizer, pairs, 100, None, 2) == encode_pairs(tokenizer, pairs, 100)

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import ops
-from lora import dense_weight
+from nanoforge import kernels
+from nanoforge.lora import dense_weight
 from model import Linear
 
 FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more

@@ -4,9 +4,9 @@ import html
 import itertools
 from pathlib import Path
 
-from checkpoint import write_text
-from data.rollouts import read_episodes
-from report import read_log, smooth
+from nanoforge.checkpoint import write_text
+from data.completions import read_episodes
+from nanoforge.plots import read_log, smooth
 
 GROUPS_SHOWN = 12           # of each step
 STEPS_SHOWN = 12            # spread over the run, the first and the last among them

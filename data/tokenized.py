@@ -19,12 +19,12 @@ import numpy as np
 
 from configurator import UserError
 from data import chat
-from data.records import broken_calls
+from data.formats import broken_calls
 
 CHUNK = 512         # records that are encoded together
 
 
-class Rows:
+class TokenizedRows:
     """Rows of token ids in a temporary file, and beside them, in memory, a few numbers a row.
 
     lengths, targets  (N,) tokens, and how many of them are learned

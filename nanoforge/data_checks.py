@@ -32,7 +32,7 @@ KINDS = {
 }
 
 
-class Findings:
+class DataIssues:
     """counts {kind: how often}, examples {kind: the first few}, notes {kind: what else there is to say}; kinds as in KINDS."""
 
     def __init__(self):
@@ -74,7 +74,7 @@ def compare_splits(rows, findings):
         findings.add('no held-out rows', '')
 
 
-def painted(tokenizer, ids, targets, colour=True):
+def highlight(tokenizer, ids, targets, colour=True):
     """The text of a row with what is learned in colour, or between ⟦ and ⟧."""
     on, off = ('\033[1;32m', '\033[0m') if colour else ('⟦', '⟧')
     parts = []
@@ -84,36 +84,36 @@ def painted(tokenizer, ids, targets, colour=True):
     return ''.join(parts)
 
 
-def show_check(cfg, tokenizer, rows, findings, machine):
+def show_check(cfg, tokenizer, rows, findings, run):
     """--check: three rows with what is learned in colour, and a table of what is wrong."""
     for i in np.flatnonzero(~rows.held_out)[:3]:
-        machine.say(f'--- {rows.where[i]}: {rows.lengths[i]} tokens, {rows.targets[i]} learned\n'
-                    + painted(tokenizer, *rows[i], colour=sys.stdout.isatty()))
-    machine.say(f'--- {len(rows):,} rows, {rows.held_out.sum():,} of them held out, longest {cfg.max_length} tokens')
+        run.print0(f'--- {rows.where[i]}: {rows.lengths[i]} tokens, {rows.targets[i]} learned\n'
+                    + highlight(tokenizer, *rows[i], colour=sys.stdout.isatty()))
+    run.print0(f'--- {len(rows):,} rows, {rows.held_out.sum():,} of them held out, longest {cfg.max_length} tokens')
     for line in findings.lines():
-        machine.say('- ' + line)
+        run.print0('- ' + line)
     if not findings.counts:
-        machine.say('- nothing is wrong')
+        run.print0('- nothing is wrong')
     if findings.fatal and not cfg.skip_bad_rows:
         raise UserError(f'{", ".join(findings.fatal)}: a run would stop here')
 
 
-class RedFlags:
+class TrainingAlerts:
     """Names the red flags of a run when they show, once each, with what to do."""
 
-    def __init__(self, machine):
-        self.machine, self.said, self.history, self.before, self.bad_steps = machine, set(), [], (0.0, 0), 0
+    def __init__(self, run):
+        self.run, self.said, self.history, self.before, self.bad_steps = run, set(), [], (0.0, 0), 0
 
     def say(self, key, text):
         if key not in self.said:
             self.said.add(key)
-            self.machine.say(f'WARNING   {text}')
+            self.run.print0(f'WARNING   {text}')
 
     def step(self, good, learning_rate, output_dir):
         """Counts steps that were skipped because their gradient was not finite; UserError after a few in a row."""
         self.bad_steps = 0 if good else self.bad_steps + 1
         if not good:
-            self.machine.say(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
+            self.run.print0(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
         if self.bad_steps == MAX_BAD_STEPS:
             raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower --learning_rate={learning_rate:g}; the '
                             f'checkpoints in {output_dir} are good')

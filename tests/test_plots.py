@@ -1,4 +1,4 @@
-"""report.py: pictures from a log."""
+"""plots.py: pictures from a log."""
 import json
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from report import curves, loss_picture, margins, read_log, smooth, sparkline
+from nanoforge.plots import curves, loss_picture, margins, read_log, smooth, sparkline
 
 
 def write_log(path, lines):

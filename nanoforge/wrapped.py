@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-import ops
+from nanoforge import kernels
 from configurator import UserError
-from lora import dense_weight
+from nanoforge.lora import dense_weight
 
 
 class Wrapped(nn.Module):
@@ -59,24 +59,24 @@ class Wrapped(nn.Module):
         training = self.model.training
         theirs = self.model.eval()(idx, use_cache=False).logits.float()
         cap = self.config.logit_softcap
-        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, ops.head(*self.head(self.hidden(idx)))
+        raw, ours = cap * torch.atanh(theirs / cap) if cap else theirs, kernels.head(*self.head(self.hidden(idx)))
         self.model.train(training)
         scale = ((raw * ours).sum() / ours.square().sum()).item()
         if not (raw - scale * ours).abs().max() <= 0.02 * raw.abs().max():
             raise UserError(f'{self.config.arch} is not supported: its logits are not last hidden state times head')
         return 1.0 if abs(scale - 1) < 1e-3 else scale
 
-    def hidden(self, idx, positions=None, places=None):
-        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T), places: as GPT.hidden's for packed rows."""
-        if places is not None:
-            return self.hidden(idx, positions).flatten(0, 1)[places]
+    def hidden(self, idx, positions=None, logit_positions=None):
+        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T), logit_positions: as GPT.hidden's for packed rows."""
+        if logit_positions is not None:
+            return self.hidden(idx, positions).flatten(0, 1)[logit_positions]
         B, T = idx.size()
         if T > self.config.block_size and (positions is None or positions.max() >= self.config.block_size):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of {self.config.block_size}: '
                             'shorten it')
         if positions is None:
             return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
-        spans = ops.continuations(positions.expand(B, T))
+        spans = kernels.continuations(positions.expand(B, T))
         rows = [torch.cat([idx.flatten()[begin:begin + shared], idx.flatten()[at:end]]) for begin, shared, at, end in spans]
         hidden = self.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
         return torch.cat([h[shared:shared + end - at] for h, (_, shared, at, end) in zip(hidden, spans)]).view(B, T, -1)
@@ -93,12 +93,12 @@ class Wrapped(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., V) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return ops.head(*self.head(hidden), self.config.logit_softcap)
+            return kernels.head(*self.head(hidden), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """As GPT.token_stats."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return ops.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
+            return kernels.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
 
     def forward(self, idx, targets=None, positions=None):
         """As GPT.forward."""

@@ -7,7 +7,7 @@ Checkpoints that survive a kill at any instant, and the output folder that they 
 
     path = checkpoints.latest()                         # to resume
     optimizer_state, state = read_checkpoint(path)
-    checkpoints.rewind(path)
+    checkpoints.discard_later(path)
 """
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ def fsync(path):
         os.close(handle)
 
 
-def replace(path, write):
+def atomic_write(path, write):
     """write(a temporary path), then rename: who reads `path`, whenever the power fails, finds the old or the new."""
     temporary = path.with_name(TEMPORARY + path.name)
     temporary.unlink(missing_ok=True)
@@ -60,14 +60,14 @@ def write_text(path, text):
     def write(temporary):
         temporary.write_text(text, encoding='utf-8')
         fsync(temporary)
-    replace(Path(path), write)
+    atomic_write(Path(path), write)
 
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def read_own(path):
+def read_manifest(path):
     """The JSON object in `path` if nanoforge wrote it, else {}."""
     try:
         value = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -76,7 +76,7 @@ def read_own(path):
         return {}
 
 
-def link(source, target):
+def hardlink(source, target):
     """`target` becomes `source`: a hard link, or a copy where there are none."""
     def write(temporary):
         try:
@@ -85,27 +85,27 @@ def link(source, target):
             shutil.copyfile(source, temporary)
     if not (target.exists() and source.samefile(target)):   # between two names of one file, a rename does nothing
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace(target, write)
+        atomic_write(target, write)
 
 
-def point(path, name):
+def symlink(path, name):
     """`path` becomes a symlink to its neighbour `name`; where there are none, a text file that holds the name."""
     def write(temporary):
         try:
             temporary.symlink_to(name)
         except (OSError, NotImplementedError):
             temporary.write_text(name, encoding='utf-8')
-    replace(path, write)
+    atomic_write(path, write)
 
 
-def follow(path):
+def resolve_link(path):
     """The folder behind out/last or out/best, also where these are text files."""
     path = Path(path)
     is_text = path.name in ('last', 'best') and path.is_file()
     return path.with_name(path.read_text(encoding='utf-8')) if is_text else path
 
 
-def set_aside(out_dir, paths):
+def move_aside(out_dir, paths):
     """Move `paths` to a new folder earlier-K in out_dir, which is returned."""
     earlier = next(path for path in (out_dir / f'earlier-{k}' for k in itertools.count(1)) if not os.path.lexists(path))
     for path in paths:
@@ -117,7 +117,7 @@ def set_aside(out_dir, paths):
 
 def checkpoint_folders(out_dir):
     """[(path, manifest)] of all checkpoints in out_dir, oldest step first, whichever run wrote them."""
-    found = [(path, read_own(path / 'manifest.json')) for path in (out_dir.iterdir() if out_dir.is_dir() else ())
+    found = [(path, read_manifest(path / 'manifest.json')) for path in (out_dir.iterdir() if out_dir.is_dir() else ())
              if path.is_dir() and not path.is_symlink() and not path.name.startswith((TEMPORARY, 'earlier-'))]
     return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1]['step'])
 
@@ -128,7 +128,7 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
 
     It is asked before setup(): a run goes on with the device and the precision that it had. from_start: no checkpoint is needed.
     """
-    saved = read_own(Path(out_dir) / 'run_config.json')
+    saved = read_manifest(Path(out_dir) / 'run_config.json')
     found = saved.get('script') == script and (
         from_start or any(manifest['run'] == saved['run'] for _, manifest in checkpoint_folders(Path(out_dir))))
     if not found and getattr(cfg, 'resume', None) == 'auto':
@@ -151,20 +151,20 @@ def start_fresh(run, out_dir, config, keep=None, script=None):
 
     def move_earlier_run():
         folders = [path for path, _ in checkpoint_folders(out_dir)]
-        model = {name for path in (out_dir, *folders) for name in read_own(path / 'manifest.json').get('files', ())}
+        model = {name for path in (out_dir, *folders) for name in read_manifest(path / 'manifest.json').get('files', ())}
         paths = [*folders, *(out_dir / name for name in (*RUN_FILES, *model))]
         paths = [path for path in paths
                  if os.path.lexists(path) and not keep.startswith(os.path.realpath(path) + os.sep)]
-        earlier = set_aside(out_dir, [*paths, settings])      # settings last: till then the folder is known as ours
+        earlier = move_aside(out_dir, [*paths, settings])      # settings last: till then the folder is known as ours
         for path in paths:
             if keep == os.path.realpath(out_dir) + os.sep and path.relative_to(out_dir).as_posix() in model:
-                link(earlier / path.relative_to(out_dir), path)     # the new run loads the model of the root
-        run.say(f'{out_dir} held an earlier run: its files are now in {earlier}')
+                hardlink(earlier / path.relative_to(out_dir), path)     # the new run loads the model of the root
+        run.print0(f'{out_dir} held an earlier run: its files are now in {earlier}')
 
     def work():
         with writing(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
-            if read_own(settings):
+            if read_manifest(settings):
                 move_earlier_run()
             elif foreign := [name for name in ('config.json', 'model.safetensors', settings.name)
                              if (out_dir / name).exists()]:
@@ -188,7 +188,7 @@ class Checkpoints:
         self.out_dir, self.run, self.limit, self.save_only_model = Path(out_dir), run, limit, save_only_model
 
     def run_id(self):
-        return read_own(self.out_dir / 'run_config.json').get('run')
+        return read_manifest(self.out_dir / 'run_config.json').get('run')
 
     def own(self):
         """[(path, manifest)] of this run's checkpoints, oldest first; one of another run may lie beside them."""
@@ -199,30 +199,30 @@ class Checkpoints:
         """The newest whole checkpoint, or None. Damaged ones are skipped, and said."""
         def find():
             own = [(path, manifest['step']) for path, manifest in self.own()]
-            lost = [(path, -1) for path in self.out_dir.glob('checkpoint-*') if not read_own(path / 'manifest.json')]
+            lost = [(path, -1) for path in self.out_dir.glob('checkpoint-*') if not read_manifest(path / 'manifest.json')]
             for path, step in reversed(own + lost):
                 if not (reason := damage(path)):
                     return step
-                self.run.say(f'{path} is skipped: {reason}')
+                self.run.print0(f'{path} is skipped: {reason}')
         step = self.run.on_main(find)
         step = self.run.max(-1 if step is None else step)
         return next((str(path) for path, manifest in self.own() if manifest['step'] == step), None)
 
     def say_processes(self, path):
         """Where batches are counted per process: says it if checkpoint `path` is of another number of them."""
-        then, now = read_own(Path(path) / 'manifest.json').get('processes', self.run.world_size), self.run.world_size
+        then, now = read_manifest(Path(path) / 'manifest.json').get('processes', self.run.world_size), self.run.world_size
         if then != now:
-            self.run.say(f'note      the checkpoint is of {then} processes, this is {now}: from here on an optimizer step has {now / then:g} times '
+            self.run.print0(f'note      the checkpoint is of {then} processes, this is {now}: from here on an optimizer step has {now / then:g} times '
                          'as many rows, and the rest of the run is not what it would have been; gradient_accumulation_steps can make up for it')
 
-    def rewind(self, path):
+    def discard_later(self, path):
         """Go on from checkpoint `path`: later ones of this run, a future that will not be, move to earlier-K."""
         def work():
-            step = read_own(Path(path) / 'manifest.json')['step']
+            step = read_manifest(Path(path) / 'manifest.json')['step']
             with writing(self.out_dir):
                 if later := [other for other, manifest in self.own() if manifest['step'] > step]:
-                    earlier = set_aside(self.out_dir, later)
-                    self.run.say(f'{", ".join(map(str, later))}: later than step {step}, moved to {earlier}')
+                    earlier = move_aside(self.out_dir, later)
+                    self.run.print0(f'{", ".join(map(str, later))}: later than step {step}, moved to {earlier}')
                 self._tidy()
         self.run.on_main(work)
 
@@ -250,10 +250,10 @@ class Checkpoints:
     def _write(self, path, step, write_model, optimizer, state, best):
         manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best, 'processes': self.run.world_size, 'files': {}}
         while os.path.lexists(path):    # saved at this step already; or another run's, that we loaded; or not ours
-            saved = read_own(path / 'manifest.json')
+            saved = read_manifest(path / 'manifest.json')
             if saved and (saved['run'], saved['step']) == (manifest['run'], step):
                 return write_json(path / 'manifest.json', {**saved, 'best': best or saved['best']})
-            self.run.say(f'{path} is there already and not of this run: saving beside it, as {path.name}-new')
+            self.run.print0(f'{path} is there already and not of this run: saving beside it, as {path.name}-new')
             path = path.with_name(path.name + '-new')
         folder = path.with_name(TEMPORARY + path.name)
         folder.mkdir()
@@ -276,12 +276,12 @@ class Checkpoints:
         """Links, root and pruning follow from the manifests alone: what a kill interrupts, the next call does."""
         own = self.own()
         last, best = own[-1], next((pair for pair in reversed(own) if pair[1]['best']), None)
-        point(self.out_dir / 'last', last[0].name)
+        symlink(self.out_dir / 'last', last[0].name)
         if best:
-            point(self.out_dir / 'best', best[0].name)
+            symlink(self.out_dir / 'best', best[0].name)
         path, manifest = best or last
         for name in {*manifest['files'], 'manifest.json'} - {*STATE_FILES}:
-            link(path / name, self.out_dir / name)
+            hardlink(path / name, self.out_dir / name)
         keep = own if self.limit is None else [best, *own[-self.limit:]]
         for pair in own[:-1]:
             if pair not in keep:
@@ -316,7 +316,7 @@ def sha256(path):
 
 def damage(path):
     """'' where every file of checkpoint `path` is what its manifest says, else what is wrong."""
-    files = read_own(Path(path) / 'manifest.json').get('files')
+    files = read_manifest(Path(path) / 'manifest.json').get('files')
     if not files:
         return 'it has no manifest.json of nanoforge'
     for name, entry in files.items():
@@ -332,7 +332,7 @@ def damage(path):
 
 def read_checkpoint(path):
     """(optimizer {str: Tensor} on the CPU, state) as save() was given them. UserError where a file is damaged."""
-    path = follow(path)
+    path = resolve_link(path)
     if reason := damage(path):
         raise UserError(f'cannot resume from {path}: {reason}')
     state = json.loads((path / 'trainer_state.json').read_text(encoding='utf-8'))

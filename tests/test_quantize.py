@@ -6,12 +6,12 @@ import os
 import pytest
 import torch
 
-import quantized
+from nanoforge import quantize as quantize_module
 from configurator import UserError
 from conftest import losses_of
-from lora import add_lora, adapters_off, merge_lora, unmerge_lora
+from nanoforge.lora import add_lora, adapters_off, merge_lora, unmerge_lora
 from model import GPT, GPTConfig, load_model, save_model
-from quantized import check_trainable, dequantize, is_quantized, quantize
+from nanoforge.quantize import check_trainable, dequantize, is_quantized, quantize
 
 IDX = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(1))
 KINDS = [dict(bits=4), dict(bits=4, quant_type='fp4', double_quant=False), dict(bits=8)]
@@ -176,10 +176,10 @@ def test_mistakes_are_one_line(monkeypatch):
         with pytest.raises(UserError, match='cannot hold 4-bit weights on cpu here.*leave out'):
             quantize(tiny())
     monkeypatch.setitem(__import__('sys').modules, 'bitsandbytes', None)
-    quantized.bitsandbytes.cache_clear()
+    quantize_module.bitsandbytes.cache_clear()
     with pytest.raises(UserError, match='pip install bitsandbytes'):
         quantize(tiny())
-    quantized.bitsandbytes.cache_clear()
+    quantize_module.bitsandbytes.cache_clear()
     check_trainable(tiny())
     with pytest.raises(UserError, match='frozen'):
         check_trainable(tiny().requires_grad_(False))

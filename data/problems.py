@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from configurator import UserError
 from data.chat import prompt_ids
-from data.pairs import encode_pairs, read_pairs
-from data.records import read_rows, split_of_row, text_of
+from data.preferences import encode_pairs, read_pairs
+from data.formats import read_rows, split_of_row, text_of
 from data.rewards import extract_answer
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks

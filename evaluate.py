@@ -347,7 +347,7 @@ def write_results(out_dir, evaluation, num_examples):
     """The JSON, Markdown and HTML files; those of an earlier evaluation move to earlier-1/ in the folder."""
     out_dir.mkdir(parents=True, exist_ok=True)
     if there := earlier_results(out_dir):
-        print(f'{out_dir} held an earlier evaluation: it is now in {set_aside(out_dir, there)}')
+        print(f'{out_dir} held an earlier evaluation: it is now in {move_aside(out_dir, there)}')
     markdown, html = scorecard.pages_of(evaluation, num_examples)
     write_json(out_dir / 'evaluation.json', evaluation)
     write_text(out_dir / 'evaluation.md', markdown)

@@ -168,7 +168,7 @@ def tiling(request, monkeypatch):
     """How many logits are kept, with tiles to match for N=11, V=700: they are never narrower than 256 columns."""
     tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11),
                   'all kept': (1, 2 ** 20)}[request.param]
-    monkeypatch.setattr(ops, 'TILE', tile)
+    monkeypatch.setattr(kernels, 'TILE', tile)
     return keep
 
 
@@ -244,13 +244,13 @@ def test_masked_targets_have_zeros_and_no_gradient(monkeypatch):
     grad, = torch.autograd.grad(stats['logp'].sum(), hidden)
     assert grad[0, 1].any() and not grad[targets < 0].any()
     for direct in (0, 2 ** 20):
-        monkeypatch.setattr(ops, 'DIRECT', direct)
+        monkeypatch.setattr(kernels, 'DIRECT', direct)
         empty = kernels.token_stats(hidden, weight, torch.full((2, 5), -1), extras=False)['logp']
         assert empty.shape == (2, 5) and not any(g.any() for g in torch.autograd.grad(empty.sum(), [hidden, weight]))
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
-    monkeypatch.setattr(ops, 'TILE', 1)
+    monkeypatch.setattr(kernels, 'TILE', 1)
     hidden, weight, used, real = leaf(11, 6), leaf(700, 6), set(), kernels.TokenStats.logits
     monkeypatch.setattr(kernels.TokenStats, 'logits', staticmethod(
         lambda ctx, x, w, buffer: used.add(buffer.data_ptr()) or real(ctx, x, w, buffer)))
@@ -265,7 +265,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch):
 def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
     hidden, weight, targets = leaf(2, 5, 6), leaf(30, 6), torch.tensor([[-1, 3, -1, 29, 0], [-1] * 5])
     direct = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
-    monkeypatch.setattr(ops, 'DIRECT', 0)
+    monkeypatch.setattr(kernels, 'DIRECT', 0)
     tiled = kernels.token_stats(hidden, weight, targets, temperature, softcap, extras=False)['logp']
     agree(direct, tiled, [hidden, weight], 1e-12)
 
@@ -313,7 +313,7 @@ def test_branches_attend_as_the_mask_says(heads, groups):
 @pytest.mark.parametrize('normed', [False, True])
 def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
     """As above by SpanAttention, with spans of unlike lengths in a batch and batches cut small; gradients of weights, too."""
-    monkeypatch.setattr(ops, 'SCORES', 2 ** 12)
+    monkeypatch.setattr(kernels, 'SCORES', 2 ** 12)
     spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 30)], [(0, 2), (1, 5), (0, 34), (34, 36), (20, 37), (2, 5)]]
     rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
     T, D, eps = min(map(len, rows)), 8, 1e-3

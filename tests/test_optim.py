@@ -252,7 +252,7 @@ def test_names_are_those_of_torch():
     """All of torch.optim but the two that cannot take a plain step; asked for without importing torch."""
     classes = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {'optimizer'}
     assert set(optim.OPTIMIZERS) == classes - {'lbfgs', 'sparseadam'}
-    code = 'import sys, optim; optim.learning_rate(1, "cosine", 1.0, 0.1, 0, 9); sys.exit("torch" in sys.modules)'
+    code = 'import sys; from nanoforge import optim; optim.learning_rate(1, "cosine", 1.0, 0.1, 0, 9); sys.exit("torch" in sys.modules)'
     root = os.path.dirname(os.path.abspath(optim.__file__))
     assert subprocess.run([sys.executable, '-c', code], cwd=root).returncode == 0
     with pytest.raises(UserError, match='adamv.*adamw'):

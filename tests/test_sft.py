@@ -383,7 +383,7 @@ class Ear:
     def __init__(self):
         self.heard = []
 
-    def say(self, text):
+    def print0(self, text):
         self.heard.append(text)
 
 

@@ -306,7 +306,7 @@ def load_data(cfg, tokenizer, context, run):
     if not any(known):
         raise UserError('no pair is left to train on; what was dropped is said above')
     if len(held) > cfg.max_eval_pairs:
-        held = sorted(np.random.default_rng(seed_for(cfg.seed, 'held')).choice(held, cfg.max_eval_pairs, atomic_write=False).tolist())
+        held = sorted(np.random.default_rng(seed_for(cfg.seed, 'held')).choice(held, cfg.max_eval_pairs, replace=False).tolist())
         run.print0(f'          of the held-out pairs {cfg.max_eval_pairs:,} are looked at (max_eval_pairs)')
     return pairs, known, held
 

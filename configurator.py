@@ -23,13 +23,48 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what, where, what was meant and how to fix it."""
 
 
-def setting(default, path=None, also=(), choices=None, positional=False):
-    """A dataclass field with its documented dotted path, other spellings and allowed values (None is always allowed).
+class Accepted(typing.NamedTuple):
+    """A documented key that changes nothing here: it is taken, stored, printed, and said when it is set."""
+    default: typing.Any
+    why: str
+    refused: bool = False  # any other value than the default is an error that says why
 
-    A list or dict default is copied for each instance. positional: a word without a flag is its value.
+
+def setting(default, path=None, also=(), choices=None, positional=False, min=None, max=None, above=None, below=None):
+    """A field of a config class with its documented dotted path, other spellings and the values that it may have.
+
+    None is always allowed where the annotation allows it. min and max are inclusive, above and below are not. A list or
+    dict default is copied for each instance. positional: a word without a flag is its value.
     """
-    return dataclasses.field(default_factory=lambda: copy.deepcopy(default),
-                             metadata=dict(path=path, also=also, choices=choices, positional=positional))
+    metadata = dict(path=path, also=also, choices=choices, positional=positional, min=min, max=max, above=above, below=below)
+    return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+
+
+def configclass(cls):
+    """@dataclass for a script's Config and for the flags that scripts share, which a Config inherits.
+
+    section   a class attribute: where the documented paths of its fields begin, unless a field names its own. Fields of
+              a base class without a section stand in that of the class that inherits them.
+    defaults  `name = value`, without an annotation, changes the default of an inherited field and nothing else.
+    """
+    section, annotations = cls.__dict__.get('section'), dict(cls.__dict__.get('__annotations__', {}))
+    inherited, hints = {}, {}
+    for base in reversed(cls.__mro__[1:]):
+        inherited.update(getattr(base, '__dataclass_fields__', {}))
+        hints.update(base.__dict__.get('__annotations__', {}))
+    for name in [*inherited, *annotations]:
+        base = dict(inherited[name].metadata) if name in inherited else {}
+        value = cls.__dict__.get(name, inherited.get(name))
+        if not isinstance(value, dataclasses.Field):
+            value = setting(value)
+        own = {key: given for key, given in value.metadata.items() if given is not None and given != () and given is not False}
+        facts = {**dict(setting(None).metadata), **base, **own}
+        if section is not None:
+            facts['path'] = facts['path'] or f'{section}.{name}'.strip('.')
+        setattr(cls, name, dataclasses.field(default_factory=value.default_factory, metadata=facts))
+        annotations.setdefault(name, hints.get(name))
+    cls.__annotations__ = annotations
+    return dataclasses.dataclass(cls)
 
 
 def path_of(field):
@@ -37,9 +72,21 @@ def path_of(field):
 
 
 def spellings(cls):
-    """{every key that names a field of the dataclass `cls`: the field}"""
-    return {key.replace('-', '_'): field for field in dataclasses.fields(cls)
-            for key in (field.name, path_of(field), *field.metadata.get('also', ()))}
+    """{every key that names a field of the dataclass `cls`: the field}. A field without a section answers to training.NAME, too."""
+    table = {}
+    for field in dataclasses.fields(cls):
+        path = path_of(field)
+        for key in (field.name, path, *field.metadata.get('also', ())):
+            table[key.replace('-', '_')] = field
+        if path == field.name:
+            table.setdefault(f'training.{path}', field)
+    return table
+
+
+def accepted_key(cls, key):
+    """The documented path of a key that `cls` takes without effect, by its path or the last part of it; else None."""
+    key = key.replace('-', '_')
+    return next((path for path in getattr(cls, 'accepted', {}) if key in (path, path.rpartition('.')[2])), None)
 
 
 def kinds(hint):
@@ -98,7 +145,10 @@ def assign(owner, key, value, where=''):
     (of every entry), base_models.policy_0.path. The next entry of a list, or a new name of a dict, makes a new entry.
     `where` ('recipe.yaml: ') stands before the message of an error.
     """
+    key = getattr(type(owner), 'aliases', {}).get(key, key)
     table, parts = spellings(type(owner)), key.split('.')
+    if key.replace('-', '_') not in table and (path := accepted_key(type(owner), key)):
+        return accept(owner, path, key, value, where)
     for n in range(len(parts), 0, -1):  # the longest beginning that names a field
         head, index = re.fullmatch(r'(.*?)(?:\[(\d+)\])?', '.'.join(parts[:n]), re.S).groups()
         if head.replace('-', '_') in table:
@@ -124,6 +174,53 @@ def assign(owner, key, value, where=''):
     else:
         raise UserError(f"{where}there is no setting '{key}': {head} is {describe(hint)}")
     return field.name
+
+
+def accept(owner, path, key, value, where):
+    """Stores the value of a key that changes nothing (see Accepted); returns its name."""
+    known = type(owner).accepted[path]
+    kind = type(known.default) if known.default is not None else str | None
+    try:
+        value = convert(value, kind)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}{key}: '{value}' is not {describe(kind)}") from None
+    if known.refused and value != known.default:
+        raise UserError(f'{where}{key}={value}: {known.why}')
+    owner.__dict__.setdefault('accepted_values', {})[path] = value
+    return path.rpartition('.')[2]
+
+
+def without_effect(cfg):
+    """A line for each key that was set and changes nothing, with the reason."""
+    for path, value in getattr(cfg, 'accepted_values', {}).items():
+        known = type(cfg).accepted[path]
+        if value != known.default:
+            yield f'{path.rpartition(".")[2]}={json.dumps(value)} changes nothing here: {known.why}'
+
+
+def check_settings(cfg):
+    """UserError where a value is out of its field's range, or settings contradict each other (cfg.check())."""
+    for field in dataclasses.fields(cfg):
+        value, facts = getattr(cfg, field.name), field.metadata
+        if value is None or isinstance(value, (bool, str, list, dict)):
+            continue
+        for bound, is_outside, words in (('min', operator.lt, 'or more'), ('max', operator.gt, 'or less'),
+                                         ('above', operator.le, 'above'), ('below', operator.ge, 'below')):
+            limit = facts.get(bound)
+            if limit is not None and (is_outside(value, limit) or not math.isfinite(value)):
+                wanted = f'{words} {limit}' if bound in ('above', 'below') else f'{limit} {words}'
+                raise UserError(f'{field.name} must be {wanted}, not {value}')
+    if hasattr(cfg, 'check'):
+        cfg.check()
+
+
+def fill_in(cfg, **values):
+    """Sets the fields that are None or empty to these values, in place; returns what was chosen, as text for the log."""
+    chosen = {name: value for name, value in values.items() if getattr(cfg, name) in (None, [])}
+    for name, value in chosen.items():
+        setattr(cfg, name, value)
+    words = lambda value: ' '.join(value) if isinstance(value, list) else f'{value:g}' if isinstance(value, float) else str(value)
+    return ', '.join(f'{name}={words(value)}' for name, value in chosen.items())
 
 
 def checked(field, hint, key, value, where):
@@ -221,19 +318,21 @@ def command_line(cls, argv):
     table, found, takes = {**spellings(Always), **spellings(cls)}, [], ''
     hints = {**typing.get_type_hints(Always), **typing.get_type_hints(cls)}
     positional = [field.name for field in dataclasses.fields(cls) if field.metadata.get('positional')]
+    aliases = getattr(cls, 'aliases', {})
     for word in argv:  # `takes`: what the last flag may still take, a 'value', a 'bool' or a 'list'
         name, equals, value = ('--help' if word == '-h' else word).partition('=')
         key = name[2:].replace('-', '_')
         if name.startswith('--'):
             if key.startswith('no_') and key not in table and key[3:] in table and not equals:
                 key, equals, value = key[3:], '=', 'false'
-            if key not in table and not re.search(r'[.[]', key):  # assign() judges dotted keys
+            ignored = key not in table and accepted_key(cls, key)
+            if key not in table and not ignored and key not in aliases and not re.search(r'[.[]', key):  # assign() judges dotted keys
                 raise UserError(f'there is no flag {name}{closest(key, table)}')
-            hint = hints[table[key].name] if key in table else str
+            hint = hints[table[key].name] if key in table else type(cls.accepted[ignored].default) if ignored else str
             choices = key in table and table[key].metadata.get('choices')
             takes = '' if equals else 'bool' if bool in kinds(hint) else 'list' if entry_type(hint) else 'value'
             value = value if equals else 'true' if takes == 'bool' else None
-            found.append([key if key in table else name[2:], value])
+            found.append([key if key in table or key in aliases else name[2:], value])
         elif takes == 'value' or takes == 'bool' and word.lower() in {**BOOLS, **dict.fromkeys(choices or ())}:
             found[-1][1], takes = word, ''
         elif re.match(r'[A-Za-z_][\w.[\]-]*=', word) or word.endswith(FILES):
@@ -253,8 +352,17 @@ def command_line(cls, argv):
 
 
 def comments(cls):
-    """{field: (heading, comment)} from the source. A comment beside a field or above it explains it; where a field has
-    both, the one above is the heading of a group."""
+    """{field: (heading, comment)} from the source, of the flags that `cls` inherits, too. A comment beside a field or
+    above it explains it; where a field has both, the one above is the heading of a group."""
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for name, (heading, note) in comments_of(base).items():
+            found[name] = [heading or found.get(name, [''])[0], note or found.get(name, ['', ''])[1]]
+    return found
+
+
+def comments_of(cls):
+    """comments() of one class alone."""
     found, heading, above, name = {}, '', [], None
     for line in inspect.getsource(cls).splitlines():
         code, _, note = line.partition('  # ')
@@ -322,8 +430,7 @@ def parse(cls, argv=None):
         origins = [(assign(cfg, *setting), setting[2]) for setting in found]
         cfg.typed = frozenset(name for name, _ in origins)
         cfg.flags = frozenset(name for name, file in origins if not file)
-        if hasattr(cfg, 'check'):
-            cfg.check()
+        check_settings(cfg)
         if BOOLS.get(always.get('print_config')):
             print(json.dumps(as_dict(cfg), indent=2))
             sys.exit(0)
@@ -352,12 +459,15 @@ def fail(error):
 def as_dict(cfg):
     """The configuration as nested JSON-able dicts, each setting at its documented path; from_dict() reads it back."""
     tree, values = {}, dataclasses.asdict(cfg)
-    for field in dataclasses.fields(cfg):
-        *sections, name = path_of(field).split('.')
-        place = tree
+    leaves = {path_of(field): values[field.name] for field in dataclasses.fields(cfg)}
+    for path, known in getattr(cfg, 'accepted', {}).items():
+        leaves.setdefault(path, getattr(cfg, 'accepted_values', {}).get(path, known.default))
+    for path, value in leaves.items():
+        *sections, name = path.split('.')
+        branch = tree
         for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = values[field.name]
+            branch = branch.setdefault(section, {})
+        branch[name] = value
     return tree
 
 
@@ -367,8 +477,10 @@ def from_dict(cls, saved, cfg=None):
     for key, value in flatten(saved):
         assign(result, key, value, 'saved configuration: ')
     result.typed, result.flags = getattr(cfg, 'typed', frozenset()), getattr(cfg, 'flags', frozenset())
-    for name in result.typed:
+    for name in result.typed & {field.name for field in dataclasses.fields(cls)}:
         setattr(result, name, getattr(cfg, name))
+    if getattr(cfg, 'accepted_values', None):
+        result.__dict__.setdefault('accepted_values', {}).update(cfg.accepted_values)
     return result
 
 
@@ -400,7 +512,7 @@ def launch(cfg, argv):
         if role == 'detached':
             print(f'exit status {status}', flush=True)
         sys.exit(status)
-    if getattr(cfg, 'distributed', False):
+    if getattr(cfg, 'accepted_values', {}).get('distributed'):
         print('--distributed without a launcher is one process: --num_gpus=N starts N', file=sys.stderr)
 
 

@@ -17,8 +17,9 @@ import os
 import re
 from dataclasses import dataclass
 
-from configurator import UserError, closest, setting
+from configurator import UserError, closest
 from data.chat import ROLES, normal_messages, normal_tools
+from nanoforge.flags import Source
 
 SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')
 # name: the module whose rows() are the set
@@ -29,19 +30,6 @@ SPLITS = {'train': ('train', 'training'), 'eval': ('eval', 'evaluation', 'valida
 SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'model': 'assistant', 'system': 'system',
             'developer': 'developer', 'tool': 'tool', 'observation': 'tool'}
 JSON_TYPES = {'string': str, 'integer': int, 'number': (int, float), 'boolean': bool, 'array': list, 'object': dict}
-
-
-@dataclass
-class Source:
-    name: str = ''  # a file (.jsonl, .json, .csv, .parquet), a directory of them, an embedded set, or a data set of the hub
-    subset: str | None = None  # the configuration of a hub data set
-    split: str = 'train'  # the split of a hub data set or directory that is trained on
-    weight: float = 1.0  # how often its rows are seen in an epoch: 2 = twice, 0.5 = every other row
-    prompt_column: str | None = None  # column of the question; found out if not set
-    answer_column: str | None = None  # column of the answer; found out if not set
-    chosen_column: str | None = None  # column of the preferred answer (preference data)
-    rejected_column: str | None = None  # column of the other one (preference data)
-    dataset_columns: list[str] = setting([])  # the columns that a system_prompt template may name; empty = all
 
 
 @dataclass

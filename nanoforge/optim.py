@@ -17,6 +17,12 @@ from configurator import UserError
 OPTIMIZERS = ('adamw', 'sgd', 'muon', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'asgd', 'nadam', 'radam',
               'rmsprop', 'rprop')
 SCHEDULES = ('none', 'constant', 'cosine', 'exponential', 'linear', 'wsd', 'cosine_restarts', 'plateau')
+# what Hugging Face's and others' flags call them: ours
+SCHEDULER_NAMES = {
+    'constant_with_warmup': 'constant', 'cosine_with_restarts': 'cosine_restarts',
+    'cosine_hard_restarts': 'cosine_restarts', 'reduce_lr_on_plateau': 'plateau', 'warmup_stable_decay': 'wsd',
+    **{name: name for name in SCHEDULES},
+}
 ALIGN = 16       # elements: every parameter starts on a cache line
 CHUNK = 2 ** 19  # elements of a CPU update: what it rereads stays in cache, and threads wake seldom enough
 
@@ -30,8 +36,9 @@ def learning_rate(step, schedule, base_lr, min_lr, warmup_steps, decay_steps):
       wsd              base_lr, then 1 - sqrt over the last fifth (Haegele et al. 2024, arXiv 2405.18392)
       cosine_restarts  three cosine cycles, each twice as long as the one before (SGDR, arXiv 1608.03983)
     """
-    if schedule not in SCHEDULES:
+    if schedule not in SCHEDULER_NAMES:
         raise UserError(f'no learning-rate schedule {schedule!r}; there are {", ".join(SCHEDULES)}')
+    schedule = SCHEDULER_NAMES[schedule]
     if schedule == 'exponential' and min_lr <= 0:
         raise UserError(f'the exponential schedule is geometric: min_lr must be above 0, not {min_lr}')
     if step < warmup_steps:
@@ -66,9 +73,9 @@ class Plateau:
     """`scale` for the learning rate: times `factor` when more than `patience` evaluations in a row bring no loss below
     the best by a ten-thousandth of it (as torch's ReduceLROnPlateau). A loss that is not finite is no improvement."""
 
-    def __init__(self, factor=0.5, patience=2):
+    def __init__(self, state=None, factor=0.5, patience=2):
         self.factor, self.patience = factor, patience
-        self.load_state_dict({'scale': 1.0, 'best': None, 'stalled': 0})
+        self.load_state_dict(state or {'scale': 1.0, 'best': None, 'stalled': 0})
 
     def update(self, loss):
         """Takes a validation loss, returns the scale from now on."""
@@ -208,11 +215,12 @@ class FlatOptimizer:
 class WeightAverage:
     """Exponential moving average of an optimizer's parameters (Polyak averaging), in float32 beside its flat buffers.
 
-    Within `with average.swapped()` the model holds the average, and this object the weights of the last step.
+    Within `with average.swapped()` the model holds the average, and this object the weights of the last step. With decay 0
+    there is no average, and nothing here does anything.
     """
 
     def __init__(self, optimizer, decay):
-        self.flats, self.decay = optimizer.flats, decay
+        self.flats, self.decay = optimizer.flats if decay else [], decay      # decay 0: nothing is averaged
         self.means = [flat.data.clone() for flat in self.flats]
 
     def update(self, step):
@@ -233,6 +241,16 @@ class WeightAverage:
             yield
         finally:
             self.swap()
+
+    def restore(self, tensors):
+        """Takes the 'weights/PARAMETER' out of a checkpoint's tensors, whose model holds the average: both are in place again."""
+        last = {name: tensors.pop(name) for name in list(tensors) if name.startswith('weights/')}
+        for mean, flat in zip(self.means, self.flats):
+            mean.copy_(flat.data)
+        self.swap()
+        for name, held in self.state_dict().items():
+            held.copy_(last[name])
+        self.swap()
 
     def state_dict(self):
         """{'weights/PARAMETER': tensor}: what this object holds, live."""

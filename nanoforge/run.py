@@ -1,7 +1,15 @@
-"""
-What every training script needs around its loop, and no loop: device, precision, ranks, seeds, stop signals.
+"""A run's life, around a loop that is the script's own: device, precision, ranks, signals, start, resume, gradient step, save, end.
 
-    run, stop = setup(cfg.device, cfg.dtype, cfg.matmul), Stop(run)
+    run = Run.open(cfg, 'train_gpt.py', cfg.out_dir)            # cfg is run.cfg from here on: where it resumes, the saved one
+    state = run.restore(State(), optimizer, ema)                # of the checkpoint that is resumed, if one is
+    log = run.start(total_steps=cfg.max_iters, step=state.step)
+    while True:
+        run.exit_if_asked(save)                                 # SIGINT, SIGTERM: save, say how to go on, exit
+        with run.autocast():
+            loss = ...
+        run.backward(loss)                                      # for each micro-batch
+        grad_norm = run.step(optimizer, lr, cfg.grad_clip)      # sum over ranks, clip, step
+    return run.finish(metrics, 'python sample.py out')
 """
 import contextlib
 import ctypes
@@ -15,21 +23,52 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, as_dict, without_effect
+from model import save_model
+from nanoforge.checkpoint import (Checkpoints, read_checkpoint, read_manifest, resume_config, start_fresh,
+                                  write_json)
+from nanoforge.log import Log
+from nanoforge.optim import Plateau
 
+MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 DTYPES = {'float32': torch.float32, 'fp32': torch.float32, 'bfloat16': torch.bfloat16, 'bf16': torch.bfloat16,
           'float16': torch.float16, 'fp16': torch.float16}
 
 
 @dataclass
+class State:
+    """Where a run is: what a checkpoint holds besides tensors. A script adds what is its own."""
+    optimizer: str = ''     # its name: another one's tensors would not fit
+    step: int = 0
+    num_tokens: int = 0
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+    plateau: dict = field(default_factory=lambda: Plateau().state_dict())
+
+    def note_eval(self, eval_loss):
+        """Takes an evaluation's loss; True where it is the best so far. One that is not finite never is."""
+        plateau = Plateau(self.plateau)
+        plateau.update(eval_loss)
+        self.plateau = plateau.state_dict()
+        best = math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss)
+        self.best_eval_loss = eval_loss if best else self.best_eval_loss
+        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
+        return best
+
+
+def by_prefix(optimizers):
+    return optimizers if isinstance(optimizers, dict) else {'': optimizers}
+
+
+@dataclass
 class Run:
-    """One process of a run: where it computes, in which precision, and which rank it is."""
+    """One process of a run: where it computes, in which precision, which rank it is, and what it has open."""
     device: torch.device
     dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
     matmul: str             # 'float32' or 'bf16': how a CPU multiplies matrices
@@ -37,13 +76,198 @@ class Run:
     local_rank: int = 0
     world_size: int = 1
 
+    def __post_init__(self):
+        self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
+        self.memory_flags, self.scaler, self.bad_steps, self.window = ('--batch_size',), LossScale(self.dtype), 0, None
+
+    # ---- the beginning
+
+    @classmethod
+    def open(cls, cfg, script, out_dir, resume=False, resume_flag='--resume', from_start=False, memory_flags=(),
+             limit=2, save_only_model=False, checkpoint=None, share=None):
+        """Joins the ranks, takes over the signals, and finds the checkpoint to resume from; returns a Run.
+
+        run.cfg         the configuration: where it resumes, the saved one, of which only what was typed again differs
+        run.resumed     the path of the checkpoint that is resumed, or None
+        resume          whether to go on with the run in out_dir; 'auto': only where there is one
+        memory_flags    the flags to lower that an out-of-memory names
+        checkpoint      the checkpoint to go on from, if not the newest
+        share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
+        """
+        saved = None
+        if resume or from_start:
+            cfg, saved = resume_config(cfg, out_dir, script, resume_flag, from_start)
+        run = setup(cfg.device, cfg.autocast_dtype(), cfg.matmul)
+        run = share(run) if share else run
+        run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
+        run.memory_flags = memory_flags or run.memory_flags
+        run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
+        if saved and not from_start:
+            run.resumed = checkpoint or run.checkpoints.latest()
+            if not run.resumed and resume != 'auto':
+                raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without {resume_flag}')
+        for line in without_effect(cfg):
+            run.print0(f'note      {line}')
+        return run
+
+    def restore(self, state, optimizers, ema=None, parameters=None):
+        """Puts back what the resumed checkpoint holds besides the model: fills `state`, the optimizers, the mean of the weights.
+
+        Of several optimizers {prefix: optimizer} each finds its tensors under its prefix, and so do {prefix: {name: tensor}},
+        parameters outside the model, which are overwritten in place. Without a checkpoint nothing changes. Returns `state`.
+        """
+        if not self.resumed:
+            return state
+        optimizers, parameters = by_prefix(optimizers), parameters or {}
+        tensors, saved = read_checkpoint(self.resumed)
+        if ema and ema.decay:
+            ema.restore(tensors)
+        prefixes = sorted([*optimizers, *parameters], key=len, reverse=True)
+        parts = {prefix: {} for prefix in prefixes}
+        for key, tensor in tensors.items():
+            prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+            parts[prefix][key.removeprefix(prefix)] = tensor
+        if saved.get('optimizer', state.optimizer) == state.optimizer:
+            for prefix, optimizer in optimizers.items():
+                optimizer.load_state_dict(parts[prefix])
+        else:
+            self.print0(f'note      the run used {saved["optimizer"]}; {state.optimizer} starts with a fresh state')
+        with torch.no_grad():
+            for prefix, own in parameters.items():
+                for name, tensor in parts[prefix].items():
+                    own[name].copy_(tensor)             # in place: the optimizer's flat buffers hold the parameters
+        known = {**saved.get('progress', {}), **saved}              # 'progress': as earlier versions nested them
+        for entry in fields(state):
+            if known.get(entry.name) is not None and entry.name != 'optimizer':
+                setattr(state, entry.name, known[entry.name])
+        self.scaler = LossScale(self.dtype, saved['loss_scale'])
+        self.bad_steps, self.window = saved.get('bad_steps', 0), saved.get('window')
+        return state
+
+    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None, flops_per_token=0):
+        """Makes the output folder ready (a fresh one, or cut back to the resumed step) and opens the log.
+
+        header   what this run is, for the first line of log.jsonl
+        keep     a checkpoint that was loaded from the folder: it stays where it is
+        """
+        cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
+        if self.resumed:
+            self.checkpoints.say_processes(self.resumed)
+            self.checkpoints.discard_later(self.resumed)
+            config = {**self.saved, 'config': as_dict(cfg)}
+            self.on_main(lambda: write_json(os.path.join(out_dir, 'run_config.json'), config))
+        else:
+            start_fresh(self, out_dir, as_dict(cfg), keep=keep, script=self.script)
+        header = {'script': self.script, **header, 'machine': describe_device(self)}
+        wandb = {name: getattr(cfg, f'wandb_{name}') for name in ('project', 'entity', 'name', 'tags')
+                 if getattr(cfg, f'wandb_{name}')}
+        self.log = Log(self, directory or out_dir, header, total_steps, cfg.reports_to('tensorboard'),
+                       wandb if cfg.reports_to('wandb') else None, step if self.resumed else None, name, log_interval)
+        self.log.flops_per_token = flops_per_token
+        if isinstance(self.window, dict):
+            self.log.take_up(self.window)
+        return self.log
+
+    # ---- a gradient step
+
+    @contextlib.contextmanager
+    def autocast(self):
+        """Mixed precision on a GPU; running out of memory inside is one line that names the flags to lower."""
+        plain = self.dtype == torch.float32
+        with explain_out_of_memory(*self.memory_flags):
+            with contextlib.nullcontext() if plain else torch.autocast(self.device.type, self.dtype):
+                yield
+
+    def backward(self, loss):
+        """Adds the gradient of this micro-batch's part of the loss: the parts are of one mean over the whole step."""
+        with explain_out_of_memory(*self.memory_flags):
+            (loss * self.scaler.value).backward()
+
+    def step(self, optimizers, lr, max_norm):
+        """One optimizer step on the gradients that backward() added up; returns their norm before clipping, a float.
+
+        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients. Where a norm is not
+        finite no optimizer steps; after MAX_BAD_STEPS such steps in a row the run stops. Of several optimizers (then lr is a
+        list, too) the norms come as a list.
+        """
+        several = isinstance(optimizers, (list, tuple))
+        pairs = list(zip(optimizers, lr)) if several else [(optimizers, lr)]
+        norms = []
+        for optimizer, rate in pairs:
+            optimizer.set_lr(rate)
+            for grad in optimizer.grads:
+                self.sum(grad)
+            self.scaler.unscale_(optimizer.grads)
+            norms.append(float(self.clip_grad_norm(optimizer, max_norm)))
+        finite = all(map(math.isfinite, norms))
+        for optimizer, _ in pairs:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+        rescaled = self.scaler.update(finite)           # a float16 scale that was too high is no fault of the model's
+        self.count_bad_step(finite or rescaled, pairs[0][1])
+        return norms if several else norms[0]
+
+    def clip_grad_norm(self, optimizer, max_norm):
+        return optimizer.clip_grad_norm(max_norm)
+
+    def count_bad_step(self, good, lr):
+        """Says that a step was skipped; UserError after MAX_BAD_STEPS in a row."""
+        self.bad_steps = 0 if good else self.bad_steps + 1
+        if not good:
+            self.print0(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower --learning_rate={lr:g}; '
+                            f'the checkpoints in {self.checkpoints.out_dir} are good')
+
+    # ---- saving, and the end
+
+    def save(self, state, model, tokenizer, optimizers, ema=None, best=False, name=None, parameters=None, write=None, **more):
+        """Saves checkpoint-STEP (or `name`), which is whole or not there at all.
+
+        optimizers, parameters   as restore() takes them
+        write(directory)         writes the model, in place of save_model
+        more                     goes into trainer_state.json beside the fields of `state`
+        """
+        saved = {**asdict(state), **more, 'loss_scale': self.scaler.state, 'bad_steps': self.bad_steps,
+                 'window': self.log.window_to_save()}
+        write = write or (lambda directory: save_model(model, tokenizer, directory))
+        with ema.swapped() if ema else contextlib.nullcontext():
+            tensors = ema.state_dict() if ema else {}
+            for prefix, optimizer in by_prefix(optimizers).items():
+                tensors.update((prefix + key, tensor) for key, tensor in optimizer.state_dict().items())
+            for prefix, own in (parameters or {}).items():
+                tensors.update((prefix + name, p.detach()) for name, p in own.items())
+            self.checkpoints.save(state.step, write, tensors, saved, best, name)
+
+    def exit_if_asked(self, save):
+        """After SIGINT or SIGTERM on any rank: save(), say how to go on, end the process with 130 or 143."""
+        if not self.stop.requested:
+            return
+        save()
+        self.print0(f'stopped at step {self.log.last_step}, saved; go on with: {resume_command()}')
+        self.close()
+        raise SystemExit(self.stop.code)
+
+    def finish(self, metrics, text):
+        """Closes everything, prints `text`, and returns the metrics of the run."""
+        if self.log:
+            self.log.close()
+        self.print0(text)
+        self.close()
+        return metrics
+
+    def close(self):
+        if self.log:
+            self.log.close()
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    # ---- the ranks
+
     @property
     def is_main(self):
         return self.rank == 0
-
-    def autocast(self):
-        plain = self.dtype == torch.float32
-        return contextlib.nullcontext() if plain else torch.autocast(self.device.type, self.dtype)
 
     def sum(self, tensor):
         """`tensor` summed over ranks, in place."""
@@ -83,17 +307,6 @@ class Run:
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()      # a log in a file is read while the run goes on
-
-    def close(self):
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
-
-def precision(cfg):
-    """The dtype that setup() is asked for where a recipe says it by bf16 (true, false, or None: not said) and fp16, never both."""
-    if cfg.bf16 or cfg.fp16:
-        return 'bfloat16' if cfg.bf16 else 'float16'
-    return 'float32' if cfg.bf16 is False else 'auto'
 
 
 def setup(device='auto', dtype='auto', matmul='auto'):
@@ -182,20 +395,6 @@ def describe_device(run):
         text = f'{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {str(run.dtype)[6:]}'
     products = ', bf16 matrix products' if run.matmul == 'bf16' else ''
     return text + products + (f', {run.world_size} processes' if run.world_size > 1 else '')
-
-
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture papers; figures
-# printed "with sparsity" are halved. The first name found in the card's name counts.
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
-              'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 209.5e12,
-              'RTX 4090': 165.2e12, 'RTX 3090': 71e12}
-
-
-def device_peak_flops(device):
-    """Peak FLOP/s of a torch.device, or of a card by name, for model FLOPs utilisation; None where it is not known."""
-    if isinstance(device, torch.device):
-        device = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device)), None)
 
 
 @contextlib.contextmanager

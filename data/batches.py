@@ -7,6 +7,7 @@
     Prefetcher(make, total, workers)        batches made by a thread while the model computes
 """
 import concurrent.futures
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +39,12 @@ class PackedBatch(NamedTuple):
 
     def to(self, device, pin=False):
         """On `device`. pin: copied to a GPU from page-locked memory, while it computes."""
-        pin = pin and device.type == 'cuda'
-
         def moved(tensor):
             if tensor is None:
                 return None
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+            if pin and device.type == 'cuda':
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
 
         return PackedBatch(*map(moved, self))
 
@@ -51,7 +52,7 @@ class PackedBatch(NamedTuple):
 def pack(groups, device, keep_last=False, share=None, one_row=None, pin=False):
     """B completions of at most T tokens, each behind its prompt -> PackedBatch with targets (B, T).
 
-    groups     [(prompt ids, [completion ids, ...]), ...], no list empty; the completions keep their order
+    groups     [(prompt ids, [completion ids, ...]), ...], no ids empty; the completions keep their order
     keep_last  also feed each completion's last token, whose hidden state a critic or a reward model reads
     share      compute a prompt once for all its completions; None: where that saves work
     one_row    lay all documents end to end, without padding; None: on a CPU, which attends document by
@@ -100,7 +101,9 @@ def sharing_pays(groups):
     long that attention over all its completions costs more than the prompts."""
     shared = [len(prompt) + sum(map(len, completions)) for prompt, completions in groups]
     saved = sum(len(prompt) * (len(completions) - 1) for prompt, completions in groups)
-    return max(shared) <= LONGEST_SHARED and sum(shared) <= (1 - LEAST_SHARED) * (sum(shared) + saved)
+    tokens = sum(shared) + saved                # where each completion has its own prompt
+    pays = sum(shared) <= (1 - LEAST_SHARED) * tokens
+    return pays and max(shared) <= LONGEST_SHARED
 
 
 def document(prompt, completions, keep_last):
@@ -125,13 +128,15 @@ def pack_documents(rows, device, one_row=None, packed=False, pin=False):
     if one_row is None:
         one_row = device.type == 'cpu'
     documents = [pair for row in rows for pair in row]
+    numbers = np.arange(len(documents))
     if one_row:
-        numbers = [range(len(documents))]
+        numbers_of_row = [numbers]
     else:
         ends = np.cumsum([len(row) for row in rows])
-        numbers = np.split(np.arange(len(documents)), ends[:-1])        # of the documents in each row
-    fed = [(ids[:-1], range(len(ids) - 1)) for ids, _ in documents]
-    idx, positions, begins = lay_into_rows(fed, numbers)
+        numbers_of_row = np.split(numbers, ends[:-1])
+    fed = [ids[:-1] for ids, _ in documents]
+    causal = [(ids, range(len(ids))) for ids in fed]
+    idx, positions, begins = lay_into_rows(causal, numbers_of_row)
 
     logit_positions, targets = [], []
     for (ids, is_target), begin in zip(documents, begins):
@@ -153,17 +158,18 @@ def lay_into_rows(documents, rows):
     begins: where each document begins, counting the rows laid end to end. W is the length of the longest row;
     the padding of the others is a document of its own.
     """
-    W = max(sum(len(documents[i][0]) for i in row) for row in rows)
-    idx, positions = np.zeros((len(rows), W), np.int64), np.zeros((len(rows), W), np.int64)
+    lengths = [len(ids) for ids, _ in documents]
+    W = max(sum(lengths[i] for i in row) for row in rows)
+    idx = np.zeros((len(rows), W), np.int64)
+    positions = np.zeros_like(idx)
     begins = [0] * len(documents)
     for r, row in enumerate(rows):
         at = 0
         for i in row:
-            ids, document_positions = documents[i]
             begins[i] = r * W + at
-            idx[r, at:at + len(ids)] = ids
-            positions[r, at:at + len(ids)] = document_positions
-            at += len(ids)
+            end = at + lengths[i]
+            idx[r, at:end], positions[r, at:end] = documents[i]
+            at = end
         positions[r, at:] = np.arange(W - at)
     return idx, positions, begins
 
@@ -171,7 +177,8 @@ def lay_into_rows(documents, rows):
 def padded(lists, value):
     """Lists of different lengths -> (len(lists), longest), filled up on the right."""
     longest = max(map(len, lists))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in lists])
+    rows = [row + [value] * (longest - len(row)) for row in lists]
+    return torch.tensor(rows)
 
 
 # ---- rows -> steps ---------------------------------------------------------------------------------------
@@ -182,7 +189,8 @@ def draw(datasets, weights, seed, epoch):
     drawn = []
     for number, (rows, weight) in enumerate(zip(datasets, weights)):
         rows = np.asarray(rows, np.int64)
-        whole, rest = divmod(round(weight * len(rows)), max(len(rows), 1))
+        count = round(weight * len(rows))
+        whole, rest = divmod(count, max(len(rows), 1))
         rng = np.random.default_rng(seed_for(seed, 'weight', epoch, number))
         drawn += [rows] * whole
         drawn.append(rng.permutation(rows)[:rest])
@@ -207,11 +215,16 @@ class Epochs:
 
     def __init__(self, datasets, weights, size, seed, drop_last=False, length=None, group_by_length=False,
                  items=None):
-        self.datasets, self.weights, self.size, self.seed = datasets, weights, size, seed
+        self.datasets, self.weights = datasets, weights
+        self.size, self.seed = size, seed
         self.length, self.items = length, items
         self.group_by_length = group_by_length and items is None        # bins are all about as long
-        self.count = len(items if items is not None else draw(datasets, weights, seed, epoch=0))
-        self.per_epoch = self.count // size if drop_last else -(-self.count // size)
+        if items is None:
+            self.count = sum(round(weight * len(rows)) for rows, weight in zip(datasets, weights))
+        else:
+            self.count = len(items)
+        per_epoch = self.count / size
+        self.per_epoch = math.floor(per_epoch) if drop_last else math.ceil(per_epoch)
         if not self.per_epoch:
             raise UserError(f'{self.count} rows are fewer than the {size} of one optimizer step: lower '
                             'per_device_train_batch_size or gradient_accumulation_steps, or set '
@@ -220,20 +233,25 @@ class Epochs:
 
     def order(self, epoch):
         """The items of an epoch in the order in which they are learned."""
-        items = self.items
-        if items is None:
+        if self.items is None:
             items = draw(self.datasets, self.weights, self.seed, epoch).tolist()
+        else:
+            items = self.items
         rng = np.random.default_rng(seed_for(self.seed, 'order', epoch))
         items = [items[i] for i in rng.permutation(len(items))]
-        return self.grouped(items, rng) if self.group_by_length else items
+        if self.group_by_length:
+            items = self.grouped(items, rng)
+        return items
 
     def grouped(self, items, rng):
         """Steps of similar lengths: items are sorted within windows of many steps, and the steps shuffled."""
         full, short = [], []
         for window in cut(items, SORTED_STEPS * self.size):
             for step in cut(sorted(window, key=self.length), self.size):
-                (full if len(step) == self.size else short).append(step)
-        steps = [full[i] for i in rng.permutation(len(full))] + short       # the short one ends the epoch
+                whole = len(step) == self.size
+                (full if whole else short).append(step)
+        steps = [full[i] for i in rng.permutation(len(full))]
+        steps += short                      # at most one, which ends the epoch
         return [item for step in steps for item in step]
 
     def of_step(self, step):
@@ -242,8 +260,11 @@ class Epochs:
         latest = self.latest
         if latest[0] != epoch:
             latest = self.latest = epoch, self.order(epoch)     # set as one: a thread may prefetch meanwhile
-        items = latest[1][place * self.size:(place + 1) * self.size]
-        return sorted(items, key=self.length) if self.length else items
+        begin = place * self.size
+        items = latest[1][begin:begin + self.size]
+        if self.length:
+            items = sorted(items, key=self.length)
+        return items
 
     def epoch(self, step):
         """How many passes over the data `step` steps are."""
@@ -280,7 +301,8 @@ class Prefetcher:
     def __call__(self, step):
         if not self.pool:
             return self.make(step)
-        for later in range(step, min(step + 1 + self.workers, self.total)):
+        end = min(step + 1 + self.workers, self.total)
+        for later in range(step, end):
             if later not in self.ahead:
                 self.ahead[later] = self.pool.submit(self.make, later)
         return self.ahead.pop(step).result()

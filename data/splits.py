@@ -2,7 +2,8 @@
 
 A row is held out by its prompt alone. So a question is never on both sides, whatever the script, the seed,
 the order of the rows and the number of its answers; runs with different seeds are compared on the same rows,
-and a model goes from SFT to DPO or RL without having learned from what these evaluate it on.
+and a model goes from SFT to DPO or RL without having learned from what these evaluate it on, if they put the
+same prompt: a system message is part of it.
 
 By default EVAL_FRACTION of the prompts are held out, and of their rows MAX_EVAL_ROWS are looked at, or
 MAX_EVAL_PROBLEMS where each takes a completion.

@@ -57,8 +57,8 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-from nanoforge.decode import Decoder, Recomputer
 from model import load_model
+from nanoforge.decode import make_decoder
 from nanoforge.run import setup
 
 ONE_THREAD = 2 ** 23        # rows * parameters below which a second thread gains nothing, and costs much where others compute too
@@ -113,7 +113,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     model.eval()
     try:
         with torch.inference_mode():
-            decoder = (Decoder if hasattr(model, 'new_caches') else Recomputer)(model, prompts, num_samples, T)
+            decoder = make_decoder(model, prompts, num_samples, T)
             logits = decoder.start()                                                            # (R, V)
             if device.type == 'cpu' and R * sum(p.numel() for p in model.parameters()) < ONE_THREAD:
                 torch.set_num_threads(1)

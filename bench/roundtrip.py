@@ -4,11 +4,20 @@ Each row compares two ways to compute one thing in float32; a difference counts 
 log-probabilities, as it is). Exit status 0 if all of them agree, 1 if not.
 """
 import argparse
+import os
+import sys
 import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
 from configurator import run_script
+from model import GPT, load_model, save_model
+from nanoforge.decode import make_decoder
+from nanoforge.hf import config_to_hf, find_model
+from nanoforge.lora import add_lora, merge_lora
+from sample import generate, logp_gap
 
 LOGITS, LOGP = 1e-5, 1e-4       # what rounding in another order may do: relative to the largest logit; nats
 
@@ -31,10 +40,6 @@ def theirs_of(directory):
 @torch.no_grad()
 def comparisons(name):
     """Yields (what is compared, difference or None where it does not apply, allowed, remark)."""
-    from nanoforge.hf import config_to_hf
-    from nanoforge.lora import add_lora, merge_lora
-    from model import GPT, find_model, load_model, save_model
-    from sample import generate, logp_gap
     model, tokenizer = load_model(name)
     cfg = model.config
     window = getattr(cfg, 'sliding_window', 0)
@@ -57,10 +62,11 @@ def comparisons(name):
     logp = logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
     yield 'log-probabilities = softmax of the logits', (model(idx, targets) - logp).abs().max().item(), LOGP, ''
     if isinstance(model, GPT):
-        caches, steps = model.new_caches(2, T), [*range(0, T - 8, 16), *range(T - 8, T), T]
-        pieces = torch.cat([model.logits(model.hidden(idx[:, a:b], torch.arange(a, b)[None], caches))
-                            for a, b in zip(steps, steps[1:])], 1)
-        yield 'with a key/value cache = at once', difference(pieces, logits), LOGITS, 'in chunks, then token by token'
+        start = T // 2
+        decoder = make_decoder(model, idx[:, :start].tolist(), 1, T - start)
+        steps = [decoder.start(), *(decoder.step(idx[:, t].clone()) for t in range(start, T))]
+        yield 'with a key/value cache = at once', difference(torch.stack(steps, 1), logits[:, start - 1:]), LOGITS, \
+            f'{start} tokens, then one by one'
     prompts = [row[:T // 2].tolist() for row in idx]
     new = min(16, cfg.block_size - T // 2)
     gap = logp_gap(model, prompts, generate(model, prompts, new))[0]
@@ -106,3 +112,7 @@ def main():
     def go(_):
         raise SystemExit(0 if check(args.check) else 1)
     run_script(go, args)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,10 +1,17 @@
-"""What makes each family itself: GPT's configuration, and Hugging Face's config.json and weights to and from it."""
+"""Hugging Face's side of a model: what makes each family itself, config.json and weights to and from ours, reading a model directory, and
+causal language models outside the families (HFModel)."""
+import os
 import re
 from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
+import torch.nn as nn
 
 from configurator import UserError
+from data.tokenizer import read_json
+from nanoforge import kernels
+from nanoforge.quantize import base_state
 
 
 @dataclass
@@ -278,3 +285,203 @@ def _from_gpt2(name, tensor):
                 return {f'{ours}.{match[3]}': tensor}
             return {f'{ours[:-6]}{name}_proj.{match[3]}': part for name, part in zip('qkv', tensor.chunk(3))}
     return {name: tensor}
+
+
+# ---- reading a model directory ---------------------------------------------------------------------------------------
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read_safetensors(directory):
+    """{name: tensor} of a single or sharded model, mapped from disk; the pages are private: what is written to one
+    never reaches the file."""
+    from safetensors import SafetensorError, safe_open
+    index = os.path.join(directory, 'model.safetensors.index.json')
+    files = ['model.safetensors']
+    if os.path.exists(index) and not os.path.exists(os.path.join(directory, files[0])):
+        files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        if not files:
+            raise UserError(f'{index} names no file of weights; copy or download it again')
+    weights = {}
+    for file in files:
+        path = os.path.join(directory, file)
+        if not os.path.exists(path) and len(files) > 1:
+            raise UserError(f'{directory}: no {file} (a shard named in model.safetensors.index.json)')
+        if not os.path.exists(path):
+            raise UserError(f'{directory}: no {file}; weights are read from safetensors only: convert older ones with '
+                            'transformers\' save_pretrained')
+        try:
+            with safe_open(path, framework='pt') as f:
+                weights.update({name: f.get_tensor(name) for name in f.keys()})
+        except SafetensorError as e:
+            raise UserError(f'{path} is not a whole safetensors file ({e}); copy or download it again') from None
+    return weights
+
+
+def load_weights(model, state, where, dtype=None, device=None):
+    """Makes a state of ours the model's parameters; a UserError names a key without a home, a missing one, a wrong
+    shape.
+
+    Where dtype and device fit, the tensors themselves become the parameters: mapped from disk, nothing is copied.
+    """
+    expected = base_state(model)
+    if model.config.tied:
+        expected.pop('lm_head.weight')
+    problems = [f'{name} is missing' for name in expected if name not in state]
+    problems += [f'{name} has no home' for name in state if name not in expected]
+    problems += [f'{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}'
+                 for name, tensor in expected.items() if name in state and state[name].shape != tensor.shape]
+    if problems:
+        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+        raise UserError(f'{where} does not fit its config.json: ' + '; '.join(problems[:3]) + more)
+    for name, old in expected.items():
+        parent, _, leaf = name.rpartition('.')
+        tensor = state.pop(name).to(device or old.device, dtype or old.dtype).contiguous()
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+    if model.config.tied:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def find_model(name_or_path):
+    """A local directory, the embedded model `tiny`, or a hub name -> a directory with config.json."""
+    if name_or_path == 'tiny':
+        return os.path.join(ROOT, 'data', 'tiny')
+    if os.path.isdir(name_or_path):
+        if not any(os.path.exists(os.path.join(name_or_path, file)) for file in ('config.json', 'adapter_config.json')):
+            raise UserError(f'{name_or_path} has no config.json: not a model directory')
+        return name_or_path
+    is_hub_name = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name_or_path)
+    if not is_hub_name or os.path.isdir(os.path.dirname(name_or_path)):
+        raise UserError(f'no model directory {name_or_path}')
+    from huggingface_hub import snapshot_download
+    wanted = ['*.json', 'model*.safetensors', 'adapter*.safetensors', '*.jinja', 'tokenizer.model', '*.txt']
+    try:
+        return snapshot_download(name_or_path, allow_patterns=wanted)
+    except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
+        raise UserError(f'no model {name_or_path!r}: not a local directory, and hub and local cache do not provide it '
+                        f'({type(e).__name__}); download it where there is a network, give its directory') from None
+
+
+# ---- other architectures ---------------------------------------------------------------------------------------------
+
+class HFModel(nn.Module):
+    """Any other causal language model of transformers, behind the calls of model.GPT (without its speed).
+
+    model: a transformers model with a language modelling head; it stays as it is and saves itself. Right-padded rows,
+    packed documents, token_stats and sampling work as in GPT; packed documents are run side by side, and sampling runs
+    the whole sequence at every step, so that nothing is asked of an architecture but that it is causal.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config()
+        self.config = SimpleNamespace(
+            arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, dropout=0.0,
+            block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
+            tied=bool(config.tie_word_embeddings),
+            logit_softcap=getattr(config, 'final_logit_softcapping', None) or 0.0)
+        self.scale = 1.0
+        self.scale = self.logit_scale()
+
+    @staticmethod
+    def load(directory, device, dtype):
+        """A Hugging Face directory -> HFModel. Code that comes with a model is never run."""
+        from transformers import AutoModelForCausalLM
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+        except Exception as e:      # whatever its loading code raises, it is this directory that cannot be used
+            reason = (str(e).strip() or type(e).__name__).partition('\n')[0]
+            raise UserError(f'{directory}: outside our families, and transformers does not open it ({reason})') from None
+        problems = []
+        for key, problem in (('missing_keys', 'is missing'), ('unexpected_keys', 'has no home'),
+                             ('mismatched_keys', 'has another shape')):
+            problems += [f'{name} {problem}' for name in sorted(info[key], key=str)]
+        if problems:
+            raise UserError(f'{directory} does not fit its config.json: ' + '; '.join(problems[:3]))
+        return HFModel(model.to(device)).eval()
+
+    @property
+    def lm_head(self):
+        return self.model.get_output_embeddings()
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def gradient_checkpointing(self):
+        return self.model.is_gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        if on:
+            self.model.gradient_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def set_matmul(self, mode):
+        """Its products stay in the precision of its weights (or of autocast)."""
+        return self
+
+    @torch.no_grad()
+    def logit_scale(self):
+        """The factor between head and logits (Granite and Cohere have one), found by comparing; UserError if it is not
+        one."""
+        idx = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        training = self.model.training
+        theirs = self.model.eval()(idx, use_cache=False).logits.float()
+        if self.config.logit_softcap:
+            theirs = self.config.logit_softcap * torch.atanh(theirs / self.config.logit_softcap)
+        ours = kernels.head(*self.head(self.hidden(idx)))
+        self.model.train(training)
+        scale = ((theirs * ours).sum() / ours.square().sum()).item()
+        if not (theirs - scale * ours).abs().max() <= 0.02 * theirs.abs().max():
+            raise UserError(f'{self.config.arch} is not supported: its logits are not last hidden state times head')
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+    def hidden(self, idx, positions=None, logit_positions=None):
+        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T), logit_positions: as for GPT.hidden."""
+        if logit_positions is not None:
+            return self.hidden(idx, positions).flatten(0, 1)[logit_positions]
+        B, T = idx.size()
+        if T > self.config.block_size and (positions is None or positions.max() >= self.config.block_size):
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {self.config.block_size}: '
+                            'shorten it')
+        if positions is None:
+            return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
+        segments, tokens = kernels.continuations(positions.expand(B, T)), idx.flatten()
+        rows = [torch.cat([tokens[begin:begin + shared], tokens[start:end]]) for begin, shared, start, end in segments]
+        hidden = self.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        parts = [row[shared:shared + end - start] for row, (_, shared, start, end) in zip(hidden, segments)]
+        return torch.cat(parts).view(B, T, -1)
+
+    def head(self, hidden):
+        """(hidden, weight) whose product the logits are: a bias is one more column."""
+        head, hidden = self.lm_head, hidden * self.scale
+        weight = kernels.weight_matrix(head)                # with its adapter, where the head has one
+        if getattr(head, 'bias', None) is None:
+            return hidden, weight
+        one = hidden.new_full((*hidden.shape[:-1], 1), self.scale)
+        return torch.cat([hidden, one], -1), torch.cat([weight, head.bias[:, None]], 1)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V) in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernels.head(*self.head(hidden), self.config.logit_softcap)
+
+    def token_stats(self, hidden, targets, temperature=1.0, extras=True):
+        """As GPT.token_stats."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernels.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap, extras)
+
+    def forward(self, idx, targets=None, positions=None):
+        """As GPT.forward."""
+        hidden = self.hidden(idx, positions)
+        if targets is None:
+            return self.logits(hidden)
+        return self.token_stats(hidden, targets, extras=False)['logp']

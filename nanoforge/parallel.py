@@ -1,12 +1,13 @@
-"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels each, and run together.
+"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels each, and
+run together.
 
-    machine = share_out(setup(...), 2)          # ranks 0 and 1 hold one copy of each model, 2 and 3 the next
-    shard(model, machine)                       # in place, after loading
-    state = whole(model, dict(model.named_parameters()), machine)       # on every rank, to save it
+    run = share_out(setup(...), 2)      # ranks 0 and 1 hold one copy of each model, 2 and 3 the next
+    shard(model, run)                   # in place, after loading
+    state = whole(dict(model.named_parameters()), run)      # on every rank, to save it
 
-As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels are cut by
-rows, those out of them by columns, with one sum over the group behind each. Embedding, norms and head are whole on every rank and
-stay equal, as their gradients are.
+As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels are
+column parallel (each rank has some outputs: rows of the weight), those out of them row parallel (some inputs), with one
+sum over the group behind each. Embedding, norms and head are whole on every rank and stay equal, as their gradients are.
 """
 import copy
 import re
@@ -17,10 +18,14 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from configurator import UserError
-from model import GPT, Linear, load_weights
+from model import GPT
+from nanoforge import kernels
+from nanoforge.hf import load_weights
+from nanoforge.kernels import Linear
 from nanoforge.run import Run
 
-ROWS, COLUMNS = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$', r'\.(o|down)_proj\.weight$'
+COLWISE = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$'      # cut in dimension 0, the output channels
+ROWWISE = r'\.(o|down)_proj\.weight$'                    # cut in dimension 1, the input channels
 PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, but each sees the gradient of its own heads only
 
 
@@ -30,8 +35,8 @@ class Shared(Run):
     shards: int = 1
     shard: int = 0
     first: bool = True          # of all processes
-    copies: object = None       # process group of this shard's copies
-    group: object = None        # process group of this copy's shards
+    copies: object = None       # process group of this shard's copies: data parallelism
+    group: object = None        # process group of this copy's shards: tensor parallelism
 
     @property
     def is_main(self):
@@ -52,9 +57,11 @@ class Shared(Run):
 
 
 def share_out(run, shards):
-    """A Run -> Shared, `shards` neighbouring ranks to a copy of each model. UserError where the ranks do not come out even."""
+    """A Run -> Shared, `shards` neighbouring ranks to a copy of each model. UserError where the ranks do not come out
+    even."""
     if run.world_size % shards:
-        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a multiple of {shards}')
+        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a multiple of '
+                        f'{shards}')
     copies = run.world_size // shards
     groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
     peers = [dist.new_group(range(s, run.world_size, shards)) for s in range(shards)]
@@ -63,8 +70,8 @@ def share_out(run, shards):
                   run.rank == 0, peers[shard], groups[copy_of])
 
 
-class Enter(torch.autograd.Function):
-    """What every shard reads: as it is; its gradient is the sum of what the shards say."""
+class CopyToGroup(torch.autograd.Function):
+    """The same input on every shard; its gradient is the sum of the shards' gradients (Megatron-LM's f)."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -78,8 +85,8 @@ class Enter(torch.autograd.Function):
         return grad, None
 
 
-class Leave(torch.autograd.Function):
-    """What the shards computed, summed; its gradient goes to each as it is."""
+class ReduceFromGroup(torch.autograd.Function):
+    """The sum of the shards' partial outputs; each shard gets its gradient as it is (Megatron-LM's g)."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -92,66 +99,75 @@ class Leave(torch.autograd.Function):
         return grad, None
 
 
-class RowParallelLinear(Linear):
-    """A linear layer of which each shard holds some input channels; x (..., in / shards) -> the whole output. A class of its own, so
-    that the sampler calls it as it is."""
+class RowwiseLinear(Linear):
+    """A linear layer of which each shard holds some input channels: x (..., in / shards) -> the whole output (..., out).
+    A class of its own, so that the sampler calls it as it is."""
     group = None
 
     def forward(self, x):
-        bias, self.bias = self.bias, None
-        try:
-            y = Leave.apply(super().forward(x), self.group)
-        finally:
-            self.bias = bias
-        return y if bias is None else y + bias
+        y = ReduceFromGroup.apply(kernels.linear(x, [self.weight], bf16=self.bf16), self.group)
+        return y if self.bias is None else y + self.bias
 
 
 def shard(model, run):
-    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config counts the share's heads."""
-    if not isinstance(model, GPT) or getattr(model, 'adapters', None) or getattr(model.layers[0].self_attn.q_proj, 'plain_class', None):
-        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full precision: set GPU_num=1')
+    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config counts the
+    share's heads."""
+    plain = isinstance(model, GPT) and not getattr(model, 'adapters', None)
+    if not plain or type(model.layers[0].self_attn.q_proj) is not Linear:
+        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full precision: '
+                        'set GPU_num=1')
     cfg, n = model.config, run.shards
     for name in ('n_head', 'n_kv_head', 'n_inner'):
         if getattr(cfg, name) % n:
             raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of {model.name_or_path} evenly')
-    model.whole_config, model.config = cfg, replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
+    model.whole_config = cfg
+    model.config = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, nn.Parameter(share(name, p.data, run).clone()))
     if cfg.tied:
         model.lm_head.weight = model.embed_tokens.weight
-    enter = lambda module, args: (Enter.apply(args[0], run.group), *args[1:])
+
+    def copy_input(module, args):
+        return CopyToGroup.apply(args[0], run.group), *args[1:]
+
     for layer in model.layers:
         layer.self_attn.cfg = model.config
-        layer.self_attn.register_forward_pre_hook(enter)
-        layer.mlp.register_forward_pre_hook(enter)
+        layer.self_attn.register_forward_pre_hook(copy_input)
+        layer.mlp.register_forward_pre_hook(copy_input)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.__class__, linear.group = RowParallelLinear, run.group
+            linear.__class__, linear.group = RowwiseLinear, run.group
 
 
 def dimension(name):
     """The dimension in which a parameter (or its optimizer state) is cut, None where every shard has it whole."""
-    return 0 if re.search(ROWS, name) else 1 if re.search(COLUMNS, name) else None
+    if re.search(COLWISE, name):
+        return 0
+    return 1 if re.search(ROWWISE, name) else None
 
 
 def share(name, tensor, run):
     """This rank's share of a whole tensor."""
     cut = dimension(name)
-    return tensor if cut is None or not tensor.dim() or not isinstance(run, Shared) else tensor.chunk(run.shards, cut)[run.shard]
+    if cut is None or not tensor.dim() or not isinstance(run, Shared):
+        return tensor
+    return tensor.chunk(run.shards, cut)[run.shard]
 
 
 def whole(tensors, run):
     """{name: share} -> {name: whole tensor}; called on all ranks together."""
     if not isinstance(run, Shared):
         return tensors
-    found = {}
+    gathered = {}
     for name, tensor in tensors.items():
-        cut = dimension(name)
+        tensor, cut = tensor.detach(), dimension(name)
+        if cut is None or not tensor.dim():
+            gathered[name] = tensor
+            continue
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(run.shards)]
-        if cut is not None and tensor.dim():
-            dist.all_gather(parts, tensor.detach().contiguous(), group=run.group)
-        found[name] = tensor.detach() if cut is None or not tensor.dim() else torch.cat(parts, cut)
-    return found
+        dist.all_gather(parts, tensor.contiguous(), group=run.group)
+        gathered[name] = torch.cat(parts, cut)
+    return gathered
 
 
 def whole_model(model, run):

@@ -33,15 +33,29 @@ class Quantized:
     bf16 = False                        # set by model.set_matmul, as for the plain layers
 
     def forward(self, x):
-        device = x.device.type
-        usual = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        kind = self.compute_dtype or (torch.bfloat16 if self.bf16 and device == 'cpu' else usual)
-        if self.bits == 4 and device == 'cuda':     # its fused kernels need no float copy of the weight
-            y = bitsandbytes().matmul_4bit(x.to(kind), self.weight, self.weight.quant_state)
+        dtype = self.product_dtype(x)
+        if self.bits == 4 and x.is_cuda:            # its fused kernels need no float copy of the weight
+            y = bitsandbytes().matmul_4bit(x.to(dtype), self.weight, self.weight.quant_state)
         else:
-            y = QuantizedProduct.apply(x.to(kind), self)
-        y = y if self.bias is None else y + self.bias.to(kind)
+            y = QuantizedProduct.apply(x.to(dtype), self)
+        if self.bias is not None:
+            y = y + self.bias.to(dtype)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def product_dtype(self, x):
+        device = x.device.type
+        if self.compute_dtype:
+            return self.compute_dtype
+        if self.bf16 and device == 'cpu':
+            return torch.bfloat16
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+    def weight_matrix(self):
+        """The weight (out, in), in the dtype that it was quantised from."""
+        if self.bits == 4:
+            return bitsandbytes().functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+        scale = self.weight.SCB.to(self.weight.device) / 127                # (out,): largest magnitude of each row
+        return (self.weight.data * scale[:, None]).to(self.dtype)
 
 
 class QuantizedProduct(torch.autograd.Function):
@@ -50,11 +64,11 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, dequantize(layer).to(x.dtype))
+        return F.linear(x, layer.weight_matrix().to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ dequantize(ctx.layer).to(grad.dtype), None
+        return grad @ ctx.layer.weight_matrix().to(grad.dtype), None
 
 
 def head_of(model):
@@ -66,18 +80,11 @@ def is_quantized(layer):
     return isinstance(layer, Quantized)
 
 
-def dequantize(layer):
-    """A quantised layer's weight (out, in), in the dtype that it was quantised from."""
-    if layer.bits == 4:
-        return bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    scale = layer.weight.SCB.to(layer.weight.device) / 127                  # (out,): largest magnitude of each row
-    return (layer.weight.data * scale[:, None]).to(layer.dtype)
-
-
 @functools.cache
 def layer_class(bits):
-    nn_ = bitsandbytes().nn
-    return type(f'Linear{bits}bit', (Quantized, nn_.Linear4bit if bits == 4 else nn_.Linear8bitLt), {'bits': bits})
+    layers = bitsandbytes().nn
+    base = layers.Linear4bit if bits == 4 else layers.Linear8bitLt
+    return type(f'Linear{bits}bit', (Quantized, base), {'bits': bits})
 
 
 def quantize(model, bits=4, quant_type='nf4', double_quant=True, compute_dtype=None, state=None, device=None):
@@ -103,8 +110,8 @@ def quantize(model, bits=4, quant_type='nf4', double_quant=True, compute_dtype=N
         if weight is None or weight.shape != layer.weight.shape:
             problem = 'missing' if weight is None else f'{tuple(weight.shape)}, not {tuple(layer.weight.shape)}'
             raise UserError(f'{path}.weight is {problem}: the weights do not fit config.json')
-        new = layer_class(bits)(layer.in_features, layer.out_features, bias=False, device='meta',
-                                **({} if bits == 4 else {'has_fp16_weights': False}))
+        options = {} if bits == 4 else {'has_fp16_weights': False}
+        new = layer_class(bits)(layer.in_features, layer.out_features, bias=False, device='meta', **options)
         weight = weight.to(layer.weight.dtype).contiguous()
         try:
             if bits == 4:
@@ -116,17 +123,21 @@ def quantize(model, bits=4, quant_type='nf4', double_quant=True, compute_dtype=N
         except (RuntimeError, NotImplementedError, AttributeError) as e:
             raise UserError(f'bitsandbytes cannot hold {bits}-bit weights on {device} here ({type(e).__name__}: '
                             f'{str(e)[:80]}): use another device, or leave out load_in_4bit / load_in_8bit') from None
-        new.bias, new.dtype, new.compute_dtype, new.plain_class = layer.bias, weight.dtype, compute_dtype, type(layer)
-        new.bf16 = getattr(layer, 'bf16', False)
+        new.bias, new.dtype, new.compute_dtype = layer.bias, weight.dtype, compute_dtype
+        new.plain_class, new.bf16 = type(layer), getattr(layer, 'bf16', False)
         model.set_submodule(path, new.train(layer.training))
     return model
 
 
 def base_state(model):
     """The model's state_dict without adapters and quantised weights: what a base checkpoint still has to fill."""
-    held = tuple(f'{path}.{part}' for path, layer in model.named_modules() for part in ('lora.', 'weight', 'SCB')
-                 if (hasattr(layer, 'lora') if part == 'lora.' else is_quantized(layer)))
-    return {name: tensor for name, tensor in model.state_dict().items() if not held or not name.startswith(held)}
+    left_out = []
+    for path, layer in model.named_modules():
+        if hasattr(layer, 'lora'):
+            left_out.append(f'{path}.lora.')
+        if is_quantized(layer):
+            left_out += [f'{path}.weight', f'{path}.SCB']
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(left_out))}
 
 
 def check_trainable(model):

@@ -1,17 +1,18 @@
-"""What an environment for a team offers to train_agents.py: one file in data/tasks, found by its name. No registry.
+"""What an environment for a team offers to train_agents.py: one file in data/tasks, found by its name.
 
 A new environment is a file data/tasks/NAME.py with these names:
 
-    class Env(problem)          one episode: plain Python, deterministic, copied by copy.deepcopy (methods below)
-    problems(split, n, seed, **settings)    n problems (dicts that JSON can hold) of 'train' or 'eval'; the two splits
+    class Env(problem)          one episode: plain Python, deterministic, copied by copy.deepcopy
+    problems(split, n, seed, **settings)
+                                n problems (dicts that JSON can hold) of 'train' or 'eval'; the two splits
                                 share no problem, whatever the seeds (world.split_of decides by a hash)
     SETTINGS                    {name: (default, help)}: the env.* keys that problems() takes
     ROLES                       the agents in the order of their turns
     ACTS                        the agent without whom nothing happens; alone it is a team of one
-    DATASETS                    more names for env.dataset and env.benchmark that mean this task (may be left out)
-    RUNS_PROGRAMS               True where programs that agents write are run, in data/sandbox.py (may be left out)
+    DATASETS                    a tuple of more names of it in env.dataset and env.benchmark (may be left out)
+    RUNS_PROGRAMS               True where programs of agents are run, in data/sandbox.py (may be left out)
 
-and its Env has these, where role is one of ROLES and text is what a model wrote, which is parsed and never evaluated:
+and its Env has these (role is one of ROLES; text is what a model wrote, which is parsed and never evaluated):
 
     env.prompt(role)            the chat that the acting agent sees in the present state: a list of messages
     env.score(role, text)       Outcome: what this candidate would earn; the state stays as it is
@@ -20,9 +21,11 @@ and its Env has these, where role is one of ROLES and text is what a model wrote
     env.done, env.success       whether the episode is over, and whether it was solved
     env.turn                    rounds of all roles so far, from 0
     env.view()                  the state as text for a terminal
-    env.demonstration(role, draw)   the answer of a scripted noisy demonstrator (draw: random.Random), for the warm-up
+    env.demonstration(role, draw)   (draw: random.Random)
+                                the answer of a scripted noisy demonstrator, which the warm-up learns
     env.solution(role)          a right answer in the present state
 """
+import ast
 import importlib
 import os
 import re
@@ -46,16 +49,22 @@ class Outcome:
         return alpha * self.team + self.local
 
 
-def task_names():
-    """The names of all environments: the files of data/tasks that define Env, in alphabetical order."""
-    names = []
+def known_tasks():
+    """{name: DATASETS} of all environments: the files of data/tasks that define Env.
+
+    The files are read, not imported, so that a script's --help answers at once.
+    """
+    tasks = {}
     for file in sorted(os.listdir(FOLDER)):
         name, suffix = os.path.splitext(file)
-        if suffix == '.py':
-            with open(os.path.join(FOLDER, file), encoding='utf-8') as source:
-                if re.search(r'^class Env\b', source.read(), re.MULTILINE):
-                    names.append(name)
-    return names
+        if suffix != '.py':
+            continue
+        with open(os.path.join(FOLDER, file), encoding='utf-8') as source:
+            text = source.read()
+        if re.search(r'^class Env\b', text, re.MULTILINE):
+            datasets = re.search(r'^DATASETS = (\(.*?\))', text, re.MULTILINE | re.DOTALL)
+            tasks[name] = ast.literal_eval(datasets[1]) if datasets else ()
+    return tasks
 
 
 def load_task(name):
@@ -64,21 +73,18 @@ def load_task(name):
 
 
 def find_task(name):
-    """The module of the environment that an env.* name means, or None: a file of data/tasks, or one of its DATASETS.
+    """The module of the environment that a name means, by its file or its DATASETS; None where there is none.
 
     name: 'sudoku', or data sets as in 'polaris+gsm8k', of which the first decides; case does not matter.
     """
     wanted = name.partition('+')[0].casefold()
-    names = task_names()
-    if wanted in names:
-        return load_task(wanted)
-    for task in map(load_task, names):
-        if wanted in (dataset.casefold() for dataset in getattr(task, 'DATASETS', ())):
-            return task
+    for task, datasets in known_tasks().items():
+        if wanted == task or wanted in map(str.casefold, datasets):
+            return load_task(task)
     return None
 
 
 def chat(text, rules=None):
-    """One message of the user; before it the rules as a system message, for models that do not know the task."""
+    """One message of the user; before it the rules, where given, as a system message."""
     user = {'role': 'user', 'content': text}
     return [user] if rules is None else [{'role': 'system', 'content': rules}, user]

@@ -1,13 +1,14 @@
-"""Plan-Path on a small grid: walk from a start to a goal around walls, writing each move and where it leads: D b1 R b2
+"""Plan-Path: walk from a start to a goal around walls, writing each move and where it leads: D b1 R b2
 
-Rows are letters from the top, columns numbers from the left; the moves are U, D, L and R. Each grid belongs to one
-split, and so does each wording. `demonstration` is a scripted noisy demonstrator: in P_GO_STRAIGHT of the grids where
-the straight way (to the goal's row, then to its column) is blocked it walks that way all the same; else a shortest one.
+Rows are letters from the top, columns numbers from the left; the moves are U, D, L and R. Each grid belongs
+to one split, and so does each wording. `demonstration` is a scripted noisy demonstrator: in P_GO_STRAIGHT of
+the grids where the straight way (to the goal's row, then to its column) is blocked it walks that way all the
+same; else a shortest one.
 
-Env is the same grid for a team over several turns. The tool agent proposes a way, which is tried on a copy; the plan
-agent sees the result and walks, up to its first illegal move. The next turn starts where it ended. The demonstrator of
-the tool agent ignores the walls with probability P_IGNORE_WALLS; that of the plan agent stops one move before the goal
-with probability P_STOP_EARLY, and steps back where it stands beside the goal.
+Env is the same grid for a team over several turns. The tool agent proposes a way, which is tried on a copy;
+the plan agent sees the result and walks, up to its first illegal move. The next turn starts where it ended.
+The demonstrator of the tool agent ignores the walls with probability P_IGNORE_WALLS; that of the plan agent
+stops one move before the goal with probability P_STOP_EARLY, and steps back where it stands beside the goal.
 """
 import itertools
 import random
@@ -27,11 +28,12 @@ SETTINGS = {
 }
 RULES = {
     'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',
-    'plan_agent': 'Walk from the start to the goal of a grid, around the walls. A way that somebody proposes was tried '
-                  'out; check it, or find a better one.',
+    'plan_agent': 'Walk from the start to the goal of a grid, around the walls. A way that somebody proposes '
+                  'was tried out; check it, or find a better one.',
 }
-EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends at {last}. '
-             'Moves: U up, D down, L left, R right. End with the moves after ####, such as: #### [D, R, R]')
+EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends '
+             'at {last}. Moves: U up, D down, L left, R right. End with the moves after ####, such as: '
+             '#### [D, R, R]')
 # rewards; besides them 1 for each cell that the way leads nearer to the goal
 STEP = -0.01
 ILLEGAL = -0.1
@@ -91,7 +93,7 @@ def straight(start, goal):
 
 
 def read_moves(text):
-    """The list of moves in what a model wrote: after the last #### or Actions List if there is one, else in all of it."""
+    """The moves in a text, as a list: those after its last #### or Actions List, where it has one."""
     return re.findall(r'\b[UDLR]\b', re.split(r'####|Actions List', text)[-1])
 
 
@@ -136,8 +138,9 @@ def shortest(start, goal, walls, size):
 def problems(split, n, seed, map_size=4, min_moves=1, apart=False, rules=False):
     """n problems {'size', 'start', 'goal', 'walls', 'answer', 'question', 'rules'} of a split.
 
-    answer is a shortest way, as its moves, of which there are min_moves or more. A grid with its start belongs to one
-    split. apart: so does its goal with the walls alone, as a team that walks sees them from many cells.
+    answer is a shortest way, as its moves, of which there are min_moves or more. A grid with its start
+    belongs to one split. apart: so does its goal with the walls alone, as a team that walks sees them from
+    many cells.
     """
     if not 3 <= map_size <= 26:
         raise UserError(f'env.map_size={map_size}: Plan-Path has grids of 3 to 26 rows')
@@ -239,7 +242,8 @@ class Env:
         return shortest(self.position, self.goal, self.walls, self.size)
 
     def walk(self, moves):
-        """(moves up to the goal or the first illegal one, the cell of the illegal one or None, where they end)."""
+        """(moves up to the goal or the first illegal one, the cell of the illegal one or None, where they
+        end)."""
         position, walked = self.position, []
         for move, cell in zip(moves, steps(position, moves)):
             if position == self.goal:
@@ -261,9 +265,9 @@ class Env:
         return chat(text, RULES[role] + EXPLAINED.format(size=self.size, last=last))
 
     def score(self, role, text):
-        """The team earns what walking this way would earn: a step -0.01, an illegal move -0.1, the goal 1 and by a
-        shortest way 0.5 more, each cell nearer to the goal 1. A way that is only proposed is scored by the same sum,
-        as if the plan agent took it. A text without a move costs its writer 1."""
+        """The team earns what walking this way would earn: a step -0.01, an illegal move -0.1, the goal 1 and
+        by a shortest way 0.5 more, each cell nearer to the goal 1. A way that is only proposed is scored by
+        the same sum, as if the plan agent took it. A text without a move costs its writer 1."""
         moves = read_moves(text)
         if not moves:
             return Outcome(0.0, UNREADABLE, False, None, 'no moves')

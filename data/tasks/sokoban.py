@@ -1,21 +1,21 @@
 """Sokoban with one box: push it onto the goal, writing each move and where it leads: D b1 R b2 box b3
 
-The map has a frame of walls; inside it rows are letters and columns numbers. Maps are made by playing backwards from
-the solved position, pulling the box (as gym-sokoban does, github.com/mpSchrader/gym-sokoban), so every one is solvable.
-A map belongs to one split, wherever the player and the box stand.
+The map has a frame of walls; inside it rows are letters and columns numbers. Maps are made by playing
+backwards from the solved position, pulling the box (as gym-sokoban does, github.com/mpSchrader/gym-sokoban),
+so every one is solvable. A map belongs to one split, wherever the player and the box stand.
 
-The tool agent proposes moves, which are tried on a copy; the plan agent sees the result and moves, up to its first
-illegal move. The next turn starts where it ended. The demonstrators know a shortest solution, but the tool agent's
-walks to the goal without the box with probability P_IGNORE_BOX, and the plan agent's stops one push before the goal
-with probability P_STOP_EARLY, and steps back from the box where it stands beside it.
+The tool agent proposes moves, which are tried on a copy; the plan agent sees the result and moves, up to its
+first illegal move. The next turn starts where it ended. The demonstrators know a shortest solution, but the
+tool agent's walks to the goal without the box with probability P_IGNORE_BOX, and the plan agent's stops one
+push before the goal with probability P_STOP_EARLY, and steps back from the box where it stands beside it.
 """
 import functools
 import random
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
-from data.tasks.plan_path import (MOVES, distance, draw_map, grid_cells, in_grid, name_of, names_of, proposal_text,
-                                  read_moves, straight)
+from data.tasks.plan_path import MOVES, distance, draw_map, grid_cells, in_grid, name_of, names_of
+from data.tasks.plan_path import proposal_text, read_moves, straight
 from data.tasks.world import split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -27,12 +27,12 @@ SETTINGS = {
 }
 RULES = {
     'tool_agent': 'Propose moves that push the box onto the goal.',
-    'plan_agent': 'Push the box onto the goal. Moves that somebody proposes were tried out; check them, or find '
-                  'better ones.',
+    'plan_agent': 'Push the box onto the goal. Moves that somebody proposes were tried out; check them, or '
+                  'find better ones.',
 }
-EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and around rows a to {row} and columns 1 to '
-             '{column} there is a wall. Walk into the box to push it; it cannot be pulled. Moves: U up, D down, L left, '
-             'R right. End with the moves after ####, such as: #### [D, R, R]')
+EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and around rows a to {row} and '
+             'columns 1 to {column} there is a wall. Walk into the box to push it; it cannot be pulled. '
+             'Moves: U up, D down, L left, R right. End with the moves after ####, such as: #### [D, R, R]')
 # rewards
 STEP = -0.01
 ILLEGAL = -0.05
@@ -45,8 +45,8 @@ STEP_LIMIT, TOO_LONG = 200, -5.0    # moves of an episode at most, and the rewar
 P_IGNORE_BOX = 0.25
 P_STOP_EARLY = 0.9
 
-# how a room is made: a random walk of WALK steps, which turns with probability TURN, clears one of the brushes' cells
-# around each of its steps
+# how a room is made: a random walk of WALK steps, which turns with probability TURN, clears one of the
+# brushes' cells around each of its steps
 WALK, TURN = 25, 0.35
 BRUSHES = [
     ((0, -1), (0, 0), (0, 1)),
@@ -83,7 +83,8 @@ def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False)
         if not starts:
             failures += 1
             if failures > 1000:
-                raise UserError(f'env.min_moves={min_moves}: hardly any map of {map_size} rows has so long a solution')
+                raise UserError(f'env.min_moves={min_moves}: hardly any map of {map_size} rows has so long a '
+                                'solution')
             continue
         failures = 0
         player, box = draw.choice(starts)
@@ -117,7 +118,8 @@ def draw_room(draw, inside):
 
 @functools.lru_cache(maxsize=4096)
 def distances(free, goal):
-    """{(player, box): moves of a shortest solution} of every position that can be solved, by playing backwards."""
+    """{(player, box): moves of a shortest solution} of every position that can be solved, by playing
+    backwards."""
     found = {(player, goal): 0 for player in free if player != goal}
     frontier = list(found)
     while frontier:
@@ -173,8 +175,8 @@ def push(free, player, box, move):
 # ---- one episode of a team
 
 class Env:
-    """One episode. It is done, too, where the box can no longer reach the goal, and after STEP_LIMIT moves: both without
-    success."""
+    """One episode. It is done, too, where the box can no longer reach the goal, and after STEP_LIMIT moves:
+    both without success."""
     roles = ROLES
 
     def __init__(self, problem):
@@ -198,7 +200,8 @@ class Env:
         return (self.player, self.box) not in distances(self.free, self.goal)
 
     def play(self, moves):
-        """(moves up to the solution, the first illegal one or the limit; whether one was illegal; player; box)."""
+        """(moves up to the solution, the first illegal one or the limit; whether one was illegal; player;
+        box)."""
         player, box, played = self.player, self.box, ''
         for move in moves[:STEP_LIMIT - self.moves]:
             if box == self.goal:
@@ -233,9 +236,9 @@ class Env:
         return chat(text, RULES[role] + EXPLAINED.format(row=corner[0], column=corner[1:]))
 
     def score(self, role, text):
-        """The team earns what these moves would earn: each -0.01, an illegal one -0.05, the box on the goal 1 and the
-        win 10, each cell that the box is nearer to the goal 0.1; -5 for reaching the limit of moves. A text without a
-        move costs its writer 1."""
+        """The team earns what these moves would earn: each -0.01, an illegal one -0.05, the box on the goal 1
+        and the win 10, each cell that the box is nearer to the goal 0.1; -5 for reaching the limit of moves.
+        A text without a move costs its writer 1."""
         moves = read_moves(text)
         if not moves:
             return Outcome(0.0, UNREADABLE, False, None, 'no moves')

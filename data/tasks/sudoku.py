@@ -1,12 +1,13 @@
-"""Sudoku: fill the blanks so that no row, column or box holds a number twice. Every puzzle has exactly one solution.
+"""Sudoku: fill the blanks so that no row, column or box holds a number twice. Every puzzle has exactly one
+solution.
 
-Grids of up to 9 rows are written as digits, 0 for a blank: 1034 0012 2000 0321. A puzzle belongs to the split of its
-solution, so that no solution of a held-out puzzle occurs in training.
+Grids of up to 9 rows are written as digits, 0 for a blank: 1034 0012 2000 0321. A puzzle belongs to the split
+of its solution, so that no solution of a held-out puzzle occurs in training.
 
-The tool agent proposes a grid, which is checked; the plan agent sees the result and fills in. A grid that changes a
-given number, or has a number twice, is refused. The demonstrators know the solution, but the tool agent's looks only
-along the rows with probability P_IGNORE_COLUMNS, and the plan agent's leaves the last blank open with probability
-P_STOP_EARLY.
+The tool agent proposes a grid, which is checked; the plan agent sees the result and fills in. A grid that
+changes a given number, or has a number twice, is refused. The demonstrators know the solution, but the tool
+agent's looks only along the rows with probability P_IGNORE_COLUMNS, and the plan agent's leaves the last
+blank open with probability P_STOP_EARLY.
 """
 import json
 import random
@@ -28,10 +29,10 @@ RULES = {
     'tool_agent': 'Propose how to fill this Sudoku.',
     'plan_agent': 'Fill in this Sudoku. What somebody proposes was checked; take it over, or correct it.',
 }
-EXPLAINED = (' It has {size} rows of the numbers 1 to {size}, 0 for a blank: none may stand twice in a row, in a column '
-             'or in a box of {rows} rows and {columns} columns. End with the whole grid after ####, as a list of rows '
-             'with 0 for what you leave blank, or with what you fill in, as a list of [row, column, number] counted '
-             'from 1.')
+EXPLAINED = (' It has {size} rows of the numbers 1 to {size}, 0 for a blank: none may stand twice in a row, '
+             'in a column or in a box of {rows} rows and {columns} columns. End with the whole grid after '
+             '####, as a list of rows with 0 for what you leave blank, or with what you fill in, as a list '
+             'of [row, column, number] counted from 1.')
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3), 12: (3, 4), 16: (4, 4)}       # size: rows and columns of a box
 # rewards
 SOLVED = 2.0
@@ -53,8 +54,8 @@ def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=Fals
     """n problems {'size', 'grid', 'solution', 'rules'} of a split; grids are lists of rows, 0 for a blank."""
     if map_size not in BOXES or not 1 <= min_blanks <= max_blanks <= map_size ** 2:
         sizes = ', '.join(map(str, BOXES))
-        raise UserError(f'Sudoku needs env.map_size of {sizes} and 1 <= env.min_blanks <= env.max_blanks, not '
-                        f'{map_size}, {min_blanks} and {max_blanks}')
+        raise UserError(f'Sudoku needs env.map_size of {sizes} and 1 <= env.min_blanks <= env.max_blanks, '
+                        f'not {map_size}, {min_blanks} and {max_blanks}')
     draw = random.Random(f'sudoku/{split}/{seed}/{map_size}')
     empty = [[0] * map_size for _ in range(map_size)]
     made, failures = [], 0
@@ -69,8 +70,8 @@ def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=Fals
             continue
         failures += 1
         if failures > 200:
-            raise UserError(f'env.min_blanks={min_blanks}: hardly any Sudoku of {map_size} rows with so many blanks has '
-                            'one solution')
+            raise UserError(f'env.min_blanks={min_blanks}: hardly any Sudoku of {map_size} rows with so many '
+                            'blanks has one solution')
     return made
 
 
@@ -110,7 +111,8 @@ def candidates(grid, row, column):
 
 
 def solutions(grid, limit, draw=None):
-    """Up to `limit` solutions, by trying the blank with the fewest candidates first; `draw` shuffles what is tried."""
+    """Up to `limit` solutions, by trying the blank with the fewest candidates first; `draw` shuffles what is
+    tried."""
     blanks = blanks_of(grid)
     if not blanks:
         return [copy_of(grid)]
@@ -129,7 +131,8 @@ def solutions(grid, limit, draw=None):
 
 
 def dig(solution, num_blanks, draw):
-    """The solution with so many numbers taken out that it is still the only one; None where their order allows none."""
+    """The solution with so many numbers taken out that it is still the only one; None where their order
+    allows none."""
     grid, size = copy_of(solution), len(solution)
     for cell in draw.sample(range(size * size), size * size):
         row, column = divmod(cell, size)
@@ -149,8 +152,8 @@ def dig(solution, num_blanks, draw):
 def read_grid(text, grid):
     """What a model wrote after the last #### (or at all) -> the whole grid, None where it cannot be read.
 
-    It is rows of digits (0 or . for a blank), a JSON list of rows, or a JSON list of [row, column, number] counted from
-    1, which are put into a copy of `grid`.
+    It is rows of digits (0 or . for a blank), a JSON list of rows, or a JSON list of [row, column, number]
+    counted from 1, which are put into a copy of `grid`.
     """
     text = text.rpartition('####')[2].strip()
     if text.startswith('['):
@@ -240,9 +243,10 @@ class Env:
         return any(given and given != new for row in cells for given, new in row)
 
     def score(self, role, text):
-        """The team earns -0.01 for every answer, and for the share of the blanks that it fills 0.5, for each row, column
-        and box that it completes 0.02, for the solution 2, in the first turn 0.5 more. A given number changed is -0.3,
-        a number that stands twice -0.5, and neither is carried out. A text that is no grid costs its writer 1."""
+        """The team earns -0.01 for every answer, and for the share of the blanks that it fills 0.5, for each
+        row, column and box that it completes 0.02, for the solution 2, in the first turn 0.5 more. A given
+        number changed is -0.3, a number that stands twice -0.5, and neither is carried out. A text that is no
+        grid costs its writer 1."""
         grid = read_grid(text, self.grid)
         if grid is None:
             return Outcome(0.0, UNREADABLE, False, None, 'no grid')

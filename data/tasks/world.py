@@ -1,8 +1,8 @@
 """The words that all embedded tasks use, and the one rule that decides which of them are held out.
 
-There are few words, so that a model of a million parameters has each as one token; open values (times, numbers, texts)
-are made of digits and words. What belongs to 'eval' occurs in no training text of its task, nor in what the embedded
-model was pretrained on.
+There are few words, so that a model of a million parameters has each as one token; open values (times,
+numbers, texts) are made of digits and words. What belongs to 'eval' occurs in no training text of its task,
+nor in what the embedded model was pretrained on.
 """
 import hashlib
 
@@ -35,12 +35,14 @@ def hash_of(text):
 
 
 def split_of(key, share=0.1):
-    """'eval' for about `share` of all keys (strings), 'train' for the rest; always the same for the same key."""
+    """'eval' for about `share` of all keys (strings), 'train' for the rest; always the same for the same
+    key."""
     return 'eval' if hash_of(key) < share * 2 ** 64 else 'train'
 
 
 def part(values, split, share=0.2):
-    """The values of a short list that belong to `split`: a fifth, at least one, is held out, chosen by hash."""
+    """The values of a short list that belong to `split`: a fifth, at least one, is held out, chosen by
+    hash."""
     num_held_out = max(1, round(share * len(values)))
     by_hash = sorted(values, key=lambda value: hash_of(str(value)))
     held_out = by_hash[:num_held_out]

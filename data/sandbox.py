@@ -29,7 +29,7 @@ JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'jail.py')
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Result:
     ok: bool                 # ended by itself, in time, with exit status 0 and with less output than the limit
     stdout: str              # decoded as UTF-8; what is none becomes U+FFFD
     stderr: str
@@ -64,7 +64,7 @@ class Jail:
         if not confined:
             raise ConnectionError(stderr.decode(errors='replace').strip().splitlines()[-1])
         reason = why(late, timeout, status, stdout, stderr)
-        return Run(not reason, stdout.decode(errors='replace'), stderr.decode(errors='replace'), reason, seconds)
+        return Result(not reason, stdout.decode(errors='replace'), stderr.decode(errors='replace'), reason, seconds)
 
     def close(self):
         self.control.close()                           # ends it, and the program that it runs
@@ -160,12 +160,12 @@ def pool():
 # ---------------------------------------------------------------------------- what others call
 
 def run_python(code, stdin='', timeout=5.0):
-    """Runs one program (text) on one standard input, at most `timeout` seconds long, and returns its Run."""
+    """Runs one program (text) on one standard input, at most `timeout` seconds long, and returns its Result."""
     return pool().run(code, stdin, timeout)
 
 
 def run_many(jobs, timeout=5.0):
-    """Runs [(code, stdin), ...], as many at a time as there are workers; returns their Runs in the same order."""
+    """Runs [(code, stdin), ...], as many at a time as there are workers; returns their Results in the same order."""
     return list(pool().threads.map(lambda job: run_python(*job, timeout), jobs))
 
 

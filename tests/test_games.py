@@ -233,8 +233,8 @@ def test_no_text_breaks_a_game(game):
 
 
 @pytest.mark.parametrize('game', GAMES)
-def test_pupils(game):
-    """A quarter of the proposals is careless, and the shy plan agent rarely ends in three turns; what is right always works."""
+def test_demonstrators(game):
+    """A quarter of the proposals is careless, and the plan agent, which stops early, rarely ends in three turns; what is right always works."""
     draw, solved, works, turns = random.Random(0), 0, 0, 0
     for problem in some(game, 200):
         env = game.Env(problem)

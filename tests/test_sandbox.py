@@ -336,7 +336,7 @@ def test_refuses_without_namespaces(secret):
 # ---------------------------------------------------------------------------- honest programs
 
 def test_honest_programs():
-    assert run_python('print(int(input()) + 1)', '41') == sandbox.Run(True, '42\n', '', '', pytest.approx(0, abs=2))
+    assert run_python('print(int(input()) + 1)', '41') == sandbox.Result(True, '42\n', '', '', pytest.approx(0, abs=2))
     assert run_python('x').reason == "NameError: name 'x' is not defined"
     failed = run_python('def f():\n    return 1 / 0\nf()')
     assert failed.stderr == ('Traceback (most recent call last):\n  File "program.py", line 3, in <module>\n'

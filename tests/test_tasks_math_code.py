@@ -18,7 +18,7 @@ from data import sandbox
 from data.chat import prompt_ids
 from data.sandbox import pass_rates
 from data.tasks import code, math, stored
-from data.tasks.code import test_in as read_test
+from data.tasks.code import parse_test
 from data.tokenizer import load_tokenizer
 from model import find_model
 
@@ -34,7 +34,7 @@ SUM = {'question': 'Print the sum of the even numbers. For 1 2 it is 2.', 'examp
 @pytest.fixture(autouse=True)
 def nothing_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for function in (stored.say, stored.rows_of, math.stored_problems, code.stored_problems):
+    for function in (stored.say, stored.rows_of, stored.stored_problems):
         function.cache_clear()
 
 
@@ -300,8 +300,8 @@ def test_hidden_tests_and_answers_are_in_no_prompt():
 
 
 def test_a_read_test():
-    assert read_test(test('1 2\n3', '4\n5')) == ('1 2\n3', '4\n5') and read_test('**Test Input:** 1 **Test Output:** 2') is None
-    assert read_test(test('1', '2') + '\nor\n' + test('3', '4')) == ('3', '4')
+    assert parse_test(test('1 2\n3', '4\n5')) == ('1 2\n3', '4\n5') and parse_test('**Test Input:** 1 **Test Output:** 2') is None
+    assert parse_test(test('1', '2') + '\nor\n' + test('3', '4')) == ('3', '4')
 
 
 # ---------------------------------------------------------------------------- whatever is written
@@ -334,8 +334,8 @@ def test_no_text_breaks_a_task(task):
 
 
 @pytest.mark.parametrize('task, low, high', [(math, 0.2, 0.55), (code, 0.35, 0.75)])
-def test_pupils(task, low, high):
-    """What is right always works; the pupils succeed sometimes; all fits the embedded model."""
+def test_demonstrators(task, low, high):
+    """What is right always works; the demonstrators succeed sometimes; all fits the embedded model."""
     tokenizer, draw, solved, longest = load_tokenizer(find_model('tiny')), random.Random(0), 0, 0
     for problem in task.problems('train', 50, 5):
         env = task.Env(problem)

@@ -190,7 +190,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanoforge import plots
+from nanoforge import pages
 from nanoforge.checkpoint import Checkpoints, symlink, read_checkpoint, read_manifest, resume_config, start_fresh, write_json
 from data import sandbox
 from data.chat import encode, segments
@@ -885,7 +885,7 @@ def main(cfg):
             is_best = metrics['validation/success_rate'] > best
             best = max(best, metrics['validation/success_rate'])
             save(is_best)
-            run.on_main(lambda: plots.episodes_page(directory))
+            run.on_main(lambda: pages.episodes_page(directory))
         if step >= cfg.total_training_steps:
             break
         if stop.requested:

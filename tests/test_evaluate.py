@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import evaluate
 from nanoforge import metrics
-from nanoforge import scorecard
+from nanoforge import pages
 from conftest import ROOT
 from nanoforge.checkpoint import write_json
 from configurator import UserError, as_dict, parse
@@ -71,9 +72,26 @@ def test_f1_counts_words_as_squad_does():
 def test_rouge_is_that_of_rouge_score():
     from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
-    for (response, reference), ours in zip(PAIRS, metrics.rouge(PAIRS), strict=True):
-        assert ours == {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
-    assert metrics.rouge([('кот сидит', 'кот сидит')])[0]['rougeL'] == 1        # its own tokenizer drops other scripts: 0
+    for response, reference in PAIRS:
+        theirs = {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
+        assert metrics.rouge([(response, reference)]) == theirs
+    assert 0 < metrics.rouge(PAIRS)['rougeL'] == sum(metrics.rouge([pair])['rougeL'] for pair in PAIRS) / len(PAIRS)
+    assert metrics.rouge([('кот сидит', 'кот сидит')])['rougeL'] == 1       # its own tokenizer drops other scripts: 0
+
+
+@pytest.mark.parametrize('module, scores, left', [('rouge_score.rouge_scorer', 'ROUGE', 'bleu'), ('sacrebleu.metrics', 'BLEU', 'rougeL')])
+def test_scores_of_a_missing_package_are_left_out(monkeypatch, capsys, module, scores, left):
+    """A machine without rouge-score is told so once, and gets all other scores."""
+    metrics.optional.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)          # importing it is an ImportError
+    for _ in range(2):
+        row = Row('', 'Who?', 'Tom', [1], [2], [], loss=1.0, response='Tom', tokens=[3])
+        found = metrics.scores_of([row])
+        assert left in found and not [name for name in found if name.startswith(scores.lower())]
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and said.startswith(f'{scores} is left out') and 'pip install' in said
+    assert found['accuracy'] == 0 and found['exact_match'] == 1
+    metrics.optional.cache_clear()
 
 
 def test_bleu_is_that_of_sacrebleu():
@@ -137,16 +155,15 @@ CASES = {
 
 @pytest.mark.parametrize('kind', metrics.ERRORS)
 def test_each_kind_of_error(kind):
-    row = dict(correct=False, response='words', tokens=[1, 2], stopped=True, called=[], wanted=[], question=QUESTION,
-               reference='Tom lives in Oslo.')
-    assert metrics.error_of({**row, **CASES[kind]}) == kind
-    assert metrics.error_of({**row, **CASES[kind], 'correct': True}) is None
+    row = Row('', QUESTION, 'Tom lives in Oslo.', [], [], [], response='words', tokens=[1, 2])
+    assert metrics.error_of(replace(row, **CASES[kind])) == kind
+    assert metrics.error_of(replace(row, **CASES[kind], correct=True)) is None
 
 
 def test_no_call_where_one_is_wanted_and_a_call_where_none_is():
-    row = dict(correct=False, response='words', tokens=[1], stopped=True, question='q', reference='r')
-    assert metrics.error_of({**row, 'called': [], 'wanted': [call('a')]}) == 'wrong tool'
-    assert metrics.error_of({**row, 'called': [call('a')], 'wanted': []}) == 'wrong tool'
+    row = Row('', 'q', 'r', [], [], [], response='words', tokens=[1])
+    assert metrics.error_of(replace(row, called=[], wanted=[call('a')])) == 'wrong tool'
+    assert metrics.error_of(replace(row, called=[call('a')], wanted=[])) == 'wrong tool'
 
 
 def test_trivial_solvers():
@@ -197,8 +214,8 @@ def test_a_prompt_is_cut_only_where_the_answer_needs_the_room(tiny, capsys):
     record = Record(question, ' So be it.', None, 'eval', '')
     (row,) = encode_records(tokenizer, [record])
     row.prompt = row.prompt[-(context - len(row.answer)):]
-    assert evaluate.checked_rows([row], context, len(row.answer)) == [row] and capsys.readouterr().out == ''
-    evaluate.answer_questions(model, tokenizer, [row], Config(), setup('cpu'), 100, len(row.answer))
+    assert evaluate.rows_that_fit([row], context, len(row.answer)) == [row] and capsys.readouterr().out == ''
+    evaluate.answer_questions(Config(), model, tokenizer, [row], setup('cpu'), 100, len(row.answer))
     whole = generate(model, [row.prompt], 100, temperature=0, stop_ids=tokenizer.stop_ids)
     assert row.tokens == whole.tokens[0, :whole.lengths[0] - int(whole.stopped[0])].tolist() and len(row.tokens) <= len(row.answer)
 
@@ -278,7 +295,7 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
 def test_columns_and_system_prompt(tmp_path):
     data = write_rows(tmp_path / 'rows.jsonl', [{'ask': 'Who?', 'say': 'Tom.', 'tone': 'kind'}])
     cfg = config('--data', data, '--prompt_column=ask', '--answer_column=say', '--system_prompt=Be {tone}.')
-    record = evaluate.read_data(cfg, 'tiny', setup('cpu')).records[0]
+    record = evaluate.read_data(cfg, 'tiny').records[0]
     assert record.prompt == [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Who?'}]
 
 
@@ -333,10 +350,10 @@ def test_tables():
             for i in range(4)]
     result = {'name': 'm', 'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}, 'rows': rows,
               'errors': {kind: 3 * (kind == 'echo') for kind in metrics.ERRORS}}
-    assert scorecard.score_rows([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
-    assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
-    assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
-    groups = dict(scorecard.examples_of(rows, 5))
+    assert pages.score_table([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
+    assert pages.error_table([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
+    assert pages.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
+    groups = dict(pages.examples_of(rows, 5))
     assert [row['question'] for row in groups['best responses']] == ['q0', 'q1'] and 'echo' not in groups      # each question once
 
 

@@ -473,8 +473,11 @@ def as_dict(cfg):
 
 def from_dict(cls, saved, cfg=None):
     """The configuration that as_dict() wrote. To resume: fields typed in `cfg`, the one just parsed, are kept."""
-    result = cls()
+    result, hints = cls(), typing.get_type_hints(cls)
     for key, value in flatten(saved):
+        known = spellings(cls).get(key)
+        if value is None and known and type(None) not in typing.get_args(hints[known.name]):
+            continue            # an earlier version had no default there
         assign(result, key, value, 'saved configuration: ')
     result.typed, result.flags = getattr(cfg, 'typed', frozenset()), getattr(cfg, 'flags', frozenset())
     for name in result.typed & {field.name for field in dataclasses.fields(cls)}:

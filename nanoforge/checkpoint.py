@@ -23,9 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, from_dict
+from configurator import UserError, check_settings, from_dict
 
 TEMPORARY = '.nanoforge-tmp-'
+VERSION = 2         # of run_config.json; 1 had no version, and every script its own rule of what is held out
 STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')               # of a checkpoint; the others are the model
 RUN_FILES = ('log.jsonl', 'loss.png', 'reward.png', 'margins.png', 'samples.txt', 'rollouts.jsonl', 'rollouts.html', 'reward_model',
              'manifest.json', 'last', 'best')       # of the root, beside the model's
@@ -136,7 +137,9 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     if not found:
         raise UserError(f'{flag}: {out_dir} holds no run of {script} with a checkpoint; start one without {flag}')
     merged = from_dict(type(cfg), saved['config'], cfg)
-    merged.check()
+    if saved.get('version', 1) < VERSION and hasattr(merged, 'split_rule'):
+        merged.split_rule = 'legacy'        # it goes on with the rows held out that it began with
+    check_settings(merged)
     return merged, saved
 
 
@@ -169,7 +172,7 @@ def start_fresh(run, out_dir, config, keep=None, script=None):
             elif foreign := [name for name in ('config.json', 'model.safetensors', settings.name)
                              if (out_dir / name).exists()]:
                 raise UserError(f'{out_dir} holds a {foreign[0]} that nanoforge did not write: choose another folder')
-            write_json(settings, {'written_by': 'nanoforge', 'run': secrets.token_hex(8),
+            write_json(settings, {'written_by': 'nanoforge', 'version': VERSION, 'run': secrets.token_hex(8),
                                   'script': script or os.path.basename(sys.argv[0]), 'config': config})
     run.on_main(work)
 

@@ -4,8 +4,9 @@ import os
 import torch
 
 from configurator import UserError
-from model import find_model, load_model
+from model import load_model
 from nanoforge.flags import SMALL_MODEL
+from nanoforge.hf import find_model
 from nanoforge.lora import add_lora
 from nanoforge.quantize import check_trainable
 from nanoforge.run import seed_for

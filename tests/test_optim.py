@@ -253,7 +253,7 @@ def test_names_are_those_of_torch():
     classes = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {'optimizer'}
     assert set(optim.OPTIMIZERS) == classes - {'lbfgs', 'sparseadam'}
     code = 'import sys; from nanoforge import optim; optim.learning_rate(1, "cosine", 1.0, 0.1, 0, 9); sys.exit("torch" in sys.modules)'
-    root = os.path.dirname(os.path.abspath(optim.__file__))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(optim.__file__)))
     assert subprocess.run([sys.executable, '-c', code], cwd=root).returncode == 0
     with pytest.raises(UserError, match='adamv.*adamw'):
         make_optimizer('adamv', Net(), 0.1)

@@ -119,8 +119,8 @@ def main(cfg):
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     targets_per_step = tokens_per_step * num_streams(cfg)
     if cfg.compile:
-        # Layer by layer: one graph serves them all. Compiled as a whole, the model had gradients of zero (CUDA,
-        # torch 2.11), and the head, which never holds all logits at once, is quicker as it is.
+        # Layer by layer: one graph serves them all. Compiled as a whole, the model had gradients of zero
+        # (CUDA, torch 2.11), and the head, which never holds all logits at once, is quicker as it is.
         for layer in model.layers:
             layer.compile()
     model.train()
@@ -219,8 +219,8 @@ def check_batch(cfg, corpora, run):
     ranks = run.world_size
     if cfg.gradient_accumulation_steps % ranks and cfg.batch_size % ranks:
         raise UserError(f'{ranks} ranks can share neither gradient_accumulation_steps='
-                        f'{cfg.gradient_accumulation_steps} micro-batches nor their batch_size={cfg.batch_size} '
-                        'rows evenly: make one of them divisible')
+                        f'{cfg.gradient_accumulation_steps} micro-batches nor their '
+                        f'batch_size={cfg.batch_size} rows evenly: make one of them divisible')
 
 
 def get_batch(cfg, corpora, step, run):
@@ -326,8 +326,8 @@ def load_pretrained(cfg, tokenizer, corpora, run):
     # never character ids for a GPT-2: they would train without an error, and mean nothing
     if its_tokenizer is None or its_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
         raise UserError(f'data set {data.name!r} has the ids of a {data.meta["tokenizer"]} tokenizer, not '
-                        f'those of {name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME FILE '
-                        '--tokenizer gpt2)')
+                        f'those of {name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME '
+                        'FILE --tokenizer gpt2)')
     config = model.config
     for flag in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
         asked, size = getattr(cfg, flag), getattr(config, flag)
@@ -376,7 +376,7 @@ def resolve_defaults(cfg):
 
 
 def get_lr(cfg, step, plateau_scale=1.0):
-    """The learning rate of a step, times plateau_scale where the schedule is `plateau`, but at least min_lr."""
+    """The learning rate of a step; the schedule `plateau` scales it, down to min_lr."""
     lr = learning_rate(step, cfg.lr_scheduler, cfg.learning_rate, cfg.min_lr,
                        cfg.warmup_iters, cfg.lr_decay_iters)
     if cfg.lr_scheduler == 'plateau':

@@ -1,7 +1,7 @@
 """A prepared data set: token ids mapped from disk, never loaded, and checked before the first step.
 
-    corpus = Corpus('shakespeare_char')                      # data/shakespeare_char/{train.bin,val.bin,meta.json}
-    x, y = windows(corpus.tokens('train'), offsets, 64)      # (B, 64) each
+    corpus = Corpus('shakespeare_char')                 # data/shakespeare_char/{train.bin,val.bin,meta.json}
+    x, y = windows(corpus.tokens('train'), offsets, 64)                                         # (B, 64) each
 """
 import hashlib
 import importlib
@@ -21,10 +21,11 @@ SPLITS = ('train', 'val')
 
 
 class Corpus:
-    """name: a folder in `data_dir` (default: this folder), or the path of one. Raises UserError for anything wrong.
+    """name: a folder in `data_dir` (default: this folder), or the path of one. Raises UserError for anything
+    wrong.
 
-    .name, .directory, .meta (meta.json: vocab_size, tokenizer, tokenizer_sha256, val_tokens, val_bytes, source,
-    stand_in, ...), .tokens(split) -> 1-D np.memmap of uint16 or uint32.
+    .name, .directory, .meta (meta.json: vocab_size, tokenizer, tokenizer_sha256, val_tokens, val_bytes,
+    source, stand_in, ...), .tokens(split) -> 1-D np.memmap of uint16 or uint32.
     """
 
     def __init__(self, name, data_dir=DATA):
@@ -52,15 +53,15 @@ class Corpus:
             raise UserError(f'{path} is missing: prepare the data set {self.name!r} again')
         size = os.path.getsize(path)
         if size != self.meta[f'{split}_tokens'] * dtype.itemsize:
-            raise UserError(f'{path} has {size:,} bytes, but meta.json says {self.meta[f"{split}_tokens"]:,} tokens of '
-                            f'{dtype}: it is damaged, prepare the data set {self.name!r} again')
+            raise UserError(f'{path} has {size:,} bytes, but meta.json says {self.meta[f"{split}_tokens"]:,} '
+                            f'tokens of {dtype}: it is damaged, prepare the data set {self.name!r} again')
         if not size:
             raise UserError(f'{path} is empty: prepare the data set {self.name!r} from more text')
         tokens = np.memmap(path, dtype=dtype, mode='r')
         part = tokens if size <= WHOLE else tokens[::len(tokens) // 10_000 or 1]
         if (highest := int(part.max())) >= self.meta['vocab_size']:
-            raise UserError(f'{path} holds the token id {highest} outside its vocabulary of {self.meta["vocab_size"]}: '
-                            'prepare the data set again')
+            raise UserError(f'{path} holds the token id {highest} outside its vocabulary of '
+                            f'{self.meta["vocab_size"]}: prepare the data set again')
         return tokens
 
     def _check_tokenizer(self):
@@ -75,8 +76,9 @@ class Corpus:
         """A window needs block_size tokens and the one after them."""
         for split in SPLITS:
             if len(self.tokens(split)) <= block_size:
-                raise UserError(f'data set {self.name!r}: {len(self.tokens(split)):,} {split} tokens are too few for '
-                                f'--block_size={block_size}: lower it below that, or prepare more text')
+                raise UserError(f'data set {self.name!r}: {len(self.tokens(split)):,} {split} tokens are too '
+                                f'few for --block_size={block_size}: lower it below that, or prepare more '
+                                'text')
 
 
 def bare(name):
@@ -85,14 +87,16 @@ def bare(name):
 
 
 def find(name, data_dir=DATA):
-    """The folder of the data set `name`: in `data_dir`, else a path; UserError names what exists when there is none."""
+    """The folder of the data set `name`: in `data_dir`, else a path; UserError names what exists when there
+    is none."""
     for directory in (os.path.join(data_dir, bare(name)), name):
-        if name and {'meta.json', 'train.bin'} & set(os.listdir(directory) if os.path.isdir(directory) else []):
+        if name and any(os.path.exists(os.path.join(directory, file)) for file in ('meta.json', 'train.bin')):
             return directory
     folders = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
     prepared = [folder for folder in folders if os.path.exists(os.path.join(data_dir, folder, 'meta.json'))]
-    raise UserError(f'there is no data set {name!r}; prepared in {data_dir}: {", ".join(prepared) or "none"}; prepared '
-                    f'on first use: {", ".join(SHIPPED)}; your own text: python data/prepare.py {name or "NAME"} FILE')
+    raise UserError(f'there is no data set {name!r}; prepared in {data_dir}: '
+                    f'{", ".join(prepared) or "none"}; prepared on first use: {", ".join(SHIPPED)}; your own '
+                    f'text: python data/prepare.py {name or "NAME"} FILE')
 
 
 def read_meta(directory):
@@ -107,7 +111,8 @@ def read_meta(directory):
         raise UserError(f'{path} is damaged ({e}): prepare the data set again')
     wanted = dict(vocab_size=int, dtype=str, tokenizer=str, tokenizer_sha256=str, source=str, stand_in=bool,
                   train_tokens=int, val_tokens=int, train_bytes=int, val_bytes=int)
-    wrong = [key for key, kind in wanted.items() if not isinstance(meta, dict) or not isinstance(meta.get(key), kind)]
+    meta = meta if isinstance(meta, dict) else {}
+    wrong = [key for key, kind in wanted.items() if not isinstance(meta.get(key), kind)]
     if wrong or meta['dtype'] not in ('uint16', 'uint32'):
         raise UserError(f'{path} lacks a valid {wrong[0] if wrong else "dtype"}: prepare the data set again')
     return meta
@@ -128,7 +133,8 @@ def prepare_missing(name, data_dir=DATA):
 
 
 def check_together(corpora, streams=False):
-    """Data sets trained on together share a tokenizer or, as aligned `streams`, their lengths; else a UserError."""
+    """Data sets trained on together share a tokenizer or, as aligned `streams`, their lengths; else a
+    UserError."""
     first = corpora[0]
     for other in corpora[1:]:
         if streams:
@@ -139,12 +145,14 @@ def check_together(corpora, streams=False):
                                     f'{len(other.tokens(split)):,} in {other.name!r}')
         elif other.meta['tokenizer_sha256'] != first.meta['tokenizer_sha256']:
             raise UserError(f'{first.name!r} ({first.meta["tokenizer"]}, {first.meta["vocab_size"]} ids) and '
-                            f'{other.name!r} ({other.meta["tokenizer"]}, {other.meta["vocab_size"]} ids) have '
-                            f'different tokenizers: prepare the second with --tokenizer={first.directory}')
+                            f'{other.name!r} ({other.meta["tokenizer"]}, {other.meta["vocab_size"]} ids) '
+                            f'have different tokenizers: prepare the second with '
+                            f'--tokenizer={first.directory}')
 
 
 def windows(tokens, offsets, block_size, device=None):
-    """The windows of a split that begin at `offsets` (B,): x (B, block_size) and the targets y, one token on, int64.
+    """The windows of a split that begin at `offsets` (B,): x (B, block_size) and the targets y, one token on,
+    int64.
 
     Offsets lie in 0 .. len(tokens) - block_size - 1. One gather for all rows; a copy to CUDA does not wait.
     """

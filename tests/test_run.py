@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from nanoforge.checkpoint import Checkpoints, damage, resolve_link, symlink, read_checkpoint, start_fresh
 from configurator import UserError
-from nanoforge.log import Log
-from nanoforge.run import LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
+from nanoforge.log import Log, device_peak_flops
+from nanoforge.run import LossScale, Run, State, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 
 
 @pytest.fixture(scope='module')

@@ -161,8 +161,7 @@ def convert(value, hint):
 
 
 def assign(owner, key, value, where=''):
-    """Set what `key` names in the dataclass instance `owner`; return the name of the field of `owner` that it
-    lies in.
+    """Sets what `key` names in the dataclass instance `owner`; returns the name of its field of `owner`.
 
     A key is a spelling of a field, then for nested ones an index or a name: data.datasets[0].name,
     data.datasets.name (of every entry), base_models.policy_0.path. The next entry of a list, or a new name of
@@ -179,7 +178,8 @@ def assign(owner, key, value, where=''):
     else:
         raise UserError(f"{where}there is no setting '{key}'{closest(key, table)}")
     field, tail = table[head.replace('-', '_')], '.'.join(parts[n:])
-    hint, held = typing.get_type_hints(type(owner))[field.name], getattr(owner, field.name)
+    hint = typing.get_type_hints(type(owner))[field.name]
+    held = getattr(owner, field.name)
     if not tail and index is None:
         setattr(owner, field.name, checked(field, hint, key, value, where))
     elif tail and isinstance(held, list) and dataclasses.is_dataclass(entry_type(hint)):
@@ -225,9 +225,9 @@ def check_settings(cfg):
     """UserError where a value is out of its field's range, or cfg.check() finds a contradiction."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        for bound in BOUNDS.keys() & field.metadata.keys():
-            (is_inside, words), limit = BOUNDS[bound], field.metadata[bound]
-            if value is not None and not (is_inside(value, limit) and math.isfinite(value)):
+        for bound, (is_inside, words) in BOUNDS.items():
+            limit = field.metadata.get(bound)
+            if None not in (value, limit) and not (is_inside(value, limit) and math.isfinite(value)):
                 raise UserError(f'{field.name} must be {words.format(limit)}, not {value}')
     if hasattr(cfg, 'check'):
         cfg.check()

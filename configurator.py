@@ -345,8 +345,7 @@ class Always:
 def command_line(cls, argv):
     """[[key, value]] in the order of the words, a list's value being its words with spaces between them.
 
-    argparse lays out --help but cannot do this: end a list or a switch before key=value or a file, keep words
-    in order.
+    argparse lays out --help but cannot do this: keep the order, end a list or switch before key=value or a file.
     """
     table = {**spellings(Always), **spellings(cls)}
     hints = {**typing.get_type_hints(Always), **typing.get_type_hints(cls)}
@@ -355,11 +354,14 @@ def command_line(cls, argv):
     words = []  # what is returned
     takes, choices = '', ()  # what the last flag may still take: a 'value', a 'bool', a 'list' or nothing
     for word in argv:
-        name, equals, value = ('--help' if word == '-h' else word).partition('=')
+        name, equals, value = word.partition('=')
+        if word == '-h':
+            name = '--help'
         key = name[2:].replace('-', '_')
         if name.startswith('--'):
-            if key.startswith('no_') and key not in table and key[3:] in table and not equals:
-                key, equals, value = key[3:], '=', 'false'
+            if key.startswith('no_') and key not in table and not equals:
+                if key[3:] in table or accepted_key(cls, key[3:]):
+                    key, equals, value = key[3:], '=', 'false'
             hint, choices = str, ()
             if key in table:
                 hint, choices = hints[table[key].name], table[key].metadata.get('choices', ())

@@ -438,7 +438,7 @@ def test_keys_that_change_nothing_are_taken_stored_printed_and_said(capsys, tmp_
         again = from_dict(Mine, json.loads(json.dumps(as_dict(cfg))))
         assert as_dict(again) == as_dict(cfg) and list(without_effect(again)) == list(without_effect(cfg))
     assert as_dict(from_dict(Mine, as_dict(cfg), parse(Mine, ['--workers=2'])))['data']['workers'] == 2
-    assert list(without_effect(parse(Mine, ['--workers=0', 'training.engine=null']))) == []
+    assert list(without_effect(parse(Mine, ['--workers=0', 'training.engine=null', '--no-legacy_switch']))) == []
     with pytest.raises(SystemExit):
         parse(Mine, ['--print_config'])
     tree = json.loads(capsys.readouterr().out)

@@ -345,7 +345,7 @@ class Always:
 def command_line(cls, argv):
     """[[key, value]] in the order of the words, a list's value being its words with spaces between them.
 
-    argparse lays out --help but cannot do this: keep the order, end a list or switch before key=value or a file.
+    argparse lays out --help but cannot do this: keep the order, end a list before key=value or a file.
     """
     table = {**spellings(Always), **spellings(cls)}
     hints = {**typing.get_type_hints(Always), **typing.get_type_hints(cls)}

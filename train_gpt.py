@@ -18,15 +18,16 @@ import os
 from dataclasses import replace
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
-from nanoforge.flags import RunFlags
-from nanoforge.optim import OPTIMIZERS, SCHEDULES, WeightAverage, learning_rate, make_optimizer
+from nanoforge.flags import OptimizerFlags, RunFlags
+from nanoforge.optim import SCHEDULES, WeightAverage, learning_rate, make_optimizer
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 @configclass
-class Config(RunFlags):
+class Config(RunFlags, OptimizerFlags):
     section = ''
+    weight_decay = 0.1
 
     # data
     dataset: str = 'shakespeare_char'  # a folder in data/; ours are prepared on first use
@@ -35,8 +36,8 @@ class Config(RunFlags):
     dataset_list: list[str] = []  # multidataset: the data sets
     dataset_sampling_probs: list[float] = []  # multidataset: how often each is drawn; empty = equally
     multicontext_datasets: list[str] = []  # multicontext: one aligned stream of tokens each
-    batch_size: int = setting(64, min=1)  # rows in a micro-batch, over all ranks
-    gradient_accumulation_steps: int = setting(1, min=1)  # micro-batches in an optimizer step, over all ranks
+    batch_size: int = setting(64, min=1)  # rows in a micro-batch; they and the micro-batches of a step are
+        # dealt out among the ranks
     block_size: int | None = setting(None, min=1)  # tokens in a row; by device: 64 on a CPU, 256 on a GPU
     # start
     init_from: str = setting('scratch', choices=('scratch', 'resume', *GPT2))  # new weights; the run
@@ -54,10 +55,8 @@ class Config(RunFlags):
     dropout: float = setting(0.0, min=0, below=1)  # for pretraining 0 is good, for fine-tuning try 0.1
     bias: bool = False  # biases in linear layers and layer norms (arch=gpt2 as published: true)
     # optimizer
-    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # adamw, sgd, muon are ours; others are torch's
     max_iters: int = setting(3500, min=0, also=('max_steps',))  # optimizer steps in all
     learning_rate: float = setting(1e-3, above=0, also=('lr',))  # the highest
-    weight_decay: float = setting(0.1, min=0)  # of matrices; norms and biases are spared
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second: high where a step sees few tokens
     momentum: float | None = None  # of sgd (0.9) and muon (0.95)
@@ -238,8 +237,8 @@ def get_batch(cfg, corpora, step, run):
         if cfg.training_mode == 'multidataset':
             probs = np.array(sampling_weights(cfg, corpora))
             drawn = [corpora[rng.choice(len(corpora), p=probs / probs.sum())]]
-        places = len(drawn[0].tokens('train')) - cfg.block_size
-        offsets = rng.integers(places, size=B)              # aligned streams share them
+        highest = len(drawn[0].tokens('train')) - cfg.block_size
+        offsets = rng.integers(highest, size=B)             # aligned streams share them
         yield read_windows(cfg, drawn, 'train', offsets[rows], run)
 
 

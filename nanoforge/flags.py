@@ -208,7 +208,17 @@ class LoaderFlags(Flags):
 
 
 @configclass
-class TrainFlags(Flags):
+class OptimizerFlags(Flags):
+    """What pretraining and fine-tuning call by one name. Without a section: it is that of the script."""
+    # optimizer
+    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # adamw, sgd, muon are ours; others are torch's
+    weight_decay: float = setting(0.0, min=0)  # of matrices; norms and biases are spared
+    gradient_accumulation_steps: int = setting(1, min=1, also=('grad_accum',))  # micro-batches of an
+        # optimizer step
+
+
+@configclass
+class TrainFlags(OptimizerFlags):
     """Fine-tuning's optimizer, schedule, evaluations and checkpoints."""
     section = 'training'
 
@@ -219,16 +229,12 @@ class TrainFlags(Flags):
     max_steps: int = setting(-1, min=-1)  # optimizer steps in place of epochs; -1 = by epochs
     per_device_train_batch_size: int = setting(4, min=1, also=('batch_size', 'train_batch_size'))  # rows of a
         # micro-batch in each process
-    gradient_accumulation_steps: int = setting(1, min=1, also=('grad_accum',))  # micro-batches of
-        # an optimizer step
     learning_rate: float | None = setting(None, above=0, also=('lr',))  # the highest; by mode if not set:
         # full 1e-5 (more for a small model), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler_type: str = setting(  # shape of its decay
         'linear', choices=tuple(SCHEDULER_NAMES),
         also=('lr_scheduler', 'scheduler_type', 'training.lr_scheduler'))
     warmup_steps: int | None = setting(None, min=0)  # optimizer steps in which it rises
-    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # adamw, sgd, muon are ours; others are torch's
-    weight_decay: float = setting(0.0, min=0)  # of matrices; norms and biases are spared
     max_grad_norm: float = setting(1.0, min=0, also=('grad_clip',))  # highest gradient norm; 0 = no clipping
     logging_steps: int = setting(10, min=1)  # steps between log lines
     eval_steps: int = setting(50, min=1)  # steps between evaluations

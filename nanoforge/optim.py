@@ -63,11 +63,11 @@ def learning_rate(step, schedule, base_lr, min_lr, warmup_steps, decay_steps):
     return min_lr + share * (base_lr - min_lr)
 
 
-def warmup_within(steps, total, say):
+def warmup_within(steps, total, print0):
     """Steps of warm-up in a run of `total`: a tenth of that, and said, where it would never end."""
     if steps < total or not steps:
         return steps
-    say(f'note      warm-up of {steps} steps in a run of {total}, whose highest rate would never come: '
+    print0(f'note      warm-up of {steps} steps in a run of {total}, whose highest rate would never come: '
         f'clamped to {total // 10}')
     return total // 10
 
@@ -113,7 +113,7 @@ class Flat:
         for p, view in zip(params, self.views(self.data)):
             view.copy_(p.detach())
             p.data = view
-        self.places = [p.data_ptr() for p in params]
+        self.addresses = [p.data_ptr() for p in params]
         size = CHUNK if self.data.device.type == 'cpu' else length
         self.chunks = list(zip(*(t.split(size) for t in (self.data, self.grad, *self.state.values()))))
         self.gather()
@@ -125,11 +125,11 @@ class Flat:
     def gather(self):
         """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which
         is a gradient of zero here, and the next backward then makes a new tensor."""
-        for p, grad, place in zip(self.params, self.grads, self.places):
+        for p, grad, address in zip(self.params, self.grads, self.addresses):
             if p.grad is not grad:
                 grad.zero_() if p.grad is None else grad.copy_(p.grad)
                 p.grad = grad
-            if p.data_ptr() != place:
+            if p.data_ptr() != address:
                 raise RuntimeError('a parameter was moved or replaced after its optimizer was made: make it '
                                    'afterwards')
 

@@ -35,16 +35,24 @@ def rate(function, jobs, rounds=5):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workers', type=int, default=2)
     parser.add_argument('--programs', type=int, default=600)
     options = parser.parse_args()
     sandbox.start(workers=options.workers)
     jobs = [(PROGRAM, str(n)) for n in range(options.programs)]
     with ThreadPoolExecutor(options.workers) as threads:
-        figures = {'workers': options.workers, 'sandbox': rate(lambda jobs: [run.stdout for run in sandbox.run_many(jobs)], jobs),
-                   'bare_python': rate(lambda jobs: list(threads.map(bare, jobs)), jobs[:options.programs // 4])}
-    print(f"sandbox: {figures['sandbox']:,.0f} programs a second; bare python -I -S: {figures['bare_python']:,.0f}")
+        def sandboxed(jobs):
+            return [run.stdout for run in sandbox.run_many(jobs)]
+
+        def bare_python(jobs):
+            return list(threads.map(bare, jobs))
+
+        figures = {'workers': options.workers, 'sandbox': rate(sandboxed, jobs),
+                   'bare_python': rate(bare_python, jobs[:options.programs // 4])}
+    print(f"sandbox: {figures['sandbox']:,.0f} programs a second; bare python -I -S: "
+          f"{figures['bare_python']:,.0f}")
     print(json.dumps(figures))
 
 

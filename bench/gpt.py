@@ -159,8 +159,10 @@ def child(side, options):
 
 
 def measure(side, options, **extra):
-    flags = [f'--{k}={v}' if v is not True else f'--{k}' for k,
-             v in {**vars(options), **extra}.items() if v and k not in ('child', 'rounds', 'curve')]
+    flags = []
+    for key, value in {**vars(options), **extra}.items():
+        if value and key not in ('child', 'rounds', 'curve'):
+            flags.append(f'--{key}' if value is True else f'--{key}={value}')
     return shared.child(__file__, f'--child={side}', *flags)
 
 

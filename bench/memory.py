@@ -1,8 +1,7 @@
-"""Peak memory and time of one forward and backward over a large vocabulary: ours against transformers' with
+"""Peak memory and time of a forward and backward over a large vocabulary, against transformers' with
 `labels`.
 
-    python bench/memory.py                          # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2
-                                                    layers
+    python bench/memory.py                  # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2 layers
     python bench/memory.py --vocab 32000 --pairs 5
 
 The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of

@@ -51,11 +51,8 @@ class Quantized:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def weight_matrix(self):
-        """The weight (out, in), in the dtype that it was quantised from."""
-        if self.bits == 4:
-            return bitsandbytes().functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
-        scale = self.weight.SCB.to(self.weight.device) / 127                # (out,): largest magnitude of each row
-        return (self.weight.data * scale[:, None]).to(self.dtype)
+        """The matrix (out, in) that the layer multiplies by."""
+        return dequantize(self)
 
 
 class QuantizedProduct(torch.autograd.Function):
@@ -64,11 +61,11 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.weight_matrix().to(x.dtype))
+        return F.linear(x, dequantize(layer).to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.weight_matrix().to(grad.dtype), None
+        return grad @ dequantize(ctx.layer).to(grad.dtype), None
 
 
 def head_of(model):
@@ -78,6 +75,14 @@ def head_of(model):
 
 def is_quantized(layer):
     return isinstance(layer, Quantized)
+
+
+def dequantize(layer):
+    """A quantised layer's weight (out, in) without adapters, in the dtype that it was quantised from."""
+    if layer.bits == 4:
+        return bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    scale = layer.weight.SCB.to(layer.weight.device) / 127                  # (out,): largest magnitude of each row
+    return (layer.weight.data * scale[:, None]).to(layer.dtype)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from configurator import UserError
 from conftest import losses_of
 from nanoforge.lora import add_lora, adapters_off, merge_lora, unmerge_lora
 from model import GPT, GPTConfig, load_model, save_model
-from nanoforge.quantize import check_trainable, is_quantized, quantize
+from nanoforge.quantize import check_trainable, dequantize, is_quantized, quantize
 
 IDX = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(1))
 KINDS = [dict(bits=4), dict(bits=4, quant_type='fp4', double_quant=False), dict(bits=8)]
@@ -43,7 +43,7 @@ def test_nf4_is_the_nearest_level_times_the_blocks_largest_magnitude():
         absmax = blocks.abs().amax(1, keepdim=True)
         levels = nf4_levels()
         nearest = levels[(blocks / absmax)[..., None].sub(levels).abs().argmin(-1)] * absmax
-        torch.testing.assert_close(layer.weight_matrix().double(), nearest.view_as(weight), atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(dequantize(layer).double(), nearest.view_as(weight), atol=2e-6, rtol=1e-4)
         assert layer.weight.numel() * layer.weight.element_size() == weight.numel() / 2
 
 
@@ -53,7 +53,7 @@ def test_int8_is_rounding_to_127ths_of_each_rows_largest_magnitude():
     layer = quantize(model, 8).layers[0].self_attn.o_proj
     step = weight.abs().amax(1, keepdim=True) / 127
     assert layer.weight.dtype == torch.int8
-    assert ((layer.weight_matrix() - weight).abs() <= 0.505 * step + 1e-3 * weight.abs()).all()     # it rounds from float16
+    assert ((dequantize(layer) - weight).abs() <= 0.505 * step + 1e-3 * weight.abs()).all()     # it rounds from float16
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -66,7 +66,7 @@ def test_only_block_layers_and_the_same_function_in_training_and_evaluation(kind
                      [f'self_attn.{p}_proj' for p in 'qkvo'] + [f'mlp.{p}_proj' for p in ('gate', 'up', 'down')]}
     with torch.no_grad():
         for name in names:                                      # the plain model with the rounded weights
-            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight_matrix())
+            plain.get_submodule(name).weight.copy_(dequantize(model.get_submodule(name)))
         expected = plain(IDX)
         for mode in (model.train, model.eval, model.train):     # twice: bitsandbytes' own layers repack in eval mode
             mode()
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_rounded_weights_with_and_without_checkpointi
     quantize(model, **kind)
     for name, layer in model.named_modules():
         if is_quantized(layer):
-            plain.get_submodule(name).weight.data.copy_(layer.weight_matrix())
+            plain.get_submodule(name).weight.data.copy_(dequantize(layer))
     grads = []
     for m, checkpointing in ((plain, False), (model, False), (model, True)):
         m.gradient_checkpointing = checkpointing

@@ -1,9 +1,10 @@
-"""Where batched products stop beating blockwise attention on a CPU: forward and backward of one layer, in turn, by block size.
+"""Where batched products stop beating blockwise attention on a CPU: forward and backward of one layer, in
+turn, by block size.
 
     python bench/attention.py
 
-Sets model.SHORT_BLOCK. 4,096 tokens, 4 heads of 32; the products in bf16 where the processor has it, blockwise attention in float32,
-which is its faster type on a CPU. Medians of 15 pairs.
+Sets model.SHORT_BLOCK. 4,096 tokens, 4 heads of 32; the products in bf16 where the processor has it,
+blockwise attention in float32, which is its faster type on a CPU. Medians of 15 pairs.
 """
 import os
 import statistics

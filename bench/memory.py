@@ -1,11 +1,12 @@
-"""Peak memory and time of one forward and backward over a large vocabulary: ours against transformers' with `labels`.
+"""Peak memory and time of one forward and backward over a large vocabulary: ours against transformers' with
+`labels`.
 
     python bench/memory.py                          # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2 layers
     python bench/memory.py --vocab 32000 --pairs 5
 
-The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of the
-process above what it holds once the weights are loaded (gradients included), time the quickest of `--steps` steps after
-a warm-up.
+The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of
+the process above what it holds once the weights are loaded (gradients included), time the quickest of
+`--steps` steps after a warm-up.
 """
 import argparse
 import json

@@ -1,7 +1,7 @@
 """The proof that a model is the same here and in transformers: python model.py --check NAME_OR_PATH.
 
-Each row compares two ways to compute one thing in float32; a difference counts relative to the largest logit (or, for
-log-probabilities, as it is). Exit status 0 if all of them agree, 1 if not.
+Each row compares two ways to compute one thing in float32; a difference counts relative to the largest logit
+(or, for log-probabilities, as it is). Exit status 0 if all of them agree, 1 if not.
 """
 import argparse
 import os
@@ -48,7 +48,8 @@ def comparisons(name):
     remark = f'{cfg.arch}, {model.num_params():,} parameters, context {cfg.block_size:,}, vocabulary {cfg.vocab_size:,}'
     yield remark, None, None, None
     logits = model(idx)
-    known = not isinstance(model, GPT) or config_to_hf(cfg)['model_type'] != 'nanoforge'    # to transformers, too
+    # to transformers, too
+    known = not isinstance(model, GPT) or config_to_hf(cfg)['model_type'] != 'nanoforge'
     if known:
         theirs, _ = theirs_of(find_model(name))
         yield 'logits here = in transformers', difference(logits, theirs(idx).logits), LOGITS, f'{T} tokens'
@@ -99,14 +100,16 @@ def check(name):
             continue
         passed = value <= allowed
         good &= passed
-        print(f'{what:45}{value:>11.1e}{allowed:>9.0e}  {"PASS" if passed else "FAIL"}  {remark}'.rstrip(), flush=True)
+        print(f'{what:45}{value:>11.1e}{allowed:>9.0e}  {"PASS" if passed else "FAIL"}  '
+              f'{remark}'.rstrip(), flush=True)
     print('\nThe same model in every way.' if good else '\nNot the same model: see the rows that say FAIL.')
     return good
 
 
 def main():
     parser = argparse.ArgumentParser(prog='model.py', description=__doc__.partition('\n')[0])
-    parser.add_argument('--check', metavar='NAME_OR_PATH', required=True, help='a hub name, a directory, or tiny')
+    parser.add_argument('--check', metavar='NAME_OR_PATH', required=True, help='a hub name, a directory, or '
+                                                                               'tiny')
     args = parser.parse_args()
 
     def go(_):

@@ -296,7 +296,7 @@ def command(monkeypatch, capsys, *argv, stdin=''):
     monkeypatch.setattr(sys, 'stdin', io.StringIO(stdin))
     code = 0
     try:
-        sample.run(sample.main, sample.parse(sample.Config))
+        sample.run_script(sample.main, sample.parse(sample.Config))
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()

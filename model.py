@@ -28,12 +28,12 @@ from torch.utils.checkpoint import checkpoint
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 from nanoforge import kernels
-from nanoforge.hf import (FAMILIES, GPT2_NAMES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model,
-                          from_hf_weights, load_weights, read_safetensors, to_hf_weights)
+from nanoforge.hf import (
+    FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights,
+    read_safetensors, to_hf_weights)
 from nanoforge.kernels import Linear
-from nanoforge.lora import (
-    add_lora, adapters_off, load_adapter, merge_lora, read_adapter_config, save_adapter, set_adapter, unmerge_lora)
-from nanoforge.quantize import base_state, check_trainable, quantize
+from nanoforge.lora import add_lora, load_adapter, merge_lora, read_adapter_config, save_adapter
+from nanoforge.quantize import base_state, quantize
 
 
 class Norm(nn.Module):
@@ -321,12 +321,14 @@ def load_gpt(cfg, hf, directory, device, dtype, quantization):
     """A model of our families; hf: the config.json that cfg was made from."""
     weights = read_safetensors(directory)
     if hf['model_type'] == 'gemma3':        # the text half of a model that sees pictures
-        weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal', name)}
+        weights = {name: tensor for name, tensor in weights.items()
+                   if not re.search('vision_tower|multi_modal', name)}
     state = from_hf_weights(cfg, weights)
     if cfg.arch == 'gpt2' and not cfg.bias:   # saved by us without biases: still so, or trained on elsewhere?
-        cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
+        biases = [name for name in state if name.endswith('.bias')]
+        cfg.bias = any(state[name].any() for name in biases)
         if not cfg.bias:
-            state = {name: w for name, w in state.items() if not name.endswith('.bias')}
+            state = {name: tensor for name, tensor in state.items() if name not in biases}
     with torch.device('meta'):
         model = GPT(cfg).to(dtype)
     if quantization:
@@ -377,7 +379,8 @@ def save_model(model, tokenizer, directory, dtype=None):
 def save_gpt(model, tokenizer, directory, dtype):
     from safetensors.torch import save_file
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
-    weights = {name: tensor.to(dtype) for name, tensor in to_hf_weights(model, hf['model_type']).items()}
+    weights = to_hf_weights(model, hf['model_type'])
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     # replaced: a model that is mapped from there stays whole
     path = os.path.join(directory, 'model.safetensors')
     save_file(weights, path + '.new', metadata={'format': 'pt'})

@@ -266,7 +266,8 @@ def generate_long(model, prompt, max_new_tokens, num_samples=1, seed=0, on_token
             on_token(alive[b], token)
 
         ends = [(prompt + rows[row])[-half:] for row in alive]
-        samples = generate(model, ends, max_new_tokens - done, seed=seed, on_token=on_token and on_row, **settings)
+        samples = generate(model, ends, max_new_tokens - done, seed=seed, on_token=on_token and on_row,
+                           **settings)
 
 
 class Printer:

@@ -68,19 +68,21 @@ class CachedDecoder:
         prompts."""
         cfg, device, longest = self.model.config, self.model.device, self.cache_pos
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
-        idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in self.prompts], device=device)
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in self.prompts]
+        idx = torch.tensor(padded, device=device)                       # (prompts, longest)
         keys_values = []
         hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
         hidden = hidden[torch.arange(len(idx), device=device), lengths - 1]
 
         empty = longest - lengths                                       # slots before each prompt
-        source = (torch.arange(longest, device=device) - empty[:, None]).clamp_(min=0)    # (prompts, longest)
-        source = source[:, None, :, None].expand(-1, cfg.n_kv_head, -1, cfg.head_size)
+        source = torch.arange(longest, device=device) - empty[:, None]  # (prompts, longest): shifted right
+        source = source.clamp_(min=0)[:, None, :, None].expand(-1, cfg.n_kv_head, -1, cfg.head_size)
         R = len(idx) * self.num_samples
         self.caches = []                          # of each layer: keys and values (2, R, n_kv_head, slots, D)
         for k, v in keys_values:
             cache = k.new_zeros(2, R, cfg.n_kv_head, self.slots, cfg.head_size)
-            cache[0, :, :, :longest] = self.for_samples(k[..., self.rope_order].gather(2, source))
+            k = k[..., self.rope_order]
+            cache[0, :, :, :longest] = self.for_samples(k.gather(2, source))
             cache[1, :, :, :longest] = self.for_samples(v.gather(2, source))
             self.caches.append(cache)
         self.position = self.for_samples(lengths)                                    # (R,), of the next token
@@ -144,7 +146,8 @@ class CachedDecoder:
             if cfg.post_norms:
                 _, after_attention, before_mlp, after_mlp = layer.norms
                 x = x + after_attention(layer.o_proj(attended).to(x.dtype))
-                x = x + after_mlp(layer.down_proj(layer.inner(before_mlp(x))).to(x.dtype))
+                y = layer.down_proj(layer.inner(before_mlp(x)))
+                x = x + after_mlp(y.to(x.dtype))
             else:
                 x = layer.o_proj(attended, x)
                 x = layer.down_proj(layer.inner(layer.norms[1](x)), x)
@@ -168,11 +171,14 @@ class CachedDecoder:
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         qkv = layer.qkv_proj(x).to(self.acc_dtype).view(n, H + 2 * G, D)
         if cfg.qk_norm:
-            qkv[:, :H + G] = F.rms_norm(qkv[:, :H + G], (D,), None, cfg.norm_eps).mul_(layer.qk_weight)
+            normed = F.rms_norm(qkv[:, :H + G], (D,), None, cfg.norm_eps)
+            qkv[:, :H + G] = normed.mul_(layer.qk_weight)
         if rope is not None:
-            torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))[:, :H + G].mul_(rope)
+            pairs = torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))
+            pairs[:, :H + G].mul_(rope)
         q, kv = qkv.split((H, 2 * G), 1)
-        cache.select(3, self.cache_pos).copy_(kv.unflatten(1, (2, G)).transpose(0, 1))
+        kv = kv.unflatten(1, (2, G)).transpose(0, 1)                    # (2, n, G, D)
+        cache.select(3, self.cache_pos).copy_(kv)
         q = q.to(values.dtype).reshape(n * G, H // G, D)   # the heads that share keys are rows of one product
         keys, values = keys.narrow(2, begin, count), values.narrow(1, begin, count)
         if cfg.attn_softcap:
@@ -238,7 +244,8 @@ def fuse_norm(module):
 
         def norm(x):        # fewer passes than F.rms_norm's on a CPU
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return (x * torch.addcmul(eps, length, length, value=1 / size).rsqrt_()).mul_(weight)
+            scale = torch.addcmul(eps, length, length, value=1 / size).rsqrt_()
+            return (x * scale).mul_(weight)
     return norm
 
 
@@ -255,17 +262,17 @@ def fuse_linears(modules, fuse, amp, rows, order=None):
         return linear_function(weight, bias, dtype, rows)
 
     def call(x, residual=None):
-        y = modules[0](x) if len(modules) == 1 else torch.cat([module(x) for module in modules], -1)
+        y = stack([module(x) for module in modules], -1)
         y = y if order is None else y[:, order]
         return y if residual is None else residual + y
     return call
 
 
-def stack(parts):
+def stack(parts, dim=0):
     """One tensor of those that are given, without a copy of a single one; None of None."""
     if parts[0] is None or len(parts) == 1:
         return parts[0]
-    return torch.cat(parts)
+    return torch.cat(parts, dim)
 
 
 def linear_function(weight, bias, dtype, rows):

@@ -40,7 +40,7 @@ class GPTConfig:
     post_norms: bool = False            # Gemma: norms after attention and MLP too
     tied: bool = True                   # head and embedding share one matrix
     sliding_window: int = 0             # keys that a 'sliding_attention' layer sees; 0 = all
-    layer_types: list = field(default_factory=list)     # full_attention or sliding_attention each; empty = full
+    layer_types: list = field(default_factory=list)     # full_attention, sliding_attention; empty = full
     attn_scale: float = 0.0             # 0 = head_size ** -0.5
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
@@ -87,8 +87,8 @@ CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'M
            'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM',
            'gemma3_text': 'Gemma3ForCausalLM'}
 # our field -> key of config.json, in GPT-2's words and in everyone else's
-GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head',
-             'n_embd': 'n_embd', 'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner',
+GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer',
+             'n_head': 'n_head', 'n_embd': 'n_embd', 'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner',
              'tied': 'tie_word_embeddings'}
 LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings',
               'n_layer': 'num_hidden_layers',

@@ -20,6 +20,11 @@ SCORES = 2 ** 18        # up to so many scores at a time, which stay in cache
 ALIGN = 64  # bf16 products take packed rows of a multiple of this: oneDNN compiles a kernel for each new size
 
 
+def on_cpu(x):
+    """Whether x takes the forms made for a CPU; torch.compile makes its own of the plain ones."""
+    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
 # ---- linear layers -----------------------------------------------------------------------------------------
 
 def linear(x, weights, biases=(), bf16=False):
@@ -81,16 +86,16 @@ def weight_matrix(layer):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-    on_cpu = x.device.type == 'cpu'
-    if x.dtype != weight.dtype or (on_cpu and x.dtype.itemsize == 2):       # rounded once, at the end
+    if x.dtype != weight.dtype or (x.device.type == 'cpu' and x.dtype.itemsize == 2):       # rounded once, at the end
         return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-    if on_cpu:
+    if on_cpu(x):
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _rms_forward(x, weight, eps):
-    scale = torch.linalg.vecdot(x, x).div_(x.size(-1)).add_(eps).rsqrt_().unsqueeze(-1)     # (..., 1)
+    mean_square = torch.linalg.vecdot(x, x).div_(x.size(-1))
+    scale = mean_square.add_(eps).rsqrt_().unsqueeze(-1)                # (..., 1)
     return (x * scale).mul_(weight), scale
 
 
@@ -100,7 +105,8 @@ def _rms_backward(grad, x, scale, weight):
     zero = torch.zeros_like(scale)
     dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, [x.size(-1)], zero, scale, weight, None, [True, True, False])
-    return dx.add_((grad @ weight).div_(x.size(-1)).unsqueeze(-1).mul_(scale)), dweight
+    missing = (grad @ weight).div_(x.size(-1)).unsqueeze(-1).mul_(scale)
+    return dx.add_(missing), dweight
 
 
 class RMSNorm(torch.autograd.Function):
@@ -124,7 +130,7 @@ def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos, sin (...,
     T, D/2)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if x.device.type == 'cpu':
+    if on_cpu(x):
         return Rotate.apply(x, cos, sin)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -257,13 +263,13 @@ class AttentionContext:
         packed rows (see packed_mask) or None; keep_kv: a list to which each layer adds its (keys, values),
         (B, G, T, D) each."""
         (B, T), device = idx.shape, idx.device
-        packed, on_cpu = positions is not None, device.type == 'cpu'
+        packed = positions is not None
         self.cfg, self.keep_kv = cfg, keep_kv
         self.positions = positions if packed else torch.arange(T, device=device)[None]           # (1 or B, T)
         self.short, self.varlen, self.shared_prefix, self.documents = False, None, None, None
-        if packed and on_cpu:
+        if packed and on_cpu(idx):
             self.choose_packed_form(positions.expand(B, T))
-        elif on_cpu and T <= SHORT_BLOCK and keep_kv is None:
+        elif on_cpu(idx) and T <= SHORT_BLOCK and keep_kv is None:
             self.short = not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head
 
         self.windows, self.rope, self.masks = {}, {}, {}                # each by layer type
@@ -304,7 +310,9 @@ class AttentionContext:
 
     def fused(self, layer_type):
         """Whether fused_attention computes this type of layer."""
-        return self.varlen is not None or self.short and not self.windows[layer_type]
+        if self.short:
+            return not self.windows[layer_type] and not torch.compiler.is_compiling()
+        return self.varlen is not None
 
     def fused_attention(self, qkv, layer_type, q_weight, k_weight):
         """qkv (B, T, (H + 2 G) * D), heads of q, of k, of v -> (B, T, H * D): QK norm, if its weights (D,)
@@ -319,19 +327,19 @@ class AttentionContext:
     def attention(self, q, k, v, layer_type):
         """q (B, H, T, D), k and v (B, G, T, D), G dividing H -> (B, H, T, D)."""
         cfg, (B, H, T, D) = self.cfg, q.shape
-        q, k, mask = q.to(v.dtype), k.to(v.dtype), self.masks[layer_type]
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if self.keep_kv is not None:
             self.keep_kv.append((k, v))
         if self.shared_prefix and not self.windows[layer_type]:
             return self.shared_prefix.attend(q, k, v, cfg.attn_scale)
         if not self.documents:
-            return attention(q, k, v, mask, cfg.attn_scale, cfg.attn_softcap)
-        lengths = [len(document) for document in self.documents]
+            return attention(q, k, v, self.masks[layer_type], cfg.attn_scale, cfg.attn_softcap)
+        lengths = list(map(len, self.documents))
         by_document = [h.transpose(1, 2).flatten(0, 1).split(lengths) for h in (q, k, v)]
         outputs = []
-        for *document, document_mask in zip(*by_document, mask):                # q, k, v: (n, heads, D)
-            one_row = [h.transpose(0, 1)[None] for h in document]
-            outputs.append(attention(*one_row, document_mask, cfg.attn_scale, cfg.attn_softcap))
+        for *qkv, mask in zip(*by_document, self.masks[layer_type]):            # (n, heads, D) each
+            qkv = [h.transpose(0, 1)[None] for h in qkv]                        # (1, heads, n, D)
+            outputs.append(attention(*qkv, mask, cfg.attn_scale, cfg.attn_softcap))
         return torch.cat(outputs, 2).view(H, B, T, D).transpose(0, 1)
 
 
@@ -401,7 +409,8 @@ class ShortAttention(torch.autograd.Function):
         p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
         ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *saved)
         ctx.sizes, ctx.scale = (B, T, H, D), scale
-        return torch.bmm(p, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
+        y = torch.bmm(p, v).view(B, H, T, D)
+        return y.transpose(1, 2).reshape(B, T, H * D)
 
     @staticmethod
     @once_differentiable
@@ -565,13 +574,16 @@ class VarlenAttention(torch.autograd.Function):
         by_batch, outputs = [], []
         for batch, mask in zip(varlen.batches, varlen.additive_masks(window, acc_dtype)):
             q, k, v = varlen.split(table.index_select(0, batch.rows), batch)
-            scores = torch.bmm(q, k.transpose(1, 2)).view(G, -1, H // G, batch.Q, batch.K)
-            p = torch.add(mask, scores, alpha=scale).softmax(-1).view(len(k), -1, batch.K)
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores = scores.view(G, -1, H // G, batch.Q, batch.K)
+            p = torch.add(mask, scores, alpha=scale).softmax(-1)
+            p = p.view(len(k), -1, batch.K)
             outputs.append(torch.bmm(p, v).view(-1, D))
             by_batch += (q, k, v, p)
         ctx.save_for_backward(q_weight, k_weight, cos, sin, *saved, *by_batch)
         ctx.varlen, ctx.scale, ctx.shape, ctx.n_saved = varlen, scale, qkv.shape, len(saved)
-        return torch.cat(outputs).index_select(0, varlen.outputs).view(B, T, H * D).to(qkv.dtype)
+        y = torch.cat(outputs).index_select(0, varlen.outputs)
+        return y.view(B, T, H * D).to(qkv.dtype)
 
     @staticmethod
     @once_differentiable
@@ -596,7 +608,8 @@ class VarlenAttention(torch.autograd.Function):
             torch.bmm(dscores, k, out=dq)
             torch.bmm(dscores.transpose(1, 2), q, out=dk)
 
-        dx = F.embedding_bag(varlen.copies, dparts, varlen.copy_begins, mode='sum').view(H + 2 * G, N, D)
+        dx = F.embedding_bag(varlen.copies, dparts, varlen.copy_begins, mode='sum')
+        dx = dx.view(H + 2 * G, N, D)
         dqkv = grad.new_empty(N, H + 2 * G, D)
         dheads = dqkv.transpose(0, 1)
         dqk, out = dx[:H + G], dheads[:H + G]
@@ -639,7 +652,8 @@ class SharedPrefixAttention:
         self.order = torch.empty(positions.numel(), dtype=torch.long, device=device)
         self.order[tokens[real]] = real.nonzero().squeeze(1)
         # scores that are computed, padding included
-        self.cost = self.trunk.numel() * self.trunk.size(1) + self.query.numel() * self.key.size(1)
+        self.cost = self.trunk.numel() * self.trunk.size(1)
+        self.cost += self.query.numel() * self.key.size(1)
 
     def attend(self, q, k, v, scale):
         """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
@@ -817,7 +831,8 @@ class TokenStats(torch.autograd.Function):
                     dz = log_p.exp_().mul_(p_factor[:, None])
                 else:
                     p = log_p.exp()
-                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None]).add_(p_factor[:, None]).mul_(p)
+                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None])
+                    dz = dz.add_(p_factor[:, None]).mul_(p)
             if dmean is not None:
                 dz += dmean[:, None] / len(weight)
             here, column = TokenStats.locate(targets, tile)

@@ -576,3 +576,28 @@ def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
     monkeypatch.setattr(roundtrip, 'theirs_of', changed)
     assert not roundtrip.check(directory)
     assert capsys.readouterr().out.count('FAIL  ') == 2
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+def test_compiled_layers_have_the_same_gradients():
+    """Layer by layer, as train_gpt.py compiles them, in the plain forms that a GPU takes, without a graph break."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**FIELDS['qwen3'], **{**SMALL, 'n_layer': 1})).init_weights(0.3)
+    idx, parameters = tokens(2, 16), list(model.parameters())
+    expected = torch.autograd.grad(model(idx, idx).sum(), parameters)
+    for layer in model.layers:
+        layer.compile(backend='aot_eager', fullgraph=True)
+    for a, b in zip(torch.autograd.grad(model(idx, idx).sum(), parameters), expected):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_target_logp_compiles():
+    logits, targets = torch.randn(5, 7, requires_grad=True), torch.tensor([3, -1, 0, 6, 2])
+    for form in (kernels.TargetLogp.apply, torch.compile(kernels.TargetLogp.apply, backend='aot_eager')):
+        logp = form(logits, targets)
+        grad, = torch.autograd.grad(logp.sum(), logits)
+        plain = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+        close(logp, plain)
+        close(grad, torch.autograd.grad(plain.sum(), logits)[0])

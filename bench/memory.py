@@ -50,7 +50,8 @@ def measure(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = dict(vocab=131072, batch=4, block=1024, channels=512, layers=2, steps=1, pairs=3)
     for name, default in sizes.items():
         parser.add_argument(f'--{name}', type=int, default=default)

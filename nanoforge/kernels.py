@@ -86,7 +86,8 @@ def weight_matrix(layer):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-    if x.dtype != weight.dtype or (x.device.type == 'cpu' and x.dtype.itemsize == 2):       # rounded once, at the end
+    half_on_cpu = x.device.type == 'cpu' and x.dtype.itemsize == 2
+    if half_on_cpu or x.dtype != weight.dtype:          # rounded once, at the end
         return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
     if on_cpu(x):
         return RMSNorm.apply(x, weight, eps)

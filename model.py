@@ -14,6 +14,7 @@ unmapped; GPT-2's are renamed on the way (nanoforge/hf.py). Cross-entropy, SFT, 
 weightings of model(idx, targets) and live in their scripts: this file knows no method. Operations that a CPU
 needs in another form than torch's are in nanoforge/kernels.py.
 """
+import functools
 import json
 import math
 import os
@@ -76,9 +77,7 @@ class Attention(nn.Module):
         cfg, (B, T, C) = self.cfg, x.shape
         qkv = kernels.stacked_linear(x, (self.q_proj, self.k_proj, self.v_proj))
         if context.fused(self.layer_type):              # what follows as one node, which is faster on a CPU
-            q_weight = self.q_norm.effective_weight if cfg.qk_norm else None
-            k_weight = self.k_norm.effective_weight if cfg.qk_norm else None
-            y = context.fused_attention(qkv, self.layer_type, q_weight, k_weight)
+            y = context.fused_attention(qkv, self.layer_type, self.q_norm, self.k_norm)
         else:
             if x.device.type == 'cpu':
                 qkv = qkv.to(x.dtype)                   # float32 attention is no slower on a CPU than bf16's
@@ -160,7 +159,6 @@ class GPT(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.gradient_checkpointing, self.matmul = False, 'float32'
-        self._inv_freq = {}
 
     def init_weights(self, std=0.02):
         """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2
@@ -188,11 +186,17 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def inv_freq(self, layer_type):
-        """Rotary inverse frequencies (D/2,) of a layer type."""
-        if layer_type not in self._inv_freq:
-            self._inv_freq[layer_type] = rope_frequencies(self.config, layer_type)
-        return self._inv_freq[layer_type]
+    @functools.cached_property
+    def inv_freq(self):
+        """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are learned."""
+        return {layer_type: rope_frequencies(self.config, layer_type) for layer_type in self.config.rope}
+
+    def embed(self, idx, positions, embeddings=None):
+        """idx, positions (...) -> (..., C); embeddings (..., C) stand in for those of idx."""
+        cfg, x = self.config, self.embed_tokens(idx) if embeddings is None else embeddings
+        if cfg.embed_scale:
+            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
+        return x + self.embed_positions(positions) if cfg.position == 'learned' else x
 
     def hidden(self, idx, positions=None, embeddings=None, logit_positions=None, keep_kv=None):
         """idx (B, T) -> (B, T, C), after the last norm.
@@ -217,11 +221,7 @@ class GPT(nn.Module):
             rows, inverse = logit_positions.unique(return_inverse=True)
         context = kernels.AttentionContext(cfg, self.inv_freq, idx, positions, keep_kv)
 
-        x = self.embed_tokens(idx) if embeddings is None else embeddings                # (B, T, C)
-        if cfg.embed_scale:
-            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
-        if cfg.position == 'learned':
-            x = x + self.embed_positions(context.positions)
+        x = self.embed(idx, context.positions, embeddings)                              # (B, T, C)
         if cfg.dropout:
             x = F.dropout(x, cfg.dropout, self.training)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

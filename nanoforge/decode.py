@@ -12,7 +12,7 @@ logp_gap in sample.py measures it.
 import torch
 import torch.nn.functional as F
 
-from nanoforge.kernels import Linear
+from nanoforge.kernels import Linear, concat
 
 # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 FUSE_LIMIT = 2 ** 28
@@ -51,8 +51,8 @@ class CachedDecoder:
         if cfg.position == 'rope':
             self.rope_order = self.rope_order.view(2, -1).t().flatten()              # 0, D/2, 1, D/2 + 1, ...
             position = torch.arange(self.max_slots, device=device)[:, None].float()
-            for layer_type in set(cfg.layer_types):
-                angle = position * model.inv_freq(layer_type).to(device)
+            for layer_type, inv_freq in model.inv_freq.items():
+                angle = position * inv_freq.to(device)
                 self.rope[layer_type] = torch.polar(torch.ones_like(angle), angle)  # (max_slots, D/2) complex
 
         rows, small = len(prompts) * num_samples, model.num_params() <= FUSE_LIMIT
@@ -126,17 +126,13 @@ class CachedDecoder:
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        model, cfg, n = self.model, self.model.config, len(token)
+        cfg, n = self.model.config, len(token)
         if self.cache_pos == self.slots:
             self.grow(n)
         if n != self.view_rows:
             self.make_views(n)
         position = self.position[:n]
-        x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
-        if cfg.embed_scale:
-            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
-        if cfg.position == 'learned':
-            x = x + F.embedding(position, model.embed_positions.weight)
+        x = self.model.embed(token, position)                                                   # (n, C)
         rope = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
         self.mask[..., self.cache_pos] = 0
         visible = {window: self.visible_slots(window) for window in self.windows}
@@ -196,7 +192,7 @@ class DecoderLayer:
     def __init__(self, model, layer, rope_order, rows, small):
         cfg, attention, mlp = model.config, layer.self_attn, layer.mlp
         self.cfg, self.layer_type, self.act = cfg, attention.layer_type, mlp.act
-        self.window = cfg.sliding_window if self.layer_type == 'sliding_attention' else 0
+        self.window = cfg.window(self.layer_type)
         norms = [module for name, module in layer.named_children() if name.endswith('layernorm')]
         self.norms = list(map(fuse_norm, norms))                    # in the order in which they are used
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
@@ -254,25 +250,18 @@ def fuse_linears(modules, fuse, amp, rows, order=None):
     given order of channels, added to `residual` where it is given. Adapters and quantised layers are called
     as they are."""
     if fuse and all(type(module) is Linear for module in modules):
-        weight = stack([module.weight for module in modules])
-        bias = stack([module.bias for module in modules])
+        weight = concat([module.weight for module in modules])
+        bias = concat([module.bias for module in modules if module.bias is not None])
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
         dtype = torch.bfloat16 if modules[0].bf16 else amp or weight.dtype
         return linear_function(weight, bias, dtype, rows)
 
     def call(x, residual=None):
-        y = stack([module(x) for module in modules], -1)
+        y = concat([module(x) for module in modules], -1)
         y = y if order is None else y[:, order]
         return y if residual is None else residual + y
     return call
-
-
-def stack(parts, dim=0):
-    """One tensor of those that are given, without a copy of a single one; None of None."""
-    if parts[0] is None or len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts, dim)
 
 
 def linear_function(weight, bias, dtype, rows):

@@ -66,6 +66,10 @@ class GPTConfig:
         self.rope = {kind: {'rope_type': 'default', 'rope_theta': 10000.0, **self.rope.get(kind, {})}
                      for kind in sorted(set(self.layer_types)) if self.position == 'rope'}
 
+    def window(self, layer_type):
+        """How many keys a layer of this type sees; 0: all."""
+        return self.sliding_window if layer_type == 'sliding_attention' else 0
+
 
 # What makes each family itself; sizes come from the flags or from the config.json that is loaded.
 FAMILIES = {

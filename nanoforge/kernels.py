@@ -34,13 +34,15 @@ def linear(x, weights, biases=(), bf16=False):
     processor has it); the result stays bfloat16, gradients reach the float32 weights as float32.
     """
     if bf16:
-        x, weights = x.bfloat16(), [weight.bfloat16() for weight in weights]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    bias = None
-    if biases:
-        bias = torch.cat(biases) if len(biases) > 1 else biases[0]
-        bias = bias.bfloat16() if bf16 else bias
-    return F.linear(x, weight, bias)
+        x, weights, biases = x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]
+    return F.linear(x, concat(weights), concat(biases))
+
+
+def concat(tensors, dim=0):
+    """One tensor, without a copy if there is but one; None of none."""
+    if len(tensors) > 1:
+        return torch.cat(tensors, dim)
+    return tensors[0] if tensors else None
 
 
 class Linear(nn.Linear):
@@ -51,8 +53,7 @@ class Linear(nn.Linear):
     bf16 = False
 
     def forward(self, x):
-        biases = [] if self.bias is None else [self.bias]
-        return linear(x, [self.weight], biases, self.bf16)
+        return Linear.stacked(x, [self])
 
     def weight_matrix(self):
         """The matrix (out, in) that the layer multiplies by."""
@@ -60,7 +61,7 @@ class Linear(nn.Linear):
 
     @staticmethod
     def stacked(x, layers):
-        """Several of these as one product."""
+        """Several of these as one product, their outputs side by side."""
         biases = [layer.bias for layer in layers if layer.bias is not None]
         return linear(x, [layer.weight for layer in layers], biases, layers[0].bf16)
 
@@ -260,7 +261,7 @@ class AttentionContext:
     """
 
     def __init__(self, cfg, inv_freq, idx, positions, keep_kv=None):
-        """cfg: GPTConfig; inv_freq(layer type): rotary frequencies (D/2,); idx (B, T); positions (B, T) of
+        """cfg: GPTConfig; inv_freq: {layer type: rotary frequencies (D/2,)}; idx (B, T); positions (B, T) of
         packed rows (see packed_mask) or None; keep_kv: a list to which each layer adds its (keys, values),
         (B, G, T, D) each."""
         (B, T), device = idx.shape, idx.device
@@ -275,10 +276,10 @@ class AttentionContext:
 
         self.windows, self.rope, self.masks = {}, {}, {}                # each by layer type
         for layer_type in set(cfg.layer_types):
-            window = cfg.sliding_window if layer_type == 'sliding_attention' else 0
+            window = cfg.window(layer_type)
             self.windows[layer_type] = window if T > window else 0      # 0: all of the row is seen
-            if cfg.position == 'rope':
-                angle = self.positions[:, None, :, None].float() * inv_freq(layer_type).to(device)
+            if layer_type in inv_freq:
+                angle = self.positions[:, None, :, None].float() * inv_freq[layer_type].to(device)
                 self.rope[layer_type] = angle.cos(), angle.sin()        # (1 or B, 1, T, D/2)
             self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed)
 
@@ -315,15 +316,16 @@ class AttentionContext:
             return not self.windows[layer_type] and not torch.compiler.is_compiling()
         return self.varlen is not None
 
-    def fused_attention(self, qkv, layer_type, q_weight, k_weight):
+    def fused_attention(self, qkv, layer_type, q_norm, k_norm):
         """qkv (B, T, (H + 2 G) * D), heads of q, of k, of v -> (B, T, H * D): QK norm, if its weights (D,)
         are given, rotary positions and attention as one node of the graph."""
         cfg = self.cfg
-        qk = q_weight, k_weight, cfg.norm_eps, *self.rope.get(layer_type, (None, None))
+        weights = [norm and norm.effective_weight for norm in (q_norm, k_norm)]
+        for_qk = *weights, cfg.norm_eps, *self.rope.get(layer_type, (None, None))
         if self.varlen:
-            return VarlenAttention.apply(qkv, self.varlen, self.windows[layer_type], cfg.attn_scale, *qk)
+            return VarlenAttention.apply(qkv, self.varlen, self.windows[layer_type], cfg.attn_scale, *for_qk)
         mask = causal_mask(qkv.size(1), qkv.dtype)
-        return ShortAttention.apply(qkv, cfg.n_head, cfg.attn_scale, *qk, mask)
+        return ShortAttention.apply(qkv, cfg.n_head, cfg.attn_scale, *for_qk, mask)
 
     def attention(self, q, k, v, layer_type):
         """q (B, H, T, D), k and v (B, G, T, D), G dividing H -> (B, H, T, D)."""
@@ -344,13 +346,14 @@ class AttentionContext:
         return torch.cat(outputs, 2).view(H, B, T, D).transpose(0, 1)
 
 
-def _norm_and_rotate(qk, weight, eps, cos, sin, out):
-    """QK norm (where there is a weight) and rotary positions (where there are angles) of qk (heads, ..., D),
-    written to `out` -> what the backward of the norm needs."""
+def _norm_and_rotate(qk, n_head, q_weight, k_weight, eps, cos, sin, out):
+    """QK norm (where there are weights) and rotary positions (where there are angles) of qk (heads, ..., D), the first
+    n_head of them queries, written to `out` -> what the backward of the norm needs."""
     saved = ()
-    if weight is not None:
+    if q_weight is not None:
         raw = qk.contiguous()
-        qk, scale = _rms_forward(raw, weight, eps)
+        weight = torch.stack([q_weight] * n_head + [k_weight] * (len(qk) - n_head))
+        qk, scale = _rms_forward(raw, weight.view(len(qk), *[1] * (qk.dim() - 2), -1), eps)
         saved = raw, scale
     if cos is not None:
         qk = _rotate(qk, cos, sin, out if out.dtype == qk.dtype else torch.empty_like(qk))
@@ -396,16 +399,10 @@ class ShortAttention(torch.autograd.Function):
         H, D = n_head, C // n_head // 3
         acc_dtype = torch.promote_types(qkv.dtype, torch.float32)
         heads = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)              # (3, B, H, T, D)
-        x, saved = heads, ()
-        if q_weight is not None or cos is not None:
-            weight = None
-            if q_weight is not None:
-                weight = torch.stack((q_weight, k_weight)).view(2, 1, 1, 1, D)
-            qk = heads[:2].to(acc_dtype, memory_format=torch.contiguous_format)
-            x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
-            saved = _norm_and_rotate(qk, weight, eps, cos, sin, x[:2])
-            x[2].copy_(heads[2])
-        x = x.reshape(3, B * H, T, D)
+        x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
+        saved = _norm_and_rotate(heads[:2].to(acc_dtype), 1, q_weight, k_weight, eps, cos, sin, x[:2])
+        x[2].copy_(heads[2])
+        x = x.view(3, B * H, T, D)
         q, k, v = x.unbind(0)                                               # (B * H, T, D) each
         p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
         ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *saved)
@@ -561,15 +558,12 @@ class VarlenAttention(torch.autograd.Function):
         (B, T, C), (N, H, G) = qkv.shape, varlen.sizes
         D, acc_dtype = C // (H + 2 * G), torch.promote_types(qkv.dtype, torch.float32)
         heads = qkv.view(N, H + 2 * G, D).to(acc_dtype).transpose(0, 1)                 # (H + 2 G, N, D)
-        weight = None
-        if q_weight is not None:
-            weight = torch.cat((q_weight.expand(H, 1, D), k_weight.expand(G, 1, D)))
         if cos is not None:
             cos, sin = (angle.expand(B, 1, T, D // 2).reshape(N, D // 2) for angle in (cos, sin))
         table = heads.new_empty((H + 2 * G) * N + 1, D)
         table[-1] = 0
         x = table[:-1].view(H + 2 * G, N, D)
-        saved = _norm_and_rotate(heads[:H + G], weight, eps, cos, sin, x[:H + G])
+        saved = _norm_and_rotate(heads[:H + G], H, q_weight, k_weight, eps, cos, sin, x[:H + G])
         x[H + G:].copy_(heads[H + G:])
 
         by_batch, outputs = [], []

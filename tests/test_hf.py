@@ -187,7 +187,7 @@ def test_continuations_share_a_prompt(pairs, family, short, monkeypatch):
     for window, softcap in itertools.product((0, 4, 12), (0.0, 5.0)):
         kind = 'sliding_attention' if window else 'full_attention'
         cfg = replace(ours.config, sliding_window=window, layer_types=[kind], attn_softcap=softcap, attn_scale=1.0)
-        context = kernels.AttentionContext(cfg, lambda _: torch.ones(4), idx, positions)
+        context = kernels.AttentionContext(cfg, {}, idx, positions)
         mask = kernels.packed_mask(positions, window)[:, None]
         close(context.attention(q, k, v, kind), kernels.attention(q, k, v, mask, 1.0, softcap))
 

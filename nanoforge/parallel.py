@@ -1,13 +1,14 @@
-"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels each, and
-run together.
+"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels
+each, and run together.
 
     run = share_out(setup(...), 2)      # ranks 0 and 1 hold one copy of each model, 2 and 3 the next
     shard(model, run)                   # in place, after loading
     state = whole(dict(model.named_parameters()), run)      # on every rank, to save it
 
-As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels are
-column parallel (each rank has some outputs: rows of the weight), those out of them row parallel (some inputs), with one
-sum over the group behind each. Embedding, norms and head are whole on every rank and stay equal, as their gradients are.
+As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner
+channels are column parallel (each rank has some outputs: rows of the weight), those out of them row parallel
+(some inputs), with one sum over the group behind each. Embedding, norms and head are whole on every rank and
+stay equal, as their gradients are.
 """
 import copy
 import re
@@ -26,12 +27,13 @@ from nanoforge.run import Run
 
 COLWISE = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$'      # cut in dimension 0, the output channels
 ROWWISE = r'\.(o|down)_proj\.weight$'                    # cut in dimension 1, the input channels
-PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, but each sees the gradient of its own heads only
+PARTIAL = r'\.(q|k)_norm\.weight$'     # whole on every rank, but each sees the gradient of its own heads only
 
 
 @dataclass
 class Shared(Run):
-    """A Run whose ranks and sums are those of data parallelism: the processes of a tensor group count as one."""
+    """A Run whose ranks and sums are those of data parallelism: the processes of a tensor group count as
+    one."""
     shards: int = 1
     shard: int = 0
     first: bool = True          # of all processes
@@ -57,11 +59,11 @@ class Shared(Run):
 
 
 def share_out(run, shards):
-    """A Run -> Shared, `shards` neighbouring ranks to a copy of each model. UserError where the ranks do not come out
-    even."""
+    """A Run -> Shared, `shards` neighbouring ranks to a copy of each model. UserError where the ranks do not
+    come out even."""
     if run.world_size % shards:
-        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a multiple of '
-                        f'{shards}')
+        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a '
+                        f'multiple of {shards}')
     copies = run.world_size // shards
     groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
     peers = [dist.new_group(range(s, run.world_size, shards)) for s in range(shards)]
@@ -100,8 +102,8 @@ class ReduceFromGroup(torch.autograd.Function):
 
 
 class RowwiseLinear(Linear):
-    """A linear layer of which each shard holds some input channels: x (..., in / shards) -> the whole output (..., out).
-    A class of its own, so that the sampler calls it as it is."""
+    """A linear layer of which each shard holds some input channels: x (..., in / shards) -> the whole output
+    (..., out). A class of its own, so that the sampler calls it as it is."""
     group = None
 
     def forward(self, x):
@@ -110,18 +112,20 @@ class RowwiseLinear(Linear):
 
 
 def shard(model, run):
-    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config counts the
-    share's heads."""
+    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config
+    counts the share's heads."""
     plain = isinstance(model, GPT) and not getattr(model, 'adapters', None)
     if not plain or type(model.layers[0].self_attn.q_proj) is not Linear:
-        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full precision: '
-                        'set GPU_num=1')
+        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full '
+                        'precision: set GPU_num=1')
     cfg, n = model.config, run.shards
     for name in ('n_head', 'n_kv_head', 'n_inner'):
         if getattr(cfg, name) % n:
-            raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of {model.name_or_path} evenly')
+            raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of '
+                            f'{model.name_or_path} evenly')
     model.whole_config = cfg
-    model.config = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
+    model.config = replace(
+        cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, nn.Parameter(share(name, p.data, run).clone()))
@@ -140,7 +144,8 @@ def shard(model, run):
 
 
 def dimension(name):
-    """The dimension in which a parameter (or its optimizer state) is cut, None where every shard has it whole."""
+    """The dimension in which a parameter (or its optimizer state) is cut, None where every shard has it
+    whole."""
     if re.search(COLWISE, name):
         return 0
     return 1 if re.search(ROWWISE, name) else None
@@ -180,7 +185,8 @@ def whole_model(model, run):
 
 
 def clip_grad_norm(model, optimizer, max_norm, run):
-    """optimizer.clip_grad_norm for a model that may be sharded: the norm of the whole model's gradient before, a tensor ().
+    """optimizer.clip_grad_norm for a model that may be sharded: the norm of the whole model's gradient
+    before, a tensor ().
 
     First the gradients of what each shard saw a part of are summed over the shards.
     """

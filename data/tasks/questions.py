@@ -20,7 +20,7 @@ from data.tasks.world import split_of
 
 
 def problems(split, n, seed):
-    """n problems {'question', 'answer'} of a split: three facts, a third of the questions about two of them."""
+    """n problems {'question', 'answer'} of a split: three facts, and questions about one or two of them."""
     draw = random.Random(f'questions/{split}/{seed}')
     made = []
     for _ in range(n):

@@ -96,7 +96,7 @@ def columns_in(row):
 # ---- rows
 
 def read_rows(name, split='train', subset=None):
-    """Yields (where, row): 'file.jsonl line 12' and a dict. UserError where a file or a row cannot be read."""
+    """Yields (where, row): 'file.jsonl line 12', a dict. UserError where a file or a row cannot be read."""
     if name.lower().endswith(tuple(READERS)) or os.path.isfile(name):
         yield from read_file(name)
     elif os.path.isdir(name):
@@ -266,7 +266,7 @@ def hub_rows(name, split, subset):
         raise UserError(f'{name}: reading a data set of the hub needs: pip install datasets') from None
     try:
         rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:      # its client raises a dozen kinds: not found, gated, offline, no such split
+    except Exception as error:      # of a dozen kinds: not found, gated, offline, no such split
         reason = f'{type(error).__name__}: {first_line(error)[:120]}'
         raise UserError(f'{name}: no such file or directory, nor an embedded set ({", ".join(EMBEDDED)}), '
                         f'and hub and local cache do not provide it ({reason})') from None
@@ -298,10 +298,10 @@ def known_format(row):
 def to_record(row, where, source=None, system_prompt=None):
     """A row of any documented format -> Record; `where` begins the message of a UserError.
 
-    source         a Source; its prompt_column and answer_column, where set, name what is asked and what is learned
-    system_prompt  a template over the row's columns ('Rate this: {label}'): the system message of the chat. For a
-                   row that is neither chat nor question and answer the filled template is the text that is
-                   learned, all of it.
+    source         a Source; its prompt_column and answer_column, where set, name what is asked and learned
+    system_prompt  a template over the row's columns ('Rate this: {label}'): the system message of the chat.
+                   For a row that is neither chat nor question and answer the filled template is the text that
+                   is learned, all of it.
     """
     try:
         return read_record(row, where, source or Source(), system_prompt)
@@ -510,7 +510,7 @@ def check_call(call, where):
 
 
 def checked_tools(tools):
-    """[{'type': 'function', 'function': {...}}] or None; tools may be JSON text; nulls in them are dropped."""
+    """[{'type': 'function', 'function': {...}}] or None. tools may be JSON text; nulls are dropped."""
     tools = parsed(tools, 'tools')
     if not tools:
         return None

@@ -1,9 +1,11 @@
 """Preference pairs: rows of any documented format -> Pair -> token ids. For train_dpo.py and the reward model
 of train_rl.py.
 
-    prompt + chosen + rejected       texts; or messages, each side the assistant's answer alone or the dialogue up to it
-    chosen + rejected                whole dialogues, as messages or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic/hh-rlhf):
-                                     what both begin with is the prompt
+    prompt + chosen + rejected       texts; or messages, each side the assistant's answer alone or the
+                                     dialogue up to it
+    chosen + rejected                whole dialogues, as messages or, as in Anthropic/hh-rlhf, as a text
+                                     "\\n\\nHuman: ...\\n\\nAssistant: ..."; what both begin with is the
+                                     prompt
 
 A mistake in a row's form is a UserError that names file, row and field. A pair of which nothing can be
 learned (an empty or the same answer on both sides, dialogues that part early) is dropped, counted by its

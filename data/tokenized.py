@@ -136,7 +136,7 @@ def tools_called(record):
 
 
 def render_chunk(tokenizer, loss_on, chunk):
-    """For each (number of a data set, Record) a list of chat.Rendered, or a text: why it cannot be rendered."""
+    """For each (number of a data set, Record) a list of chat.Rendered, or why it cannot be rendered."""
     pieces, errors = [], []
     for _, record in chunk:
         try:

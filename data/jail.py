@@ -13,15 +13,15 @@ import sys
 if __name__ == '__main__':
     sys.path = sys.path[1:]        # nothing but the standard library, from here on
 
-import atexit, contextlib, ctypes, errno, gc, importlib, os, platform, random, resource, select, shutil, signal
-import socket, struct, tempfile, threading, time, traceback, types
+import atexit, contextlib, ctypes, errno, gc, importlib, os, platform, random, resource, select, shutil
+import signal, socket, struct, tempfile, threading, time, traceback, types
 
 # imported before the jail closes
 PRELOADED = """
     array bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq
     itertools json math operator queue re statistics string typing unicodedata
 """.split()
-USER = 64007                # host user and group of the jail when root starts it: owns no file, no other process
+USER = 64007                # host user and group of the jail when root starts it: owns nothing else
 INSIDE = 1000               # its user and group inside
 FOLDER = '/tmp'             # where a program starts
 FOLDER_SIZE, FOLDER_FILES = '16m', 256
@@ -46,17 +46,21 @@ CAPABILITIES_V3 = 0x20080522
 # System calls that no program gets, by machine: (audit architecture, clone, the others).
 FORBIDDEN = {
     'x86_64': (0xC000003E, 56, dict(
-        fork=57, vfork=58, execve=59, execveat=322, socket=41, ptrace=101, process_vm_readv=310, process_vm_writev=311,
-        kcmp=312, unshare=272, setns=308, mount=165, umount2=166, pivot_root=155, chroot=161, personality=135, keyctl=250,
-        add_key=248, request_key=249, bpf=321, perf_event_open=298, userfaultfd=323, memfd_create=319, shmget=29, semget=64,
-        msgget=68, mq_open=240, io_setup=206, name_to_handle_at=303, open_by_handle_at=304, fanotify_init=300,
-        inotify_init=253, inotify_init1=294, syslog=103, modify_ldt=154, init_module=175, finit_module=313, kexec_load=246)),
+        fork=57, vfork=58, execve=59, execveat=322, socket=41, ptrace=101, process_vm_readv=310,
+        process_vm_writev=311, kcmp=312, unshare=272, setns=308, mount=165, umount2=166, pivot_root=155,
+        chroot=161, personality=135, keyctl=250, add_key=248, request_key=249, bpf=321, perf_event_open=298,
+        userfaultfd=323, memfd_create=319, shmget=29, semget=64, msgget=68, mq_open=240, io_setup=206,
+        name_to_handle_at=303, open_by_handle_at=304, fanotify_init=300, inotify_init=253, inotify_init1=294,
+        syslog=103, modify_ldt=154, init_module=175, finit_module=313, kexec_load=246,
+    )),
     'aarch64': (0xC00000B7, 220, dict(
-        execve=221, execveat=281, socket=198, ptrace=117, process_vm_readv=270, process_vm_writev=271, kcmp=272, unshare=97,
-        setns=268, mount=40, umount2=39, pivot_root=41, chroot=51, personality=92, keyctl=219, add_key=217, request_key=218,
-        bpf=280, perf_event_open=241, userfaultfd=282, memfd_create=279, shmget=194, semget=190, msgget=186, mq_open=180,
-        io_setup=0, name_to_handle_at=264, open_by_handle_at=265, fanotify_init=262, inotify_init1=26, syslog=116,
-        init_module=105, finit_module=273, kexec_load=104)),
+        execve=221, execveat=281, socket=198, ptrace=117, process_vm_readv=270, process_vm_writev=271,
+        kcmp=272, unshare=97, setns=268, mount=40, umount2=39, pivot_root=41, chroot=51, personality=92,
+        keyctl=219, add_key=217, request_key=218, bpf=280, perf_event_open=241, userfaultfd=282,
+        memfd_create=279, shmget=194, semget=190, msgget=186, mq_open=180, io_setup=0, name_to_handle_at=264,
+        open_by_handle_at=265, fanotify_init=262, inotify_init1=26, syslog=116, init_module=105,
+        finit_module=273, kexec_load=104,
+    )),
 }
 # pidfd_send_signal and all that came later, io_uring and clone3 among them, and x86's x32 calls
 NEWER_CALLS = 424
@@ -66,7 +70,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(name, *arguments):
     """A function of libc; OSError names it when it fails."""
-    arguments = [ctypes.c_ulong(argument) if isinstance(argument, int) else argument for argument in arguments]
+    arguments = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
     if getattr(libc, name)(*arguments) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f'{name}: {os.strerror(code)}')
@@ -96,7 +100,7 @@ def enter_namespaces():
     sys.path = [os.path.realpath(path) for path in sys.path if os.path.isdir(path)]
     library = [path for path in sys.path if not any(path.startswith(other + '/') for other in sys.path)]
     start = os.path.commonpath(library)
-    os.chdir(start)                                    # root may have to open the way to it; unshare takes it along
+    os.chdir(start)         # root may have to open the way to it; unshare takes it along
     leave_root()
     user, group = os.geteuid(), os.getegid()
     call('unshare', NEW_USER | NEW_NS | NEW_NET | NEW_IPC | NEW_UTS | NEW_PID)
@@ -104,14 +108,14 @@ def enter_namespaces():
                                                                                              f'{group} 1')):
         with open(f'/proc/self/{name}', 'w') as file:
             file.write(text)
-    child = os.fork()                                  # the first process of the new process namespace
+    child = os.fork()                   # the first process of the new process namespace
     if child:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
     namespace = os.open('/proc/self/ns/pid', os.O_RDONLY)
     call('sethostname', b'sandbox', 7)
 
     mount(None, '/', flags=MS_REC | MS_PRIVATE)
-    root = FOLDER                                      # any folder will do: it is only seen from in here
+    root = FOLDER                       # any folder will do: it is only seen from in here
     mount('tmpfs', root, 'tmpfs', MS_NOSUID | MS_NODEV, 'size=64k,mode=755')
     for path in library:
         os.makedirs(root + path)
@@ -124,15 +128,15 @@ def enter_namespaces():
         mount(None, root + path, flags=flags)
     os.makedirs(root + FOLDER, exist_ok=True)
     os.chdir(root)
-    call('pivot_root', b'.', b'.')                     # puts the old root on top of the new one, where it is taken off
-    call('umount2', b'.', MNT_DETACH)
+    call('pivot_root', b'.', b'.')      # puts the old root on top of the new one
+    call('umount2', b'.', MNT_DETACH)   # where it is taken off
     os.chdir('/')
     mount(None, '/', flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     return namespace
 
 
 def filter_program():
-    """The system-call filter in BPF, as bytes: struct sock_filter {code, jump if true, jump if false, operand}."""
+    """The system-call filter in BPF: struct sock_filter {code, jump if true, jump if false, operand}."""
     if platform.machine() not in FORBIDDEN or ctypes.sizeof(ctypes.c_void_p) != 8:
         raise OSError(errno.ENOSYS, f'no system-call filter for {platform.machine()}')
     architecture, clone, calls = FORBIDDEN[platform.machine()]
@@ -140,10 +144,10 @@ def filter_program():
     allow, kill = 0x7FFF0000, 0x80000000
     refuse, unknown = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     lines = [
-        (load, 0, 0, 4),                    # the architecture
+        (load, 0, 0, 4),                # the architecture
         (equal, 1, 0, architecture),
         (answer, 0, 0, kill),
-        (load, 0, 0, 0),                    # the number of the call
+        (load, 0, 0, 0),                # the number of the call
         (at_least, 0, 1, NEWER_CALLS),
         (answer, 0, 0, unknown),
     ]
@@ -151,7 +155,7 @@ def filter_program():
         lines += [(equal, 0, 1, number), (answer, 0, 0, refuse)]
     lines += [
         (equal, 0, 3, clone),
-        (load, 0, 0, 16),                   # its flags: a thread is allowed, a process is not
+        (load, 0, 0, 16),               # its flags: a thread is allowed, a process is not
         (any_bit, 1, 0, CLONE_THREAD),
         (answer, 0, 0, refuse),
         (answer, 0, 0, allow),
@@ -212,7 +216,7 @@ def become(files):
 
 def kill(child, strong):
     with contextlib.suppress(ProcessLookupError):
-        if not strong:                                 # in its namespace it is the first process: the others end with it
+        if not strong:      # else it is the first process of its namespace: the others end with it
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child, signal.SIGKILL)
         os.kill(child, signal.SIGKILL)
@@ -223,7 +227,7 @@ def watch(control, child, timeout):
     handle = os.pidfd_open(child)
     poll = select.poll()
     poll.register(handle, select.POLLIN)
-    poll.register(control, 0)                          # a hang-up is always reported
+    poll.register(control, 0)           # a hang-up is always reported
     events = dict(poll.poll(timeout * 1000))
     os.close(handle)
     return handle not in events
@@ -239,7 +243,7 @@ def serve(control, strong, namespace, program_filter):
         folder = None if strong else tempfile.mkdtemp(prefix='sandbox-')
         ready, tell = os.pipe()
         if strong:
-            call('unshare', NEW_PID)                   # for the next fork
+            call('unshare', NEW_PID)     # for the next fork
         child = os.fork()
         if child == 0:
             try:
@@ -286,15 +290,15 @@ def main():
     control.sendall(HELLO.pack('; '.join(missing).encode()))
     if missing and strong:
         sys.exit()
-    gc.freeze()                                        # the forks share these objects' pages
+    gc.freeze()                         # the forks share these objects' pages
     try:
         return serve(control, strong, namespace, program_filter)
-    except ConnectionError:                            # whoever asked is gone
+    except ConnectionError:             # whoever asked is gone
         sys.exit()
 
 
 def end(error):
-    """Ends this process as Python ends a program that raised `error` (None: that did not), without clearing up."""
+    """Ends this process as Python ends a program that raised `error` (None: one that did not)."""
     status = 0
     if isinstance(error, SystemExit):
         if isinstance(error.code, int):
@@ -314,7 +318,7 @@ def end(error):
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
-        except (OSError, AttributeError):              # over the limit; replaced by something else
+        except (OSError, AttributeError):     # over the limit; replaced by something else
             status = status or 120
     os._exit(status & 255)
 
@@ -323,7 +327,7 @@ if __name__ == '__main__':
     source, error = main(), None
     sys.argv = ['program.py']
     sys.modules['__main__'] = types.ModuleType('__main__')
-    random.seed(0)                                     # a reward must not depend on chance
+    random.seed(0)                      # a reward must not depend on chance
     try:
         exec(compile(source, 'program.py', 'exec'), sys.modules['__main__'].__dict__)
     except BaseException as raised:

@@ -1,7 +1,7 @@
 """Runs programs that a model wrote: nothing they do reaches this process, the files here or the network.
 
     run_python('print(int(input()) + 1)', stdin='41').stdout        # '42\\n'
-    pass_rate(code, inputs=['1 2', '3 4'], outputs=['3', '7'])       # the share of stdin/stdout tests that pass
+    pass_rate(code, inputs=['1 2', '3 4'], outputs=['3', '7'])     # the share of stdin/stdout tests that pass
 
 A program gets its standard input, a working folder in memory and Python's standard library. It is one process
 of one unprivileged user in namespaces of its own, without a network, an environment, other processes or
@@ -40,7 +40,7 @@ class Result:
 
 
 class Jail:
-    """One process of jail.py, which runs one program at a time. OSError or its message where it cannot start."""
+    """One process of jail.py, which runs one program at a time; missing: what it lacks here."""
 
     def __init__(self, strong):
         self.control, inside = socket.socketpair()
@@ -57,7 +57,7 @@ class Jail:
     def run(self, code, stdin, timeout):
         """One program -> Result. ConnectionError where the jail could not run it."""
         with contextlib.ExitStack() as stack:
-            files = []              # code, stdin, stdout, stderr: in memory, and open in the jail too
+            files = []                  # code, stdin, stdout, stderr: in memory, and open in the jail too
             for text in (code, stdin, '', ''):
                 file = stack.enter_context(open(os.memfd_create('sandbox'), 'w+b'))
                 file.write(text.encode(errors='replace'))
@@ -180,7 +180,7 @@ def pool():
 # ---- what others call
 
 def run_python(code, stdin='', timeout=5.0):
-    """Runs one program (text) on one standard input, at most `timeout` seconds long, and returns its Result."""
+    """Runs one program (text) on one standard input, for `timeout` seconds at most -> Result."""
     return pool().run(code, stdin, timeout)
 
 

@@ -3,7 +3,7 @@
     python data/tiny/build.py               # corpus, training, conversion, report: 15 minutes on two cores
     python data/tiny/build.py corpus        # data/tiny_corpus/ only
     python data/tiny/build.py install       # the model that training left in out-tiny/ -> data/tiny/
-    python data/tiny/build.py report [DIR]  # skills and faults of data/tiny/ or a checkpoint, held-out problems
+    python data/tiny/build.py report [DIR]  # skills and faults of data/tiny/ or a checkpoint
 
 Everything is seeded: the same machine makes the same files. Training is train_gpt.py's, with the flags below.
 """
@@ -63,7 +63,7 @@ SPLIT = r'\p{N}| ?[\p{L}\p{M}_]+|(?: ?[^\s\p{L}\p{M}\p{N}_])+|\s+'
 
 
 def train_tokenizer(texts):
-    """Byte-level BPE of exactly VOCABULARY tokens -> Tokenizer with our chat template, a function of the texts."""
+    """Byte-level BPE of exactly VOCABULARY tokens, a function of the texts -> Tokenizer with our template."""
     backend = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), 'isolated')
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -102,7 +102,7 @@ def write_corpus(directory, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS):
 
 
 def install(run_directory, tokenizer, directory=HERE):
-    """The model of a training run -> a Hugging Face directory in bfloat16, with chat template and stop tokens."""
+    """A run's model -> a Hugging Face directory in bfloat16, with chat template and stop tokens."""
     import torch
     from model import load_model, save_model
     model, trained = load_model(run_directory)
@@ -119,7 +119,7 @@ def install(run_directory, tokenizer, directory=HERE):
 
 
 def report(directory, n=200):
-    """{measure: share} over n held-out problems a task: what a model does right, and its faults. Prints it."""
+    """{measure: share} over n held-out problems a task: right answers, and faults. Prints it."""
     from model import load_model
     from sample import generate
     model, tokenizer = load_model(directory)

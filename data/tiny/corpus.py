@@ -17,8 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from data.chat import CHAT_TEMPLATE, compiled
 from data.tasks import arithmetic, facts, plan_path, toolcalls
-from data.tasks.world import APPS, CITIES, COLOURS, DAYS, EVENTS, FOODS, ITEMS, JOBS, LANGUAGES, NAMES, PETS, PLACES
-from data.tasks.world import ROOMS, THINGS
+from data.tasks.world import APPS, CITIES, COLOURS, DAYS, EVENTS, FOODS, ITEMS, JOBS, LANGUAGES, NAMES
+from data.tasks.world import PETS, PLACES, ROOMS, THINGS
 
 END = '<|endoftext|>'
 # documents of each type in a block; the tool calls are long, so that they are near 40% of the tokens
@@ -63,7 +63,8 @@ def documents(seed=0):
 
 def rendered(messages, tools=None):
     """A chat as text, without the line end after its last message."""
-    return compiled(CHAT_TEMPLATE).render(messages=messages, tools=tools, add_generation_prompt=False).rstrip('\n')
+    template = compiled(CHAT_TEMPLATE)
+    return template.render(messages=messages, tools=tools, add_generation_prompt=False).rstrip('\n')
 
 
 def dialogue(question, answer):
@@ -72,7 +73,7 @@ def dialogue(question, answer):
 
 
 def chat(task, problem, draw):
-    """A problem with the demonstrator's answer; sometimes with the results of its tools, or after another question."""
+    """A problem with the demonstrator's answer; sometimes with results of tools, or after another question."""
     answer = {'role': 'assistant', 'content': task.demonstration(problem, draw)}
     messages = [*task.prompt(problem), answer]
     if task is toolcalls:

@@ -1,5 +1,4 @@
-"""What is sampled in reinforcement learning: one token-level record for each completion, and its way into a
-batch.
+"""What is sampled in reinforcement learning: one token-level record for each completion, and its way into a batch.
 
 Tokens that were sampled are never made from text again: what is written, trained on and replayed are the ids.
 """
@@ -82,11 +81,10 @@ class Layout(NamedTuple):
 def lay_out(groups, device, keep_last=False, share=None):
     """[(prompt ids, [completion ids, ...]), ...] -> Layout, the completions in their order.
 
-    A prompt is computed once for all its completions, which lie behind it as branches of one document (see
-    kernels.visible), unless they are so long that attention over all of them would cost more than the prompts
-    (share: None = decided so). Otherwise there is a padded row for each; on a CPU one row without padding
-    where they are shared or long. keep_last: also the last tokens are fed, for what a critic says behind
-    them.
+    A prompt is computed once for all its completions, which lie behind it as branches of one document (see kernels.visible), unless they
+    are so long that attention over all of them would cost more than the prompts (share: None = decided so). Otherwise there is a padded
+    row for each; on a CPU one row without padding where they are shared or long. keep_last: also the last tokens are fed, for what a
+    critic says behind them.
     """
     longest = max(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)
     if share is None:
@@ -123,13 +121,12 @@ def lay_out(groups, device, keep_last=False, share=None):
     return Layout(idx, None if plain else positions, pad(source, 0), pad(targets, -1), torch.tensor(last, device=device))
 
 
-# ---- what every rank must know -----------------------------------------------------------------------------
+# ---- what every rank must know ----------------------------------------------------------------------------------------------
 
 class Table:
     """What every rank must know of a rollout, one row a completion, group by group.
 
-    columns: reward, scored, length, stopped, logp (sum as sampled), k1 and k3 (sums, to the reference), then
-    rewards/NAME for each.
+    columns: reward, scored, length, stopped, logp (sum as sampled), k1 and k3 (sums, to the reference), then rewards/NAME for each.
     """
     COLUMNS = ('reward', 'scored', 'length', 'stopped', 'logp', 'k1', 'k3')
 
@@ -140,8 +137,8 @@ class Table:
 
     @staticmethod
     def gather(episodes, groups, size, names, run, mask_truncated=False):
-        """Of the Episodes of all ranks: `groups` have consecutive numbers and `size` members each.
-        mask_truncated: what was cut off does not count as scored."""
+        """Of the Episodes of all ranks: `groups` have consecutive numbers and `size` members each. mask_truncated: what was cut off does
+        not count as scored."""
         begin = min(groups)
         values = torch.zeros(len(groups) * size, len(Table.COLUMNS) + len(names), dtype=torch.float64)
         for e in episodes:

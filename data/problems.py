@@ -1,8 +1,7 @@
-"""Problems with answers that can be checked, from an embedded task or from any data set with a question and
-an answer column.
+"""Problems with answers that can be checked, from an embedded task or from any data set with a question and an answer column.
 
-A problem is a dict: the row as it is, with 'question' and 'answer' as texts and, where the data set has one,
-the system message that says in which form to answer.
+A problem is a dict: the row as it is, with 'question' and 'answer' as texts and, where the data set has one, the system message that
+says in which form to answer.
 """
 import importlib
 import json
@@ -20,13 +19,10 @@ from data.rewards import extract_answer
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
-FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
-        'nothing else, between <answer> and </answer>.')
+FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and nothing else, between '
+        '<answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
-TEMPLATES = {'openai/gsm8k': dict(prompt_column='question', answer_column='answer', system=FORM + ' The '
-                                                                                                  'answer is '
-                                                                                                  'one '
-                                                                                                  'number.'),
+TEMPLATES = {'openai/gsm8k': dict(prompt_column='question', answer_column='answer', system=FORM + ' The answer is one number.'),
              'nvidia/OpenMathInstruct-2': dict(prompt_column='problem', answer_column='expected_answer', system=FORM)}
 
 
@@ -36,8 +32,7 @@ def load_task(name):
 
 
 def read_problems(sources, system_prompt=None, with_answers=True):
-    """[Source] -> (problems for training, problems held out by their metadata). UserError names file, row and
-    column.
+    """[Source] -> (problems for training, problems held out by their metadata). UserError names file, row and column.
 
     with_answers: False where no reward needs one; then a row may lack it."""
     train, held_out = [], []
@@ -71,8 +66,8 @@ def columns_of(source, template, row, where, with_answers):
     for typed, known, kind in ((source.prompt_column, QUESTION_COLUMNS, 'prompt'), (source.answer_column, ANSWER_COLUMNS, 'answer')):
         column = typed or template.get(f'{kind}_column') or next((name for name in known if name in row), None)
         if column is None and (kind == 'prompt' or with_answers):
-            raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of '
-                            f'{", ".join(known)}: name it with data.datasets[0].{kind}_column=...')
+            raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of {", ".join(known)}: name it with '
+                            f'data.datasets[0].{kind}_column=...')
         found.append(column)
     return found
 
@@ -80,8 +75,7 @@ def columns_of(source, template, row, where, with_answers):
 def copies(source, place):
     """How often row `place` of a source is seen in an epoch: its weight, spread evenly over the rows."""
     if not 0 < source.weight < 1000:
-        raise UserError(f'{source.name}: weight={source.weight:g} must be above 0: 2 = every row twice, 0.5 '
-                        '= every other row')
+        raise UserError(f'{source.name}: weight={source.weight:g} must be above 0: 2 = every row twice, 0.5 = every other row')
     return math.floor((place + 1) * source.weight) - math.floor(place * source.weight)
 
 
@@ -102,7 +96,7 @@ def hold_out(problems, count, seed):
     return [problem for problem in problems if problem['question'] not in questions], held_out
 
 
-# ---- what a run asks ---------------------------------------------------------------------------------------
+# ---- what a run asks --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Problems:
@@ -138,13 +132,11 @@ def open_problems(cfg, tokenizer, say):
         kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
         if len(kept) < len(problems):
             longest = max(len(problem['prompt_ids']) for problem in problems)
-            say(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their '
-                'prompts exceed '
+            say(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their prompts exceed '
                         f'max_prompt_length={cfg.max_prompt_length} tokens (the longest has {longest})')
         parts.append(kept)
     if not parts[0]:
-        raise UserError(f'no problem is left to train on: every prompt exceeds '
-                        f'max_prompt_length={cfg.max_prompt_length}')
+        raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length={cfg.max_prompt_length}')
     return Problems(task, *parts, *pairs)
 
 

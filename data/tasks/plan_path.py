@@ -17,7 +17,7 @@ import string
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
-from data.tasks.world import split_of
+from data.tasks.world import lines, split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
 SETTINGS = {
@@ -49,9 +49,25 @@ MOVES = {'U': (-1, 0), 'D': (1, 0), 'L': (0, -1), 'R': (0, 1)}
 BLOCKED_SHARE = 0.85            # of the problems: the straight way runs into a wall
 ATTEMPTS = 200_000              # grids drawn for one problem before giving up
 # A wording is one of each, in any order, with the same sign between them.
-STARTS = ['from {start}', 'start at {start}', 'start: {start}', 'you are at {start}']
-GOALS = ['walk to {goal}', 'goal at {goal}', 'goal: {goal}', 'go to {goal}', 'the goal is {goal}']
-BLOCKS = ['walls: {walls}', 'walls at {walls}', 'there are walls at {walls}', 'no way through {walls}']
+STARTS = lines('''
+    from {start}
+    start at {start}
+    start: {start}
+    you are at {start}
+''')
+GOALS = lines('''
+    walk to {goal}
+    goal at {goal}
+    goal: {goal}
+    go to {goal}
+    the goal is {goal}
+''')
+BLOCKS = lines('''
+    walls: {walls}
+    walls at {walls}
+    there are walls at {walls}
+    no way through {walls}
+''')
 WORDINGS = []
 for pieces in itertools.product(STARTS, GOALS, BLOCKS):
     for ordered in itertools.permutations(pieces):

@@ -1,5 +1,4 @@
-"""More training rows from those that are there: their questions in other words, with synonyms, with typing
-mistakes.
+"""More training rows: copies whose questions have other words, synonyms and typing mistakes.
 
     augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, say=print) -> records
 
@@ -16,33 +15,42 @@ from collections import Counter
 
 from configurator import UserError
 
-# Words for one another; the form of a word matters, so each stands here in the forms that are exchanged.
-SYNONYMS = [
-    ('show', 'display'), ('shows', 'displays'), ('big', 'large'), ('bigger', 'larger'), ('small', 'little'),
-    ('quick', 'fast'), ('quickly', 'rapidly'), ('begin', 'start'), ('begins', 'starts'), ('buy', 'purchase'),
-    ('buys', 'purchases'), ('choose', 'select', 'pick'), ('create', 'make'), ('explain', 'describe'),
-    ('repair', 'fix'), ('often', 'frequently'), ('maybe', 'perhaps'), ('about', 'regarding'),
-    ('important', 'essential'), ('difference', 'distinction'), ('problem', 'issue'), ('problems', 'issues'),
-    ('method', 'approach'), ('methods', 'approaches'), ('main', 'primary'), ('common', 'usual'),
-    ('commonly', 'usually'), ('movie', 'film'), ('company', 'firm'), ('improve', 'enhance'),
-    ('prevent', 'avoid'), ('allow', 'permit'), ('allows', 'permits'), ('need', 'require'),
-    ('needs', 'requires'), ('together', 'altogether'), ('also', 'additionally'), ('several', 'various'),
-    ('sure', 'certain'), ('finds', 'discovers'), ('gives', 'hands'), ('obtain', 'get'),
-    ('ensure', 'guarantee'), ('benefits', 'advantages'), ('typical', 'usual'), ('kind', 'sort'),
-    ('kinds', 'sorts'), ('build', 'construct'), ('functions', 'works'),
-]
+# Words for one another, in the forms that are exchanged.
+SYNONYMS = '''
+    show/display shows/displays big/large bigger/larger small/little quick/fast quickly/rapidly begin/start
+    begins/starts buy/purchase buys/purchases choose/select/pick create/make explain/describe repair/fix
+    often/frequently maybe/perhaps about/regarding important/essential difference/distinction problem/issue
+    problems/issues method/approach methods/approaches main/primary common/usual commonly/usually movie/film
+    company/firm improve/enhance prevent/avoid allow/permit allows/permits need/require needs/requires
+    together/altogether also/additionally several/various sure/certain finds/discovers gives/hands obtain/get
+    ensure/guarantee benefits/advantages typical/usual kind/sort kinds/sorts build/construct functions/works
+'''.split()
 OTHERS = {}             # word: its synonyms; a word of several groups has those of the first
 for group in SYNONYMS:
-    for word in group:
-        OTHERS.setdefault(word, [other for other in group if other != word])
-SHORTER = [
-    ('What is', "What's"), ('Where is', "Where's"), ('Who is', "Who's"), ('do not', "don't"),
-    ('cannot', "can't"), ('I am', "I'm"), ('I would', "I'd"), ('does not', "doesn't"), ('is not', "isn't"),
-    ('you are', "you're"),
-]
+    words = group.split('/')
+    for word in words:
+        OTHERS.setdefault(word, [other for other in words if other != word])
+SHORTER = {
+    'What is': "What's",
+    'Where is': "Where's",
+    'Who is': "Who's",
+    'do not': "don't",
+    'cannot': "can't",
+    'I am': "I'm",
+    'I would': "I'd",
+    'does not': "doesn't",
+    'is not': "isn't",
+    'you are': "you're",
+}
 WRAPPED = [
-    'I have a question. {}', 'A question: {}', 'Tell me this, please. {}', 'Hello! {}', 'Please help me. {}',
-    '{} Please tell me.', '{} I would like to know.', '{} Thank you.',
+    'I have a question. {}',
+    'A question: {}',
+    'Tell me this, please. {}',
+    'Hello! {}',
+    'Please help me. {}',
+    '{} Please tell me.',
+    '{} I would like to know.',
+    '{} Thank you.',
 ]
 MEANING = frozenset('''
     not no nor never none nothing without except only all any every some few many more most less least before
@@ -54,8 +62,8 @@ FIXED = re.compile(r'```.*?```|`[^`]*`|"[^"]*"|“[^”]*”|https?://\S+|\S*[\d
 
 
 def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, say=print):
-    """`records` (of data/formats.py) and after them copies of the training ones whose last question is
-    reworded.
+    """`records` (of data/formats.py) and after them copies of the training ones with a reworded last
+    question.
 
     factor    rows for training afterwards to those before: 2 = a copy of each, 1.5 = of about every other row
     synonyms  probability that a word which has a synonym here is replaced
@@ -158,8 +166,7 @@ def other_word(word, kept, draw, synonyms, typos, made):
 
 
 def mistyped(word, draw):
-    """A word with two letters swapped, one left out, doubled or replaced by its neighbour on the keyboard;
-    never the first."""
+    """A word with two letters swapped, one left out, doubled or beside it on the keyboard; never the first."""
     i = draw.randrange(1, len(word) - 1)
     before, letter, after = word[:i], word[i], word[i + 1:]
     row = next(keys for keys in KEYS if letter in keys)
@@ -173,13 +180,12 @@ def mistyped(word, draw):
 
 
 def other_wording(text, draw):
-    """The question put in another way: a short form where it has one, else with words around it, or
-    carelessly written."""
-    shorter = [(long, short) for long, short in SHORTER if re.search(rf'\b{long}\b', text)]
+    """The question in another way: in a short form, with words around it, or carelessly written."""
+    long_forms = [long for long in SHORTER if re.search(rf'\b{long}\b', text)]
     way = draw.choice(['short', 'wrapped', 'wrapped', 'careless'])
-    if way == 'short' and shorter:
-        long, short = draw.choice(shorter)
-        return re.sub(rf'\b{long}\b', short, text)
+    if way == 'short' and long_forms:
+        long = draw.choice(long_forms)
+        return re.sub(rf'\b{long}\b', SHORTER[long], text)
     careless = text.rstrip()
     if way == 'careless' and careless.endswith(('?', '.', '!')) and len(careless.split()) > 2:
         return careless[:-1].rstrip()

@@ -67,7 +67,7 @@ class Rendered:
 
 def render(tokenizer, messages, tools=None, loss_on='completion', add_generation_prompt=False, **variables):
     """One chat -> Rendered. loss_on: 'completion' (the last message, an assistant's), 'assistant' (all of its
-    turns) or 'all'; the stop token is a target, what a template writes behind it is not.
+    turns) or 'all'; the stop token is a target, what a template writes after it is not.
     add_generation_prompt ends the chat where the model is to speak: then no message is a completion.
     variables go to the template (enable_thinking=False). UserError: a chat or a template that cannot be
     rendered so."""

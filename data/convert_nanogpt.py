@@ -1,5 +1,4 @@
-"""Takes over a data set that nanoGPT prepared: train.bin, val.bin and meta.pkl, or no meta.pkl for GPT-2's
-BPE.
+"""Takes over a data set that nanoGPT prepared: train.bin, val.bin and meta.pkl (none for GPT-2's BPE).
 
     python data/convert_nanogpt.py path/to/nanoGPT/data/shakespeare_char my_shakespeare
 

@@ -32,8 +32,7 @@ META_TYPES = {
 
 
 class Corpus:
-    """name: a folder in `data_dir` (default: this folder), or the path of one. Raises UserError for anything
-    wrong.
+    """name: a folder in `data_dir` (default: this folder), or the path of one. UserError for anything wrong.
 
     .name, .directory, .meta (meta.json: vocab_size, tokenizer, tokenizer_sha256, val_tokens, val_bytes,
     source, stand_in, ...), .tokens(split) -> 1-D np.memmap of uint16 or uint32.
@@ -158,8 +157,7 @@ def check_aligned(first, other):
 
 
 def windows(tokens, offsets, block_size, device=None):
-    """The windows of a split that begin at `offsets` (B,): x (B, block_size) and the targets y, one token on,
-    int64.
+    """The windows at `offsets` (B,): x (B, block_size) and the targets y, one token on, int64.
 
     Offsets lie in 0 .. len(tokens) - block_size - 1. One gather for all rows; a copy to CUDA does not wait.
     """

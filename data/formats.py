@@ -1,5 +1,4 @@
-"""Rows of any documented format, from any documented place -> Record(prompt, completion, tools, split,
-where).
+"""Rows of any documented format, from anywhere -> Record(prompt, completion, tools, split, where).
 
     messages + tools + metadata      a chat, whose last message is the answer; arguments of tool calls are
                                      objects or JSON strings
@@ -602,8 +601,7 @@ def is_of_type(value, type):
 # ---- packing
 
 def best_fit(lengths, capacity):
-    """Best-fit decreasing bin packing -> bins, each a list of indices whose lengths sum to at most
-    `capacity`.
+    """Best-fit decreasing bin packing -> bins: lists of indices whose lengths sum to at most `capacity`.
 
     The longest come first, each into the fullest bin that still has room for it (Johnson et al. 1974: at most
     11/9 of the fewest bins, plus a constant). ValueError where one is longer than the capacity.

@@ -1,5 +1,4 @@
-"""The inside of data/sandbox.py: a process of its own that puts itself into a jail, then forks once per
-program.
+"""The inside of data/sandbox.py: a process that puts itself into a jail, then forks once per program.
 
 Started by sandbox.py as `python -s -S jail.py SOCKET strong|weak`, with an empty environment. It imports what
 programs often import, gives up root, enters new user, process, mount, network, IPC and UTS namespaces, and
@@ -92,8 +91,7 @@ def leave_root():
 
 
 def enter_namespaces():
-    """New user, process, mount, network, IPC and UTS namespaces; / is then the standard library and an empty
-    FOLDER.
+    """New user, process, mount, network, IPC and UTS namespaces; / is then the library and an empty FOLDER.
 
     Returns a handle on the process namespace, to come back to it after each fork into another.
     """

@@ -1,5 +1,4 @@
-"""Preference pairs: rows of any documented format -> Pair -> token ids. For train_dpo.py and the reward model
-of train_rl.py.
+"""Preference pairs, for train_dpo.py and the reward model of train_rl.py: rows -> Pair -> token ids.
 
     prompt + chosen + rejected       texts; or messages, each side the assistant's answer alone or the
                                      dialogue up to it
@@ -216,8 +215,7 @@ def is_empty(value):
 # ---- pairs -> ids
 
 def encode_pairs(tokenizer, pairs, max_length, max_prompt_length=None, num_proc=1):
-    """[Pair] -> ([TokenPair], Drops, cuts). The model's chat template is applied once; texts get the end
-    token.
+    """[Pair] -> ([TokenPair], Drops, cuts). The chat template is applied once; texts get the end token.
 
     A prompt longer than max_prompt_length loses its beginning, an answer that then exceeds max_length its
     end, but never all of it; cuts counts both: {'prompts': n, 'answers': n}. num_proc: processes that render.

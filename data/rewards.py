@@ -1,5 +1,4 @@
-"""Rewards that can be verified: of a completion's text against the record of its problem, each by name and
-with a weight.
+"""Rewards that can be verified, by name and weight: of a completion's text against its problem's record.
 
     exact               1 where the answer is the record's: as numbers where both are ("$1,080.00" is "1080")
     number              1 where the answer is a number
@@ -87,8 +86,7 @@ def fraction(a, b):
 
 
 def plain(text):
-    """A short answer without what does not change it: case, spaces, a final full stop, LaTeX around it,
-    typographic signs."""
+    """An answer without what does not change it: spaces, a final full stop, LaTeX, typographic signs."""
     for sign, ascii in (('\u2212', '-'), ('\u2013', '-'), ('\\$', '$'), ('\\%', '%'), ('{,}', ',')):
         text = text.replace(sign, ascii)
     text = re.sub(r'\\[,;!: ]|\u00a0', ' ', text.strip())
@@ -305,8 +303,7 @@ class Server:
 
 
 def serve(path, name):
-    """The process of a Server: loads the function, then answers {'completions', 'records'} with {'values'},
-    {'raised'} or {'error'}."""
+    """A Server's process: answers {'completions', 'records'} with {'values'}, {'raised'} or {'error'}."""
     pipe = os.fdopen(os.dup(1), 'w', encoding='utf-8')
     os.dup2(2, 1)               # what the function prints goes to the console, not into the pipe
 

@@ -138,8 +138,7 @@ _pool, _lock = None, threading.Lock()
 
 
 def start(allow_weak=False, workers=None):
-    """Starts the jails, so that what is missing here is known before the work; returns it in words, '' for
-    nothing.
+    """Starts the jails, so that what is missing here is known before the work; returns it in words, or ''.
 
     allow_weak: run programs even where the system gives no namespaces or no system-call filter. workers:
     programs at the same time, default one a processor. Called again, it starts anew with other workers or

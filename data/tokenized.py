@@ -76,8 +76,7 @@ class TokenizedRows:
 
 def encode_records(records, tokenizer, rows, findings, loss_on='completion', max_length=None,
                    max_prompt_length=None, num_proc=1, skip_bad_rows=False):
-    """Adds the rows of (number of the data set, Record) pairs to `rows`, and to `findings` what is wrong with
-    them.
+    """Adds the rows of (number of the data set, Record) pairs to `rows`, and what is wrong to `findings`.
 
     max_length: of prompt and completion together; max_prompt_length: of what comes before the first target;
     None = any. num_proc: processes that render. Returns the longest length there was before trimming.
@@ -89,9 +88,9 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
     needed = 0              # max_length that would hold every row whole
     called = {'train': set(), 'eval': set()}    # names of tools
     for chunk, rendered in map_chunks(render, chunks, num_proc):
-        for (source, record), found in zip(chunk, rendered):
-            if isinstance(found, str):
-                findings.add('rows that cannot be rendered', f'{record.where}: {found}')
+        for (source, record), chats in zip(chunk, rendered):
+            if isinstance(chats, str):
+                findings.add('rows that cannot be rendered', f'{record.where}: {chats}')
                 continue
             broken = broken_calls(record)
             if broken:
@@ -100,7 +99,7 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
                     continue
             called[record.split].update(tools_called(record))
             keys = [digest(record.prompt), digest([record.prompt, record.completion])]
-            for row in found:
+            for row in chats:
                 longest = max(longest, len(row.ids))
                 ids, mask, lost = truncate(row.ids, row.mask, max_length, max_prompt_length)
                 if lost in ('completions that do not fit', 'prompts trimmed from the left'):

@@ -256,8 +256,7 @@ def solution_of(parts):
 # ---- one episode of a team
 
 class Env:
-    """One episode. program: {'program', 'passed'} of the last one; failures: the tests that it or an earlier
-    one did not pass."""
+    """One episode. program: {'program', 'passed'} of the last one; failures: tests that programs failed."""
     roles = ROLES
 
     def __init__(self, problem):

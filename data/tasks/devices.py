@@ -1,5 +1,4 @@
-"""Requests to a dozen devices of a house, one to three calls each: the embedded set of supervised
-fine-tuning.
+"""Requests to a dozen devices of a house, one to three calls each: the embedded set of fine-tuning.
 
 As in toolcalls.py no argument value, opening or wording of an eval row occurs in training. Values are
 numbers, times and codes, which are open sets: what is held out is a value, not a word of which the model

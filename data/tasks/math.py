@@ -1,5 +1,4 @@
-"""Problems with an exact answer, for a team: the tool agent writes a program, which is run; the reasoner
-answers.
+"""Problems with an exact answer, for a team: the tool agent's program is run, then the reasoner answers.
 
 From the second turn on both see what was tried: every program, what it printed, every answer. An episode ends
 where the two agree, and is a success where the reasoner is right, so that agreeing on something wrong earns

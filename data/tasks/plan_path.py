@@ -78,7 +78,7 @@ for pieces in itertools.product(STARTS, GOALS, BLOCKS):
 
 def grid_cells(size):
     """All cells (row, column) of a square grid, row by row."""
-    return [(row, column) for row in range(size) for column in range(size)]
+    return list(itertools.product(range(size), repeat=2))
 
 
 def name_of(cell):
@@ -258,8 +258,7 @@ class Env:
         return shortest(self.position, self.goal, self.walls, self.size)
 
     def walk(self, moves):
-        """(moves up to the goal or the first illegal one, the cell of the illegal one or None, where they
-        end)."""
+        """(moves up to the goal or an illegal one, the cell of the illegal one or None, where they end)."""
         position, walked = self.position, []
         for move, cell in zip(moves, steps(position, moves)):
             if position == self.goal:

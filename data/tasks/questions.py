@@ -1,5 +1,4 @@
-"""Questions about a person who was just described, answered in full sentences: the embedded question/answer
-set.
+"""Questions about a person just described, answered in full sentences: the embedded question/answer set.
 
     python -m data.tasks.questions train=800 eval=200 > qa.json
 

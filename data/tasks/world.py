@@ -34,14 +34,12 @@ def hash_of(text):
 
 
 def split_of(key, share=0.1):
-    """'eval' for about `share` of all keys (strings), 'train' for the rest; always the same for the same
-    key."""
+    """'eval' for about `share` of all keys (strings), 'train' for the rest, by a hash of the key."""
     return 'eval' if hash_of(key) < share * 2 ** 64 else 'train'
 
 
 def part(values, split, share=0.2):
-    """The values of a short list that belong to `split`: a fifth, at least one, is held out, chosen by
-    hash."""
+    """The values of a short list that belong to `split`: a fifth, at least one, is held out, by hash."""
     num_held_out = max(1, round(share * len(values)))
     by_hash = sorted(values, key=lambda value: hash_of(str(value)))
     held_out = by_hash[:num_held_out]

@@ -1,5 +1,4 @@
-"""The text that the embedded model is pretrained on: an endless stream of short documents, the same for the
-same seed.
+"""What the embedded model is pretrained on: an endless stream of short documents, a function of the seed.
 
     python data/tiny/corpus.py | head          # some of it
 
@@ -73,7 +72,7 @@ def dialogue(question, answer):
 
 
 def chat(task, problem, draw):
-    """A problem with the demonstrator's answer; sometimes with results of tools, or after another question."""
+    """A problem with the demonstrator's answer; sometimes with results of tools, or after a question."""
     answer = {'role': 'assistant', 'content': task.demonstration(problem, draw)}
     messages = [*task.prompt(problem), answer]
     if task is toolcalls:
@@ -121,8 +120,7 @@ def sentence(draw):
 
 
 def copy(draw):
-    """A question that asks for some of its own words: how the model learns to write any value, as text and in
-    JSON.
+    """A question that asks for some of its own words: the model learns to write any value, in JSON too.
 
     All words occur here, those too that no tool is called with in training.
     """

@@ -56,7 +56,7 @@ def use_hub(args, domain):
 
 
 def hub(name, subset=None, split='train', files=None, streaming=False):
-    """The rows of a data set of the hub; files: JSON files of it to read instead. UserError where it fails."""
+    """The rows of a data set of the hub; files: JSON files of it to read instead. UserError on failure."""
     import datasets
     try:
         if files:

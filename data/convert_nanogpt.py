@@ -8,9 +8,10 @@ opcodes that build dicts, lists, strings and numbers, which refuses every other 
 import os
 import pickletools
 import sys
+from pathlib import Path
 
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 

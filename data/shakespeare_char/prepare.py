@@ -9,9 +9,10 @@ import hashlib
 import os
 import sys
 import urllib.request
+from pathlib import Path
 
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configurator import run_script
 from data.prepare import prepare as write, prepare_files
@@ -70,5 +71,9 @@ def download(path):
     return True
 
 
+def main(_):
+    prepare()
+
+
 if __name__ == '__main__':
-    run_script(lambda _: prepare(), None)
+    run_script(main, None)

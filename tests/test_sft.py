@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train_sft
 from configurator import UserError, as_dict, parse
 from conftest import ROOT
-from data.tokenized import TokenizedRows, encode_records, fit
+from data.tokenized import TokenizedRows, encode_records, truncate
 from data.formats import to_record
 from data.tasks import facts
 from data.tasks.world import NAMES, ROOMS
@@ -195,7 +195,7 @@ def test_weights_of_data_sets_and_drop_last():
     ('00011', 9, 1, 'cde', '011', 'prompts trimmed from the left'), ('0110011', 5, None, 'cdefg', '00011', 'earlier turns not learned'),
     ('0110011', 4, None, 'defg', '0011', 'earlier turns not learned'), ('111', 9, None, 'abc', '111', '')])
 def test_rows_that_are_too_long(mask, max_length, max_prompt, kept, targets, lost):
-    ids, left, what = fit(list('abcdefg'[:len(mask)]), [c == '1' for c in mask], max_length, max_prompt)
+    ids, left, what = truncate(list('abcdefg'[:len(mask)]), [c == '1' for c in mask], max_length, max_prompt)
     assert (''.join(ids), ''.join('01'[t] for t in left), what) == (kept, targets, lost)
 
 

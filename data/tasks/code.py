@@ -18,7 +18,7 @@ from data.sandbox import same_output
 from data.tasks.env import Outcome, chat
 from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct, say
 from data.tasks.stored import stored_problems
-from data.tasks.world import split_of
+from data.tasks.world import lines, split_of
 
 ROLES, ACTS = ('coder', 'tester'), 'coder'
 RUNS_PROGRAMS = True
@@ -76,12 +76,31 @@ MISTAKEN = {                    # conditions: what the coder's demonstrator take
     'less than {k}': 'more than {k}',
     'not {k}': 'more than {k}',
 }
-OPENINGS = ['Read numbers.', 'There are numbers on a line.', 'Numbers are given.', 'The line has numbers.',
-            'Read a line of numbers.']
-TAKES = ['Take those that are {condition}.', 'Only those that are {condition} count.',
-         'Use the ones that are {condition}.', 'Leave out what is not {condition}.']
-TURNS = ['Write each as {value}.', 'Make each {value}.', 'Each becomes {value}.', 'Turn each into {value}.']
-PRINTS = ['Print the {result}.', 'The answer is the {result}.', 'Show the {result}.', 'Find the {result}.']
+OPENINGS = lines('''
+    Read numbers.
+    There are numbers on a line.
+    Numbers are given.
+    The line has numbers.
+    Read a line of numbers.
+''')
+TAKES = lines('''
+    Take those that are {condition}.
+    Only those that are {condition} count.
+    Use the ones that are {condition}.
+    Leave out what is not {condition}.
+''')
+TURNS = lines('''
+    Write each as {value}.
+    Make each {value}.
+    Each becomes {value}.
+    Turn each into {value}.
+''')
+PRINTS = lines('''
+    Print the {result}.
+    The answer is the {result}.
+    Show the {result}.
+    Find the {result}.
+''')
 VALUE_WORDS = {
     '': '',
     'squares': 'its square',
@@ -237,8 +256,7 @@ def solution_of(parts):
 # ---- one episode of a team
 
 class Env:
-    """One episode. program: {'program', 'passed'} of the last one; failures: the tests that it or an earlier
-    one did not pass."""
+    """One episode. program: {'program', 'passed'} of the last one; failures: tests that programs failed."""
     roles = ROLES
 
     def __init__(self, problem):

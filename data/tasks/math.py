@@ -1,5 +1,4 @@
-"""Problems with an exact answer, for a team: the tool agent writes a program, which is run; the reasoner
-answers.
+"""Problems with an exact answer, for a team: the tool agent's program is run, then the reasoner answers.
 
 From the second turn on both see what was tried: every program, what it printed, every answer. An episode ends
 where the two agree, and is a success where the reasoner is right, so that agreeing on something wrong earns
@@ -18,7 +17,7 @@ from data.rewards import as_number, extract_answer, same_answer
 from data.tasks.env import Outcome, chat
 from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct
 from data.tasks.stored import stored_problems
-from data.tasks.world import ITEMS, NAMES, split_of
+from data.tasks.world import ITEMS, NAMES, lines, split_of
 
 ROLES, ACTS = ('tool', 'reasoner'), 'reasoner'
 RUNS_PROGRAMS = True
@@ -43,23 +42,27 @@ RULES = {
 P_WRONG_PROGRAM = 0.5
 P_IGNORE_PROGRAM = 0.6
 
-HAS = ['{name} has {a} {items}.', '{name} owns {a} {items}.', 'There are {a} {items} in the bag of {name}.']
-EACH = [
-    '{name} has {a} bags of {b} {items}.',
-    '{name} has {a} boxes with {b} {items} each.',
-    'In each of the {a} boxes of {name} there are {b} {items}.',
-]
+HAS = lines('''
+    {name} has {a} {items}.
+    {name} owns {a} {items}.
+    There are {a} {items} in the bag of {name}.
+''')
+EACH = lines('''
+    {name} has {a} bags of {b} {items}.
+    {name} has {a} boxes with {b} {items} each.
+    In each of the {a} boxes of {name} there are {b} {items}.
+''')
 CHANGES = {
     '+': ['{name} buys {c} more.', '{name} finds {c} more.', '{friend} gives {name} {c}.', '{name} gets {c} '
                                                                                            'from {friend}.'],
     '-': ['{name} gives {friend} {c}.', '{name} loses {c}.', '{name} sells {c}.', '{friend} takes {c}.'],
 }
-QUESTIONS = [
-    'How many {items} does {name} have?',
-    'How many {items} are there now?',
-    'How many are there in the end?',
-    'Count the {items} of {name}.',
-]
+QUESTIONS = lines('''
+    How many {items} does {name} have?
+    How many {items} are there now?
+    How many are there in the end?
+    Count the {items} of {name}.
+''')
 
 
 # ---- problems

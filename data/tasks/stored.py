@@ -88,8 +88,7 @@ def normalized(question):
 
 
 def pick(problems, split, n, seed):
-    """n of the problems: for training shuffled, and again each time that all were used; else each at most
-    once, so possibly fewer."""
+    """n of the problems: for training shuffled, in epochs; else each once at most, so possibly fewer."""
     if split != 'train' and n > len(problems):
         say(f'env.benchmark: all {len(problems)} problems, not {n}: there are no more')
     draw = random.Random(f'stored/{split}/{seed}')

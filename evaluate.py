@@ -57,7 +57,7 @@ class Config:
     output_dir: str | None = setting(None, also=('output',))  # folder of the results;
                                                               # evaluation/NAME_OF_THE_FIRST_MODEL if not set
     num_examples: int = 5  # best, worst, and of each kind of error, in the report
-    # machine
+    # device
     device: str = 'auto'  # auto = cuda, mps or cpu; or cuda:1, ...
     dtype: str = setting('auto', choices=('auto', 'float32', 'bfloat16', 'float16'))  # on a GPU; a CPU has
                                                                                       # float32
@@ -94,7 +94,7 @@ def main(cfg):
         raise UserError('evaluate.py runs in one process: start it without torchrun')
     print(describe_device(run))
     out_dir = Path(cfg.output_dir or Path('evaluation', Path(names[0]).name))
-    earlier_results(out_dir)            # a folder that cannot be written is said before the work, not after
+    earlier_results(out_dir)            # files of something else are found before the work, not after
     data = read_data(cfg, names[0])
     if cfg.baselines and not data.training:
         raise UserError(f'--baselines look at training rows, and {data.name} has none: mark them with '

@@ -108,7 +108,7 @@ def percent_axis(axis):
 
 
 def legend_above(axes, **style):
-    """Where it hides no curve."""
+    """Outside the plot, where it hides no curve."""
     axes.legend(loc='lower left', bbox_to_anchor=(-0.01, 1), frameon=False, **style)
 
 
@@ -337,10 +337,12 @@ def figure_of_scores(results):
 
 
 def figure_of_tools(results):
+    """The calls of each tool, most wanted first."""
     tools = results[0]['tools']
 
     def shares(result, count):
-        return [result['tools'][tool][count] / tools[tool]['wanted'] for tool in tools]
+        # a model with a shorter context has fewer rows, and may lack a tool
+        return [result['tools'].get(tool, {count: 0})[count] / tools[tool]['wanted'] for tool in tools]
 
     figure = bars([f'{tool} ({row["wanted"]})' for tool, row in tools.items()], results,
                   [shares(result, 'exact_call') for result in results],

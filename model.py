@@ -188,7 +188,8 @@ class GPT(nn.Module):
 
     @functools.cached_property
     def inv_freq(self):
-        """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are learned."""
+        """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are
+        learned."""
         return {layer_type: rope_frequencies(self.config, layer_type) for layer_type in self.config.rope}
 
     def embed(self, idx, positions, embeddings=None):

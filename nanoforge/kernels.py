@@ -17,7 +17,7 @@ SHORT_BLOCK = 192       # up to here batched products beat blockwise attention o
 SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
 BUCKET = 16             # segments whose lengths differ by less than this are computed side by side,
 SCORES = 2 ** 18        # up to so many scores at a time, which stay in cache
-ALIGN = 64  # bf16 products take packed rows of a multiple of this: oneDNN compiles a kernel for each new size
+ALIGN = 64              # bf16 products take packed rows of a multiple of this: oneDNN compiles one for each size
 
 
 def on_cpu(x):
@@ -89,7 +89,8 @@ def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
     half_on_cpu = x.device.type == 'cpu' and x.dtype.itemsize == 2
     if half_on_cpu or x.dtype != weight.dtype:          # rounded once, at the end
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+        y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+        return y.to(x.dtype)
     if on_cpu(x):
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -236,8 +237,10 @@ def attention(q, k, v, mask, scale, softcap=0.0):
     if not softcap:
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     if grouped:
-        k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
-    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+        sharing = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1)
+    scores = (q @ k.transpose(2, 3)).float()
+    scores = softcap * torch.tanh(scores * (scale / softcap))
     if causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril_()
     if mask is not None:
@@ -343,12 +346,13 @@ class AttentionContext:
         for *qkv, mask in zip(*by_document, self.masks[layer_type]):            # (n, heads, D) each
             qkv = [h.transpose(0, 1)[None] for h in qkv]                        # (1, heads, n, D)
             outputs.append(attention(*qkv, mask, cfg.attn_scale, cfg.attn_softcap))
-        return torch.cat(outputs, 2).view(H, B, T, D).transpose(0, 1)
+        y = torch.cat(outputs, 2)                                               # (1, H, B * T, D)
+        return y.view(H, B, T, D).transpose(0, 1)
 
 
 def _norm_and_rotate(qk, n_head, q_weight, k_weight, eps, cos, sin, out):
-    """QK norm (where there are weights) and rotary positions (where there are angles) of qk (heads, ..., D), the first
-    n_head of them queries, written to `out` -> what the backward of the norm needs."""
+    """QK norm (where there are weights) and rotary positions (where there are angles) of qk (heads, ..., D),
+    the first n_head of them queries, written to `out` -> what the backward of the norm needs."""
     saved = ()
     if q_weight is not None:
         raw = qk.contiguous()
@@ -404,7 +408,8 @@ class ShortAttention(torch.autograd.Function):
         x[2].copy_(heads[2])
         x = x.view(3, B * H, T, D)
         q, k, v = x.unbind(0)                                               # (B * H, T, D) each
-        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
+        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)          # (B * H, T, T)
+        p = p.softmax(-1)
         ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *saved)
         ctx.sizes, ctx.scale = (B, T, H, D), scale
         y = torch.bmm(p, v).view(B, H, T, D)
@@ -416,7 +421,8 @@ class ShortAttention(torch.autograd.Function):
         x, p, q_weight, k_weight, cos, sin, *saved = ctx.saved_tensors
         B, T, H, D = ctx.sizes
         q, k, v = x.unbind(0)
-        grad = grad.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
+        grad = grad.view(B, T, H, D).transpose(1, 2)
+        grad = grad.reshape(B * H, T, D)
         dx = torch.empty_like(x)
         dq, dk, dv = dx.unbind(0)
         torch.bmm(p.transpose(1, 2), grad, out=dv)
@@ -481,11 +487,13 @@ class VarlenBatches:
         q_rows = self.table_rows(query, 0, H)                                   # (H, n, Q)
         # the heads that share keys lie side by side: their queries are one product
         q_rows = q_rows.view(G, H // G, *query.shape).transpose(1, 2).flatten()
-        k_rows, v_rows = self.table_rows(key, H, G), self.table_rows(key, H + G, G)
-        grad_rows = torch.where(q_rows < (H + 2 * G) * N, q_rows % N * H + q_rows // N, H * N)
+        k_rows = self.table_rows(key, H, G).flatten()
+        v_rows = self.table_rows(key, H + G, G).flatten()
+        token, head = q_rows % N, q_rows // N
+        grad_rows = torch.where(q_rows < (H + 2 * G) * N, token * H + head, H * N)
         # padding lies behind everything, so no query sees it but padding
         position = torch.cat((positions.flatten(), positions.new_tensor([2 ** 30])))
-        rows = torch.cat((q_rows, k_rows.flatten(), v_rows.flatten()))
+        rows = torch.cat((q_rows, k_rows, v_rows))
         return VarlenBatch(query.size(1), key.size(1), rows, grad_rows,
                            position[query][:, :, None], position[key][:, None])
 
@@ -509,7 +517,8 @@ class VarlenBatches:
                 seen = key <= query
                 if window:
                     seen = seen & (query - key < window)
-                masks.append(torch.zeros((), dtype=dtype).masked_fill(~seen, float('-inf')).unsqueeze(1))
+                mask = torch.zeros((), dtype=dtype).masked_fill(~seen, float('-inf'))
+                masks.append(mask.unsqueeze(1))
             self.masks[window, dtype] = masks
         return self.masks[window, dtype]
 
@@ -534,7 +543,8 @@ def bucket(segments, limit):
         middle = start
         if start == begin and prompts[begin] < end - start:
             middle = begin + prompts[begin]
-        for part in ((begin, 0, start, middle), (begin, shared or middle - start, middle, end)):
+        first, rest = (begin, 0, start, middle), (begin, shared or middle - start, middle, end)
+        for part in (first, rest):
             length = part[3] - part[2]
             if length:
                 key = -(-part[1] // BUCKET), -(-length // BUCKET)
@@ -576,7 +586,8 @@ class VarlenAttention(torch.autograd.Function):
             outputs.append(torch.bmm(p, v).view(-1, D))
             by_batch += (q, k, v, p)
         ctx.save_for_backward(q_weight, k_weight, cos, sin, *saved, *by_batch)
-        ctx.varlen, ctx.scale, ctx.shape, ctx.n_saved = varlen, scale, qkv.shape, len(saved)
+        ctx.varlen, ctx.scale = varlen, scale
+        ctx.shape, ctx.n_saved = qkv.shape, len(saved)
         y = torch.cat(outputs).index_select(0, varlen.outputs)
         return y.view(B, T, H * D).to(qkv.dtype)
 
@@ -635,7 +646,8 @@ class SharedPrefixAttention:
         step = torch.arange(int((end - start).max()), device=device)
         prefix = torch.arange(int(shared.max()), device=device)
         self.query = torch.minimum(start + step, end - 1)                                       # (N, longest)
-        self.key = torch.cat((begin + torch.minimum(prefix, shared - 1), self.query), 1)
+        shared_keys = begin + torch.minimum(prefix, shared - 1)
+        self.key = torch.cat((shared_keys, self.query), 1)
         sees_prefix = (prefix < shared)[:, None].expand(-1, len(step), -1)
         sees_itself = (step <= step[:, None]).expand(len(branches), -1, -1)
         self.mask = torch.cat((sees_prefix, sees_itself), 2)[:, None]
@@ -665,8 +677,10 @@ class SharedPrefixAttention:
         branch = F.scaled_dot_product_attention(
             rows(flat_q, self.query), rows(flat_k, self.key), rows(flat_v, self.key), self.mask,
             scale=scale, enable_gqa=grouped)
-        outputs = torch.cat([y.transpose(1, 2).reshape(-1, H * D) for y in (trunk, branch)])
-        return F.embedding(self.order, outputs).view(B, T, H, D).transpose(1, 2)
+        trunk = trunk.transpose(1, 2).reshape(-1, H * D)
+        branch = branch.transpose(1, 2).reshape(-1, H * D)
+        y = F.embedding(self.order, torch.cat((trunk, branch)))
+        return y.view(B, T, H, D).transpose(1, 2)
 
 
 # ---- the head and what is read off it ----------------------------------------------------------------------
@@ -682,7 +696,8 @@ def head(hidden, weight, softcap=0.0):
     # no float32 copy of the weight
     if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():
         rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        z = torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+        z = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+        z = z.view(*hidden.shape[:-1], -1)
     else:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         z = F.linear(hidden.to(dtype), weight.to(dtype))
@@ -775,7 +790,8 @@ class TokenStats(torch.autograd.Function):
         chosen, total, weighted, mean = x.new_zeros(4, N)
         for i, tile in enumerate(ctx.tiles):
             keep_tile = i < ctx.keep
-            z = TokenStats.logits(ctx, x, weight[tile], x.new_empty(N * width) if keep_tile else buffer)
+            own_buffer = x.new_empty(N * width) if keep_tile else buffer
+            z = TokenStats.logits(ctx, x, weight[tile], own_buffer)
             here, column = TokenStats.locate(targets, tile)
             chosen = torch.where(here, z.gather(1, column).squeeze(1), chosen)
             peak, argmax = z.max(-1) if extras else (z.amax(-1), None)
@@ -816,7 +832,8 @@ class TokenStats(torch.autograd.Function):
             if i < ctx.keep and dentropy is None:
                 e, top = kept[2 * i:2 * i + 2]
                 out = buffer[:e.numel()].view(e.shape)
-                dz = torch.mul(e, (p_factor * (top - lse).exp_())[:, None], out=out)
+                factor = p_factor * (top - lse).exp_()
+                dz = torch.mul(e, factor[:, None], out=out)
             else:
                 z = TokenStats.logits(ctx, x, weight[tile], buffer)
                 # of the soft cap, less its factor

@@ -166,7 +166,7 @@ def other_word(word, kept, draw, synonyms, typos, made):
 
 
 def mistyped(word, draw):
-    """A word with two letters swapped, one left out, doubled or hit beside its key; never the first."""
+    """A word with two letters swapped, one left out, doubled or hit beside its key, never the first."""
     i = draw.randrange(1, len(word) - 1)
     before, letter, after = word[:i], word[i], word[i + 1:]
     row = next(keys for keys in KEYS if letter in keys)

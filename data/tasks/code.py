@@ -246,11 +246,13 @@ def draw_inputs(parts, draw):
 
 def solution_of(parts):
     """The program of these parts."""
-    condition, value, result = (table[parts[part]][0].format(**parts) for table, part in
-                                ((CONDITIONS, 'condition'), (VALUES, 'value'), (RESULTS, 'result')))
+    condition, _ = CONDITIONS[parts['condition']]
+    value, _ = VALUES[parts['value']]
+    result, _ = RESULTS[parts['result']]
     if condition:
-        condition = f' if {condition}'
-    return f'x=[{value} for n in map(int,input().split()){condition}]\nprint({result} if x else 0)'
+        condition = ' if ' + condition
+    line = f'x=[{value} for n in map(int,input().split()){condition}]'.format(**parts)
+    return f'{line}\nprint({result} if x else 0)'
 
 
 # ---- one episode of a team

@@ -25,8 +25,8 @@ RUNS_PROGRAMS = True
 DATASETS = ('code_contests', 'apps', 'interview', 'livecodebench')
 SETTINGS = {
     'dataset': (None, 'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, '
-                      f'several with +: {", ".join(DATASETS)} or a file of yours; code_contests where '
-                      'nothing is said'),
+                      f'several with +: {", ".join(DATASETS)} or a file of '
+                      'yours; code_contests where nothing is said'),
     'data_dir': ('datasets', 'where scripts/dataprocess/load_code.py put them'),
     'tests': (4, 'hidden tests of a training problem that count, at most; held-out problems keep all'),
     'timeout': (2.0, 'seconds that a program may run on one test'),

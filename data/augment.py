@@ -75,8 +75,8 @@ def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, 
     UserError: settings without meaning.
     """
     if not 1 <= factor <= 100:
-        raise UserError(f'augmentation factor {factor}: 1 (no copies) to 100 (rows afterwards to rows '
-                        'before)')
+        raise UserError(f'augmentation factor {factor}: 1 (no copies) to '
+                        '100 (rows afterwards to rows before)')
     for name, value in (('synonyms', synonyms), ('typos', typos), ('wordings', wordings)):
         if not 0 <= value <= 1:
             raise UserError(f'augmentation, {name}={value}: a probability from 0 to 1')
@@ -166,7 +166,7 @@ def other_word(word, kept, draw, synonyms, typos, made):
 
 
 def mistyped(word, draw):
-    """A word with two letters swapped, one left out, doubled or hit beside its key; never the first."""
+    """A word with two letters swapped, one left out, doubled or hit beside its key, never the first."""
     i = draw.randrange(1, len(word) - 1)
     before, letter, after = word[:i], word[i], word[i + 1:]
     row = next(keys for keys in KEYS if letter in keys)

@@ -56,8 +56,8 @@ def char_encoder(characters, separator=False):
         rows = [table[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] for text in texts]
         for text, row in zip(texts, rows):
             if row.size and row.min() < 0:
-                raise UserError(f'the character {text[int(row.argmin())]!r} is not among the {len(codes)} '
-                                'known ones')
+                raise UserError(f'the character {text[int(row.argmin())]!r} is '
+                                f'not among the {len(codes)} known ones')
         return rows
 
     return Encoder('char', tokenizer, encode, len(codes) if separator else None)
@@ -101,8 +101,8 @@ def gpt2_encoder():
     except (OSError, ValueError) as e:    # requests' errors are OSErrors; a damaged file is a ValueError
         raise UserError(f"GPT-2's BPE ranks are neither in tiktoken's cache nor on the network "
                         f"({type(e).__name__}): "
-                        'point TIKTOKEN_CACHE_DIR at a cache from a machine with a network, or give '
-                        'data/prepare.py '
+                        'point TIKTOKEN_CACHE_DIR at a cache from a '
+                        'machine with a network, or give data/prepare.py '
                         "--tokenizer=FOLDER with GPT-2's tokenizer.json")
     return rank_encoder(encoding)
 
@@ -143,8 +143,8 @@ def file_encoder(path):
     """An existing tokenizer: a tokenizer.json, or the folder of a model or data set that holds one."""
     file = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
     if not os.path.isfile(file):
-        raise UserError(f'--tokenizer={path} is not char, byte, gpt2, bpe, a tokenizer.json or a folder with '
-                        'one')
+        raise UserError(f'--tokenizer={path} is not char, byte, gpt2, bpe, a '
+                        'tokenizer.json or a folder with one')
     try:
         tokenizer = Tokenizer.from_file(file)
     except Exception as e:    # the library raises nothing narrower
@@ -166,8 +166,8 @@ def tokenizer_encoder(kind, tokenizer):
         try:
             rows = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as e:    # the library raises nothing narrower, and only for an unknown symbol
-            raise UserError(f'this tokenizer cannot spell the text ({e}): a symbol of it is not in the '
-                            'vocabulary')
+            raise UserError(f'this tokenizer cannot spell the text ({e}): a '
+                            'symbol of it is not in the vocabulary')
         return [np.array(row.ids, dtype=np.uint32) for row in rows]
 
     ids = [tokenizer.token_to_id(token) for token in SEPARATORS]

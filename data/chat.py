@@ -109,8 +109,8 @@ def segments(tokenizer, messages, tools=None, loss_on='completion', add_generati
     turns = target_turns(messages, loss_on, add_generation_prompt)
     if (add_generation_prompt or turns) and lacks_generation_prompt(tokenizer, template):
         raise UserError('chat template: it has no generation prompt, the model would have to begin its own '
-                        'turn; end the template with {% if add_generation_prompt %} and the words that open '
-                        'a reply')
+                        'turn; end the template with '
+                        '{% if add_generation_prompt %} and the words that open a reply')
     pieces, position, skipped = [], 0, 0
     for i in turns:
         before = text_until(i, True)
@@ -141,8 +141,8 @@ def target_turns(messages, loss_on, add_generation_prompt):
     if add_generation_prompt:
         return []
     if messages[-1]['role'] != 'assistant':
-        raise UserError(f'messages: the last one is from {messages[-1]["role"]!r}, but what is to be learned '
-                        'is an assistant\'s message at the end')
+        raise UserError(f'messages: the last one is from {messages[-1]["role"]!r}, '
+                        'but what is to be learned is an assistant\'s message at the end')
     return turns[-1:]
 
 

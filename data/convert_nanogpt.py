@@ -79,8 +79,8 @@ def read_pickle(path):
             elif name == 'STOP':
                 return stack.pop()
             elif name not in ('PROTO', 'FRAME'):
-                raise UserError(f'{path}: refused, its opcode {name} can do more than build dicts and '
-                                'strings')
+                raise UserError(f'{path}: refused, its opcode {name} can do '
+                                'more than build dicts and strings')
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, StopIteration) as e:
         raise UserError(f'{path} is not a whole pickle ({e})')
 
@@ -95,16 +95,16 @@ def encoder_of(folder, tokenizer):
         symbols = meta['itos'] if isinstance(meta['itos'], dict) else dict(enumerate(meta['itos']))
         characters = [symbols.get(i) for i in range(len(symbols))]
         if any(not isinstance(character, str) or len(character) != 1 for character in characters):
-            raise UserError(f'{path}: itos does not give one character for every id from 0: no other is '
-                            'taken over')
+            raise UserError(f'{path}: itos does not give one character for '
+                            'every id from 0: no other is taken over')
         return char_encoder(characters), np.array([len(c.encode()) for c in characters])
     if meta.get('tiktoken_encoding', 'gpt2') != 'gpt2' or meta.get('tokenizer', 'tiktoken') != 'tiktoken':
-        raise UserError(f"{path}: only character vocabularies and GPT-2's BPE are taken over, not "
-                        f"{meta}"[:300])
+        raise UserError(f"{path}: only character vocabularies and "
+                        f"GPT-2's BPE are taken over, not {meta}"[:300])
     encoder = file_encoder(tokenizer) if tokenizer else gpt2_encoder()
     if encoder.kind != 'gpt2':
-        raise UserError(f"--tokenizer={tokenizer} is not GPT-2's, which a folder without meta.pkl was "
-                        "encoded with")
+        raise UserError(f"--tokenizer={tokenizer} is not GPT-2's, which a "
+                        "folder without meta.pkl was encoded with")
     lengths = np.zeros(encoder.vocab_size, dtype=np.int64)
     symbols = set(byte_symbols())
     for token, i in encoder.tokenizer.get_vocab(with_added_tokens=False).items():
@@ -118,8 +118,8 @@ def convert(folder, directory, tokenizer=None):
     paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
     for path in paths.values():
         if not os.path.isfile(path) or not os.path.getsize(path) or os.path.getsize(path) % 2:
-            raise UserError(f'{path} is missing, empty or not of 16-bit ids: {folder} is not a data folder '
-                            'of nanoGPT')
+            raise UserError(f'{path} is missing, empty or not of 16-bit ids: '
+                            f'{folder} is not a data folder of nanoGPT')
     encoder, lengths = encoder_of(folder, tokenizer)
     with Writer(directory, encoder.vocab_size) as writer:
         for split, path in paths.items():

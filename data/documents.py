@@ -35,8 +35,8 @@ def read_text(path, separator, bar):
             try:
                 block = file.read(BLOCK)
             except UnicodeDecodeError as e:
-                raise UserError(f'{path}: not UTF-8 ({e.reason}, 0x{e.object[e.start]:02x}): convert it '
-                                'first')
+                raise UserError(f'{path}: not UTF-8 ({e.reason}, '
+                                f'0x{e.object[e.start]:02x}): convert it first')
             bar.update(file.buffer.tell() - position)
             position = file.buffer.tell()
             if '\0' in block:
@@ -98,8 +98,8 @@ def read_parquet(path, field, bar):
 
 def checked(text, field, where):
     if not isinstance(text, str):
-        raise UserError(f'{where}: {field!r} must be text, not {type(text).__name__}: name the field with '
-                        '--field')
+        raise UserError(f'{where}: {field!r} must be text, not '
+                        f'{type(text).__name__}: name the field with --field')
     if not text.isascii() and any('\ud800' <= character <= '\udfff' for character in text):
         raise UserError(f'{where}: {field!r} holds half a character (a lone surrogate): repair the text')
     return text

@@ -134,8 +134,8 @@ def read_file(path):
                                 f'{{"question": ..., "answer": ...}}, got {excerpt(row)}')
             yield f'{path} {where}', row
     except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start} of a block); save it '
-                        'as UTF-8') from None
+        raise UserError(f'{path}: not UTF-8 text ({error.reason} at byte '
+                        f'{error.start} of a block); save it as UTF-8') from None
     except OSError as error:
         raise UserError(f'{path}: {error.strerror or error}') from None
     if not count:
@@ -245,8 +245,8 @@ def embedded_rows(name):
 def hub_rows(name, split, subset):
     """A data set of the Hugging Face hub, or of its cache on this machine."""
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name):
-        raise UserError(f'{name or "(no name)"}: no such file or directory, and no name of a data set on the '
-                        'hub')
+        raise UserError(f'{name or "(no name)"}: no such file or directory, and no '
+                        'name of a data set on the hub')
     try:
         import datasets
     except ImportError:
@@ -396,8 +396,8 @@ def prompt_and_completion(row, system, split, where):
         prompt = '' if row['prompt'] == '' else text_of(row, 'prompt')
         return Record((system or '') + prompt, text_of(row, 'completion'), None, split, where)
     if are_chats != [True, True]:
-        raise UserError('prompt and completion: one is a text, the other a list of messages; make both the '
-                        'same')
+        raise UserError('prompt and completion: one is a text, the other a list '
+                        'of messages; make both the same')
     prompt, completion = ([value] if isinstance(value, dict) else value for value in (prompt, completion))
     if [message.get('role') for message in completion if isinstance(message, dict)] != ['assistant']:
         raise UserError('completion: expected one message from the assistant')
@@ -439,8 +439,8 @@ def chat_record(messages, tools, system, split, where):
         raise UserError(f'messages: the last one is from {last["role"]!r}; the assistant\'s answer or tool '
                         'call, which is to be learned, must be the last')
     if len(messages) == 1:
-        raise UserError('messages: nothing comes before the answer of the assistant; begin with what the '
-                        'user asks')
+        raise UserError('messages: nothing comes before the answer of the '
+                        'assistant; begin with what the user asks')
     if not last['content'].strip() and not last.get('tool_calls'):
         raise UserError('messages: the last one, the answer, has neither content nor tool_calls')
     return Record(messages[:-1], [last], checked_tools(tools), split, where)
@@ -480,8 +480,8 @@ def check_message(message, where):
 def check_call(call, where):
     function = call.get('function', call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        raise UserError(f'{where}: expected {{"function": {{"name": ..., "arguments": ...}}}}, got '
-                        f'{excerpt(call)}')
+        raise UserError(f'{where}: expected '
+                        f'{{"function": {{"name": ..., "arguments": ...}}}}, got {excerpt(call)}')
     name, arguments = function.get('name'), function.get('arguments')
     if not isinstance(name, str) or not name:
         raise UserError(f'{where}: the call names no function')
@@ -492,8 +492,8 @@ def check_call(call, where):
             raise UserError(f'{where}: arguments of {name} are a text that is not JSON: '
                             f'{arguments[:60]!r}') from None
     if arguments not in (None, '') and not isinstance(arguments, dict):
-        raise UserError(f'{where}: arguments of {name} are {excerpt(arguments)}, not an object of named '
-                        'values')
+        raise UserError(f'{where}: arguments of {name} are '
+                        f'{excerpt(arguments)}, not an object of named values')
 
 
 def checked_tools(tools):
@@ -502,8 +502,8 @@ def checked_tools(tools):
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise UserError(f'tools: expected a list of {{"function": {{"name": ..., "parameters": ...}}}}, got '
-                        f'{excerpt(tools)}')
+        raise UserError(f'tools: expected a list of '
+                        f'{{"function": {{"name": ..., "parameters": ...}}}}, got {excerpt(tools)}')
     names = [check_tool(tool, f'tools[{i}]') for i, tool in enumerate(tools)]
     for name in names:
         if names.count(name) > 1:
@@ -515,8 +515,8 @@ def check_tool(tool, where):
     """The name of a tool; UserError where it is not a JSON schema of a function."""
     function = tool.get('function', tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict):
-        raise UserError(f'{where}: expected {{"function": {{"name": ..., "parameters": ...}}}}, got '
-                        f'{excerpt(tool)}')
+        raise UserError(f'{where}: expected '
+                        f'{{"function": {{"name": ..., "parameters": ...}}}}, got {excerpt(tool)}')
     name, parameters = function.get('name'), function.get('parameters')
     if not isinstance(name, str):
         raise UserError(f'{where}: the function has no name')

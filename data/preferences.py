@@ -99,8 +99,8 @@ def read_pair(row, where, source, system_prompt, chat):
         return Pair(prompt, chosen, rejected, None, split, where)
     messages, chosen, rejected = pair_of_chats(prompt, chosen, rejected)
     if messages[-1]['role'] == 'assistant':
-        raise UserError('prompt: its last message is from the assistant; what is answered must be somebody '
-                        'else\'s')
+        raise UserError('prompt: its last message is from the assistant; what is '
+                        'answered must be somebody else\'s')
     check_answers(messages[-1]['content'], chosen, rejected)
     if system_prompt is not None:
         messages = with_system(messages, fill(system_prompt, row, source))

@@ -269,22 +269,18 @@ def main(args):
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument('name', metavar='NAME', help='the data set: a folder of this name in data/')
-    parser.add_argument('files', metavar='FILE', nargs='+', help='.jsonl, .parquet, anything else is text in '
-                                                                 'UTF-8')
-    parser.add_argument('--tokenizer', default='bpe',
-                        help='char, byte, gpt2, bpe (trained here), or a tokenizer.json or its folder '
-                             '(default bpe)')
-    parser.add_argument('--vocab_size', type=int, help='of bpe, with its bytes and separator (default 4096)')
-    parser.add_argument('--val_fraction', type=float, default=0.1, help='share held out for validation '
-                                                                        '(default 0.1)')
-    parser.add_argument('--val', metavar='FILE', help='a file that is the validation split, instead of a '
-                                                      'share')
-    parser.add_argument('--field', default='text', help='the field of JSONL or column of parquet (default '
-                                                        'text)')
-    parser.add_argument('--document_separator', metavar='LINE',
-                        help="the line between two documents of a text file: '' or '<|endoftext|>', say")
-    parser.add_argument('--overwrite', action='store_true', help='replace a data set of this name')
+    add = parser.add_argument
+    add('name', metavar='NAME', help='the data set: a folder of this name in data/')
+    add('files', metavar='FILE', nargs='+', help='.jsonl, .parquet, anything else is text in UTF-8')
+    add('--tokenizer', default='bpe',
+        help='char, byte, gpt2, bpe (trained here), or a tokenizer.json or its folder (default bpe)')
+    add('--vocab_size', type=int, help='of bpe, with its bytes and separator (default 4096)')
+    add('--val_fraction', type=float, default=0.1, help='share held out for validation (default 0.1)')
+    add('--val', metavar='FILE', help='a file that is the validation split, instead of a share')
+    add('--field', default='text', help='the field of JSONL or column of parquet (default text)')
+    add('--document_separator', metavar='LINE',
+        help="the line between two documents of a text file: '' or '<|endoftext|>', say")
+    add('--overwrite', action='store_true', help='replace a data set of this name')
     return parser.parse_args(argv)
 
 

@@ -146,8 +146,8 @@ def start(allow_weak=False, workers=None):
     """
     global _pool
     if not hasattr(os, 'memfd_create') or not hasattr(os, 'pidfd_open'):
-        raise UserError('the sandbox needs Linux 5.3 or later and its Python: programs cannot be run safely '
-                        'here')
+        raise UserError('the sandbox needs Linux 5.3 or later and its Python: '
+                        'programs cannot be run safely here')
     workers = workers or len(os.sched_getaffinity(0))
     with _lock:
         running = _pool is not None and _pool.owner == os.getpid()
@@ -164,8 +164,8 @@ def start(allow_weak=False, workers=None):
         _pool = Pool(workers, strong=not missing)
         _pool.missing = missing
         if missing:
-            print(f'sandbox: WEAK, as allowed: {missing}: what the model writes runs as this user, behind '
-                  'limits only',
+            print(f'sandbox: WEAK, as allowed: {missing}: what the model writes '
+                  'runs as this user, behind limits only',
                   file=sys.stderr, flush=True)
         return missing
 

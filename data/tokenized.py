@@ -119,8 +119,8 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
     findings.notes.update({
         'completions that do not fit': f'dropped: max_length={max_length} is too short, '
                                        f'--max_length={needed} would hold every row',
-        'prompts trimmed from the left': f'--max_length={needed} would keep them whole, if the model has '
-                                         'such a context',
+        'prompts trimmed from the left': f'--max_length={needed} would keep '
+                                         'them whole, if the model has such a context',
     })
     return longest
 

@@ -23,8 +23,8 @@ def read_json(path):
         with open(path, encoding='utf-8') as file:
             return json.load(file)
     except (ValueError, OSError) as error:
-        raise UserError(f'{path}: not readable as JSON ({error}); copy the file again from its '
-                        'source') from None
+        raise UserError(f'{path}: not readable as JSON ({error}); '
+                        'copy the file again from its source') from None
 
 
 class Tokenizer:
@@ -41,8 +41,8 @@ class Tokenizer:
         try:
             self.backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:      # the library raises bare ones
-            raise UserError(f'tokenizer.json: not a tokenizer of the `tokenizers` library '
-                            f'({error})') from None
+            raise UserError(f'tokenizer.json: not a tokenizer '
+                            f'of the `tokenizers` library ({error})') from None
         self.backend.no_truncation()
         self.backend.no_padding()
         self.text, self.config = text, dict(config or {})
@@ -95,8 +95,8 @@ class Tokenizer:
         if unknown:
             shown = ', '.join(repr(character) for character in unknown[:10])
             raise UserError(f'the tokenizer has no token for {shown}: it knows only the characters of the '
-                            'text that it was made from; leave these out, or prepare the data with '
-                            '--tokenizer bpe')
+                            'text that it was made from; leave these '
+                            'out, or prepare the data with --tokenizer bpe')
 
     def _knows(self, character):
         try:

@@ -25,8 +25,8 @@ RUNS_PROGRAMS = True
 DATASETS = ('code_contests', 'apps', 'interview', 'livecodebench')
 SETTINGS = {
     'dataset': (None, 'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, '
-                      f'several with +: {", ".join(DATASETS)} or a file of yours; code_contests where '
-                      'nothing is said'),
+                      f'several with +: {", ".join(DATASETS)} or a file of '
+                      'yours; code_contests where nothing is said'),
     'data_dir': ('datasets', 'where scripts/dataprocess/load_code.py put them'),
     'tests': (4, 'hidden tests of a training problem that count, at most; held-out problems keep all'),
     'timeout': (2.0, 'seconds that a program may run on one test'),
@@ -246,11 +246,13 @@ def draw_inputs(parts, draw):
 
 def solution_of(parts):
     """The program of these parts."""
-    condition, value, result = (table[parts[part]][0].format(**parts) for table, part in
-                                ((CONDITIONS, 'condition'), (VALUES, 'value'), (RESULTS, 'result')))
+    condition, _ = CONDITIONS[parts['condition']]
+    value, _ = VALUES[parts['value']]
+    result, _ = RESULTS[parts['result']]
     if condition:
-        condition = f' if {condition}'
-    return f'x=[{value} for n in map(int,input().split()){condition}]\nprint({result} if x else 0)'
+        condition = ' if ' + condition
+    line = f'x=[{value} for n in map(int,input().split()){condition}]'.format(**parts)
+    return f'{line}\nprint({result} if x else 0)'
 
 
 # ---- one episode of a team

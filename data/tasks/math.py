@@ -24,8 +24,8 @@ RUNS_PROGRAMS = True
 DATASETS = ('polaris', 'gsm8k', 'dapo_math', 'aime_past', 'AIME24', 'AIME25', 'OlympiadBench')
 SETTINGS = {
     'dataset': (None, 'stems of data_dir/math/train, or for the held-out split of data_dir/math/test, '
-                      f'several with +: {", ".join(DATASETS)} or a file of yours; polaris and AIME24 where '
-                      'nothing is said'),
+                      f'several with +: {", ".join(DATASETS)} or a file of '
+                      'yours; polaris and AIME24 where nothing is said'),
     'data_dir': ('datasets', 'where scripts/dataprocess/load_math.py put them'),
     'steps': (2, 'operations in a generated problem'),
     'timeout': (2.0, 'seconds that a program may run'),
@@ -86,8 +86,8 @@ def from_row(row, where):
     """A stored row {'question', 'solution'} as a problem."""
     for key in ('question', 'solution'):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise UserError(f'{where}: "{key}" must be a text; a row has "question" and "solution", the '
-                            'final answer')
+            raise UserError(f'{where}: "{key}" must be a text; a row has '
+                            '"question" and "solution", the final answer')
     return {
         'question': row['question'],
         'answer': extract_answer(row['solution']),

@@ -32,8 +32,8 @@ RULES = {
                   'was tried out; check it, or find a better one.',
 }
 EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends '
-             'at {last}. Moves: U up, D down, L left, R right. End with the moves after ####, such as: '
-             '#### [D, R, R]')
+             'at {last}. Moves: U up, D down, L left, R right. End with the '
+             'moves after ####, such as: #### [D, R, R]')
 # rewards; besides them 1 for each cell that the way leads nearer to the goal
 STEP = -0.01
 ILLEGAL = -0.1

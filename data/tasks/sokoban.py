@@ -83,8 +83,8 @@ def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False)
         if not starts:
             failures += 1
             if failures > 1000:
-                raise UserError(f'env.min_moves={min_moves}: hardly any map of {map_size} rows has so long a '
-                                'solution')
+                raise UserError(f'env.min_moves={min_moves}: hardly any map of '
+                                f'{map_size} rows has so long a solution')
             continue
         failures = 0
         player, box = draw.choice(starts)

@@ -131,12 +131,12 @@ def fenced(program):
 
 def compiles(run):
     """Whether the program of a Result could be compiled (one that fakes the message only harms itself)."""
-    return not run.reason.startswith(('SyntaxError', 'IndentationError', 'TabError', 'ValueError: source '
-                                                                                     'code'))
+    errors = ('SyntaxError', 'IndentationError', 'TabError', 'ValueError: source code')
+    return not run.reason.startswith(errors)
 
 
 def need_generated(parts):
     """Demonstrations are made from the parts of generated problems, which stored ones lack."""
     if not parts:
-        raise UserError('env.dataset: only generated problems have demonstrations; leave the warm-up out, or '
-                        'data_dir empty')
+        raise UserError('env.dataset: only generated problems have demonstrations; '
+                        'leave the warm-up out, or data_dir empty')

@@ -78,8 +78,8 @@ def train_tokenizer(texts):
     text = Backend.from_str(json.dumps(content)).to_str(pretty=True)
     tokenizer = Tokenizer(text, TOKENIZER_CONFIG, chat_template=CHAT_TEMPLATE)
     if tokenizer.vocab_size != VOCABULARY:
-        raise UserError(f'the texts gave {tokenizer.vocab_size} tokens, not {VOCABULARY}: train on more of '
-                        'them')
+        raise UserError(f'the texts gave {tokenizer.vocab_size} tokens, not '
+                        f'{VOCABULARY}: train on more of them')
     return tokenizer
 
 
@@ -107,8 +107,8 @@ def install(run_directory, tokenizer, directory=HERE):
     from model import load_model, save_model
     model, trained = load_model(run_directory)
     if trained.sha256 != tokenizer.sha256:
-        raise UserError(f'{run_directory} was trained with another tokenizer than data/tiny_corpus has: '
-                        'train again')
+        raise UserError(f'{run_directory} was trained with another tokenizer '
+                        'than data/tiny_corpus has: train again')
     save_model(model, tokenizer, directory, dtype=torch.bfloat16)
     stop_ids = sorted(tokenizer.stop_ids | {tokenizer.pad_id})
     stops = {'eos_token_id': stop_ids, 'pad_token_id': tokenizer.pad_id}

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from data.chat import CHAT_TEMPLATE, compiled
 from data.tasks import arithmetic, facts, plan_path, toolcalls
 from data.tasks.world import APPS, CITIES, COLOURS, DAYS, EVENTS, FOODS, ITEMS, JOBS, LANGUAGES, NAMES
-from data.tasks.world import PETS, PLACES, ROOMS, THINGS
+from data.tasks.world import PETS, PLACES, ROOMS, THINGS, lines
 
 END = '<|endoftext|>'
 # documents of each type in a block; the tool calls are long, so that they are near 40% of the tokens
@@ -31,18 +31,18 @@ KEYS = set()            # names of parameters
 for tool in toolcalls.TOOLS.values():
     KEYS.update(tool.parameters)
 KEYS = sorted(KEYS)
-TALK = [
-    ('Hello!', 'Hello! How can I help you?'),
-    ('Hi.', 'Hello! How can I help you?'),
-    ('How are you?', 'I am well. How can I help you?'),
-    ('Thank you.', 'You are welcome.'),
-    ('Thanks!', 'You are welcome.'),
-    ('Goodbye.', 'Goodbye!'),
-    ('Who are you?', 'I am tiny, a small language model.'),
-    ('What are you?', 'I am tiny, a small language model.'),
-    ('What can you do?', 'I can add numbers, find a way, call tools and tell you about the people I know.'),
-    ('Good morning.', 'Good morning! How can I help you?'),
-]
+TALK = lines('''
+    Hello! | Hello! How can I help you?
+    Hi. | Hello! How can I help you?
+    How are you? | I am well. How can I help you?
+    Thank you. | You are welcome.
+    Thanks! | You are welcome.
+    Goodbye. | Goodbye!
+    Who are you? | I am tiny, a small language model.
+    What are you? | I am tiny, a small language model.
+    What can you do? | I can add numbers, find a way, call tools and tell you about the people I know.
+    Good morning. | Good morning! How can I help you?
+''')
 
 
 def documents(seed=0):
@@ -99,7 +99,7 @@ def plain(type, draw):
         i = draw.randrange(7)
         side, answer = draw.choice([('after', DAYS[(i + 1) % 7]), ('before', DAYS[i - 1])])
         return rendered(dialogue(f'What day comes {side} {DAYS[i]}?', answer + '.'))
-    question, answer = draw.choice(TALK) if type == 'talk' else copy(draw)
+    question, answer = draw.choice(TALK).split(' | ') if type == 'talk' else copy(draw)
     return rendered(dialogue(question, answer))
 
 

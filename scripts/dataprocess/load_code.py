@@ -110,8 +110,8 @@ def main(args):
     if from_hub:
         sandbox.start(allow_weak=args.allow_weak_sandbox)
         if args.num_rows is None:
-            print('all rows: hours, and some gigabytes for code_contests; --num_rows=2000 takes '
-                  'minutes', file=sys.stderr)
+            print('all rows: hours, and some gigabytes for '
+                  'code_contests; --num_rows=2000 takes minutes', file=sys.stderr)
     store.write_sets(args, 'code', {'train': TRAIN, 'test': TEST}, generate, rows_of if from_hub else None)
 
 

@@ -66,8 +66,8 @@ def hub(name, subset=None, split='train', files=None, streaming=False):
             yield from datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except Exception as error:      # of a dozen kinds: not found, gated, no such split, the network went away
         reason = f'{type(error).__name__}: {str(error).splitlines()[0][:150]}'
-        raise UserError(f'{name} on the Hugging Face hub: {reason}; leave it out of --names, or say '
-                        '--offline') from None
+        raise UserError(f'{name} on the Hugging Face hub: {reason}; leave '
+                        'it out of --names, or say --offline') from None
 
 
 def write_sets(args, domain, stems, generate, load=None):

@@ -5,70 +5,71 @@
     torchrun --nproc_per_node=8 train_gpt.py --dataset=fineweb
     python train_gpt.py --init_from=resume --out_dir=out
 
-The loss is the mean of -log p(token | tokens before it) over every token of an optimizer step, counted over micro-batches
-and ranks, so it does not depend on how the batch is cut. Rows are windows at random places of the text, as in nanoGPT;
-unlike there, a counter (seed, step, micro-batch) draws them, so that a resumed run sees what it would have seen.
-Settings that all scripts share stand in nanoforge/flags.py.
+The loss is the mean over the N tokens of an optimizer step of -log p(token | the tokens before it).
+Where this departs from nanoGPT's train.py:
+  - N counts micro-batches and ranks: neither the gradient nor the logged loss depends on how a batch is cut;
+  - rows begin at random places, but a counter (seed, step, micro-batch) draws them: a resumed run sees what
+    it would have seen, on any number of ranks;
+  - validation reads fixed windows, no token twice; at a constant rate it is of the mean of the weights.
+Settings that all scripts have are in nanoforge/flags.py.
 """
 import math
 import os
 from dataclasses import replace
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
-from nanoforge.flags import RunFlags
-from nanoforge.optim import OPTIMIZERS, SCHEDULES, WeightAverage, learning_rate, make_optimizer
+from nanoforge.flags import OptimizerFlags, RunFlags
+from nanoforge.optim import SCHEDULES, WeightAverage, learning_rate, make_optimizer
 
-SIZES = {'cpu': dict(n_layer=4, n_head=4, n_embd=128, block_size=64),       # minutes on two cores
-         'gpu': dict(n_layer=6, n_head=6, n_embd=384, block_size=256)}
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 
 @configclass
-class Config(RunFlags):
+class Config(RunFlags, OptimizerFlags):
     section = ''
+    weight_decay = 0.1
 
     # data
     dataset: str = 'shakespeare_char'  # a folder in data/; ours are prepared on first use
-    training_mode: str = setting('single', choices=('single', 'multidataset', 'multicontext'))  # one data set; each
-        # micro-batch from one of several; aligned parallel streams
+    training_mode: str = setting('single', choices=('single', 'multidataset', 'multicontext'))  # one data
+        # set; each micro-batch from one of several; aligned parallel streams
     dataset_list: list[str] = []  # multidataset: the data sets
     dataset_sampling_probs: list[float] = []  # multidataset: how often each is drawn; empty = equally
     multicontext_datasets: list[str] = []  # multicontext: one aligned stream of tokens each
-    batch_size: int = setting(64, min=1)  # rows in a micro-batch, over all ranks
-    gradient_accumulation_steps: int = setting(1, min=1)  # micro-batches in an optimizer step, over all ranks
+    batch_size: int = setting(64, min=1)  # rows in a micro-batch; they and the micro-batches of a step are
+        # dealt out among the ranks
     block_size: int | None = setting(None, min=1)  # tokens in a row; by device: 64 on a CPU, 256 on a GPU
     # start
-    init_from: str = setting('scratch', choices=('scratch', 'resume', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'))  # new
-        # weights; the run in out_dir; a pretrained model
-    gpt2_type: str = 'gpt2'  # with init_from=gpt2: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a local model directory
+    init_from: str = setting('scratch', choices=('scratch', 'resume', *GPT2))  # new weights; the run
+        # in out_dir, as --resume; a pretrained model
+    gpt2_type: str = 'gpt2'  # with init_from=gpt2: one of the four sizes, or a local model directory
     # model
-    arch: str = setting('qwen3', choices=('qwen3', 'llama', 'gpt2'))  # family: also the format on disk that other tools open
+    arch: str = setting('qwen3', choices=('qwen3', 'llama', 'gpt2'))  # family, and so the format on disk
     n_layer: int | None = setting(None, min=1)  # by device: 4 on a CPU, 6 on a GPU
     n_head: int | None = setting(None, min=1)  # by device: 4 on a CPU, 6 on a GPU
     n_kv_head: int | None = setting(None, min=1)  # fewer key/value heads than n_head; as many if not set
     n_embd: int | None = setting(None, min=1)  # channels; by device: 128 on a CPU, 384 on a GPU
     n_inner: int | None = setting(None, min=1)  # width of the MLP; 8/3 n_embd when gated, else 4 n_embd
-    activation: str | None = setting(None, choices=('silu', 'gelu', 'gelu_tanh'))  # of the MLP; the family's own if not set
+    activation: str | None = setting(None, choices=('silu', 'gelu', 'gelu_tanh'))  # of the MLP; the
+        # family's own if not set
     dropout: float = setting(0.0, min=0, below=1)  # for pretraining 0 is good, for fine-tuning try 0.1
     bias: bool = False  # biases in linear layers and layer norms (arch=gpt2 as published: true)
     # optimizer
-    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # ours: adamw, sgd, muon; others by their name in torch.optim
     max_iters: int = setting(3500, min=0, also=('max_steps',))  # optimizer steps in all
     learning_rate: float = setting(1e-3, above=0, also=('lr',))  # the highest
-    weight_decay: float = setting(0.1, min=0)  # of matrices; norms and biases are spared
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second: high where a step sees few tokens
     momentum: float | None = None  # of sgd (0.9) and muon (0.95)
     grad_clip: float = setting(1.0, min=0, also=('max_grad_norm',))  # highest gradient norm; 0 = no clipping
-    ema: float | None = setting(None, min=0, below=1)  # decay of the mean of the weights that is evaluated and saved,
-        # 0 = off; 0.998 where the rate stays constant, else 0
-    lr_scheduler: str = setting('none', choices=SCHEDULES)  # naming one asks for it; none = constant, or the cosine with
-        # --decay_lr
+    ema: float | None = setting(None, min=0, below=1)  # decay of the mean of the weights, which is evaluated
+        # and saved; 0 = off; 0.998 where the rate stays constant, else 0
+    lr_scheduler: str = setting('none', choices=SCHEDULES)  # none = constant, or the cosine with --decay_lr
     decay_lr: bool = False  # decay the rate; typed --no-decay_lr beats lr_scheduler
     warmup_iters: int = setting(100, min=0)  # steps of linear warm-up
     lr_decay_iters: int = setting(3500, min=0)  # step at which the schedule reaches min_lr
     min_lr: float = 1e-4  # the lowest, about a tenth of learning_rate
     # evaluation and output
-    out_dir: str = setting('out', also=('output_dir',))  # checkpoints, log and pictures; the model ends up in its root
+    out_dir: str = setting('out', also=('output_dir',))  # checkpoints, log, pictures; the model in its root
     eval_interval: int = setting(250, min=1)  # steps between evaluations, each followed by a checkpoint
     eval_iters: int = setting(200, min=1)  # at most so many batches an evaluation; windows do not overlap
     log_interval: int = setting(10, min=1)  # steps between log lines
@@ -84,40 +85,42 @@ class Config(RunFlags):
         needed = lists.get(self.training_mode)
         if needed and len(getattr(self, needed)) < 2:
             raise UserError(f'training_mode={self.training_mode} needs --{needed} with two data sets or more')
-        probs = self.dataset_sampling_probs
-        if probs and len(probs) != len(self.dataset_list):
-            raise UserError(f'dataset_sampling_probs has {len(probs)} values for the {len(self.dataset_list)} data sets of '
-                            'dataset_list')
-        if any(not 0 <= p < math.inf for p in probs) or probs and sum(probs) == 0:
+        probs, names = self.dataset_sampling_probs, self.dataset_list
+        if probs and len(probs) != len(names):
+            raise UserError(f'dataset_sampling_probs has {len(probs)} values for {len(names)} data sets')
+        if probs and (min(probs) < 0 or sum(probs) == 0):
             raise UserError(f'dataset_sampling_probs must be 0 or more, and not all 0: {probs}')
 
 
 def main(cfg):
+    # device, ranks, signals; where a run is resumed its own settings, but for what is typed again
     run = Run.open(cfg, 'train_gpt.py', cfg.out_dir, resume=cfg.resume or cfg.init_from == 'resume',
                    resume_flag='--init_from=resume', memory_flags=('--batch_size', '--block_size'),
                    limit=None if cfg.always_save_checkpoint else 2)
     cfg = run.cfg
     if run.resumed:
-        cfg.init_from = run.saved['config']['init_from']        # what the weights were first made of says their architecture
+        cfg.init_from = run.saved['config']['init_from']    # the architecture is that of the first start
+    resolve_defaults(cfg)
     corpora = open_data(cfg, run)
-    model, tokenizer = build_model(cfg, corpora, run)           # new, pretrained, or the checkpoint that is resumed
+    model, tokenizer = build_model(cfg, corpora, run)       # new, pretrained, or as the checkpoint has it
     check_batch(cfg, corpora, run)
     optimizer = build_optimizer(cfg, model, run)
-    schedule, why = effective_schedule(cfg)
-    ema = WeightAverage(optimizer, ema_decay(cfg, schedule))    # decay 0: there is no average
+    ema = WeightAverage(optimizer, cfg.ema)                 # decay 0: there is no average
     state = run.restore(State(cfg.optimizer), optimizer, ema)
     if cfg.eval_only:
         with ema.swapped():
             metrics = validate(cfg, model, corpora, run)
         return run.finish(metrics, '  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
-    print_summary(cfg, model, corpora, schedule, why, ema, run)
+    print_summary(cfg, model, corpora, run)
     first_step, metrics = state.step, {}
     log = run.start(cfg.max_iters, first_step, describe(model, corpora), cfg.log_interval,
                     flops_per_token=flops_per_token(model, cfg.block_size))
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    targets_per_step = tokens_per_step * (len(corpora) if cfg.training_mode == 'multicontext' else 1)
+    targets_per_step = tokens_per_step * num_streams(cfg)
     if cfg.compile:
-        for layer in model.layers:                              # one graph for all of them; the head is quicker as it is
+        # Layer by layer: one graph serves them all. Compiled as a whole, the model had gradients of zero
+        # (CUDA, torch 2.11), and the head, which never holds all logits at once, is quicker as it is.
+        for layer in model.layers:
             layer.compile()
     model.train()
 
@@ -125,7 +128,8 @@ def main(cfg):
         run.save(state, model, tokenizer, optimizer, ema, best)
 
     while True:
-        # ---- once in a while: validate, checkpoint, plot, sample; a resumed run has done that at its first step already
+        # ---- once in a while: validate, checkpoint, plot, sample
+        # Before the step, so that the last weights are seen, too; not where a run is resumed: it has done so.
         last = state.step >= cfg.max_iters
         if last or (state.step % cfg.eval_interval == 0 and state.step > first_step):
             with log.pause(), ema.swapped():
@@ -137,30 +141,35 @@ def main(cfg):
                     show(cfg, model, tokenizer, state.step, log, run)
         if last or 0 < cfg.patience <= state.evaluations_since_best:
             break
-        run.exit_if_asked(save)
+        run.exit_if_asked(save)                             # SIGINT, SIGTERM: save, say how to go on, exit
 
-        # ---- one optimizer step; its batch is a function of (seed, step), so there is no data state to restore
-        lr = learning_rate(state.step, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters)
-        if schedule == 'plateau':                               # scaled down where eval_loss stalls, never below min_lr
-            lr = max(lr * state.plateau['scale'], min(lr, cfg.min_lr))
+        # ---- one optimizer step
+        # Its batch is a function of (seed, step): there is no state of a data loader to save or restore.
+        lr = get_lr(cfg, state.step, state.plateau['scale'])
         if cfg.dropout:
+            # a seed for each step, not a stream: neither an evaluation nor a resume changes what is dropped
             torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, run.rank))
         loss = 0.0
         for x, y in get_batch(cfg, corpora, state.step, run):   # this rank's micro-batches, (B, T) each
             with run.autocast():
-                logp = model(x, y)                              # (B, T), and streams in multicontext
-            # divided by the targets of the whole step, not of the micro-batch: the gradients add up to that of the mean
+                logp = model(x, y)                          # (B, T), in multicontext (B, T, streams)
+            # Divided by the targets of the whole step, not of the micro-batch: the parts add up to the mean,
+            # whatever the cut. Gradients are summed over ranks once, in run.step, not at each backward.
             nll = -logp.sum() / targets_per_step
             run.backward(nll)
-            loss += nll.detach()
-        grad_norm = run.step(optimizer, lr, cfg.grad_clip)      # sum over ranks, clip, step; a non-finite one is skipped
+            loss += nll.detach()                            # no .item() here: it would wait for the GPU
+        grad_norm = run.step(optimizer, lr, cfg.grad_clip)  # clips; a gradient that is not finite is skipped
         state.step += 1
         state.num_tokens = state.step * tokens_per_step
         ema.update(state.step)
-        log.train(state.step, tokens_per_step, loss=loss, learning_rate=lr, grad_norm=grad_norm, num_tokens=state.num_tokens)
+        # the loss is this rank's part: the log sums it over ranks when it writes a line, not at every step
+        log.train(state.step, tokens_per_step, loss=loss, learning_rate=lr, grad_norm=grad_norm,
+                  num_tokens=state.num_tokens)
+
     best_loss = math.nan if state.best_eval_loss is None else state.best_eval_loss
     return run.finish({**metrics, 'best_eval_loss': best_loss, 'step': state.step},
-                      f'best eval_loss {best_loss:.4f}; the model is in {cfg.out_dir}/: python sample.py {cfg.out_dir}')
+                      f'best eval_loss {best_loss:.4f}; the model is in {cfg.out_dir}/: '
+                      f'python sample.py {cfg.out_dir}')
 
 
 if __name__ == '__main__':
@@ -180,19 +189,26 @@ from nanoforge.run import Run, State, describe_device, seed_for
 from sample import generate
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------
 
 def open_data(cfg, run):
     """The data sets of this run as Corpus objects, checked against each other."""
-    names = {'single': [cfg.dataset], 'multidataset': cfg.dataset_list, 'multicontext': cfg.multicontext_datasets}
-    names = names[cfg.training_mode]
-    for name in dict.fromkeys(names):
-        if run.is_main:
+    names = {'single': [cfg.dataset],
+             'multidataset': cfg.dataset_list,
+             'multicontext': cfg.multicontext_datasets}[cfg.training_mode]
+
+    def prepare():
+        for name in names:
             prepare_missing(name)
-    run.barrier()
+    run.on_main(prepare)            # the other ranks wait, and then find them
     corpora = [Corpus(name) for name in names]
     check_together(corpora, streams=cfg.training_mode == 'multicontext')
     return corpora
+
+
+def num_streams(cfg):
+    """Targets at each position: one, in multicontext one of each stream."""
+    return len(cfg.multicontext_datasets) if cfg.training_mode == 'multicontext' else 1
 
 
 def check_batch(cfg, corpora, run):
@@ -201,194 +217,225 @@ def check_batch(cfg, corpora, run):
         corpus.check(cfg.block_size)
     ranks = run.world_size
     if cfg.gradient_accumulation_steps % ranks and cfg.batch_size % ranks:
-        raise UserError(f'{ranks} ranks can share neither gradient_accumulation_steps={cfg.gradient_accumulation_steps} '
-                        f'micro-batches nor their batch_size={cfg.batch_size} rows evenly: make one of them divisible')
+        raise UserError(f'{ranks} ranks can share neither gradient_accumulation_steps='
+                        f'{cfg.gradient_accumulation_steps} micro-batches nor their '
+                        f'batch_size={cfg.batch_size} rows evenly: make one of them divisible')
 
 
 def get_batch(cfg, corpora, step, run):
-    """This rank's micro-batches of an optimizer step: [(x, y)], each (rows, T), with a last axis of streams in multicontext.
-
-    Row i of a step begins where a counter says, whatever the number of ranks: whole micro-batches are dealt out among them
-    where that comes out even, else the rows of each.
-    """
-    accum, B, T = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
-    micro_batches, rows = range(run.rank, accum, run.world_size), slice(None)
-    if accum % run.world_size:
-        micro_batches, rows = range(accum), slice(run.rank * B // run.world_size, (run.rank + 1) * B // run.world_size)
-    batches = []
-    for micro in micro_batches:
-        rng = np.random.default_rng(seed_for(cfg.seed, 'data', step, micro))
+    """Yields this rank's micro-batches of a step: x and y (rows, T), in multicontext (rows, T, streams)."""
+    accum, B, ranks = cfg.gradient_accumulation_steps, cfg.batch_size, run.world_size
+    # Where a row begins does not depend on the number of ranks. They are dealt whole micro-batches where that
+    # comes out even, else the rows of each.
+    micro_steps, rows = range(run.rank, accum, ranks), slice(None)
+    if accum % ranks:
+        micro_steps = range(accum)
+        rows = slice(run.rank * B // ranks, (run.rank + 1) * B // ranks)
+    for micro_step in micro_steps:
+        rng = np.random.default_rng(seed_for(cfg.seed, 'data', step, micro_step))
         drawn = corpora
         if cfg.training_mode == 'multidataset':
-            probs = np.array(cfg.dataset_sampling_probs or [1] * len(corpora))
+            probs = np.array(sampling_weights(cfg, corpora))
             drawn = [corpora[rng.choice(len(corpora), p=probs / probs.sum())]]
-        offsets = rng.integers(len(drawn[0].tokens('train')) - T, size=B)[rows]     # aligned streams share them
-        batches.append(read_windows(cfg, drawn, 'train', offsets, run))
-    return batches
+        highest = len(drawn[0].tokens('train')) - cfg.block_size
+        offsets = rng.integers(highest, size=B)             # aligned streams share them
+        yield read_windows(cfg, drawn, 'train', offsets[rows], run)
+
+
+def sampling_weights(cfg, corpora):
+    return cfg.dataset_sampling_probs or [1] * len(corpora)
 
 
 def read_windows(cfg, corpora, split, offsets, run):
-    """x, y (rows, T) from these offsets of a corpus; of aligned streams (rows, T, S)."""
+    """x, y (rows, T) from these offsets of a corpus; of aligned streams (rows, T, streams)."""
+    # (x, y) for each corpus, from the same offsets
     pairs = [windows(corpus.tokens(split), offsets, cfg.block_size, run.device) for corpus in corpora]
     if cfg.training_mode != 'multicontext':
         return pairs[0]
     return [torch.stack(streams, -1) for streams in zip(*pairs)]
 
 
-# ---- model ----------------------------------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------------
 
 class MultiContextGPT(GPT):
-    """Aligned streams: at each position one token per stream. Embeddings are summed, and each stream has its own tied head.
+    """Aligned streams, a token of each at every position: embeddings are summed, each stream has a tied head.
 
-    model(idx) -> [logits (B, T, V_s) for each stream s]; model(idx, targets) -> log-probabilities (B, T, S), idx (B, T, S).
+    model(idx)           [logits (B, T, V_s) of each stream s], of idx (B, T, S)
+    model(idx, targets)  log-probabilities of the targets (B, T, S)
     """
 
     def __init__(self, config, vocab_sizes):
-        # no other tool has a class for it: config.json says so
+        # no other tool has a class for it, and config.json says so
         extra = {'model_type': 'nanoforge_multicontext', 'architectures': ['MultiContextGPT'],
                  'nanoforge': {'multicontext': True, 'vocab_sizes': vocab_sizes}}
         super().__init__(replace(config, vocab_size=vocab_sizes[0], extra=extra))
         self.more_embeddings = nn.ModuleList(nn.Embedding(size, config.n_embd) for size in vocab_sizes[1:])
 
     def forward(self, idx, targets=None):
+        B, T, _ = idx.shape
         tables = [self.embed_tokens, *self.more_embeddings]
-        embeddings = sum(table(idx[..., s]) for s, table in enumerate(tables))          # (B, T, C)
+        embeddings = sum(table(idx[..., s]) for s, table in enumerate(tables))      # (B, T, C)
         hidden = self.hidden(idx[..., 0], embeddings=embeddings).float()
-        logits = [F.linear(hidden, table.weight) for table in tables]                   # S times (B, T, V_s)
+        logits = [F.linear(hidden, table.weight) for table in tables]               # S times (B, T, V_s)
         if targets is None:
             return logits
-        logp = [TargetLogp.apply(z.flatten(0, 1), targets[..., s].flatten()).view(idx.shape[:2])
-                for s, z in enumerate(logits)]
-        return torch.stack(logp, -1)
+        logp = [TargetLogp.apply(z.flatten(0, 1), targets[..., s].flatten()) for s, z in enumerate(logits)]
+        return torch.stack(logp, -1).view(B, T, -1)
 
 
 def build_model(cfg, corpora, run):
-    """(model, tokenizer), weights new, pretrained or resumed, float32 on the run's device. Sets the sizes that cfg left open."""
+    """(model, tokenizer): float32 weights, new, pretrained or resumed. Fills in the sizes in cfg."""
     tokenizer = load_tokenizer(corpora[0].directory)
     if cfg.init_from.startswith('gpt2'):
         model = load_pretrained(cfg, tokenizer, corpora, run)
     else:
-        kind = 'cpu' if run.device.type == 'cpu' else 'gpu'
-        if chosen := fill_in(cfg, **SIZES[kind]):
+        if run.device.type == 'cpu':                        # minutes on two cores
+            chosen = fill_in(cfg, n_layer=4, n_head=4, n_embd=128, block_size=64)
+        else:
+            chosen = fill_in(cfg, n_layer=6, n_head=6, n_embd=384, block_size=256)
+        if chosen:
             run.print0(f'sizes for {run.device.type}: {chosen} (type the flags for others)')
         model = new_model(cfg, corpora)
-        torch.manual_seed(seed_for(cfg.seed, 'weights'))
+        torch.manual_seed(seed_for(cfg.seed, 'weights'))    # the same on every rank
         model.init_weights()
-    if run.resumed:
+    if run.resumed:                                         # over the weights just drawn
         load_resumed(model, run.resumed)
     return model.to(run.device).set_matmul(run.matmul), tokenizer
 
 
 def new_model(cfg, corpora):
     """The GPT that the flags describe, its weights not yet drawn."""
+    # a tied head, whatever the family: at these sizes a second table of embeddings would be most of the model
     family = {**FAMILIES[cfg.arch], 'bias': cfg.bias, 'tied': True}
     if cfg.activation:
         family['activation'] = cfg.activation
     vocab_sizes = [corpus.meta['vocab_size'] for corpus in corpora]
-    config = GPTConfig(arch=cfg.arch, vocab_size=max(vocab_sizes), block_size=cfg.block_size, n_layer=cfg.n_layer,
-                       n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or 0, n_embd=cfg.n_embd, n_inner=cfg.n_inner or 0,
-                       dropout=cfg.dropout, **family)
+    config = GPTConfig(
+        arch=cfg.arch, vocab_size=max(vocab_sizes), block_size=cfg.block_size,
+        n_layer=cfg.n_layer, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or 0,
+        n_embd=cfg.n_embd, n_inner=cfg.n_inner or 0, dropout=cfg.dropout, **family)     # 0: the family's rule
     return MultiContextGPT(config, vocab_sizes) if cfg.training_mode == 'multicontext' else GPT(config)
 
 
 def load_pretrained(cfg, tokenizer, corpora, run):
-    """A GPT-2, or the model directory of gpt2_type, for data of the same tokenizer; cfg takes over its sizes."""
+    """A GPT-2, or the model directory of gpt2_type, for data of the same tokenizer."""
     name = cfg.gpt2_type if cfg.init_from == 'gpt2' else cfg.init_from
-    model, own = load_model(name, run.device)
-    if own is None or own.backend.get_vocab() != tokenizer.backend.get_vocab():     # character ids never reach a GPT-2
-        raise UserError(f'data set {corpora[0].name!r} has the ids of a {corpora[0].meta["tokenizer"]} tokenizer, not those of '
-                        f'{name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME FILE --tokenizer gpt2)')
+    model, its_tokenizer = load_model(name, run.device)
+    data = corpora[0]
+    # never character ids for a GPT-2: they would train without an error, and mean nothing
+    if its_tokenizer is None or its_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(f'data set {data.name!r} has the ids of a {data.meta["tokenizer"]} tokenizer, not '
+                        f'those of {name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME '
+                        'FILE --tokenizer gpt2)')
     config = model.config
     for flag in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
-        if getattr(cfg, flag) not in (None, getattr(config, flag)):
-            raise UserError(f'--{flag}={getattr(cfg, flag)} contradicts {name}, whose {flag} is {getattr(config, flag)}: '
-                            'leave it out')
-    if cfg.block_size and cfg.block_size > config.block_size:
-        run.print0(f'block_size {cfg.block_size} is clamped to the {config.block_size} tokens of context that {name} has')
-    cfg.block_size = min(cfg.block_size or config.block_size, config.block_size)
-    cfg.n_layer, cfg.n_head, cfg.n_embd = config.n_layer, config.n_head, config.n_embd
-    for module in [model, *model.modules()]:
+        asked, size = getattr(cfg, flag), getattr(config, flag)
+        if asked not in (None, size):
+            raise UserError(f'--{flag}={asked} contradicts {name}, whose {flag} is {size}: leave it out')
+    context = config.block_size
+    if cfg.block_size and cfg.block_size > context:
+        run.print0(f'block_size {cfg.block_size} is clamped to {context}, the context of {name}')
+    cfg.block_size = min(cfg.block_size or context, context)
+    config.dropout = cfg.dropout
+    for module in model.modules():
         if hasattr(module, 'dropout'):
             module.dropout = cfg.dropout
-    config.dropout = cfg.dropout
     return model
 
 
 def load_resumed(model, checkpoint):
-    """Overwrites the weights of `model` with a checkpoint's (the mean of the weights, where one is kept)."""
-    weights, own = from_hf_weights(model.config, read_safetensors(checkpoint)), model.state_dict()
-    if weights.keys() != own.keys() - {'lm_head.weight'} or any(weights[name].shape != own[name].shape for name in weights):
-        raise UserError(f'{checkpoint} holds another architecture than the flags ask for: leave out those that change it')
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
+    """The weights of a checkpoint into `model`; where there is a mean of the weights, it is what they are."""
+    weights = from_hf_weights(model.config, read_safetensors(checkpoint))
+    needed = {name: p.shape for name, p in model.named_parameters()}        # names a tied head once
+    if {name: tensor.shape for name, tensor in weights.items()} != needed:
+        raise UserError(f'{checkpoint} holds another architecture than the flags ask for: leave out those '
+                        'that change it')
+    model.load_state_dict(weights, strict=False)
 
 
-# ---- optimizer and schedule -----------------------------------------------------------------------------------------
+# ---- optimizer and schedule ------------------------------------------------------------------------
 
 def build_optimizer(cfg, model, run):
-    return make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2), cfg.momentum,
-                          ns_dtype=torch.bfloat16 if run.matmul == 'bf16' else None)
+    ns_dtype = torch.bfloat16 if run.matmul == 'bf16' else None         # of Muon's products
+    betas = cfg.beta1, cfg.beta2
+    return make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas, cfg.momentum,
+                          ns_dtype=ns_dtype)
 
 
-def effective_schedule(cfg):
-    """(name, why) of the schedule that the flags ask for."""
-    if cfg.lr_scheduler == 'none':
-        return ('cosine', 'decay_lr') if cfg.decay_lr else ('none', 'constant after the warm-up')
-    if 'decay_lr' in getattr(cfg, 'typed', ()) and not cfg.decay_lr:
-        return 'none', f'--no-decay_lr overrules lr_scheduler={cfg.lr_scheduler}'
-    return cfg.lr_scheduler, 'lr_scheduler'
+def resolve_defaults(cfg):
+    """Settles lr_scheduler and ema, in cfg, where the flags leave them open."""
+    if cfg.lr_scheduler == 'none' and cfg.decay_lr:
+        cfg.lr_scheduler = 'cosine'
+    if 'decay_lr' in cfg.typed and not cfg.decay_lr:        # --no-decay_lr
+        cfg.lr_scheduler = 'none'
+    # A rate that stays high leaves the last step's weights noisy, and their mean is better. One that falls
+    # settles them by itself, and the weights of a pretrained model do not move far.
+    stays_high = cfg.lr_scheduler in ('none', 'constant') and not cfg.init_from.startswith('gpt2')
+    fill_in(cfg, ema=0.998 if stays_high else 0)
 
 
-def ema_decay(cfg, schedule):
-    """A rate that stays high keeps the last step's weights noisy, and their mean is better; one that falls settles them by
-    itself, and the weights of a pretrained model need not move far."""
-    if cfg.ema is not None:
-        return cfg.ema
-    return 0.998 if schedule in ('none', 'constant') and not cfg.init_from.startswith('gpt2') else 0
+def get_lr(cfg, step, plateau_scale=1.0):
+    """The learning rate of a step; the schedule `plateau` scales it, down to min_lr."""
+    lr = learning_rate(step, cfg.lr_scheduler, cfg.learning_rate, cfg.min_lr,
+                       cfg.warmup_iters, cfg.lr_decay_iters)
+    if cfg.lr_scheduler == 'plateau':
+        lr = max(lr * plateau_scale, min(lr, cfg.min_lr))
+    return lr
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(cfg, model, corpora, split, run):
     """{corpus name: mean loss in nats per token} over fixed windows of a split, no token twice.
 
-    The windows depend on nothing but the data, the block size and eval_iters: the same from run to run and rank to rank.
+    The windows depend on nothing but the data, the block size and eval_iters: the same from run to run.
     """
-    model.eval()
-    B, T = cfg.batch_size, cfg.block_size
+    model.eval()                            # no dropout
     losses = {}
-    for group in [corpora] if cfg.training_mode == 'multicontext' else [[corpus] for corpus in corpora]:
-        available = (len(group[0].tokens(split)) - 1) // T
-        limit = min(cfg.eval_iters * B, min((len(corpus.tokens('val')) - 1) // T for corpus in group))
-        if split == 'train':
-            limit = -(-limit // 4)          # the training loss of every step is logged besides
-        count = min(limit, available)
-        starts = np.arange(count) * (available // count) * T
+    groups = [[corpus] for corpus in corpora]
+    if cfg.training_mode == 'multicontext':
+        groups = [corpora]                  # aligned streams go through the model together
+    for group in groups:
+        offsets = eval_offsets(cfg, group, split)
+        batches = np.array_split(offsets, -(-len(offsets) // cfg.batch_size))
         total = torch.zeros(len(group), dtype=torch.float64)
-        for offsets in np.array_split(starts, -(-count // B))[run.rank::run.world_size]:
-            x, y = read_windows(cfg, group, split, offsets, run)
+        for batch in batches[run.rank::run.world_size]:
+            x, y = read_windows(cfg, group, split, batch, run)
             with run.autocast():
-                total -= model(x, y).view(-1, len(group)).double().sum(0).cpu()
-        run.sum(total)
-        losses.update({corpus.name: loss for corpus, loss in zip(group, (total / (count * T)).tolist())})
+                logp = model(x, y)
+            total -= logp.view(-1, len(group)).double().sum(0).cpu()
+        run.sum(total)                      # each rank has read its share of the batches
+        means = total / (len(offsets) * cfg.block_size)
+        losses.update(zip((corpus.name for corpus in group), means.tolist()))
     model.train()
     return losses
 
 
+def eval_offsets(cfg, corpora, split):
+    """Where the windows of an evaluation begin: spread over the split, never overlapping."""
+    T = cfg.block_size
+    available = (len(corpora[0].tokens(split)) - 1) // T
+    in_val = min((len(corpus.tokens('val')) - 1) // T for corpus in corpora)
+    count = min(cfg.eval_iters * cfg.batch_size, in_val)
+    if split == 'train':
+        count = -(-count // 4)              # a quarter: the loss of every training step is logged besides
+    count = min(count, available)
+    return np.arange(count) * (available // count) * T
+
+
 def validate(cfg, model, corpora, run):
-    """The metrics of an evaluation. eval_loss is the one that counts: of several data sets the mean, weighted as they are drawn."""
-    weights = dict(zip((corpus.name for corpus in corpora), cfg.dataset_sampling_probs or [1] * len(corpora)))
+    """The metrics of an evaluation; of several data sets the mean, weighted as they are drawn."""
+    names = [corpus.name for corpus in corpora]
+    weights = dict(zip(names, sampling_weights(cfg, corpora)))
     metrics = {}
     for split, key in (('val', 'eval_loss'), ('train', 'train_loss')):
         losses = evaluate(cfg, model, corpora, split, run)
-        metrics[key] = sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+        metrics[key] = sum(weights[name] * losses[name] for name in weights) / sum(weights.values())
         if len(corpora) > 1 and split == 'val':
             metrics.update({f'eval_loss/{name}': loss for name, loss in losses.items()})
     if len(corpora) == 1:
-        meta = corpora[0].meta
-        metrics['bits_per_byte'] = metrics['eval_loss'] / math.log(2) * meta['val_tokens'] / meta['val_bytes']
+        metrics['bits_per_byte'] = corpora[0].bits_per_byte(metrics['eval_loss'])
     return metrics
 
 
@@ -396,53 +443,58 @@ def show(cfg, model, tokenizer, step, log, run):
     """The picture so far, and a sample of text to the console, samples.txt and TensorBoard."""
     if not run.is_main:
         return
-    plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), os.path.basename(os.path.abspath(cfg.out_dir)))
+    title = os.path.basename(os.path.abspath(cfg.out_dir))
+    plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), title)
     if cfg.sample_tokens and cfg.training_mode != 'multicontext':
-        start = tokenizer.encode('\n') or [0]
-        samples = generate(model, [start], cfg.sample_tokens, temperature=0.8, seed=seed_for(cfg.seed, 'sample', step))
+        prompt = tokenizer.encode('\n') or [0]      # some tokenizers have no line break
+        seed = seed_for(cfg.seed, 'sample', step)
+        # keyed by the step alone, so that a sample shows what was learned, and never disturbs the training
+        samples = generate(model, [prompt], cfg.sample_tokens, temperature=0.8, seed=seed)
         text = tokenizer.decode(samples.tokens[0][:samples.lengths[0]].tolist())
         with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as file:
             file.write(f'---- step {step}\n{text}\n')
         log.text(step, 'sample', text.strip())
 
 
-# ---- what is printed before the first step ---------------------------------------------------------------------------
+# ---- what is said before the first step ------------------------------------------------------------
 
 def describe(model, corpora):
     """What the run is, for the first line of log.jsonl."""
-    data = [{'source': corpus.meta['source'], 'stand_in': corpus.meta['stand_in'], 'name': corpus.name} for corpus in corpora]
+    data = [{'source': corpus.meta['source'], 'stand_in': corpus.meta['stand_in'], 'name': corpus.name}
+            for corpus in corpora]
     return {'data': data, 'model': model.config.arch, 'parameters': model.num_params()}
 
 
-def print_summary(cfg, model, corpora, schedule, why, ema, run):
+def print_summary(cfg, model, corpora, run):
     """What will be trained on what."""
-    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     for corpus in corpora:
-        note = 'STAND-IN TEXT, not the real corpus: ' if corpus.meta['stand_in'] else ''
-        run.print0(f'data      {corpus.name}: {note}{len(corpus.tokens("train")):,} + {len(corpus.tokens("val")):,} tokens, '
-                   f'{corpus.meta["tokenizer"]} vocabulary of {corpus.meta["vocab_size"]:,}')
+        run.print0(f'data      {corpus}')
     c = model.config
-    run.print0(f'model     {c.arch}: {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} '
-               f'channels, context {cfg.block_size}')
+    run.print0(f'model     {c.arch}: {model.num_params():,} parameters, {c.n_layer} layers, '
+               f'{c.n_head} heads, {c.n_embd} channels, context {cfg.block_size}')
     run.print0(f'machine   {describe_device(run)}')
-    rates = [learning_rate(step, schedule, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, cfg.lr_decay_iters)
-             for step in range(0, max(cfg.max_iters, 1), max(1, cfg.max_iters // 240))]
-    run.print0(f'schedule  {plots.sparkline(rates, 40)} {schedule} ({why}), {max(rates):g} to {rates[-1]:g}')
-    if schedule not in ('none', 'constant', 'plateau') and not 0.8 <= cfg.max_iters / max(cfg.lr_decay_iters, 1) <= 1.25:
-        run.print0(f'          note: max_iters={cfg.max_iters} is far from lr_decay_iters={cfg.lr_decay_iters}, where the '
-                   'schedule ends')
-    if ema.decay:
-        run.print0(f'weights   evaluated and saved is their mean over about {1 / (1 - ema.decay):.0f} steps (--ema=0: those of '
-                   'the last step)')
-    run.print0(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}, an evaluation every '
-               f'{cfg.eval_interval} steps')
+    rates = [get_lr(cfg, step) for step in range(0, max(cfg.max_iters, 1), max(1, cfg.max_iters // 240))]
+    run.print0(f'schedule  {plots.sparkline(rates, 40)} {cfg.lr_scheduler}, {max(rates):g} to {rates[-1]:g}')
+    # the commonest slip with a schedule: max_iters is changed, and lr_decay_iters is not
+    ends_elsewhere = not 0.8 <= cfg.max_iters / max(cfg.lr_decay_iters, 1) <= 1.25
+    if cfg.lr_scheduler not in ('none', 'constant', 'plateau') and ends_elsewhere:
+        run.print0(f'          note: max_iters={cfg.max_iters} is far from the end of the schedule, '
+                   f'lr_decay_iters={cfg.lr_decay_iters}')
+    if cfg.ema:
+        run.print0(f'weights   evaluated and saved is their mean over about {1 / (1 - cfg.ema):.0f} steps '
+                   '(--ema=0: those of the last step)')
+    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    run.print0(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}, '
+               f'an evaluation every {cfg.eval_interval} steps')
 
 
 def flops_per_token(model, T):
-    """Of a forward and backward pass: 6 per weight that is multiplied, 12 per layer, channel and position for attention
-    (PaLM, appendix B)."""
+    """Of a forward and backward pass: 6 per weight that is multiplied, 12 per layer, channel and position for
+    attention (PaLM, appendix B)."""
     c = model.config
-    multiplied = model.num_params() - (0 if c.tied else c.vocab_size * c.n_embd)
+    multiplied = model.num_params()
+    if not c.tied:
+        multiplied -= c.vocab_size * c.n_embd       # an embedding is looked up, unless tied to the head
     return 6 * multiplied + 12 * c.n_layer * c.n_head * c.head_size * T
 
 

@@ -1,8 +1,10 @@
 """The log of a run: a line on the console, in log.jsonl, in TensorBoard and wandb for each write().
 
     log = run.start(...)
-    log.train(step, tokens, loss=loss, learning_rate=lr, grad_norm=norm)       # each step; a line every so many
-    with log.pause():                                                          # not training: no speed counts it
+    log.train(step, tokens, loss=loss, learning_rate=lr, grad_norm=norm)   # each step; a line every
+                                                                           `interval`
+    with log.pause():                                                      # not training, so no speed counts
+                                                                           it
         log.write(step, {'eval_loss': eval_loss})
 """
 import contextlib
@@ -28,11 +30,11 @@ REDUCED = {**dict.fromkeys(('epoch', 'learning_rate', 'num_tokens', 'beta'), lam
 
 
 class Log:
-    """One line per write() on the console and in out_dir/log.jsonl; scalars to TensorBoard (logs/<run>/) and wandb too.
+    """A line per write() on the console and in out_dir/log.jsonl; scalars to TensorBoard and wandb, too.
 
-    log.jsonl begins with {"run": header}; then come lines with "step". With `resume_step` the lines after it are cut,
-    as their steps come again, and the TensorBoard run is continued; what a line of that very step says already is not
-    written twice. Only the main rank writes.
+    log.jsonl begins with {"run": header}; then come lines with "step". With `resume_step` the lines after it
+    are cut, as their steps come again, and the TensorBoard run is continued; what a line of that very step
+    says already is not written twice. Only the main rank writes.
 
     header       what the run is: script, data set, whether it is a stand-in, device ...
     total_steps  for the ETA, in the progress bar on a terminal, else in the lines
@@ -41,11 +43,16 @@ class Log:
     interval     steps between the lines of train()
     """
 
-    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None, name=None, interval=1):
-        self.run, self.total, self.first_step, self.began = run, total_steps, resume_step or 0, time.monotonic()
-        self.last_step, self.interval, self.flops_per_token, self.is_open = self.first_step, interval, 0, True
+    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None,
+                 name=None, interval=1):
+        self.run, self.total, self.interval, self.flops_per_token = run, total_steps, interval, 0
+        self.first_step = self.last_step = resume_step or 0
+        self.path = os.path.join(out_dir, 'log.jsonl')
+        self.board = self.wandb = None
+        self.is_open, self.began = True, time.monotonic()
+        # mark: up to where seconds are counted
         self.window, self.mark = new_window(), time.perf_counter()
-        self.path, self.widths, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), {}, None, None
+        self.widths = {}    # of each key's widest number so far, which keeps the columns straight
         self.said = []      # the keys of each line of resume_step
         if not run.is_main:
             return
@@ -69,19 +76,22 @@ class Log:
             try:
                 import wandb as client
             except ImportError:
-                raise UserError('wandb is not installed: pip install wandb, or leave the wandb flag out') from None
+                raise UserError('wandb is not installed: pip install wandb, or leave the flag out') from None
             settings = wandb if isinstance(wandb, dict) else {'project': wandb}
             run_id = name.replace('/', '-')
-            self.wandb = client.init(**{'name': run_id, 'id': run_id, 'resume': 'allow', 'config': header, **settings})
-        self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty())
+            chosen = {'name': run_id, 'id': run_id, 'resume': 'allow', 'config': header}
+            self.wandb = client.init(**{**chosen, **settings})
+        self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True,
+                        leave=False, disable=not sys.stderr.isatty())
 
     # ---- training steps, gathered into lines
 
     def train(self, step, tokens=0, **values):
-        """`step` steps are done, the last one on `tokens` tokens of all ranks. Writes a line every `interval` steps.
+        """`step` steps are done, the last on `tokens` tokens of all ranks. Writes a line every `interval`
+        steps.
 
-        A tensor () is this rank's part, summed over the ranks when the line is written; a number is the same on every rank.
+        A value that is a tensor () is this rank's part, summed over ranks when the line is written; a number
+        is the same on every rank.
         """
         now, window = time.perf_counter(), self.window
         window['seconds'], self.mark = window['seconds'] + now - self.mark, now
@@ -105,7 +115,7 @@ class Log:
         return rates
 
     def settled_window(self):
-        """What train() has gathered since the last line, as numbers that all ranks agree on; every rank calls it."""
+        """What train() has gathered since the last line, summed over ranks; every rank calls it."""
         window = self.window
         tensors = [(key, i) for key, values in window['values'].items() for i, value in enumerate(values)
                    if hasattr(value, 'detach')]
@@ -116,12 +126,14 @@ class Log:
         return window
 
     def window_to_save(self):
-        """The values gathered since the last line, for a checkpoint; those of steps that were skipped are not finite."""
-        values = self.settled_window()['values']
-        return {'values': {key: [value for value in given if math.isfinite(value)] for key, given in values.items()}}
+        """The values gathered since the last line, for a checkpoint."""
+        finite = {}
+        for key, values in self.settled_window()['values'].items():
+            finite[key] = list(filter(math.isfinite, values))       # a step that was skipped has others
+        return {'values': finite}
 
     def take_up(self, window):
-        """Goes on with what window_to_save() gave before the run was stopped; its seconds are not counted again."""
+        """Goes on with what window_to_save() gave; its tokens and seconds are not counted again."""
         self.window = {**new_window(), 'values': window['values']}
 
     @contextlib.contextmanager
@@ -151,9 +163,12 @@ class Log:
             return
         metrics = {key: value.item() if hasattr(value, 'item') else value for key, value in metrics.items()}
         order = [*(key for key in FIRST if key in metrics),
-                 *(key for key in metrics if key not in FIRST + LAST), *(key for key in LAST if key in metrics)]
+                 *(key for key in metrics if key not in FIRST + LAST),
+                 *(key for key in LAST if key in metrics)]
         metrics = {key: metrics[key] for key in order}
-        line = {'step': step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
+        # JSON has no NaN
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        line = {'step': step, **finite}
         again = step == self.first_step and line.keys() in self.said        # of a run that had ended before
         if not again:
             self._line(line)
@@ -203,7 +218,7 @@ class Log:
 
 
 def new_window():
-    """values {name: list}, tokens, seconds of training and of its parts: what train() gathers between two lines."""
+    """What train() gathers between two lines: values {name: list}, tokens, seconds, seconds of parts."""
     return {'values': {}, 'tokens': 0, 'seconds': 0.0, 'parts': {}}
 
 
@@ -211,22 +226,23 @@ def mean(values):
     return sum(values) / len(values)
 
 
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture papers; figures
-# printed "with sparsity" are halved. The first name found in the card's name counts.
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture
+# papers; figures printed "with sparsity" are halved. The first name found in the card's name counts.
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+              'A100': 312e12,
               'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 209.5e12,
               'RTX 4090': 165.2e12, 'RTX 3090': 71e12}
 
 
 def device_peak_flops(device):
-    """Peak FLOP/s of a torch.device, or of a card by name, for model FLOPs utilisation; None where it is not known."""
+    """Peak FLOP/s of a torch.device, or of a card by name, for MFU; None where it is not known."""
     if isinstance(device, torch.device):
         device = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device)), None)
 
 
 def cut_log(path, step):
-    """Drop the lines of log.jsonl after `step`, and one that a kill cut short; returns those that are kept."""
+    """Drops the lines of log.jsonl after `step`, and one that a kill cut short; returns the others."""
     kept = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
         for text in file:

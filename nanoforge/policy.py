@@ -1,4 +1,4 @@
-"""The models of a fine-tuning run, loaded as its flags ask: what trains, what it is compared with, what judges it."""
+"""The models of a fine-tuning run as its flags ask for them: policy, reference, critic, reward model."""
 import os
 
 import torch
@@ -24,21 +24,24 @@ def is_small(model):
 
 
 def load_policy(cfg, run, name, checkpoint=None, trainable=True):
-    """(model, tokenizer): `name`, or what `checkpoint` of this run holds of it, quantised and with an adapter as the flags ask.
+    """(model, tokenizer) of `name`, or of a `checkpoint` of this run, with the adapter that the flags ask
+    for.
 
-    What trains is float32; what is frozen (the base under LoRA, a reference with trainable=False) is cfg.torch_dtype on a GPU.
-    With use_lora a model without an adapter gets a new one, seeded by cfg.seed. UserError where there is no tokenizer, or
-    nothing would train.
+    What trains is float32; what is frozen (the base under LoRA, a reference with trainable=False) is
+    cfg.torch_dtype on a GPU. With use_lora a model without an adapter gets a new one, seeded by cfg.seed.
+    UserError where there is no tokenizer, or nothing would train.
     """
-    is_frozen = cfg.use_lora or not trainable
-    dtype = getattr(torch, cfg.torch_dtype) if is_frozen and run.device.type == 'cuda' else torch.float32
+    dtype = torch.float32
+    if run.device.type == 'cuda' and (cfg.use_lora or not trainable):
+        dtype = getattr(torch, cfg.torch_dtype)
     path = str(checkpoint or name)
     base = None
-    if is_adapter(path) and not is_adapter(cfg.base_model_name) and (checkpoint or 'base_model_name' in cfg.typed):
-        base = cfg.base_model_name                      # wherever it lies now, whatever the adapter calls it
-    model, tokenizer = load_model(path, run.device, dtype, cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_4bit_quant_type,
-                                  cfg.bnb_4bit_use_double_quant, cfg.bnb_4bit_compute_dtype, base=base,
-                                  trainable_adapter=trainable)
+    if is_adapter(path) and not is_adapter(cfg.base_model_name):
+        if checkpoint or 'base_model_name' in cfg.typed:
+            base = cfg.base_model_name                  # wherever it lies now, whatever the adapter calls it
+    model, tokenizer = load_model(
+        path, run.device, dtype, cfg.load_in_4bit, cfg.load_in_8bit, cfg.bnb_4bit_quant_type,
+        cfg.bnb_4bit_use_double_quant, cfg.bnb_4bit_compute_dtype, base=base, trainable_adapter=trainable)
     if tokenizer is None:
         raise UserError(f'{path} has no tokenizer beside its weights: copy tokenizer.json there')
     if trainable and cfg.use_lora and not getattr(model, 'adapters', None):

@@ -1,10 +1,10 @@
-"""A run's life, around a loop that is the script's own: device, precision, ranks, signals, start, resume, gradient step, save, end.
+"""A run's life around a script's own loop: device and ranks, start, resume, gradient step, saving, the end.
 
-    run = Run.open(cfg, 'train_gpt.py', cfg.out_dir)            # cfg is run.cfg from here on: where it resumes, the saved one
+    run = Run.open(cfg, 'train_gpt.py', cfg.out_dir)            # then run.cfg: of a resumed run the saved one
     state = run.restore(State(), optimizer, ema)                # of the checkpoint that is resumed, if one is
-    log = run.start(total_steps=cfg.max_iters, step=state.step)
+    log = run.start(cfg.max_iters, state.step, header={'data': ...}, log_interval=10)
     while True:
-        run.exit_if_asked(save)                                 # SIGINT, SIGTERM: save, say how to go on, exit
+        run.exit_if_asked(save)                                 # SIGINT, SIGTERM
         with run.autocast():
             loss = ...
         run.backward(loss)                                      # for each micro-batch
@@ -63,12 +63,28 @@ class State:
 
 
 def by_prefix(optimizers):
+    """{prefix of its tensors' names in a checkpoint: optimizer}; of a single optimizer the prefix is ''."""
     return optimizers if isinstance(optimizers, dict) else {'': optimizers}
 
 
 @dataclass
 class Run:
-    """One process of a run: where it computes, in which precision, which rank it is, and what it has open."""
+    """One process of a run: where it computes, in which precision, which rank it is, and what it has open.
+
+    setup() gives the six fields below, Run.open() the rest:
+
+    cfg, script     the configuration, of a resumed run the saved one; the file name of the script
+    checkpoints     the Checkpoints of the output folder
+    resumed         the path of the checkpoint that the run goes on from, or None
+    saved           what run_config.json held of a resumed run, or None
+    stop            whether SIGINT or SIGTERM came (Stop)
+    resume_flag     how the command line says that a run goes on
+    memory_flags    the flags to lower, which an out-of-memory names
+    scaler          the loss scale of float16 (LossScale)
+    bad_steps       optimizer steps in a row that were skipped
+    window          of the resumed checkpoint: the log line that was being gathered (Log.window_to_save)
+    log             the Log, from start() on
+    """
     device: torch.device
     dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
     matmul: str             # 'float32' or 'bf16': how a CPU multiplies matrices
@@ -78,16 +94,17 @@ class Run:
 
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
-        self.memory_flags, self.scaler, self.bad_steps, self.window = ('--batch_size',), LossScale(self.dtype), 0, None
+        self.resume_flag, self.memory_flags = '--resume', ('--batch_size',)
+        self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
 
     # ---- the beginning
 
     @classmethod
-    def open(cls, cfg, script, out_dir, resume=False, resume_flag='--resume', from_start=False, memory_flags=(),
-             limit=2, save_only_model=False, checkpoint=None, share=None):
+    def open(cls, cfg, script, out_dir, resume=False, resume_flag='--resume', from_start=False,
+             memory_flags=(), limit=2, save_only_model=False, checkpoint=None, share=None):
         """Joins the ranks, takes over the signals, and finds the checkpoint to resume from; returns a Run.
 
-        run.cfg         the configuration: where it resumes, the saved one, of which only what was typed again differs
+        run.cfg         the configuration: where a run resumes the saved one, but for what was typed again
         run.resumed     the path of the checkpoint that is resumed, or None
         resume          whether to go on with the run in out_dir; 'auto': only where there is one
         memory_flags    the flags to lower that an out-of-memory names
@@ -100,21 +117,23 @@ class Run:
         run = setup(cfg.device, cfg.autocast_dtype(), cfg.matmul)
         run = share(run) if share else run
         run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
-        run.memory_flags = memory_flags or run.memory_flags
+        run.resume_flag, run.memory_flags = resume_flag, memory_flags or run.memory_flags
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':
-                raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without {resume_flag}')
+                raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without '
+                                f'{resume_flag}')
         for line in without_effect(cfg):
             run.print0(f'note      {line}')
         return run
 
     def restore(self, state, optimizers, ema=None, parameters=None):
-        """Puts back what the resumed checkpoint holds besides the model: fills `state`, the optimizers, the mean of the weights.
+        """Takes from the resumed checkpoint what it holds besides the model; returns `state`.
 
-        Of several optimizers {prefix: optimizer} each finds its tensors under its prefix, and so do {prefix: {name: tensor}},
-        parameters outside the model, which are overwritten in place. Without a checkpoint nothing changes. Returns `state`.
+        Fills `state`, the optimizers, the mean of the weights. Several optimizers come as {prefix:
+        optimizer}, whose tensors are named so; and `parameters` {prefix: {name: tensor}} outside the model
+        are overwritten in place. Without a checkpoint nothing changes.
         """
         if not self.resumed:
             return state
@@ -131,12 +150,12 @@ class Run:
             for prefix, optimizer in optimizers.items():
                 optimizer.load_state_dict(parts[prefix])
         else:
-            self.print0(f'note      the run used {saved["optimizer"]}; {state.optimizer} starts with a fresh state')
+            self.print0(f'note      the run used {saved["optimizer"]}; {state.optimizer} starts afresh')
         with torch.no_grad():
-            for prefix, own in parameters.items():
+            for prefix, live in parameters.items():
                 for name, tensor in parts[prefix].items():
-                    own[name].copy_(tensor)             # in place: the optimizer's flat buffers hold the parameters
-        known = {**saved.get('progress', {}), **saved}              # 'progress': as earlier versions nested them
+                    live[name].copy_(tensor)            # in place: an optimizer's flat buffer holds them
+        known = {**saved.get('progress', {}), **saved}      # 'progress': as earlier versions nested them
         for entry in fields(state):
             if known.get(entry.name) is not None and entry.name != 'optimizer':
                 setattr(state, entry.name, known[entry.name])
@@ -144,11 +163,13 @@ class Run:
         self.bad_steps, self.window = saved.get('bad_steps', 0), saved.get('window')
         return state
 
-    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None, flops_per_token=0):
+    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None,
+              flops_per_token=0):
         """Makes the output folder ready (a fresh one, or cut back to the resumed step) and opens the log.
 
-        header   what this run is, for the first line of log.jsonl
-        keep     a checkpoint that was loaded from the folder: it stays where it is
+        header           what this run is, for the first line of log.jsonl
+        keep             a checkpoint that was loaded from the folder: it stays where it is
+        directory, name  of the log, if not those of the output folder
         """
         cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
         if self.resumed:
@@ -159,10 +180,11 @@ class Run:
         else:
             start_fresh(self, out_dir, as_dict(cfg), keep=keep, script=self.script)
         header = {'script': self.script, **header, 'machine': describe_device(self)}
-        wandb = {name: getattr(cfg, f'wandb_{name}') for name in ('project', 'entity', 'name', 'tags')
-                 if getattr(cfg, f'wandb_{name}')}
+        wandb = {key: getattr(cfg, f'wandb_{key}') for key in ('project', 'entity', 'name', 'tags')}
+        wandb = {key: value for key, value in wandb.items() if value}
         self.log = Log(self, directory or out_dir, header, total_steps, cfg.reports_to('tensorboard'),
-                       wandb if cfg.reports_to('wandb') else None, step if self.resumed else None, name, log_interval)
+                       wandb if cfg.reports_to('wandb') else None,
+                       step if self.resumed else None, name, log_interval)
         self.log.flops_per_token = flops_per_token
         if isinstance(self.window, dict):
             self.log.take_up(self.window)
@@ -172,23 +194,23 @@ class Run:
 
     @contextlib.contextmanager
     def autocast(self):
-        """Mixed precision on a GPU; running out of memory inside is one line that names the flags to lower."""
+        """Mixed precision on a GPU; out of memory in here is one line that names the flags to lower."""
         plain = self.dtype == torch.float32
         with explain_out_of_memory(*self.memory_flags):
             with contextlib.nullcontext() if plain else torch.autocast(self.device.type, self.dtype):
                 yield
 
     def backward(self, loss):
-        """Adds the gradient of this micro-batch's part of the loss: the parts are of one mean over the whole step."""
+        """Adds the gradient of a micro-batch's part of the loss (divided by the whole step's count)."""
         with explain_out_of_memory(*self.memory_flags):
             (loss * self.scaler.value).backward()
 
     def step(self, optimizers, lr, max_norm):
-        """One optimizer step on the gradients that backward() added up; returns their norm before clipping, a float.
+        """One optimizer step on the gradients that backward() added up; returns their norm before clipping.
 
-        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients. Where a norm is not
-        finite no optimizer steps; after MAX_BAD_STEPS such steps in a row the run stops. Of several optimizers (then lr is a
-        list, too) the norms come as a list.
+        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients.
+        Where a norm is not finite no optimizer steps; after MAX_BAD_STEPS such steps in a row the run stops.
+        With several optimizers (then lr is a list, too) the norms come as a list.
         """
         several = isinstance(optimizers, (list, tuple))
         pairs = list(zip(optimizers, lr)) if several else [(optimizers, lr)]
@@ -204,8 +226,8 @@ class Run:
             if finite:
                 optimizer.step()
             optimizer.zero_grad()
-        rescaled = self.scaler.update(finite)           # a float16 scale that was too high is no fault of the model's
-        self.count_bad_step(finite or rescaled, pairs[0][1])
+        overflowed = self.scaler.update(finite)     # the scale was too high, and the model is well
+        self.count_bad_step(finite or overflowed, pairs[0][1])
         return norms if several else norms[0]
 
     def clip_grad_norm(self, optimizer, max_norm):
@@ -217,12 +239,13 @@ class Run:
         if not good:
             self.print0(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
         if self.bad_steps == MAX_BAD_STEPS:
-            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower --learning_rate={lr:g}; '
-                            f'the checkpoints in {self.checkpoints.out_dir} are good')
+            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower '
+                            f'--learning_rate={lr:g}; the checkpoints in {self.checkpoints.out_dir} are good')
 
     # ---- saving, and the end
 
-    def save(self, state, model, tokenizer, optimizers, ema=None, best=False, name=None, parameters=None, write=None, **more):
+    def save(self, state, model, tokenizer, optimizers, ema=None, best=False, name=None, parameters=None,
+             write=None, **more):
         """Saves checkpoint-STEP (or `name`), which is whole or not there at all.
 
         optimizers, parameters   as restore() takes them
@@ -236,8 +259,8 @@ class Run:
             tensors = ema.state_dict() if ema else {}
             for prefix, optimizer in by_prefix(optimizers).items():
                 tensors.update((prefix + key, tensor) for key, tensor in optimizer.state_dict().items())
-            for prefix, own in (parameters or {}).items():
-                tensors.update((prefix + name, p.detach()) for name, p in own.items())
+            for prefix, live in (parameters or {}).items():
+                tensors.update((prefix + key, p.detach()) for key, p in live.items())
             self.checkpoints.save(state.step, write, tensors, saved, best, name)
 
     def exit_if_asked(self, save):
@@ -245,16 +268,15 @@ class Run:
         if not self.stop.requested:
             return
         save()
-        self.print0(f'stopped at step {self.log.last_step}, saved; go on with: {resume_command()}')
+        self.print0(f'stopped at step {self.log.last_step}, saved; go on with: '
+                    f'{resume_command(flag=self.resume_flag)}')
         self.close()
         raise SystemExit(self.stop.code)
 
     def finish(self, metrics, text):
         """Closes everything, prints `text`, and returns the metrics of the run."""
-        if self.log:
-            self.log.close()
-        self.print0(text)
         self.close()
+        self.print0(text)
         return metrics
 
     def close(self):
@@ -276,7 +298,7 @@ class Run:
         return tensor
 
     def max(self, value):
-        """The largest of the ranks' whole numbers; by gloo, so that asking at every step never waits for a GPU."""
+        """The largest of the ranks' whole numbers; by gloo, so that asking at each step waits for no GPU."""
         if self.world_size > 1:
             tensor = torch.tensor(value, dtype=torch.int64)
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -291,7 +313,7 @@ class Run:
         self.max(0)
 
     def on_main(self, work):
-        """work() on the main rank while the others wait; its result there. Where it raises, every rank does."""
+        """work() on the main rank while the others wait; its result there. If it raises, every rank does."""
         result = failure = None
         if self.is_main:
             try:
@@ -310,53 +332,63 @@ class Run:
 
 
 def setup(device='auto', dtype='auto', matmul='auto'):
-    """Choose device and precision, join the process group that torchrun's environment describes; returns a Run.
+    """Chooses device and precision, joins the process group of torchrun's environment; returns a Run.
 
     device  auto (cuda, then mps, then cpu), cpu, mps, cuda, cuda:1
-    dtype   auto (CUDA: bfloat16 where the card has it, else float16; elsewhere float32), float32, bfloat16, float16
+    dtype   auto (CUDA: bfloat16 where the card has it, else float16; elsewhere float32), float32, bfloat16,
+            float16
     matmul  auto, float32, bf16. On a CPU auto is bf16 where the processor multiplies it (AVX-512 bf16, AMX).
             On CUDA it concerns what autocast leaves in float32: TF32, unless float32 is asked for.
     """
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
     kind, _, index = device.partition(':')
-    for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')), ('dtype', dtype, ('auto', *DTYPES)),
+    for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')),
+                               ('dtype', dtype, ('auto', *DTYPES)),
                                ('matmul', matmul, ('auto', 'float32', 'bf16'))):
         if value not in known:
             raise UserError(f"--{flag}: '{value}' is none of {', '.join(known)}")
-    has = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and world_size == 1}
+    available = {'cuda': torch.cuda.is_available(),
+                 'mps': torch.backends.mps.is_available() and world_size == 1, 'cpu': True}
     if kind == 'auto':
-        kind = next(name for name in ('cuda', 'mps', 'cpu') if has[name])
-    if not has[kind]:
-        needs = {'cuda': 'an NVIDIA GPU and a CUDA build of PyTorch', 'mps': 'an Apple GPU and a single process'}[kind]
-        raise UserError(f'--device={device} needs {needs}, which are not here; use --device=auto or --device=cpu')
+        kind = next(name for name, is_available in available.items() if is_available)
+    if not available[kind]:
+        needs = {'cuda': 'an NVIDIA GPU and a CUDA build of PyTorch',
+                 'mps': 'an Apple GPU and a single process'}[kind]
+        raise UserError(f'--device={device} needs {needs}, which are not here; use --device=auto or cpu')
     if kind == 'cuda':
         index, count = local_rank if world_size > 1 else int(index or 0), torch.cuda.device_count()
         if index >= count:
-            raise UserError(f'process {local_rank} needs GPU {index}, but there are {count}: start {count} processes')
+            raise UserError(f'process {local_rank} needs GPU {index}, but there are {count}: start {count} '
+                            'processes')
         torch.cuda.set_device(index)
 
-    notes, bf16_cuda = [], kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = DTYPES.get(dtype, torch.float32 if kind != 'cuda' else torch.bfloat16 if bf16_cuda else torch.float16)
+    amp, notes = DTYPES.get(dtype, torch.float32), []
+    torch_device = torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
-        torch.set_float32_matmul_precision('highest' if matmul == 'float32' else 'high')
-        if amp == torch.bfloat16 and not bf16_cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype == 'auto':
+            amp = torch.bfloat16 if has_bf16 else torch.float16
+        elif amp == torch.bfloat16 and not has_bf16:
             notes.append(f'{torch.cuda.get_device_name()} has no bf16 units: --dtype=float16 is faster')
+        torch.set_float32_matmul_precision('highest' if matmul == 'float32' else 'high')
     if kind == 'cpu':
-        fast = any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
-        if matmul == 'bf16' and not fast:
+        has_bf16 = cpu_multiplies_bf16()
+        if matmul == 'bf16' and not has_bf16:
             notes.append('--matmul=bf16: this processor has no bf16 instructions; --matmul=float32 is faster')
-        matmul = matmul if matmul != 'auto' else 'bf16' if fast else 'float32'
+        if matmul == 'auto':
+            matmul = 'bf16' if has_bf16 else 'float32'
         if amp != torch.float32:
             notes.append(f'{dtype} on a CPU means float32, with matrix products in {matmul}')
             amp = torch.float32
-
-    if kind == 'cpu':
         keep_freed_memory()
-        for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):     # two caches of kernels for bf16 products, a thousand
-            os.environ.setdefault(cache, '256')                                     # sizes each: gigabytes where every batch has its own
-    run = Run(torch.device(kind, index) if kind == 'cuda' else torch.device(kind), amp,
-              matmul if kind == 'cpu' else 'float32', rank, local_rank, world_size)
+        # two caches of kernels for bf16 products, of a thousand sizes each: gigabytes where no two batches
+        # have the same
+        for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
+            os.environ.setdefault(cache, '256')
+
+    products = matmul if kind == 'cpu' else 'float32'
+    run = Run(torch_device, amp, products, rank, local_rank, world_size)
     if world_size > 1:
         local = os.environ.get('MASTER_ADDR') in ('127.0.0.1', 'localhost', '::1')
         if local and 'lo' in dict(socket.if_nameindex()).values():
@@ -368,8 +400,14 @@ def setup(device='auto', dtype='auto', matmul='auto'):
     return run
 
 
+def cpu_multiplies_bf16():
+    # some builds of torch have neither
+    checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
+
+
 def keep_freed_memory():
-    """Asks glibc to keep freed blocks: else every large activation is mapped and faulted in anew, 5% of a step."""
+    """Asks glibc to keep freed blocks: else each large activation is mapped anew, which is 5% of a step."""
     with contextlib.suppress(OSError, AttributeError):      # another C library has no such setting
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD
@@ -379,8 +417,8 @@ def keep_freed_memory():
 def seed_for(seed, *purpose):
     """A 63-bit seed for one purpose: seed_for(1337, 'data', step, index).
 
-    A hash, not a stream: what is drawn for step 900 depends neither on the steps before it nor on the number of ranks
-    nor on other purposes, so an exact resume needs no saved random state.
+    A hash, not a stream: what is drawn for step 900 depends neither on the steps before it nor on the number
+    of ranks nor on other purposes, so an exact resume needs no saved random state.
     """
     key = '|'.join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), 'little') >> 1
@@ -392,7 +430,8 @@ def describe_device(run):
         card = torch.cuda.get_device_properties(run.device)
         text = f'{card.name} ({card.total_memory / 2**30:.0f} GiB), {str(run.dtype)[6:]}'
     else:
-        text = f'{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {str(run.dtype)[6:]}'
+        threads = torch.get_num_threads()
+        text = f'{run.device.type} ({platform.machine()}, {threads} threads), {str(run.dtype)[6:]}'
     products = ', bf16 matrix products' if run.matmul == 'bf16' else ''
     return text + products + (f', {run.world_size} processes' if run.world_size > 1 else '')
 
@@ -402,8 +441,9 @@ def explain_out_of_memory(*flags):
     """Running out of memory inside becomes one line that names the flags to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:    # torch.OutOfMemoryError is a RuntimeError; a CPU's has no class
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except (RuntimeError, MemoryError) as error:    # on a CPU it has no class of its own
+        said = re.search("out of memory|can't allocate memory", str(error))
+        if isinstance(error, RuntimeError) and not said:
             raise
         raise UserError(f'out of memory: lower {" or ".join(flags)}') from None
 
@@ -411,8 +451,12 @@ def explain_out_of_memory(*flags):
 class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); 1 in every other precision.
 
-    (loss * scale.value).backward(); scale.unscale_(optimizer.grads); finite = norm.isfinite(); scale.update(finite)
-    The scale halves where a gradient overflowed and doubles after 2000 steps without; `state` goes into a checkpoint.
+        (loss * scale.value).backward()
+        scale.unscale_(optimizer.grads)
+        scale.update(finite=norm.isfinite())
+
+    It halves where a gradient overflowed and doubles after 2000 steps without; `state` goes into a
+    checkpoint.
     """
 
     def __init__(self, dtype, state=None):
@@ -428,7 +472,7 @@ class LossScale:
             torch._foreach_mul_(grads, 1 / self.value)
 
     def update(self, finite):
-        """True where only the scale made the gradient overflow: skip the step, it is no fault of the model's."""
+        """True where the gradient overflowed by the scale alone: the step is skipped, the model is well."""
         if not self.active or not finite and self.value <= 1:
             return False
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -438,7 +482,7 @@ class LossScale:
 
 
 class Stop:
-    """SIGINT and SIGTERM set a flag for the loop: `if stop.requested:` save, say resume_command(), sys.exit(stop.code).
+    """SIGINT and SIGTERM set a flag for the loop: `if stop.requested:` save, and exit with stop.code.
 
     `requested` is agreed over the ranks: all of them ask at the same points of the loop.
     """
@@ -449,14 +493,16 @@ class Stop:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum, frame):
-        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: within a second it is one.
+        # torchrun passes on a Ctrl-C that the terminal sent to each process already: within a second it is
+        # one
         if self.signum and signum == signal.SIGINT and time.monotonic() - self.when > 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         elif not self.signum:
             self.signum, self.when = signum, time.monotonic()
             if self.run.is_main:        # print() is not safe in here
-                os.write(2, f'\n{signal.Signals(signum).name}: stopping after this step (Ctrl-C: at once)\n'.encode())
+                name = signal.Signals(signum).name
+                os.write(2, f'\n{name}: stopping after this step (Ctrl-C: at once)\n'.encode())
 
     @property
     def requested(self):
@@ -473,6 +519,7 @@ def resume_command(argv=None, flag='--resume'):
     argv, name = list(sys.argv if argv is None else argv), flag.split('=')[0]
     for i in reversed(range(1, len(argv))):
         if argv[i].split('=')[0].replace('-', '_') == name.replace('-', '_'):
-            del argv[i:i + 1 + ('=' in flag and '=' not in argv[i])]        # its value may be the next word
+            value_follows = '=' in flag and '=' not in argv[i]
+            del argv[i:i + 1 + value_follows]
     ranks = os.environ.get('LOCAL_WORLD_SIZE')
     return shlex.join([*(['torchrun', f'--nproc_per_node={ranks}'] if ranks else ['python']), *argv, flag])

@@ -375,3 +375,51 @@ def test_weight_average_is_the_mean_and_swaps_back():
         torch.testing.assert_close(weight.detach(), expected)
         assert torch.equal(average.state_dict()['weights/w'], last)
     assert torch.equal(weight.detach(), last)
+
+
+def test_weight_average_comes_back_from_a_checkpoint():
+    """A checkpoint's model is the average, beside it lie the last weights: restore() puts both in place."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = optim.SGD([('w', weight)], lr=1.0, momentum=0.0)
+    average = optim.WeightAverage(optimizer, 0.9)
+    for step in (1, 2, 3):
+        weight.grad.copy_(torch.tensor([1.0, 0.5]))
+        optimizer.step()
+        average.update(step)
+    with average.swapped():
+        mean = weight.detach().clone()
+        saved = {key: tensor.clone() for key, tensor in {**average.state_dict(), **optimizer.state_dict()}.items()}
+    again = torch.nn.Parameter(mean.clone())                # as the model of the checkpoint is loaded
+    resumed = optim.SGD([('w', again)], lr=1.0, momentum=0.0)
+    average_again = optim.WeightAverage(resumed, 0.9)
+    average_again.restore(saved)
+    assert set(saved) == {'step'}                           # what is left is the optimizer's
+    assert torch.equal(again.detach(), weight.detach()) and not torch.equal(again.detach(), mean)
+    with average_again.swapped():
+        assert torch.equal(again.detach(), mean)
+    assert torch.equal(average_again.means[0], average.means[0])
+
+
+def test_weight_average_of_decay_0_is_none():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = optim.SGD([('w', weight)], lr=1.0, momentum=0.0)
+    average = optim.WeightAverage(optimizer, 0)
+    weight.grad.fill_(1.0)
+    optimizer.step()
+    average.update(1)
+    with average.swapped():
+        assert weight.tolist() == [0, 1]
+    assert average.means == [] and average.state_dict() == {}
+    tensors = {'step': torch.tensor(1), 'weights/w': torch.ones(2)}
+    average.restore(tensors)                                # of a run that had one: it is left out
+    assert weight.tolist() == [0, 1] and set(tensors) == {'step'}
+
+
+def test_names_of_schedules():
+    """Every spelling, Hugging Face's among them, is one of ours."""
+    assert set(optim.SCHEDULER_NAMES.values()) == set(optim.SCHEDULES)
+    assert all(optim.SCHEDULER_NAMES[name] == name for name in optim.SCHEDULES)
+    expected = {'constant_with_warmup': 'constant', 'cosine_with_restarts': 'cosine_restarts',
+                'reduce_lr_on_plateau': 'plateau', 'warmup_stable_decay': 'wsd'}
+    for name, ours in expected.items():
+        assert optim.SCHEDULER_NAMES[name] == ours and rates(name, range(0, 120, 7)) == rates(ours, range(0, 120, 7))

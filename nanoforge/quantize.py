@@ -64,11 +64,11 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.weight_matrix().to(x.dtype))
+        return F.linear(x, Quantized.weight_matrix(layer).to(x.dtype))      # not LoRALinear's, which has the adapter in it
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.weight_matrix().to(grad.dtype), None
+        return grad @ Quantized.weight_matrix(ctx.layer).to(grad.dtype), None
 
 
 def head_of(model):

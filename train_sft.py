@@ -1,19 +1,21 @@
 """Supervised fine-tuning: a model learns the answers of chats, tool calls, questions and texts.
 
-    python train_sft.py                                                   the embedded tool calls on the embedded model
+    python train_sft.py                                         embedded tool calls, embedded model
     python train_sft.py --dataset_path dataset.jsonl --output_dir DATASET --max_length 4096 --bf16
-    python train_sft.py --recipe recipes/training/sft/llama3_3B_lora.yaml --num-gpus 8 training.learning_rate=5e-5
-    python train_sft.py --dataset_path dataset.jsonl --check              what is learned of which rows, and what is wrong
+    python train_sft.py --recipe recipes/training/sft/llama3_3B_lora.yaml --num-gpus 8 --lr=5e-5
+    python train_sft.py --dataset_path dataset.jsonl --check    what is learned, what is wrong with the rows
 
-The loss of an optimizer step is the mean of -log p(token | tokens before it) over its targets, which are the tokens of the
-last answer (--loss_on: of every answer, or all). They are counted over micro-batches and ranks before they divide, so that it
-does not depend on how the batch is cut; a mean of the micro-batches' means would weigh a short answer's tokens more.
-    label_smoothing e      (1 - e) * -log p(target) + e * the mean of -log p over the vocabulary (Szegedy et al. 2016, section 7)
-    neftune_noise_alpha a  uniform noise of at most a / sqrt(T C) on the embeddings (Jain et al. 2023, arXiv 2310.05914). T is the
-                           length of a row alone; the paper's code counts the padding of its batch, too
+The loss of an optimizer step is the mean of -log p(token | tokens before it) over its targets: the tokens of
+the last answer (--loss_on: of every answer, or all). They are counted over micro-batches and ranks before the
+sum is divided, so the loss does not depend on how the batch is cut; a mean of means, which transformers took
+until 2024, weighs a token the more the fewer targets its micro-batch has.
+    label_smoothing e       (1 - e) * -log p(target) + e * mean of -log p over the vocabulary
+                            (Szegedy et al. 2016, section 7)
+    neftune_noise_alpha a   uniform noise of at most a / sqrt(T C) on the embeddings (Jain et al. 2023, arXiv
+                            2310.05914). T is a document's own length; the paper's code counts padding, too
 
-Which rows a step takes is decided by seed and step alone. Formats of rows: data/formats.py. What of a row is learned, and what
-is cut where it is too long: data/tokenized.py. Settings that all scripts share: nanoforge/flags.py.
+Which rows a step takes is decided by seed and step alone. Formats of rows: data/formats.py. What of a row is
+learned, and what is cut off: data/tokenized.py. Settings that several scripts have: nanoforge/flags.py.
 """
 import functools
 import itertools
@@ -29,8 +31,8 @@ from nanoforge.optim import SCHEDULER_NAMES, WeightAverage, learning_rate, make_
 
 HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
-EPOCHS = {False: 3, True: 8}        # passes over other data, and over the embedded tool calls, where none are asked for
-SMALL_MODEL_RATE = 1.5e-3           # full fine-tuning of a model of a million parameters is nearly pretraining
+EPOCHS, EMBEDDED_EPOCHS = 3, 8      # a model of a million parameters needs more passes over these
+SMALL_MODEL_RATE = 1.5e-3           # for such a model full fine-tuning is nearly pretraining
 
 
 @configclass
@@ -43,42 +45,44 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
 
     algorithm: str = setting('sft', choices=('sft',))  # whose recipe this is
     # model
-    load_checkpoint: str | None = None  # begin with these weights and a fresh optimizer; epochs are numbered on from its own
-    dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and of each layer's outputs
-    freeze: list[str] = setting([], path='model.freeze')  # parts that do not train: embed_tokens, layers.0, norm, q_proj, ...
+    load_checkpoint: str | None = None  # begin with these weights, and number its epochs on; a fresh optimizer
+    dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and layer outputs
+    freeze: list[str] = setting([], path='model.freeze')  # parts that do not train: layers.0, q_proj, ...
     # data
-    loss_on: str = setting('completion', path='data.loss_on', choices=('completion', 'assistant', 'all'))  # the last answer,
-        # every answer, or all tokens
-    packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples, which do not see
-        # each other
-    group_by_length: bool | None = setting(None, path='data.group_by_length', also=('length_grouped',))  # steps of similar
-        # lengths: less padding on a GPU, steps less alike; for the embedded set if not set
-    augment: bool = setting(False, path='data.augment')  # reworded copies of training rows (synonyms, typos, other wordings)
-    augment_factor: float = setting(2.0, path='data.augment_factor')  # training rows with the copies to rows without
+    packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples,
+        # which do not see each other
+    loss_on: str = setting('completion', path='data.loss_on', choices=('completion', 'assistant', 'all'))
+        # the last answer, every answer, or all tokens
+    group_by_length: bool | None = setting(None, path='data.group_by_length', also=('length_grouped',))
+        # steps of similar lengths: less padding on a GPU, steps less alike; for the embedded set if not set
+    augment: bool = setting(False, path='data.augment')  # reworded copies of training rows: synonyms, typos,
+        # other wordings
+    augment_factor: float = setting(2.0, path='data.augment_factor')  # rows with copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
-    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # show what is learned and what is wrong
-        # with the data, and stop
+    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # show what is learned
+        # and what is wrong with the data, and stop
     # optimization
-    warmup_ratio: float = setting(0.03, min=0, below=1, also=('warmup_proportion',))  # share of the steps in which the rate
-        # rises; warmup_steps beats it
+    warmup_ratio: float = setting(0.03, min=0, below=1, also=('warmup_proportion',))  # share of the steps in
+        # which the rate rises; warmup_steps beats it
     min_lr: float = setting(0.0, min=0)  # the lowest rate
     adam_beta1: float = setting(0.9, min=0, below=1)  # decay of the first moment
     adam_beta2: float = setting(0.999, min=0, below=1)  # decay of the second
-    label_smoothing: float = setting(0.0, min=0, below=1, also=('label_smoothing_factor',))  # share of the target that is
-        # spread over the vocabulary
+    label_smoothing: float = setting(0.0, min=0, below=1, also=('label_smoothing_factor',))  # share of the
+        # target that is spread over the vocabulary
     neftune_noise_alpha: float = setting(0.0, min=0)  # noise on embeddings in training, 5 to 15; 0 = none
-    ema: float = setting(0.0, min=0, below=1, also=('ema_decay',))  # decay of the mean of the weights that is evaluated and
-        # saved; 0 = off
+    ema: float = setting(0.0, min=0, below=1, also=('ema_decay',))  # decay of the mean of the weights that is
+        # evaluated and saved; 0 = off
     # evaluation and checkpoints
-    per_device_eval_batch_size: int | None = setting(None, min=1, also=('eval_batch_size',))  # rows of a batch; twice the
-        # training's if not set
-    eval_strategy: str = setting('steps', also=('evaluation_strategy',), choices=('steps', 'epoch', 'no'))  # when to evaluate
+    per_device_eval_batch_size: int | None = setting(None, min=1, also=('eval_batch_size',))  # rows of a
+        # batch; twice the training's if not set
+    eval_strategy: str = setting('steps', also=('evaluation_strategy',), choices=('steps', 'epoch', 'no'))
+        # when to evaluate
     eval_on_start: bool = False  # evaluate before the first step, too
-    sample_rows: int = setting(2, min=0)  # held-out prompts answered at each evaluation, for the eye; 0 = none
-    patience: int = setting(0, min=0, also=('early_stopping_patience',))  # stop after so many evaluations without a better
-        # one; 0 = never
-    save_strategy: str = setting('steps', choices=('steps', 'epoch', 'best', 'no'))  # when to save, besides the best and
-        # the end
+    sample_rows: int = setting(2, min=0)  # held-out prompts that are answered at each evaluation; 0 = none
+    patience: int = setting(0, min=0, also=('early_stopping_patience',))  # stop after so many evaluations
+        # without a better one; 0 = never
+    save_strategy: str = setting('steps', choices=('steps', 'epoch', 'best', 'no'))  # when to save, besides
+        # the best and the end
     load_best_model_at_end: bool = True  # the root holds the best model by eval_loss; false: the last
     checkpoint_name: str = 'checkpoint-{step}'  # of checkpoint folders, with {step} or {epoch}
     save_merged: bool = False  # LoRA: also the whole model with the adapter in it, in output_dir/merged
@@ -87,13 +91,16 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     def check(self):
         super().check()
         if self.freeze and self.use_lora:
-            raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of the two out')
+            raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of them out')
         name = self.checkpoint_name
         if not re.search(r'\{(step|epoch)\}', name) or os.path.basename(name) != name:
-            raise UserError(f'checkpoint_name={name}: a name with {{step}} or {{epoch}}, so that none overwrites another')
-        judge = f'patience={self.patience}' if self.patience else f'lr_scheduler_type={self.lr_scheduler_type}'
-        if self.eval_strategy == 'no' and (self.patience or uses_plateau(self)):
-            raise UserError(f'{judge} judges by evaluations, and eval_strategy=no makes none')
+            raise UserError(f'checkpoint_name={name}: a name with {{step}} or {{epoch}}, so that none '
+                            'overwrites another')
+        judges = {'patience': self.patience, 'lr_scheduler_type': uses_plateau(self)}
+        for name, judging in judges.items():
+            if judging and self.eval_strategy == 'no':
+                raise UserError(f'{name}={getattr(self, name)} judges by evaluations, and eval_strategy=no '
+                                'makes none')
 
 
 def uses_plateau(cfg):
@@ -102,81 +109,86 @@ def uses_plateau(cfg):
 
 def main(cfg):
     run, cfg = open_run(cfg)
-    model, tokenizer = build_model(cfg, run)                    # pretrained, or the checkpoint that is resumed
+    model, tokenizer = build_model(cfg, run)            # pretrained, or the checkpoint that is resumed
     sources = find_sources(cfg, run)
     rows, issues = load_rows(cfg, sources, model, tokenizer, run)
     if cfg.check_data:
         return show_check(cfg, tokenizer, rows, issues, run)
     refuse_or_warn(cfg, rows, issues, run)
     resolve_defaults(cfg, model, sources, run)
-    epochs = make_epochs(cfg, rows, sources, run)               # which rows each step takes
+    epochs = make_epochs(cfg, rows, sources, run)       # which rows each step takes
     total, warmup = plan_steps(cfg, epochs, run)
-    optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
-    ema = WeightAverage(optimizer, cfg.ema)                     # decay 0: there is no average
-    state = run.restore(State(cfg.optimizer, epochs_before=epochs_behind(cfg)), optimizer, ema)
+    betas = cfg.adam_beta1, cfg.adam_beta2
+    optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas)
+    ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
+    state = run.restore(State(cfg.optimizer, epochs_before=epochs_of_loaded(cfg)), optimizer, ema)
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
-    log = run.start(total, state.step, describe(cfg, model, rows, sources), cfg.logging_steps, keep=loaded_path(cfg))
-    prefetch = Prefetcher(functools.partial(get_batch, cfg, rows, epochs, run), total, cfg.dataloader_num_workers)
+    header = describe(cfg, model, rows, sources)
+    log = run.start(total, state.step, header, cfg.logging_steps, keep=loaded_path(cfg))
+    make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
+    prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
     keeps_best = cfg.save_strategy == 'best' or (cfg.save_strategy != 'no' and cfg.load_best_model_at_end)
 
     def validate():
         """Evaluates, logs and shows; True where the model is the best so far and is to be kept for it."""
         with log.pause(), ema.swapped():
-            metrics.update(evaluate(cfg, model, rows, run))     # eval_loss in nats per target
+            metrics.update(evaluate(cfg, model, rows, run))             # eval_loss in nats per target
             log.write(state.step, {'epoch': state.epoch, **metrics})
             if cfg.sample_rows and rows.held_out.any() and run.is_main:
                 log.text(state.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
             log.histograms(state.step, gradients(optimizer))
         alerts.evaluation(state, metrics['eval_loss'])
-        if not rows.held_out.any():                             # nothing is better or worse: patience must not run out
+        if not rows.held_out.any():                     # nothing to judge by: patience must not run out
             return False
         return state.note_eval(metrics['eval_loss']) and keeps_best
 
     def save(best=False):
         state.seconds = time.perf_counter() - began
+        name = folder_name(cfg, state, epochs)
         with log.pause():
-            run.save(state, model, tokenizer, optimizer, ema, best, folder_name(cfg, state, epochs), metrics=finite(metrics))
+            run.save(state, model, tokenizer, optimizer, ema, best, name, metrics=only_finite(metrics))
 
     if cfg.eval_on_start and not run.resumed:
         save(best=validate())
     for step in range(state.step, total):
         run.exit_if_asked(save)
 
-        # ---- one optimizer step. Its rows are a function of (seed, step), so there is no data state to restore.
-        # `targets` and `tokens` are counted over all micro-batches and ranks
+        # ---- one optimizer step. Its batch is a function of (seed, step), so there is no data state to
+        # restore; `targets` and `tokens` are counted over all micro-batches and ranks
         batches, targets, tokens = prefetch(step)
         lr = learning_rate(step, cfg.lr_scheduler_type, cfg.learning_rate, cfg.min_lr, warmup, total)
-        if uses_plateau(cfg):                                   # scaled down where eval_loss stalls, never below min_lr
+        if uses_plateau(cfg):                           # lowered where eval_loss stalls, but not below min_lr
             lr = max(lr * state.plateau['scale'], min(lr, cfg.min_lr))
-        # accuracy costs time, so only a step that is logged measures it. Not the last one besides: what is computed
-        # must not depend on how long the run is, or a resumed longer run would differ from one that was long at once
+        # Accuracy costs time, so only steps that are logged measure it. The last step is no exception: what
+        # is computed must not depend on the length of a run, or a longer one could not be a resumed short one
         is_logged = (step + 1) % cfg.logging_steps == 0
-        optimizer.zero_grad()                                   # not after the step: an evaluation shows its gradients
+        optimizer.zero_grad()                           # not after the step: an evaluation shows its gradient
         loss, correct = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-        for i, batch in enumerate(batches):                     # documents laid into rows (R, W), N targets in them
-            torch.manual_seed(seed_for(cfg.seed, 'noise', step, i, run.rank))           # of dropout and NEFTune
+        for i, batch in enumerate(batches):             # documents laid into rows (R, W), with N targets
+            torch.manual_seed(seed_for(cfg.seed, 'noise', step, i, run.rank))       # of dropout and NEFTune
             with run.autocast():
                 embeddings = noisy_embeddings(cfg, model, batch) if cfg.neftune_noise_alpha else None
-                # only places that predict a target pass through the last layer and the head: (N, C), never (R, W, V)
+                # only places that predict a target pass the last layer and the head: (N, C), never (R, W, V)
                 hidden = model.hidden(batch.idx, batch.positions, embeddings, batch.logit_positions)
                 stats = model.token_stats(hidden, batch.targets, extras=is_logged or cfg.label_smoothing > 0)
             nll = -stats['logp'].sum()
             if cfg.label_smoothing:
                 nll = (1 - cfg.label_smoothing) * nll - cfg.label_smoothing * stats['mean_logp'].sum()
-            # divided by the targets of the whole step, not of the micro-batch: the gradients add up to that of the mean
+            # by the targets of the whole step, not of the micro-batch: the gradients add up to the mean's
             nll = nll / targets
             run.backward(nll)
             loss += nll.detach()
             if is_logged:
                 correct += stats['correct'].sum()
-        loss = run.sum(loss).item()                             # run.step waits for the GPU in any case
-        grad_norm = run.step(optimizer, lr, cfg.max_grad_norm, zero_grad=False)     # sum over ranks, clip, step
+        loss = run.sum(loss).item()                     # waits for the GPU, which run.step does in any case
+        # sums over ranks, clips, steps; a gradient that is not finite is skipped, and too many stop the run
+        grad_norm = run.step(optimizer, lr, cfg.max_grad_norm, zero_grad=False)
         ema.update(step + 1)
         state.note_step(loss, tokens, epochs)
         accuracy = {'mean_token_accuracy': run.sum(correct).item() / targets} if is_logged else {}
-        log.train(state.step, tokens, epoch=state.epoch, loss=loss, learning_rate=lr, grad_norm=grad_norm, **accuracy,
-                  num_tokens=state.num_tokens)
+        log.train(state.step, tokens, epoch=state.epoch, loss=loss, learning_rate=lr, grad_norm=grad_norm,
+                  num_tokens=state.num_tokens, **accuracy)
         alerts.train(loss, grad_norm)
 
         # ---- once in a while: evaluate, checkpoint
@@ -215,11 +227,11 @@ from nanoforge.run import Run, State as RunState, describe_device, seed_for
 from sample import generate
 
 
-# ---- loss and batch -------------------------------------------------------------------------------------------------
+# ---- loss and batch ----------------------------------------------------------------------------------------
 
 def noisy_embeddings(cfg, model, batch):
-    """(R, W, C): the embeddings of a PackedBatch with NEFTune's noise, uniform within alpha / sqrt(T C), T the length of
-    the document that a token is in."""
+    """(R, W, C): the embeddings of a PackedBatch with NEFTune's noise, uniform within alpha / sqrt(T C), T
+    the length of the document that a token is in."""
     embeddings = model.embed_tokens(batch.idx)
     R, W, C = embeddings.size()
     if batch.positions is None:
@@ -232,7 +244,7 @@ def noisy_embeddings(cfg, model, batch):
 
 
 def get_batch(cfg, rows, epochs, run, step):
-    """(this rank's micro-batches, targets, tokens) of an optimizer step; the counts are those of all ranks."""
+    """(this rank's micro-batches, targets, tokens) of an optimizer step; the counts are of all ranks."""
     items = epochs.of_step(step)
     if not cfg.packing:
         items = [[i] for i in items]
@@ -240,8 +252,10 @@ def get_batch(cfg, rows, epochs, run, step):
     batches = []
     for part in micro_batches(items, cfg.per_device_train_batch_size, run.rank, run.world_size):
         documents = [[rows[i] for i in item] for item in part]
-        batches.append(pack_documents(documents, run.device, packed=cfg.packing, pin=cfg.dataloader_pin_memory))
-    return batches, int(rows.targets[taken].sum()), int((rows.lengths[taken] - 1).sum())     # a last token is not fed
+        batch = pack_documents(documents, run.device, packed=cfg.packing, pin=cfg.dataloader_pin_memory)
+        batches.append(batch)
+    tokens = rows.lengths[taken] - 1            # of each row that are fed: its last one predicts nothing
+    return batches, int(rows.targets[taken].sum()), int(tokens.sum())
 
 
 def make_epochs(cfg, rows, sources, run):
@@ -251,18 +265,20 @@ def make_epochs(cfg, rows, sources, run):
     bins = None
     if cfg.packing:
         drawn = draw(datasets, weights, cfg.seed, epoch=0)
-        bins = [drawn[places].tolist() for places in best_fit((rows.lengths[drawn] - 1).tolist(), cfg.max_length)]
+        lengths = (rows.lengths[drawn] - 1).tolist()
+        bins = [drawn[members].tolist() for members in best_fit(lengths, cfg.max_length)]
 
     def length(item):
         """Tokens that are fed for a row, or for a bin of rows."""
         return int(np.sum(rows.lengths[item] - 1))
 
     size = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.world_size
-    return Epochs(datasets, weights, size, cfg.seed, cfg.dataloader_drop_last, length, cfg.group_by_length, bins)
+    return Epochs(datasets, weights, size, cfg.seed, cfg.dataloader_drop_last, length, cfg.group_by_length,
+                  items=bins)
 
 
 def is_due(when, every, state, epochs, done):
-    """Whether what is done after `every` steps ('steps') or after each epoch ('epoch'), and in any case at the end, is due."""
+    """Whether it is time for what is done each `every` steps (when='steps') or each epoch, and at the end."""
     if when == 'steps':
         return done or state.step % every == 0
     if when == 'epoch':
@@ -270,13 +286,13 @@ def is_due(when, every, state, epochs, done):
     return False
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(cfg, model, rows, run):
-    """{'eval_loss': nats per target, 'eval_mean_token_accuracy', ...} of the held-out rows; nan where there are none.
+    """{'eval_loss': nats per target, 'eval_mean_token_accuracy', ...} of the held-out rows; nan without any.
 
-    The plain -log p, without label smoothing and noise. It does not depend on batch size and ranks.
+    The plain -log p, without label smoothing and noise, whatever the batch size and the number of ranks.
     """
     held_out, began = np.flatnonzero(rows.held_out), time.perf_counter()
     if not len(held_out):
@@ -288,13 +304,13 @@ def evaluate(cfg, model, rows, run):
     for part in micro_batches(by_length, size, run.rank, run.world_size):
         batch = pack_documents([[rows[i]] for i in part], run.device)
         with run.autocast():
-            hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions)     # (N, C)
-            stats = model.token_stats(hidden, batch.targets)
-        total -= torch.stack([stats['logp'].sum().double(), -stats['correct'].sum().double()]).cpu()
-    loss, accuracy = (run.sum(total) / rows.targets[held_out].sum()).tolist()
+            hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions)
+            stats = model.token_stats(hidden, batch.targets)        # each (N,)
+        total += torch.stack([stats['logp'].sum(), stats['correct'].sum()]).cpu()
+    logp, accuracy = (run.sum(total) / rows.targets[held_out].sum()).tolist()
     model.train()
     seconds = time.perf_counter() - began
-    return {'eval_loss': loss, 'eval_mean_token_accuracy': accuracy, 'eval_runtime': seconds,
+    return {'eval_loss': -logp, 'eval_mean_token_accuracy': accuracy, 'eval_runtime': seconds,
             'eval_samples_per_second': len(held_out) / seconds}
 
 
@@ -306,21 +322,23 @@ def answer_examples(cfg, model, tokenizer, rows):
         start = int(np.flatnonzero(targets)[0])
         limit = min(len(ids) - start + 32, 256)
         samples = generate(model, [ids[:start].tolist()], limit, temperature=0, stop_ids=tokenizer.stop_ids)
+        prompt = tokenizer.decode(ids[max(0, start - 60):start].tolist())
+        wanted = tokenizer.decode(ids[start:].tolist())
         answer = tokenizer.decode(samples.tokens[0, :samples.lengths[0]].tolist())
-        parts.append(f'{rows.where[i]}\n  prompt  ...{tokenizer.decode(ids[max(0, start - 60):start].tolist())!r}\n'
-                     f'  wanted  {tokenizer.decode(ids[start:].tolist())!r}\n  answer  {answer!r}')
+        parts.append(f'{rows.where[i]}\n  prompt  ...{prompt!r}\n  wanted  {wanted!r}\n  answer  {answer!r}')
     return '\n'.join(parts)
 
 
 def gradients(optimizer):
     """{'gradients/PARAMETER': tensor} of the last step, clipped."""
-    return {f'gradients/{name}': grad for flat in optimizer.flats for name, grad in zip(flat.names, flat.grads)}
+    return {f'gradients/{name}': grad
+            for flat in optimizer.flats for name, grad in zip(flat.names, flat.grads)}
 
 
-# ---- model ----------------------------------------------------------------------------------------------------------
+# ---- model -------------------------------------------------------------------------------------------------
 
 def build_model(cfg, run):
-    """(model, tokenizer): the base model or load_checkpoint, or what the resumed checkpoint holds, ready to train."""
+    """(model, tokenizer): the base model, load_checkpoint or the resumed checkpoint, ready to train."""
     model, tokenizer = load_policy(cfg, run, loaded_path(cfg) or cfg.base_model_name, run.resumed)
     for part in cfg.freeze:
         frozen = [p for name, p in model.named_parameters() if f'.{part}.' in f'.{name}']
@@ -331,8 +349,8 @@ def build_model(cfg, run):
             p.requires_grad_(False)
     check_trainable(model)
     if cfg.neftune_noise_alpha and not hasattr(model, 'embed_tokens'):
-        raise UserError(f'neftune_noise_alpha: {model.config.arch} runs as transformers has it, which takes no noise; '
-                        'leave it out')
+        raise UserError(f'neftune_noise_alpha: {model.config.arch} runs as transformers has it, which takes '
+                        'no noise; leave it out')
     if cfg.dropout:
         set_dropout(model, cfg.dropout)
     model.config.dropout = cfg.dropout
@@ -353,10 +371,10 @@ def loaded_path(cfg):
     return str(resolve_link(cfg.load_checkpoint)) if cfg.load_checkpoint else None
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 def find_sources(cfg, run):
-    """[Source]: the data sets that are named, else the tool calls of the hub, or those that are generated here."""
+    """[Source]: the data sets that are named, else tool calls, from the hub or generated here."""
     if cfg.dataset_path and cfg.datasets:
         run.print0(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
     sources = cfg.sources()
@@ -368,8 +386,8 @@ def find_sources(cfg, run):
             next(read_rows(HUB_DATASET))
             sources = [Source(name=HUB_DATASET)]
         except UserError as error:
-            run.print0(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN {EMBEDDED_DATASET}; --dataset_path '
-                       'names your own data')
+            run.print0(f'WARNING   {error}\nWARNING   training on the EMBEDDED STAND-IN {EMBEDDED_DATASET}; '
+                       '--dataset_path names your own data')
     return sources or [Source(name=EMBEDDED_DATASET)]
 
 
@@ -382,7 +400,8 @@ def load_rows(cfg, sources, model, tokenizer, run):
     rows, issues = TokenizedRows(), DataIssues()
     context = model.config.block_size
     if cfg.max_length and cfg.max_length > context:
-        run.print0(f'max_length {cfg.max_length} is clamped to the {context} tokens of context that the model has')
+        run.print0(f'max_length {cfg.max_length} is clamped to the {context} tokens of context that the '
+                   'model has')
     limit = min(cfg.max_length or context, context)
     records = read_records(cfg, sources, issues, run)
     if cfg.augment:
@@ -397,8 +416,8 @@ def load_rows(cfg, sources, model, tokenizer, run):
 def read_records(cfg, sources, issues, run):
     """Yields (number of the source, Record) of every row that can be read; the others are issues.
 
-    Rows without metadata are held out by their prompt: a question is never on both sides. A plain text has no prompt,
-    and is held out by what it says.
+    Rows without metadata are held out by their prompt: a question is never on both sides. A plain text has no
+    prompt, and is held out by what it says.
     """
     held_out = 0
     for number, source in enumerate(sources):
@@ -418,7 +437,8 @@ def read_records(cfg, sources, issues, run):
                     held_out += 1
             yield number, record
     if held_out:
-        run.print0(f'data      {held_out:,} rows without "metadata" are held out (--eval_fraction={cfg.eval_fraction:g})')
+        run.print0(f'data      {held_out:,} rows without "metadata" are held out '
+                   f'(--eval_fraction={cfg.eval_fraction:g})')
 
 
 def with_copies(cfg, records, run):
@@ -430,26 +450,26 @@ def with_copies(cfg, records, run):
 
 
 def refuse_or_warn(cfg, rows, issues, run):
-    """UserError where rows must not be learned, or none are left; everything else that is wrong with the data is said."""
+    """UserError where rows must not be learned, or none are left; prints what else is wrong with the data."""
     if not cfg.skip_bad_rows:
         issues.stop()
     for line in issues.lines():
         run.print0('note      ' + line)
     if rows.held_out.all():
-        reason = next(issues.lines(), 'every row is held out: rows to train on have "metadata": "train" or none')
-        raise UserError(f'no row is left to train on; {reason}')
+        held_out = 'every row is held out: rows to train on have "metadata": "train" or none'
+        raise UserError(f'no row is left to train on; {next(issues.lines(), held_out)}')
     if (cfg.patience or uses_plateau(cfg)) and not rows.held_out.any():
-        run.print0('note      no row is held out: patience and lr_scheduler_type=plateau have nothing to judge by, and do '
-                   'nothing')
+        run.print0('note      no row is held out: patience and lr_scheduler_type=plateau have nothing to '
+                   'judge by, and do nothing')
 
 
-# ---- what is chosen and printed before the first step -----------------------------------------------------------------
+# ---- what is chosen and printed before the first step ------------------------------------------------------
 
 def resolve_defaults(cfg, model, sources, run):
     """Sets what was left open, and says so."""
     embedded = is_embedded(sources)
     chosen = fill_in(cfg, learning_rate=default_learning_rate(cfg, model, small=SMALL_MODEL_RATE),
-                     num_train_epochs=EPOCHS[embedded], group_by_length=embedded)
+                     num_train_epochs=EMBEDDED_EPOCHS if embedded else EPOCHS, group_by_length=embedded)
     if chosen:
         run.print0(f'chosen    {chosen} (type the flags for others)')
 
@@ -480,19 +500,23 @@ def print_summary(cfg, model, rows, sources, epochs, total, warmup, run):
     if run.device.type == 'cpu':
         waste += ', which a CPU does not compute'
     run.print0(f'rows      longest {cfg.max_length} tokens, {order}: {waste}')
+    name, mode = cfg.load_checkpoint or cfg.base_model_name, cfg.mode
+    if mode == 'full' and getattr(model, 'adapters', None):
+        mode = 'LoRA'                           # of an adapter that was loaded
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.print0(f'model     {cfg.load_checkpoint or cfg.base_model_name} ({model.config.arch}): {cfg.mode} fine-tuning, '
-               f'{trained:,} of {model.num_params():,} parameters train')
+    run.print0(f'model     {name} ({model.config.arch}): {mode} fine-tuning, {trained:,} of '
+               f'{model.num_params():,} parameters train')
     run.print0(f'machine   {describe_device(run)}')
-    if run.device.type == 'cpu' and cfg.use_lora and cfg.torch_dtype != 'float32' and 'torch_dtype' in cfg.typed:
+    is_half = cfg.use_lora and cfg.torch_dtype != 'float32' and 'torch_dtype' in cfg.typed
+    if is_half and run.device.type == 'cpu':
         run.print0(f'note      torch_dtype={cfg.torch_dtype}: on a CPU weights are float32')
     rates = [learning_rate(step, cfg.lr_scheduler_type, cfg.learning_rate, cfg.min_lr, warmup, total)
              for step in range(0, total, max(1, total // 240))]
-    run.print0(f'schedule  {plots.sparkline(rates, 40)} {cfg.lr_scheduler_type} to {max(rates):g} after {warmup} steps of '
-               'warm-up')
+    run.print0(f'schedule  {plots.sparkline(rates, 40)} {cfg.lr_scheduler_type} to {max(rates):g} after '
+               f'{warmup} steps of warm-up')
     often = {'steps': f'every {cfg.eval_steps} steps', 'epoch': 'after each epoch', 'no': 'never'}
-    run.print0(f'run       {total:,} steps of {epochs.size} rows, {epochs.epoch(total):.3g} epochs, evaluation '
-               f'{often[cfg.eval_strategy]}')
+    run.print0(f'run       {total:,} steps of {epochs.size} rows, {epochs.epoch(total):.3g} epochs, '
+               f'evaluation {often[cfg.eval_strategy]}')
 
 
 def padding(cfg, epochs):
@@ -512,7 +536,7 @@ def describe(cfg, model, rows, sources):
             'model': cfg.load_checkpoint or cfg.base_model_name, 'parameters': model.num_params()}
 
 
-# ---- start, resume, end -----------------------------------------------------------------------------------------------
+# ---- start, resume, end ------------------------------------------------------------------------------------
 
 @dataclass
 class State(RunState):
@@ -530,7 +554,7 @@ class State(RunState):
 
 
 def open_run(cfg):
-    """(Run, configuration). resume_from_checkpoint is a checkpoint of output_dir, or says only whether to resume."""
+    """(Run, its configuration). resume_from_checkpoint names a checkpoint, or says only whether to resume."""
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
     if wanted.lower() not in ('', 'false', 'no'):
@@ -539,15 +563,17 @@ def open_run(cfg):
             checkpoint = str(resolve_link(wanted))
             folder = os.path.dirname(os.path.abspath(checkpoint))
             if os.path.realpath(folder) != os.path.realpath(cfg.output_dir):
-                raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir={cfg.output_dir}: name that '
-                                'folder too, or take its weights alone with --load_checkpoint')
-    run = Run.open(cfg, 'train_sft.py', cfg.output_dir, resume, checkpoint=checkpoint, memory_flags=(
-        '--per_device_train_batch_size', '--per_device_eval_batch_size', '--max_length'))
+                raise UserError(f'resume_from_checkpoint={wanted} is no checkpoint of output_dir='
+                                f'{cfg.output_dir}: name that folder too, or take its weights alone with '
+                                '--load_checkpoint')
+    memory_flags = '--per_device_train_batch_size', '--per_device_eval_batch_size', '--max_length'
+    run = Run.open(cfg, 'train_sft.py', cfg.output_dir, resume, memory_flags=memory_flags,
+                   checkpoint=checkpoint)
     run.cfg.resume_from_checkpoint = cfg.resume_from_checkpoint         # not what an earlier resume named
     return run, run.cfg
 
 
-def epochs_behind(cfg):
+def epochs_of_loaded(cfg):
     """How many epochs the loaded checkpoint has behind it, as its trainer state says, or its name."""
     if not cfg.load_checkpoint:
         return 0
@@ -566,7 +592,7 @@ def folder_name(cfg, state, epochs):
     return name.format(step=state.step, epoch=round(state.epoch))
 
 
-def finite(metrics):
+def only_finite(metrics):
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
@@ -578,15 +604,18 @@ def finish(cfg, state, metrics, log, run):
                'tokens_per_second': state.num_tokens / seconds}
     log.write(state.step, summary)
     if run.is_main:
-        plots.loss_picture(log.path, os.path.join(cfg.output_dir, 'loss.png'), os.path.basename(os.path.abspath(cfg.output_dir)))
+        title = os.path.basename(os.path.abspath(cfg.output_dir))
+        plots.loss_picture(log.path, os.path.join(cfg.output_dir, 'loss.png'), title)
         if cfg.save_merged and os.path.exists(os.path.join(cfg.output_dir, 'adapter_config.json')):
             base = cfg.base_model_name if 'base_model_name' in cfg.typed else None
             merged, tokenizer = load_model(cfg.output_dir, base=base)
             save_model(merge_lora(merged, keep=False), tokenizer, os.path.join(cfg.output_dir, 'merged'))
     run.barrier()
-    best = '' if state.best_eval_loss is None else f'best eval_loss {state.best_eval_loss:.4f}; '
-    return run.finish({**metrics, **summary, 'best_eval_loss': state.best_eval_loss, 'step': state.step},
-                      f'{best}the model is in {cfg.output_dir}/: python evaluate.py --model-path {cfg.output_dir}')
+    text = f'the model is in {cfg.output_dir}/: python evaluate.py --model-path {cfg.output_dir}'
+    if state.best_eval_loss is not None:
+        text = f'best eval_loss {state.best_eval_loss:.4f}; {text}'
+    result = {**metrics, **summary, 'best_eval_loss': state.best_eval_loss, 'step': state.step}
+    return run.finish(result, text)
 
 
 if __name__ == '__main__':

@@ -45,7 +45,7 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
 
     algorithm: str = setting('sft', choices=('sft',))  # whose recipe this is
     # model
-    load_checkpoint: str | None = None  # begin with these weights, and number its epochs on; a fresh optimizer
+    load_checkpoint: str | None = None  # begin with these weights, number its epochs on; a fresh optimizer
     dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and layer outputs
     freeze: list[str] = setting([], path='model.freeze')  # parts that do not train: layers.0, q_proj, ...
     # data
@@ -114,10 +114,10 @@ def main(cfg):
     rows, issues = load_rows(cfg, sources, model, tokenizer, run)
     if cfg.check_data:
         return show_check(cfg, tokenizer, rows, issues, run)
-    refuse_or_warn(cfg, rows, issues, run)
+    refuse_or_warn(cfg, rows, issues, run)              # bad rows stop the run here, before the first step
     resolve_defaults(cfg, model, sources, run)
     epochs = make_epochs(cfg, rows, sources, run)       # which rows each step takes
-    total, warmup = plan_steps(cfg, epochs, run)
+    total, warmup = plan_steps(cfg, epochs, run)        # optimizer steps
     betas = cfg.adam_beta1, cfg.adam_beta2
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas)
     ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
@@ -128,11 +128,12 @@ def main(cfg):
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
+    # a best model is kept because the root shall hold it, or because only it is saved
     keeps_best = cfg.save_strategy == 'best' or (cfg.save_strategy != 'no' and cfg.load_best_model_at_end)
 
     def validate():
         """Evaluates, logs and shows; True where the model is the best so far and is to be kept for it."""
-        with log.pause(), ema.swapped():
+        with log.pause(), ema.swapped():                # the mean of the weights; no speed counts it
             metrics.update(evaluate(cfg, model, rows, run))             # eval_loss in nats per target
             log.write(state.step, {'epoch': state.epoch, **metrics})
             if cfg.sample_rows and rows.held_out.any() and run.is_main:
@@ -149,10 +150,10 @@ def main(cfg):
         with log.pause():
             run.save(state, model, tokenizer, optimizer, ema, best, name, metrics=only_finite(metrics))
 
-    if cfg.eval_on_start and not run.resumed:
+    if cfg.eval_on_start and not run.resumed:           # what there is to improve on
         save(best=validate())
     for step in range(state.step, total):
-        run.exit_if_asked(save)
+        run.exit_if_asked(save)                         # SIGINT, SIGTERM: save, say how to resume, exit
 
         # ---- one optimizer step. Its batch is a function of (seed, step), so there is no data state to
         # restore; `targets` and `tokens` are counted over all micro-batches and ranks
@@ -173,7 +174,7 @@ def main(cfg):
                 hidden = model.hidden(batch.idx, batch.positions, embeddings, batch.logit_positions)
                 stats = model.token_stats(hidden, batch.targets, extras=is_logged or cfg.label_smoothing > 0)
             nll = -stats['logp'].sum()
-            if cfg.label_smoothing:
+            if cfg.label_smoothing:                     # part of the objective, not of eval_loss
                 nll = (1 - cfg.label_smoothing) * nll - cfg.label_smoothing * stats['mean_logp'].sum()
             # by the targets of the whole step, not of the micro-batch: the gradients add up to the mean's
             nll = nll / targets
@@ -184,14 +185,15 @@ def main(cfg):
         loss = run.sum(loss).item()                     # waits for the GPU, which run.step does in any case
         # sums over ranks, clips, steps; a gradient that is not finite is skipped, and too many stop the run
         grad_norm = run.step(optimizer, lr, cfg.max_grad_norm, zero_grad=False)
-        ema.update(step + 1)
+        ema.update(step + 1)                            # early on it forgets the start sooner
         state.note_step(loss, tokens, epochs)
         accuracy = {'mean_token_accuracy': run.sum(correct).item() / targets} if is_logged else {}
         log.train(state.step, tokens, epoch=state.epoch, loss=loss, learning_rate=lr, grad_norm=grad_norm,
                   num_tokens=state.num_tokens, **accuracy)
         alerts.train(loss, grad_norm)
 
-        # ---- once in a while: evaluate, checkpoint
+        # ---- once in a while: evaluate, checkpoint. The log line comes first, since a checkpoint holds what
+        # the next one will need; a best model is saved whether or not a checkpoint is due
         done = state.step == total
         best = is_due(cfg.eval_strategy, cfg.eval_steps, state, epochs, done) and validate()
         if 0 < cfg.patience <= state.evaluations_since_best:
@@ -238,6 +240,7 @@ def noisy_embeddings(cfg, model, batch):
         lengths = batch.idx.new_full((R,), W)
     else:
         lengths = document_lengths(batch.positions)
+    # the length of the document, not of the row: packed, it gets the noise that it would get alone
     limit = cfg.neftune_noise_alpha / (lengths * C).sqrt()                      # of each document
     limit = limit.repeat_interleave(lengths).view(R, W, 1)                      # of each token
     return embeddings + limit * torch.empty_like(embeddings).uniform_(-1, 1)
@@ -245,9 +248,9 @@ def noisy_embeddings(cfg, model, batch):
 
 def get_batch(cfg, rows, epochs, run, step):
     """(this rank's micro-batches, targets, tokens) of an optimizer step; the counts are of all ranks."""
-    items = epochs.of_step(step)
+    items = epochs.of_step(step)                # of all ranks, sorted by length: a micro-batch pads little
     if not cfg.packing:
-        items = [[i] for i in items]
+        items = [[i] for i in items]            # an item is a list of rows that share one of the model's rows
     taken = [i for item in items for i in item]
     batches = []
     for part in micro_batches(items, cfg.per_device_train_batch_size, run.rank, run.world_size):
@@ -264,6 +267,7 @@ def make_epochs(cfg, rows, sources, run):
     weights = [source.weight for source in sources]
     bins = None
     if cfg.packing:
+        # whole rows by best fit: joining all tokens and cutting would leave no padding, but answers in halves
         drawn = draw(datasets, weights, cfg.seed, epoch=0)
         lengths = (rows.lengths[drawn] - 1).tolist()
         bins = [drawn[members].tolist() for members in best_fit(lengths, cfg.max_length)]
@@ -272,6 +276,7 @@ def make_epochs(cfg, rows, sources, run):
         """Tokens that are fed for a row, or for a bin of rows."""
         return int(np.sum(rows.lengths[item] - 1))
 
+    # in an optimizer step, over ranks too: N times as many processes are N times as large a step
     size = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.world_size
     return Epochs(datasets, weights, size, cfg.seed, cfg.dataloader_drop_last, length, cfg.group_by_length,
                   items=bins)
@@ -283,7 +288,7 @@ def is_due(when, every, state, epochs, done):
         return done or state.step % every == 0
     if when == 'epoch':
         return done or state.step % epochs.per_epoch == 0
-    return False
+    return False            # 'no', and 'best', which is saved when an evaluation says so
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ def evaluate(cfg, model, rows, run):
     model.eval()
     by_length = held_out[np.argsort(rows.lengths[held_out], kind='stable')].tolist()        # little padding
     size = cfg.per_device_eval_batch_size or 2 * cfg.per_device_train_batch_size
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)             # sums, divided once: batches have unequal targets
     for part in micro_batches(by_length, size, run.rank, run.world_size):
         batch = pack_documents([[rows[i]] for i in part], run.device)
         with run.autocast():
@@ -319,8 +324,9 @@ def answer_examples(cfg, model, tokenizer, rows):
     parts = []
     for i in np.flatnonzero(rows.held_out)[:cfg.sample_rows]:
         ids, targets = rows[i]
+        # up to the first target, whatever loss_on: what stands there is given, the rest is to be found
         start = int(np.flatnonzero(targets)[0])
-        limit = min(len(ids) - start + 32, 256)
+        limit = min(len(ids) - start + 32, 256)             # some more, to see whether it stops
         samples = generate(model, [ids[:start].tolist()], limit, temperature=0, stop_ids=tokenizer.stop_ids)
         prompt = tokenizer.decode(ids[max(0, start - 60):start].tolist())
         wanted = tokenizer.decode(ids[start:].tolist())
@@ -341,13 +347,14 @@ def build_model(cfg, run):
     """(model, tokenizer): the base model, load_checkpoint or the resumed checkpoint, ready to train."""
     model, tokenizer = load_policy(cfg, run, loaded_path(cfg) or cfg.base_model_name, run.resumed)
     for part in cfg.freeze:
+        # whole words of the dotted name: 'norm' is no 'q_norm', and 'layers.1' no 'layers.10'
         frozen = [p for name, p in model.named_parameters() if f'.{part}.' in f'.{name}']
         if not frozen:
             names = ', '.join(name for name, _ in itertools.islice(model.named_parameters(), 4))
             raise UserError(f'freeze: the model has no part {part!r}; its parameters are called like {names}')
         for p in frozen:
             p.requires_grad_(False)
-    check_trainable(model)
+    check_trainable(model)      # once more: freeze may have left nothing
     if cfg.neftune_noise_alpha and not hasattr(model, 'embed_tokens'):
         raise UserError(f'neftune_noise_alpha: {model.config.arch} runs as transformers has it, which takes '
                         'no noise; leave it out')
@@ -362,6 +369,7 @@ def set_dropout(model, p):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
+        # ours keep it as a number, where torch's functional dropout reads it
         elif isinstance(getattr(module, 'dropout', None), float) and not hasattr(module, 'lora_A'):
             module.dropout = p
 
@@ -378,6 +386,7 @@ def find_sources(cfg, run):
     if cfg.dataset_path and cfg.datasets:
         run.print0(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
     sources = cfg.sources()
+    # the default must work offline: where the hub cannot be reached, a stand-in that says what it is
     if not sources and cfg.base_model_name == 'tiny':
         run.print0(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny '
                    '(--dataset_path insists)')
@@ -403,12 +412,14 @@ def load_rows(cfg, sources, model, tokenizer, run):
         run.print0(f'max_length {cfg.max_length} is clamped to the {context} tokens of context that the '
                    'model has')
     limit = min(cfg.max_length or context, context)
+    # generators up to the file of TokenizedRows: a data set need not fit into memory
     records = read_records(cfg, sources, issues, run)
     if cfg.augment:
         records = with_copies(cfg, records, run)
     longest = encode_records(records, tokenizer, rows, issues, cfg.loss_on, limit, cfg.max_prompt_length,
                              cfg.dataset_num_proc, cfg.skip_bad_rows)
     compare_splits(rows.close(), issues)
+    # no longer than the longest row: it is the width of packed rows, and of the memory that they take
     cfg.max_length = min(cfg.max_length or longest, longest or context, context)
     return rows, issues
 
@@ -427,7 +438,7 @@ def read_records(cfg, sources, issues, run):
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue
-            if 'metadata' not in row:
+            if 'metadata' not in row:           # else the row itself says on which side it is
                 if cfg.split_rule == 'legacy':
                     is_eval = legacy_sft(record.prompt, cfg.eval_fraction, cfg.seed)
                 else:
@@ -443,6 +454,7 @@ def read_records(cfg, sources, issues, run):
 
 def with_copies(cfg, records, run):
     """The (number, Record) pairs with reworded copies of those to train on, data set by data set."""
+    # after the split and with its knowledge: no held-out row is reworded into training
     from data.augment import augment
     for number, group in itertools.groupby(records, key=lambda pair: pair[0]):
         for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, say=run.print0):
@@ -478,6 +490,7 @@ def plan_steps(cfg, epochs, run):
     """(optimizer steps, steps of warm-up); clamps, and says, what would never come in so short a run."""
     total = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.num_train_epochs * epochs.per_epoch)
     warmup = math.ceil(cfg.warmup_ratio * total) if cfg.warmup_steps is None else cfg.warmup_steps
+    # else a short run would end without one line of log, or without an evaluation before its end
     intervals = ['logging_steps', 'eval_steps'] if cfg.eval_strategy == 'steps' else ['logging_steps']
     for name in intervals:
         if getattr(cfg, name) > total:
@@ -507,6 +520,7 @@ def print_summary(cfg, model, rows, sources, epochs, total, warmup, run):
     run.print0(f'model     {name} ({model.config.arch}): {mode} fine-tuning, {trained:,} of '
                f'{model.num_params():,} parameters train')
     run.print0(f'machine   {describe_device(run)}')
+    # the default is meant for a GPU; only who typed it expects something of it here
     is_half = cfg.use_lora and cfg.torch_dtype != 'float32' and 'torch_dtype' in cfg.typed
     if is_half and run.device.type == 'cpu':
         run.print0(f'note      torch_dtype={cfg.torch_dtype}: on a CPU weights are float32')
@@ -549,7 +563,7 @@ class State(RunState):
         self.step += 1
         self.num_tokens += tokens
         self.epoch = self.epochs_before + epochs.epoch(self.step)
-        if math.isfinite(loss):
+        if math.isfinite(loss):             # nan would stay for good, and JSON has none
             self.loss_sum += loss
 
 
@@ -557,7 +571,7 @@ def open_run(cfg):
     """(Run, its configuration). resume_from_checkpoint names a checkpoint, or says only whether to resume."""
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
-    if wanted.lower() not in ('', 'false', 'no'):
+    if wanted.lower() not in ('', 'false', 'no'):       # transformers takes a bool or a path here
         resume = cfg.resume or True
         if wanted.lower() not in ('true', 'yes'):
             checkpoint = str(resolve_link(wanted))
@@ -586,7 +600,7 @@ def epochs_of_loaded(cfg):
 
 def folder_name(cfg, state, epochs):
     """Of a checkpoint. Within an epoch none is named after an epoch alone."""
-    name = cfg.checkpoint_name
+    name = cfg.checkpoint_name              # two checkpoints of one epoch would have one name
     if '{step}' not in name and state.step % epochs.per_epoch:
         name = 'checkpoint-{step}'
     return name.format(step=state.step, epoch=round(state.epoch))
@@ -598,7 +612,7 @@ def only_finite(metrics):
 
 def finish(cfg, state, metrics, log, run):
     """The last log line, the picture, with save_merged the whole model. Returns the final metrics."""
-    seconds = max(state.seconds, 1e-9)
+    seconds = max(state.seconds, 1e-9)      # evaluation and saving count here, unlike in the lines of a step
     summary = {'train_loss': state.loss_sum / max(state.step, 1), 'train_runtime': state.seconds,
                'num_tokens': state.num_tokens, 'train_steps_per_second': state.step / seconds,
                'tokens_per_second': state.num_tokens / seconds}
@@ -607,10 +621,11 @@ def finish(cfg, state, metrics, log, run):
         title = os.path.basename(os.path.abspath(cfg.output_dir))
         plots.loss_picture(log.path, os.path.join(cfg.output_dir, 'loss.png'), title)
         if cfg.save_merged and os.path.exists(os.path.join(cfg.output_dir, 'adapter_config.json')):
+            # the adapter names its base, but a base that was typed counts: it may lie elsewhere now
             base = cfg.base_model_name if 'base_model_name' in cfg.typed else None
             merged, tokenizer = load_model(cfg.output_dir, base=base)
             save_model(merge_lora(merged, keep=False), tokenizer, os.path.join(cfg.output_dir, 'merged'))
-    run.barrier()
+    run.barrier()                           # the other ranks wait till the files are there
     text = f'the model is in {cfg.output_dir}/: python evaluate.py --model-path {cfg.output_dir}'
     if state.best_eval_loss is not None:
         text = f'best eval_loss {state.best_eval_loss:.4f}; {text}'

@@ -17,6 +17,7 @@ from nanoforge import pages
 from conftest import ROOT
 from nanoforge.checkpoint import write_json
 from configurator import UserError, as_dict, parse
+from data.splits import is_held_out
 from data.tokenized import digest
 from data.formats import Record
 from data.tasks import arithmetic, devices, questions, toolcalls
@@ -282,7 +283,11 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
     rows = results_in('sft')['results'][0]['rows']
     held_out = [f'Question {i}?' for i in range(60)
                 if seed_for(42, 'held out', digest([{'role': 'user', 'content': f'Question {i}?'}])) < 0.1 * 2 ** 63]
-    assert [row['question'] for row in rows] == held_out and 1 < len(held_out) < 15
+    assert [row['question'] for row in rows] == held_out and 1 < len(held_out) < 15         # as before run_config.json had a version
+    write_json(tmp_path / 'run' / 'run_config.json', {**saved, 'version': 2})
+    main(config('run/checkpoint-2', '--output-dir=sft2', '--max_new_tokens=4'))
+    held_out = [f'Question {i}?' for i in range(60) if is_held_out([{'role': 'user', 'content': f'Question {i}?'}])]
+    assert [row['question'] for row in results_in('sft2')['results'][0]['rows']] == held_out and 1 < len(held_out) < 15
     saved.update(script='train_rl.py', config={'data': {'task': 'facts', 'datasets': []}})
     write_json(tmp_path / 'run' / 'run_config.json', saved)
     main(config('run/checkpoint-2', '--output-dir=rl', '--num_samples=3'))

@@ -12,7 +12,8 @@ until 2024, weighs a token the more the fewer targets its micro-batch has.
     label_smoothing e       (1 - e) * -log p(target) + e * mean of -log p over the vocabulary
                             (Szegedy et al. 2016, section 7)
     neftune_noise_alpha a   uniform noise of at most a / sqrt(T C) on the embeddings (Jain et al. 2023, arXiv
-                            2310.05914). T is a document's own length; the paper's code counts padding, too
+                            2310.05914). T is the document's own length; where rows are padded (a GPU without
+                            --packing) that of the row, as in the paper's code
 
 Which rows a step takes is decided by seed and step alone. Formats of rows: data/formats.py. What of a row is
 learned, and what is cut off: data/tokenized.py. Settings that several scripts have: nanoforge/flags.py.
@@ -232,15 +233,13 @@ from sample import generate
 # ---- loss and batch ----------------------------------------------------------------------------------------
 
 def noisy_embeddings(cfg, model, batch):
-    """(R, W, C): the embeddings of a PackedBatch with NEFTune's noise, uniform within alpha / sqrt(T C), T
-    the length of the document that a token is in."""
+    """(R, W, C): the embeddings of a PackedBatch with NEFTune's noise, uniform within alpha / sqrt(T C)."""
     embeddings = model.embed_tokens(batch.idx)
     R, W, C = embeddings.size()
     if batch.positions is None:
-        lengths = batch.idx.new_full((R,), W)
+        lengths = batch.idx.new_full((R,), W)           # T of each document: padding included, as in the paper
     else:
-        lengths = document_lengths(batch.positions)
-    # the length of the document, not of the row: packed, it gets the noise that it would get alone
+        lengths = document_lengths(batch.positions)     # packed, each gets the noise that it would get alone
     limit = cfg.neftune_noise_alpha / (lengths * C).sqrt()                      # of each document
     limit = limit.repeat_interleave(lengths).view(R, W, 1)                      # of each token
     return embeddings + limit * torch.empty_like(embeddings).uniform_(-1, 1)

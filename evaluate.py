@@ -133,7 +133,8 @@ from tqdm import tqdm
 
 from data.chat import encode, parse_tool_calls
 from data.formats import Record, Source, read_rows, to_record
-from data.tokenized import digest, pieces_of
+from data.splits import is_held_out, legacy_sft
+from data.tokenized import pieces_of
 from model import load_model
 from nanoforge import metrics, pages
 from nanoforge.checkpoint import move_aside, read_manifest, write_json, write_text
@@ -249,7 +250,10 @@ def data_config(cfg, saved, model_path):
         return {'data': {'datasets': [source], 'eval_fraction': 0.0, 'system_prompt': cfg.system_prompt},
                 'training': {'seed': cfg.seed}}
     if saved.get('script') == 'train_sft.py':
-        return saved['config']
+        config = saved['config']
+        if saved.get('version', 1) < 2:         # it held rows out by another rule
+            config = {**config, 'data': {**config['data'], 'split_rule': 'legacy'}}
+        return config
     print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool '
           'calls are taken; --data and --task name something else')
     return {'data': {'dataset_path': 'devices', 'eval_fraction': 0.0}, 'training': {'seed': cfg.seed}}
@@ -260,7 +264,8 @@ def sources_of(config):
     data, path = config['data'], config['data'].get('dataset_path')
     if path:
         names = [path] if Path(path).exists() else path.split(',')
-        return [Source(name.strip()) for name in names]
+        columns = {name: data.get(name) for name in ('prompt_column', 'answer_column')}
+        return [Source(name.strip(), **columns) for name in names]
     if data.get('datasets'):
         return [Source(**source) for source in data['datasets']]
     if config['model']['base_model_name'] == 'tiny':
@@ -286,7 +291,7 @@ def read_records(sources, config, issues):
                 issues.add('unreadable rows', str(error))
                 continue
             if 'metadata' not in row:
-                record.split = saved_split(record.prompt, fraction, seed)
+                record.split = saved_split(record, fraction, seed, data.get('split_rule'))
                 held_out += record.split == 'eval'
             records.append(record)
     if held_out:
@@ -294,10 +299,14 @@ def read_records(sources, config, issues):
     return records
 
 
-def saved_split(prompt, fraction, seed):
+def saved_split(record, fraction, seed, rule):
     """'train' or 'eval': the side on which train_sft.py had a row that does not say it. By the prompt, so
-    that the same question is never on both sides."""
-    return 'eval' if seed_for(seed, 'held out', digest(prompt)) < fraction * 2 ** 63 else 'train'
+    that the same question is never on both sides; a plain text has none, and stands for itself."""
+    if rule == 'legacy':
+        held_out = legacy_sft(record.prompt, fraction, seed)
+    else:
+        held_out = is_held_out(record.prompt or record.completion, fraction)
+    return 'eval' if held_out else 'train'
 
 
 # ---- rows -------------------------------------------------------------------------------------------------

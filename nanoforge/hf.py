@@ -474,9 +474,10 @@ class HFModel(nn.Module):
                             'times head')
         return 1.0 if abs(scale - 1) < 1e-3 else scale
 
-    def hidden(self, idx, positions=None, logit_positions=None):
+    def hidden(self, idx, positions=None, embeddings=None, logit_positions=None):
         """idx (B, T) -> (B, T, C), after the last norm. positions (B, T), logit_positions: as for
-        GPT.hidden."""
+        GPT.hidden, whose embeddings such a model does not take."""
+        assert embeddings is None
         if logit_positions is not None:
             return self.hidden(idx, positions).flatten(0, 1)[logit_positions]
         B, T = idx.size()

@@ -108,6 +108,7 @@ class Run:
         run.resumed     the path of the checkpoint that is resumed, or None
         resume          whether to go on with the run in out_dir; 'auto': only where there is one
         memory_flags    the flags to lower that an out-of-memory names
+        limit, save_only_model  of a script without the flags save_total_limit and save_only_model
         checkpoint      the checkpoint to go on from, if not the newest
         share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
         """
@@ -118,6 +119,8 @@ class Run:
         run = share(run) if share else run
         run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
         run.resume_flag, run.memory_flags = resume_flag, memory_flags or run.memory_flags
+        limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
+        save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
@@ -205,12 +208,13 @@ class Run:
         with explain_out_of_memory(*self.memory_flags):
             (loss * self.scaler.value).backward()
 
-    def step(self, optimizers, lr, max_norm):
+    def step(self, optimizers, lr, max_norm, zero_grad=True):
         """One optimizer step on the gradients that backward() added up; returns their norm before clipping.
 
-        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients.
-        Where a norm is not finite no optimizer steps; after MAX_BAD_STEPS such steps in a row the run stops.
-        With several optimizers (then lr is a list, too) the norms come as a list.
+        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients
+        (zero_grad=False: the script does, which looks at them first). Where a norm is not finite no optimizer
+        steps; after MAX_BAD_STEPS such steps in a row the run stops. With several optimizers (then lr is a
+        list, too) the norms come as a list.
         """
         several = isinstance(optimizers, (list, tuple))
         pairs = list(zip(optimizers, lr)) if several else [(optimizers, lr)]
@@ -225,7 +229,8 @@ class Run:
         for optimizer, _ in pairs:
             if finite:
                 optimizer.step()
-            optimizer.zero_grad()
+            if zero_grad:
+                optimizer.zero_grad()
         overflowed = self.scaler.update(finite)     # the scale was too high, and the model is well
         self.count_bad_step(finite or overflowed, pairs[0][1])
         return norms if several else norms[0]

@@ -14,6 +14,7 @@ import torch
 import evaluate
 from configurator import UserError, as_dict, parse
 from conftest import ROOT
+from data.splits import is_held_out
 from data.formats import Record
 from data.tasks import arithmetic, devices, questions, toolcalls
 from data.tokenized import digest
@@ -311,7 +312,11 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
     main(config('run/checkpoint-2', '--output-dir=sft', '--max_new_tokens=4'))
     draws = [seed_for(42, 'held out', digest([{'role': 'user', 'content': question}])) for question in asked]
     held_out = [question for question, draw in zip(asked, draws) if draw < 0.1 * 2 ** 63]
-    assert questions_in('sft') == held_out and 1 < len(held_out) < 15
+    assert questions_in('sft') == held_out and 1 < len(held_out) < 15       # as before it had a version
+    write_json(tmp_path / 'run' / 'run_config.json', {**saved, 'version': 2})
+    main(config('run/checkpoint-2', '--output-dir=sft2', '--max_new_tokens=4'))
+    held_out = [question for question in asked if is_held_out([{'role': 'user', 'content': question}])]
+    assert questions_in('sft2') == held_out and 1 < len(held_out) < 15
     saved['config']['data'].update(dataset_path=None, datasets=[{'name': data}], eval_fraction=0.3)
     saved['config']['training']['seed'] = 7
     write_json(tmp_path / 'run' / 'run_config.json', saved)         # other settings of the run, another split

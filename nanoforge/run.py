@@ -91,6 +91,7 @@ class Run:
         run.resumed     the path of the checkpoint that is resumed, or None
         resume          whether to go on with the run in out_dir; 'auto': only where there is one
         memory_flags    the flags to lower that an out-of-memory names
+        limit           checkpoints that stay, where cfg has no save_total_limit; save_only_model likewise
         checkpoint      the checkpoint to go on from, if not the newest
         share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
         """
@@ -101,6 +102,8 @@ class Run:
         run = share(run) if share else run
         run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
         run.memory_flags = memory_flags or run.memory_flags
+        limit = getattr(cfg, 'save_total_limit', limit)         # of the saved settings, where it resumes
+        save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()

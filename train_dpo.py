@@ -5,16 +5,16 @@
     python train_dpo.py data.datasets[0].name=pairs.jsonl --loss_type=simpo --beta=2 --gamma=1
     python train_dpo.py --resume
 
-The policy p is trained to prefer the chosen answer y_w to the rejected one y_l, measured from a frozen reference, the
-model that training starts from (Rafailov et al. 2023, arXiv 2305.18290, eq. 7):
+The policy p is trained to prefer the chosen answer y_w to the rejected one y_l, measured from a frozen
+reference, the model that training starts from (Rafailov et al. 2023, arXiv 2305.18290, eq. 7):
 
     loss = -log sigmoid(beta (log p(y_w|x) / ref(y_w|x)  -  log p(y_l|x) / ref(y_l|x)))
 
 dpo_loss has this and seven others, all of them functions of the same four numbers. Departures from the paper:
-  - an optimizer step takes the mean over all its pairs, counted over micro-batches and ranks, however it is cut
+  - dropout is off, so that policy and reference differ in nothing but weights (see disable_dropout)
+  - a small model also learns the chosen answer as in SFT (rpo_alpha): it would forget how to speak
   - a prompt is computed once for both of its answers, and only the answers' tokens reach the head
-  - dropout is off, so that policy and reference differ in nothing but weights (disable_dropout=false: as in the paper)
-  - models below 20M parameters get an SFT term on the chosen answer (rpo_alpha), as they would forget how to speak
+  - a step is the mean over all its pairs, counted over micro-batches and ranks, however it is cut
 
 Settings that several scripts share stand in nanoforge/flags.py.
 """
@@ -52,24 +52,25 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
 
     algorithm: str = setting('dpo', choices=('dpo',))  # what a recipe is for
     loss_type: str = setting('sigmoid', choices=tuple(LOSSES))  # see dpo_loss
-    beta: float = setting(0.1, above=0)  # how much a log-ratio counts: the larger, the nearer the policy stays to the
-        # reference
-    label_smoothing: float = setting(0.0, min=0, below=0.5)  # share of pairs labelled the wrong way round (cDPO, robust)
+    beta: float = setting(0.1, above=0)  # how much a log-ratio counts: the larger, the nearer the policy stays
+        # to the reference
+    label_smoothing: float = setting(0.0, min=0, below=0.5)  # share of pairs labelled the wrong way round
+        # (cDPO, robust DPO)
     gamma: float = setting(0.0, min=0)  # margin by which SimPO wants the chosen answer to win
-    rpo_alpha: float | None = setting(None, min=0)  # weight of an SFT term, minus the mean log-probability of the chosen
-        # answer's tokens; if not set 1 for small models, which would forget how to speak, else 0
-    reference: str = setting('auto', choices=('auto', 'adapters_off', 'copy', 'cache'))  # auto: adapters off under LoRA,
-        # else a frozen copy; cache: log-probabilities computed once, kept on disk
+    rpo_alpha: float | None = setting(None, min=0)  # weight of an SFT term, minus the mean log-probability of
+        # the chosen answer's tokens; if not set 1 for small models, which would forget how to speak, else 0
+    reference: str = setting('auto', choices=('auto', 'adapters_off', 'copy', 'cache'))  # auto: adapters off
+        # under LoRA, else a frozen copy; cache: log-probabilities computed once, kept on disk
     reference_cache: str = 'models/reference_logps'  # folder of these, shared by runs
     disable_dropout: bool = True  # false: the adapter's dropout acts on the policy
-    apply_chat_template: bool = setting(True, path='data.apply_chat_template')  # false: texts as they are, for models
-        # that do not chat
-    max_eval_pairs: int = setting(512, path='data.max_eval_pairs', min=0)  # so many held-out pairs are evaluated
+    apply_chat_template: bool = setting(True, path='data.apply_chat_template')  # false: texts as they are,
+        # for models that do not chat
+    max_eval_pairs: int = setting(512, path='data.max_eval_pairs', min=0)  # held-out pairs that are evaluated
     eval_samples: int = setting(64, min=0)  # held-out prompts that are answered at each evaluation
     max_new_tokens: int = setting(64, min=1)  # of such an answer
     prediction_loss_only: bool = False  # evaluate losses and rewards only, without sampling answers
-    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # read and show the data, train
-        # nothing
+    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # read and show the data,
+        # train nothing
 
     output_dir = 'models/dpo'
     per_device_train_batch_size = 16
@@ -88,92 +89,107 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         if self.gamma and self.loss_type != 'simpo':
             raise UserError(f'gamma is the margin of loss_type=simpo, not of {self.loss_type}')
         if self.reference != 'auto' and loss.reference_free:
-            raise UserError(f'loss_type={self.loss_type} has no reference: leave out reference={self.reference}')
+            raise UserError(f'loss_type={self.loss_type} has no reference: leave out '
+                            f'reference={self.reference}')
         if self.reference == 'adapters_off' and not self.use_lora:
-            raise UserError('reference=adapters_off needs an adapter: add model.use_lora=true, or use reference=copy '
-                            'or cache')
+            raise UserError('reference=adapters_off needs an adapter: add model.use_lora=true, or use '
+                            'reference=copy or cache')
         if self.system_prompt is not None and not self.apply_chat_template:
-            raise UserError('system_prompt is a message of the chat template, which apply_chat_template=false leaves out')
-        if SCHEDULER_NAMES[self.lr_scheduler_type] in ('plateau', 'exponential'):       # it goes down to 0; few evaluations
-            raise UserError(f'lr_scheduler_type={self.lr_scheduler_type} is not for a run as short as these: use linear, '
-                            'cosine, wsd, cosine_restarts or constant')
+            raise UserError('system_prompt is a message of the chat template, which '
+                            'apply_chat_template=false leaves out')
+        if SCHEDULER_NAMES[self.lr_scheduler_type] in ('plateau', 'exponential'):
+            raise UserError(f'lr_scheduler_type={self.lr_scheduler_type} is not for runs as short as these: '
+                            'use linear, cosine, wsd, cosine_restarts or constant')
 
 
 def main(cfg):
     run = Run.open(cfg, 'train_dpo.py', cfg.output_dir, cfg.resume,
-                   memory_flags=('--per_device_train_batch_size', '--max_length'),
-                   limit=cfg.save_total_limit, save_only_model=cfg.save_only_model)
+                   memory_flags=('--per_device_train_batch_size', '--max_length'))
     cfg = run.cfg
-    policy, tokenizer = build_policy(cfg, run)                  # the base model, an adapter of it, or what is resumed
     sources = cfg.sources(embedded=('facts',))
+    policy, tokenizer = build_policy(cfg, run)          # the base model, an adapter on it, or what is resumed
     pairs, train, held_out = load_pairs(cfg, sources, tokenizer, policy.config.block_size, run)
-    pairs_per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.world_size
+    micro_size = cfg.per_device_train_batch_size        # pairs of a micro-batch
+    pairs_per_step = micro_size * cfg.gradient_accumulation_steps * run.world_size
     weights = [source.weight for source in sources]
     epochs = Epochs(train, weights, pairs_per_step, cfg.seed, cfg.dataloader_drop_last)
-    kind = resolve_defaults(cfg, policy, run)                   # of reference: none, adapters_off, copy or cache
+    resolve_defaults(cfg, policy, run)                  # learning_rate, rpo_alpha
     total_steps = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.num_train_epochs * epochs.per_epoch)
     warmup_steps = warmup_within(cfg.warmup_steps, total_steps, run.print0)
+    kind = reference_kind(cfg)                          # none, adapters_off, copy or cache
     print_summary(cfg, policy, epochs, total_steps, kind, run)
     if cfg.check_data:
-        return run.finish({'pairs': sum(map(len, train)), 'held_out': len(held_out)},
-                          describe_data(tokenizer, pairs, train, held_out))
+        counts = {'pairs': sum(map(len, train)), 'held_out': len(held_out)}
+        return run.finish(counts, describe_data(tokenizer, pairs, train, held_out))
 
     reference = open_reference(cfg, kind, policy, run)
     if kind == 'cache':
         used = {row for step in range(total_steps) for row in epochs.of_step(step)}
         read_cache(cfg, reference, [pairs[row] for row in sorted(used)] + held_out, run)
-        reference = reference if reference.adapters_off else None           # no second model is held while training
+        if not reference.without_adapter:               # no second model is held while training
+            reference = None
     elif reference:
-        precompute(cfg, reference, held_out, run)               # the held-out pairs come again and again
+        precompute(cfg, reference, held_out, run)       # these come again at each evaluation
     optimizer = make_optimizer(cfg.optimizer, policy, cfg.learning_rate, cfg.weight_decay, betas=(0.9, 0.999))
     state = run.restore(State(cfg.optimizer), optimizer)
-    first_step, metrics = state.step, {}
     header = {'data': [source.name for source in sources], 'model': cfg.base_model_name, 'mode': cfg.mode,
               'loss_type': cfg.loss_type, 'reference': kind}
-    log = run.start(total_steps, first_step, header, cfg.logging_steps, keep=cfg.base_model_name)
+    log = run.start(total_steps, state.step, header, cfg.logging_steps, keep=cfg.base_model_name)
+    first_step, metrics = state.step, {}
 
-    def batches_of(step):
+    def load_step(step):
         """All pairs of a step, and this rank's micro-batches of them."""
-        rows = epochs.of_step(step)
-        share = micro_batches(rows, cfg.per_device_train_batch_size, run.rank, run.world_size)
-        return [pairs[row] for row in rows], [make_batch(cfg, [pairs[row] for row in part], run) for part in share]
+        step_pairs = [pairs[row] for row in epochs.of_step(step)]
+        share = micro_batches(step_pairs, micro_size, run.rank, run.world_size)
+        return step_pairs, [make_batch(cfg, part, run) for part in share]
 
     def save(best=False):
         run.save(state, policy, tokenizer, optimizer, best=best)
 
-    prefetch = Prefetcher(batches_of, total_steps, cfg.dataloader_num_workers)
+    prefetch = Prefetcher(load_step, total_steps, cfg.dataloader_num_workers)
     while True:
-        # ---- once in a while: evaluate, sample, plot, checkpoint. A new run is evaluated before its first step, too, for
-        # the curves to begin at the reference; a resumed one has done that, and saved, at its first step already
+        # ---- once in a while: evaluate, sample, plot, checkpoint. A new run is evaluated before its first
+        # step, too: its curves begin at the reference. A resumed one has done that at its first step already
         last = state.step >= total_steps
         is_new = state.step > first_step
-        evaluates = bool(held_out) and (last or state.step % cfg.eval_steps == 0) and (is_new or not run.resumed)
+        is_due = last or state.step % cfg.eval_steps == 0
+        evaluates = bool(held_out) and is_due and (is_new or not run.resumed)
         with log.pause():
             if evaluates:
-                metrics, margins = evaluate(cfg, policy, held_out, run)     # each pair once; a tie is half a win
-                metrics.update(show(cfg, policy, reference, tokenizer, held_out, metrics, margins, state.step, log, run))
+                metrics, margins = evaluate(cfg, policy, held_out, run)
+                metrics |= sample_and_plot(cfg, policy, reference, tokenizer, held_out, metrics, margins, state,
+                                           run)
             if is_new and (evaluates or last or state.step % cfg.save_steps == 0):
                 save(best=evaluates and state.note_eval(metrics['eval_loss']))
         if last:
             break
         run.exit_if_asked(save)
 
-        # ---- one optimizer step; its pairs are a function of (seed, step), so there is no data state to restore
-        lr = learning_rate(state.step, cfg.lr_scheduler_type, cfg.learning_rate, 0.0, warmup_steps, total_steps)
+        # ---- one optimizer step. Its pairs are a function of (seed, step): there is no data state to restore,
+        # and a thread may make its batches ahead
+        lr = learning_rate(state.step, cfg.lr_scheduler_type, cfg.learning_rate, 0.0, warmup_steps,
+                           total_steps)
         step_pairs, batches = prefetch(state.step)
-        means = torch.zeros(len(METRICS), device=run.device)    # this rank's part
-        for micro, (batch, ref_logp) in enumerate(batches):     # each prompt once, its chosen and rejected answer behind it
-            if not cfg.disable_dropout:
+        means = torch.zeros(len(METRICS), device=run.device)    # this rank's part; log.train sums over ranks
+        for micro, (batch, ref_logp) in enumerate(batches):     # each prompt once, its two answers behind it
+            if not cfg.disable_dropout:                         # a counter, not a stream: the same after a resume
                 torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, micro, run.rank))
+            # chosen and rejected in one forward pass, each the sum over its tokens
             with run.autocast():
-                logp = answer_logp(policy, batch)               # (2B,): chosen, rejected, chosen, ..., summed over tokens
-            if kind in ('adapters_off', 'copy'):                # with cache it came with the batch; none: it is None
-                ref_logp = reference(batch)
-            loss, columns = pair_loss(cfg, logp, ref_logp, answer_lengths(batch))           # (B,), (B, METRICS)
-            # divided by the pairs of the whole step, not of the micro-batch: the gradients add up to that of the mean
+                logp = answer_logp(policy, batch)               # (2B,): chosen, rejected, chosen, ...
+            # the same of the reference: the policy without its adapter, or a frozen copy. With cache it came
+            # with the batch; where the loss has no reference it is None
+            if kind in ('adapters_off', 'copy'):
+                ref_logp = reference(batch)                     # (2B,)
+            # dpo_loss and the SFT term; the reference and the rewards carry no gradient
+            loss, columns = pair_loss(cfg, logp, ref_logp, answer_lengths(batch))   # (B,), (B, 8)
+            # divided by the pairs of the whole step, not of the micro-batch, which may be a short one: the
+            # gradients add up to that of the mean, however the step is cut
             run.backward(loss.sum() / len(step_pairs))
             means += columns.sum(0) / len(step_pairs)
-        grad_norm = run.step(optimizer, lr, cfg.max_grad_norm)  # sum over ranks, clip, step; a non-finite one is skipped
+        # sum over ranks, clip, step; a gradient that is not finite is skipped
+        grad_norm = run.step(optimizer, lr, cfg.max_grad_norm)
+        # what a pair costs: its prompt counts once
         tokens = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in step_pairs)
         state.step += 1
         state.num_tokens += tokens
@@ -216,32 +232,34 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
              label_smoothing=0.0, gamma=0.0, chosen_length=None, rejected_length=None):
     """(loss (B,), chosen_reward (B,), rejected_reward (B,)) of B pairs; the rewards carry no gradient.
 
-    The first four: (B,) float32, log-probability of an answer, summed over its tokens, in nats; the reference's
-    may be None where loss_type has no reference (simpo, orpo). chosen_length, rejected_length: (B,) tokens of the
-    answers, for the types that take the mean over tokens instead of the sum. Below, w and l are the log-ratios
-    policy - reference (for simpo and orpo the policy's log-probabilities), d = w - l, s the logistic function,
-    e = label_smoothing. A reward is beta w or beta l.
+    The first four: (B,) float32, log-probability of an answer, summed over its tokens, in nats; the
+    reference's may be None where loss_type has no reference (simpo, orpo). chosen_length, rejected_length:
+    (B,) tokens of the answers, for the types that take the mean over tokens instead of the sum. Below, w and
+    l are the log-ratios policy - reference (for simpo and orpo the policy's log-probabilities), d = w - l,
+    s the logistic function, e = label_smoothing. A reward is beta w or beta l.
 
-      sigmoid       -(1 - e) log s(beta d) - e log s(-beta d)    DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7);
-                                                                 e > 0: cDPO (Mitchell 2023)
+      sigmoid       -(1 - e) log s(beta d) - e log s(-beta d)   DPO (Rafailov et al. 2023, arXiv 2305.18290,
+                                                                eq. 7); e > 0: cDPO (Mitchell 2023)
       robust        (-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e)
-                                                                 unbiased under flips (arXiv 2403.00409, eq. 8)
-      hinge         max(0, 1 - beta d)                           SLiC (arXiv 2305.10425, eq. 1) on log-ratios
-      ipo           (d - 1 / (2 beta))^2, means over tokens      IPO (arXiv 2310.12036, eq. 17)
-      sigmoid_norm  sigmoid with means over tokens               length-normalised DPO (arXiv 2411.15124, 5.1.2)
-      simpo         sigmoid of beta d - gamma, means             SimPO (arXiv 2405.14734, eq. 6)
-      orpo          -w - beta log s(log odds(w) - log odds(l)), means
-                                                                 ORPO (arXiv 2403.07691, eq. 6-7)
-      apo_zero      1 - s(beta w) + s(beta l)                    APO-zero (arXiv 2408.06266, eq. 7)
+                                                                unbiased under flips (arXiv 2403.00409, eq. 8)
+      hinge         max(0, 1 - beta d)                          SLiC (arXiv 2305.10425, eq. 1) on log-ratios
+      ipo           (d - 1 / (2 beta))^2, means over tokens     IPO (arXiv 2310.12036, eq. 17)
+      sigmoid_norm  sigmoid with means over tokens              length-normalised DPO (arXiv 2411.15124,
+                                                                section 5.1.2)
+      simpo         sigmoid of beta d - gamma, means            SimPO (arXiv 2405.14734, eq. 6)
+      orpo          -w - beta log s(log odds(w) - log odds(l)), means over tokens
+                                                                ORPO (arXiv 2403.07691, eq. 6-7)
+      apo_zero      1 - s(beta w) + s(beta l)                   APO-zero (arXiv 2408.06266, eq. 7)
     """
     if loss_type not in LOSSES:
         raise UserError(f'loss_type={loss_type!r} is none of {", ".join(LOSSES)}')
-    chosen, rejected = policy_chosen, policy_rejected                                   # w, l (B,)
+    chosen, rejected = policy_chosen, policy_rejected                   # w, l (B,)
     if not LOSSES[loss_type].reference_free:
         chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
     if LOSSES[loss_type].per_token:
         if chosen_length is None or rejected_length is None:
-            raise UserError(f'loss_type={loss_type} takes means over tokens: give chosen_length and rejected_length')
+            raise UserError(f'loss_type={loss_type} takes means over tokens: give chosen_length and '
+                            'rejected_length')
         chosen, rejected = chosen / chosen_length, rejected / rejected_length
     z = beta * (chosen - rejected)
     e = label_smoothing
@@ -259,7 +277,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     elif loss_type == 'apo_zero':
         loss = 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
     else:
-        raise NotImplementedError(f'loss_type={loss_type} stands in LOSSES, but has no branch in dpo_loss')
+        raise NotImplementedError(f'loss_type={loss_type} has a row in LOSSES, but no branch here')
     return loss, (beta * chosen).detach(), (beta * rejected).detach()
 
 
@@ -269,16 +287,17 @@ def log_odds(logp):
     return logp - torch.log(-torch.expm1(logp))
 
 
-METRICS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'rewards/margins', 'logps/chosen',
-           'logps/rejected', 'logps/accuracies')
+# TRL's names; an accuracy is the share of pairs whose chosen answer has the higher reward, or log-probability
+METRICS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'rewards/margins',
+           'logps/chosen', 'logps/rejected', 'logps/accuracies')
 
 
 def pair_loss(cfg, logp, ref_logp, lengths):
-    """(loss (B,), a column for each of METRICS (B, 8), without gradient) of log-probabilities (2B,), tokens (2B,).
+    """(loss (B,), a column for each of METRICS (B, 8) without gradient) of B pairs.
 
-    An accuracy is the share of pairs whose chosen answer has the higher reward, or log-probability.
+    logp, ref_logp, lengths (2B,): chosen, rejected, chosen, ...; ref_logp may be None, as in dpo_loss.
     """
-    chosen, rejected = logp.view(-1, 2).unbind(1)                                       # (B,) each
+    chosen, rejected = logp.view(-1, 2).unbind(1)                       # (B,) each, like all below
     chosen_length, rejected_length = lengths.view(-1, 2).unbind(1)
     ref_chosen = ref_rejected = None
     if ref_logp is not None:
@@ -286,41 +305,46 @@ def pair_loss(cfg, logp, ref_logp, lengths):
     loss, chosen_reward, rejected_reward = dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss_type, cfg.label_smoothing, cfg.gamma,
         chosen_length, rejected_length)
-    if cfg.rpo_alpha:                           # Pang et al. 2024, arXiv 2404.19733, eq. 1
+    # DPO is content with both answers getting less likely, if the rejected one does so faster; the SFT term
+    # holds the chosen one up (Pang et al. 2024, arXiv 2404.19733, eq. 1)
+    if cfg.rpo_alpha:
         loss = loss - cfg.rpo_alpha * chosen / chosen_length
-    columns = (loss, chosen_reward, rejected_reward, wins(chosen_reward, rejected_reward),
-               chosen_reward - rejected_reward, chosen, rejected, wins(chosen, rejected))
+    columns = (loss, chosen_reward, rejected_reward, win(chosen_reward, rejected_reward),
+               chosen_reward - rejected_reward, chosen, rejected, win(chosen, rejected))
     return loss, torch.stack([column.detach().float() for column in columns], 1)
 
 
-def wins(a, b):
-    """1 where a is larger, 0 where b is; a tie counts as half: a policy that equals its reference has an accuracy of 0.5."""
+def win(a, b):
+    """1 where a is larger, 0 where b is. A tie is half a win: a policy equal to its reference scores 0.5."""
     return (1 + torch.sign(a - b)) / 2
 
 
 # ---- data --------------------------------------------------------------------------------------------------
 
 def load_pairs(cfg, sources, tokenizer, context, run):
-    """(pairs, train, held_out): all pairs as TokenPair; for each data set the numbers of those that are trained on;
-    those held out, as TokenPair."""
+    """(pairs, train, held_out): all pairs, as TokenPair; for each data set the numbers of those that are
+    trained on; those that are held out, as TokenPair."""
     max_length = min(cfg.max_length or context, context)
     if cfg.max_length and cfg.max_length > context:
-        run.print0(f'max_length={cfg.max_length} is clamped to the {context} tokens of context that the model has')
+        run.print0(f'max_length={cfg.max_length} is clamped to the {context} tokens of context that the '
+                   'model has')
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
-        raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the model\'s context '
-                        f'of {context}')
+        raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the '
+                        f'model\'s context of {context}')
     pairs, train, held_out = [], [], []
     for source in sources:
         texts, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
-        encoded, more_drops, cuts = encode_pairs(tokenizer, texts, max_length, cfg.max_prompt_length, cfg.dataset_num_proc)
+        encoded, more_drops, cuts = encode_pairs(tokenizer, texts, max_length, cfg.max_prompt_length,
+                                                 cfg.dataset_num_proc)
         drops.update(more_drops)
-        is_held = held_out_rows(cfg, texts, encoded)
-        numbers = range(len(pairs), len(pairs) + len(encoded))
-        train.append([i for i, held in zip(numbers, is_held) if not held])
-        held_out += [pair for pair, held in zip(encoded, is_held) if held]
+        held = held_out_rows(cfg, texts, encoded)
+        train.append([len(pairs) + row for row in range(len(encoded)) if not held[row]])
+        held_out += [pair for pair, is_held in zip(encoded, held) if is_held]
         pairs += encoded
         rows = len(texts) + sum(map(len, drops.values()))
-        print_source(source, rows, len(train[-1]), sum(is_held), drops, cuts, max_length, run)
+        print_source(source.name, rows, len(train[-1]), sum(held), drops, cuts, max_length, run)
+
+    # a prompt that is held out anywhere is trained on nowhere: another data set may have it, too
     prompts = {tuple(pair.prompt) for pair in held_out}
     kept = [[i for i in rows if tuple(pairs[i].prompt) not in prompts] for rows in train]
     if lost := sum(map(len, train)) - sum(map(len, kept)):
@@ -336,27 +360,27 @@ def load_pairs(cfg, sources, tokenizer, context, run):
 
 
 def held_out_rows(cfg, texts, encoded):
-    """For each encoded pair whether it is held out: as the metadata of its data set says, else by the hash of its prompt."""
-    text_of = {text.where: text for text in texts}              # some have been dropped since
-    marked = any(text.split == 'eval' for text in texts)
-    if marked:
+    """For each encoded pair of a data set whether it is held out: as its metadata says, if any row's does,
+    else by the hash of its prompt."""
+    text_of = {text.where: text for text in texts}                      # encoding has dropped some
+    if any(text.split == 'eval' for text in texts):
         return [text_of[pair.where].split == 'eval' for pair in encoded]
-    if cfg.split_rule == 'legacy':
+    if cfg.split_rule == 'legacy':                                      # it hashed the prompt's ids
         return [legacy_dpo(pair.prompt, cfg.eval_fraction) for pair in encoded]
     return [is_held_out(text_of[pair.where].prompt, cfg.eval_fraction) for pair in encoded]
 
 
-def print_source(source, rows, train, held_out, drops, cuts, max_length, run):
-    run.print0(f'data      {source.name}: {rows:,} rows, {train:,} pairs to train on, {held_out:,} held out')
+def print_source(name, rows, train, held_out, drops, cuts, max_length, run):
+    run.print0(f'data      {name}: {rows:,} rows, {train:,} pairs to train on, {held_out:,} held out')
     if drops:
         run.print0(f'          dropped: {drops}')
     if any(cuts.values()):
-        run.print0(f'          cut: the beginning of {cuts["prompts"]:,} prompts, the end of {cuts["answers"]:,} answers '
-                   f'(max_length={max_length})')
+        run.print0(f'          cut: the beginning of {cuts["prompts"]:,} prompts, the end of '
+                   f'{cuts["answers"]:,} answers (max_length={max_length})')
 
 
 def make_batch(cfg, pairs, run):
-    """B pairs -> (PackedBatch with targets (2B, T): chosen, rejected, chosen, ...; their ref_logp (2B,), if known)."""
+    """B pairs -> (PackedBatch, ref_logp (2B,) or None), targets (2B, T): chosen, rejected, chosen, ..."""
     groups = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     batch = pack(groups, run.device, share=True, pin=cfg.dataloader_pin_memory)
     if pairs[0].ref_logp is None:
@@ -364,23 +388,29 @@ def make_batch(cfg, pairs, run):
     return batch, torch.tensor([pair.ref_logp for pair in pairs], device=run.device).flatten()
 
 
+def row_batches(cfg, pairs, run):
+    """This rank's micro-batches of the numbers of these pairs."""
+    return micro_batches(list(range(len(pairs))), cfg.per_device_train_batch_size, run.rank, run.world_size)
+
+
 def answer_logp(model, batch):
-    """(N,) float32: the log-probability of each of the N completions of a PackedBatch, summed over its tokens."""
-    is_token = batch.targets >= 0                                                                   # (N, T)
+    """(N,) float32: the log-probability of each completion of a PackedBatch, summed over its tokens."""
+    is_token = batch.targets >= 0                                       # (N, T)
+    # Without the padding: as few positions as can be reach the last layer and the head
     hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions[is_token])
     logp = model.token_stats(hidden[None], batch.targets[is_token][None], extras=False)['logp'][0]
     return logp.new_zeros(is_token.shape).masked_scatter(is_token, logp).sum(1)
 
 
 def answer_lengths(batch):
-    """(N,): the tokens of each."""
+    """(N,): how many tokens each completion has."""
     return (batch.targets >= 0).sum(1)
 
 
 # ---- policy and reference ----------------------------------------------------------------------------------
 
 def build_policy(cfg, run):
-    """(model, tokenizer) with the weights of the base model, an adapter of it, or the checkpoint that is resumed."""
+    """(model, tokenizer): the base model, a new or a loaded adapter on it, or the checkpoint resumed."""
     policy, tokenizer = load_policy(cfg, run, cfg.base_model_name, run.resumed)
     if not cfg.use_lora and getattr(policy, 'adapters', None):
         merge_lora(policy, keep=False)          # base_model_name is an adapter, but all weights are to train
@@ -390,49 +420,62 @@ def build_policy(cfg, run):
     return policy, tokenizer
 
 
+def reference_kind(cfg):
+    """What rewards are measured from: none, adapters_off, copy or cache."""
+    if LOSSES[cfg.loss_type].reference_free:
+        return 'none'
+    # To train an adapter further is to begin with it: the model without it is not what training starts from
+    from_base = not is_adapter(cfg.base_model_name)
+    if cfg.reference == 'adapters_off' and not from_base:
+        raise UserError(f'reference=adapters_off: {cfg.base_model_name} is an adapter already, and without '
+                        'it the model is not what training starts from; use reference=copy or cache')
+    if cfg.reference != 'auto':
+        return cfg.reference
+    return 'adapters_off' if cfg.use_lora and from_base else 'copy'
+
+
+def open_reference(cfg, kind, policy, run):
+    """The Reference of this run; None where the loss has none. With cache it is the one that fills it."""
+    if kind == 'none':
+        return None
+    can_switch_off = cfg.use_lora and not is_adapter(cfg.base_model_name)
+    if kind == 'adapters_off' or kind == 'cache' and can_switch_off:        # costs no memory
+        return Reference(policy, run, without_adapter=True)
+    if kind == 'cache' and not run.resumed:
+        return Reference(policy, run)           # which has not been trained yet
+    frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
+    return Reference(frozen, run)
+
+
 class Reference:
-    """A model that rewards are measured from: reference(batch) -> (N,) log-probabilities as answer_logp gives them.
+    """The model that rewards are measured from: reference(batch) -> (N,), its answer_logp."""
 
-    adapters_off: it is the policy, without its adapter; else a model of its own, or a policy before its first step.
-    """
+    def __init__(self, model, run, without_adapter=False):
+        self.model, self.run, self.without_adapter = model, run, without_adapter
 
-    def __init__(self, model, adapters_off, run):
-        self.model, self.adapters_off, self.run = model, adapters_off, run
+    def opened(self):
+        return adapters_off(self.model) if self.without_adapter else contextlib.nullcontext()
 
     @torch.no_grad()
     def __call__(self, batch):
         was_training = self.model.training
         self.model.eval()
-        with self.as_reference(), self.run.autocast():
+        with self.opened(), self.run.autocast():
             logp = answer_logp(self.model, batch)
         self.model.train(was_training)
         return logp
 
-    def as_reference(self):
-        return adapters_off(self.model) if self.adapters_off else contextlib.nullcontext()
-
     def weights(self):
-        """{name: tensor} of what decides about its log-probabilities."""
-        with self.as_reference():
+        """{name: tensor}: what its log-probabilities depend on."""
+        with self.opened():
             weights = self.model.state_dict()
-        return {name: tensor for name, tensor in weights.items() if not (self.adapters_off and '.lora.' in name)}
-
-
-def open_reference(cfg, kind, policy, run):
-    """The Reference of this run, None where the loss has none. A cache is filled by what costs no memory, if it can be."""
-    if kind == 'none':
-        return None
-    if kind == 'adapters_off' or kind == 'cache' and cfg.use_lora and not is_adapter(cfg.base_model_name):
-        return Reference(policy, True, run)
-    if kind == 'cache' and not run.resumed:
-        return Reference(policy, False, run)                    # which has not been trained yet
-    return Reference(load_policy(cfg, run, cfg.base_model_name, trainable=False)[0], False, run)
+        return {name: weights[name] for name in weights if not (self.without_adapter and '.lora.' in name)}
 
 
 def precompute(cfg, reference, pairs, run):
     """Sets ref_logp of these pairs, on every rank."""
     table = torch.zeros(len(pairs), 2, device=run.device)
-    for rows in micro_batches(list(range(len(pairs))), cfg.per_device_train_batch_size, run.rank, run.world_size):
+    for rows in row_batches(cfg, pairs, run):
         batch, _ = make_batch(cfg, [pairs[row] for row in rows], run)
         table[rows] = reference(batch).view(-1, 2)
     for pair, logp in zip(pairs, run.sum(table).tolist()):
@@ -440,21 +483,27 @@ def precompute(cfg, reference, pairs, run):
 
 
 def read_cache(cfg, reference, pairs, run):
-    """Sets ref_logp of these pairs from a file named after a hash of the weights and the precision, whose rows are named
-    after hashes of the ids, so that template and truncation count, too. What is missing is computed and added."""
-    path = Path(cfg.reference_cache) / f'{hash_of([str(run.dtype), run.matmul], reference.weights())}.safetensors'
+    """Sets ref_logp of these pairs, on every rank, from a file to which it adds what is missing.
+
+    The file is named after a hash of the weights and the precision: another model has another one. A row
+    is named after a hash of the pair's ids, so that chat template and truncation count, too.
+    """
+    name = hash_of([str(run.dtype), run.matmul], reference.weights())
+    path = Path(cfg.reference_cache) / f'{name}.safetensors'
     names = [hash_of([pair.prompt, pair.chosen, pair.rejected]) for pair in pairs]
     known = {}
     if path.exists():
         try:
             saved = load_file(path)
         except SafetensorError as error:
-            raise UserError(f'{path} is not a whole file of reference log-probabilities ({error}): remove it, it is made '
-                            'again') from None
+            raise UserError(f'{path} is not a whole file of reference log-probabilities ({error}): remove '
+                            'it, it is made again') from None
         known = dict(zip((row.tobytes().hex() for row in saved['pairs'].numpy()), saved['logps'].tolist()))
     missing = {name: pair for name, pair in zip(names, pairs) if name not in known}
     if missing:
-        run.print0(f'reference {len(pairs) - len(missing):,} of {len(pairs):,} pairs are in {path}; computing the others')
+        run.print0(f'reference {len(pairs) - len(missing):,} of {len(pairs):,} pairs are in {path}; computing '
+                   'the others')
+        # rows of about the same length pad little
         by_length = sorted(missing, key=lambda name: len(missing[name].prompt))
         precompute(cfg, reference, [missing[name] for name in by_length], run)
         known.update((name, missing[name].ref_logp) for name in by_length)
@@ -464,7 +513,7 @@ def read_cache(cfg, reference, pairs, run):
 
 
 def write_cache(path, known):
-    """{name: (chosen, rejected)} as two tensors, (n, 16) bytes and (n, 2)."""
+    """{name: [chosen, rejected]} as two tensors: pairs (n, 16) bytes of the names, logps (n, 2) float32."""
     tensors = {'pairs': torch.tensor([list(bytes.fromhex(name)) for name in known], dtype=torch.uint8),
                'logps': torch.tensor(list(known.values()))}
     with writing(path):
@@ -488,34 +537,41 @@ def evaluate(cfg, policy, held_out, run):
     """(metrics, margins (n,)) over the held-out pairs, each once."""
     policy.eval()
     table = torch.zeros(len(held_out), len(METRICS), device=run.device)
-    for rows in micro_batches(list(range(len(held_out))), cfg.per_device_train_batch_size, run.rank, run.world_size):
+    for rows in row_batches(cfg, held_out, run):
         batch, ref_logp = make_batch(cfg, [held_out[row] for row in rows], run)
         with run.autocast():
             logp = answer_logp(policy, batch)
         table[rows] = pair_loss(cfg, logp, ref_logp, answer_lengths(batch))[1]
-    run.sum(table)
+    run.sum(table)                              # each row is one rank's, 0 on the others
     policy.train()
     metrics = {f'eval_{key}': value for key, value in zip(METRICS, table.mean(0).tolist())}
     return metrics, table[:, METRICS.index('rewards/margins')].cpu()
 
 
+@torch.no_grad()
 def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
-    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three). kl estimates
-    KL(policy || reference) in nats an answer by the mean log-ratio; success_rate is the share that follows the rule of
-    the embedded set."""
-    asked = list({tuple(pair.prompt): pair.prompt for pair in held_out}.values())[:cfg.eval_samples]
+    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three).
+
+    kl estimates KL(policy || reference) in nats an answer by the mean log-ratio of what the policy drew;
+    there is none where only a cache is left of the reference. success_rate is the share of answers that
+    follow the rule of the embedded data set.
+    """
+    prompts = list({tuple(pair.prompt): pair.prompt for pair in held_out}.values())[:cfg.eval_samples]
     log_ratios = []
-    with run.autocast(), torch.no_grad(), explain_out_of_memory('--eval_samples', '--max_new_tokens'):
-        samples = generate(policy, asked, cfg.max_new_tokens, stop_ids=tokenizer.stop_ids,
+    with run.autocast(), explain_out_of_memory('--eval_samples', '--max_new_tokens'):
+        samples = generate(policy, prompts, cfg.max_new_tokens, stop_ids=tokenizer.stop_ids,
                            seed=seed_for(cfg.seed, 'samples'))
         answers = [row[:length].tolist() for row, length in zip(samples.tokens, samples.lengths)]
-        drawn = [(prompt, [answer]) for prompt, answer in zip(asked, answers)]
-        for groups in micro_batches(drawn, cfg.per_device_train_batch_size) if reference else ():
-            batch = pack(groups, run.device, share=True)
-            log_ratios += (answer_logp(policy, batch) - reference(batch)).tolist()
-    metrics = {'kl': sum(log_ratios) / len(log_ratios)} if log_ratios else {}
+        groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+        for part in micro_batches(groups, cfg.per_device_train_batch_size):
+            if reference:
+                batch = pack(part, run.device, share=True)
+                log_ratios += (answer_logp(policy, batch) - reference(batch)).tolist()
+    metrics = {}
+    if log_ratios:
+        metrics['kl'] = sum(log_ratios) / len(log_ratios)
     texts = [(tokenizer.decode(prompt), tokenizer.decode(answer, skip_special_tokens=True))
-             for prompt, answer in zip(asked, answers)]
+             for prompt, answer in zip(prompts, answers)]
     if [source.name for source in cfg.sources(embedded=('facts',))] == ['facts']:
         metrics['success_rate'] = sum(facts.in_form(*text) for text in texts) / len(texts)
     return metrics, '\n'.join(map(''.join, texts[:3]))
@@ -529,10 +585,11 @@ PANELS = [('loss', {'loss': 'training', 'eval_loss': 'held out'}),
           ('log-probability', {'eval_logps/chosen': 'chosen', 'eval_logps/rejected': 'rejected'})]
 
 
-def show(cfg, policy, reference, tokenizer, held_out, metrics, margins, step, log, run):
+def sample_and_plot(cfg, policy, reference, tokenizer, held_out, metrics, margins, state, run):
     """Samples answers, logs and draws, all on the main rank; returns the metrics of the samples."""
-    sampled, text = {}, None
+    sampled = {}
     if run.is_main:
+        log, step, text = run.log, state.step, None
         if cfg.eval_samples and not cfg.prediction_loss_only:
             sampled, text = sample_answers(cfg, policy, reference, tokenizer, held_out, run)
         log.write(step, {**metrics, **sampled})
@@ -546,41 +603,36 @@ def show(cfg, policy, reference, tokenizer, held_out, metrics, margins, step, lo
     return sampled
 
 
-# ---- what is chosen, and printed before the first step ------------------------------------------------------
+# ---- what is chosen, and printed before the first step -----------------------------------------------------
 
 def resolve_defaults(cfg, policy, run):
-    """Fills in what is unset and says so; returns the kind of reference: none, adapters_off, copy or cache."""
+    """Fills in what is unset, and says so."""
     small = is_small(policy)
-    chosen = fill_in(cfg, learning_rate=RATES[cfg.mode] * (30 if small else 1),         # a small model needs as much
-                     rpo_alpha=1.0 if small and cfg.loss_type != 'orpo' else 0.0,       # orpo has an SFT term itself
+    # A small model learns at thirty times a large one's rates, and needs to, adapters included. It also
+    # forgets how to speak without an SFT term, which orpo brings with it
+    chosen = fill_in(cfg, learning_rate=RATES[cfg.mode] * (30 if small else 1),
+                     rpo_alpha=1.0 if small and cfg.loss_type != 'orpo' else 0.0,
                      num_train_epochs=2, warmup_steps=10)
     if chosen:
-        of_what = f'{cfg.mode} training of a small model' if small else f'{cfg.mode} training'
-        run.print0(f'chosen    {chosen} for {of_what} (type the flags for others)')
-    if LOSSES[cfg.loss_type].reference_free:
-        return 'none'
-    from_base = not is_adapter(cfg.base_model_name)             # without its adapter a model is what it began from
-    if cfg.reference == 'adapters_off' and not from_base:
-        raise UserError(f'reference=adapters_off: {cfg.base_model_name} is an adapter already, and without it the model '
-                        'is not what training starts from; use reference=copy or cache')
-    if cfg.reference != 'auto':
-        return cfg.reference
-    return 'adapters_off' if cfg.use_lora and from_base else 'copy'
+        trained = f'{cfg.mode} training of a small model' if small else f'{cfg.mode} training'
+        run.print0(f'chosen    {chosen} for {trained} (type the flags for others)')
 
 
 def print_summary(cfg, policy, epochs, total_steps, kind, run):
+    """What will be trained, by what loss, for how long."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    run.print0(f'model     {cfg.base_model_name}: {policy.num_params():,} parameters, {cfg.mode}: {trained:,} are trained')
+    run.print0(f'model     {cfg.base_model_name}: {policy.num_params():,} parameters, {cfg.mode}: {trained:,} '
+               'are trained')
     run.print0(f'machine   {describe_device(run)}')
     words = {'adapters_off': 'the model without its adapter', 'copy': 'a frozen copy',
              'cache': 'log-probabilities on disk', 'none': 'none'}
     sft = f' + {cfg.rpo_alpha:g} SFT' if cfg.rpo_alpha else ''
     run.print0(f'loss      {cfg.loss_type}, beta {cfg.beta:g}{sft}, reference: {words[kind]}')
-    run.print0(f'run       {total_steps:,} steps of {epochs.size} pairs, {epochs.epoch(total_steps):.2g} epochs; highest '
-               f'learning rate {cfg.learning_rate:g}')
+    run.print0(f'run       {total_steps:,} steps of {epochs.size} pairs, {epochs.per_epoch:,} an epoch, '
+               f'{epochs.epoch(total_steps):.2g} epochs; highest learning rate {cfg.learning_rate:g}')
     if cfg.use_lora and cfg.lora_dropout and cfg.disable_dropout:
-        run.print0(f'note      lora_dropout={cfg.lora_dropout} is not applied, so that policy and reference differ in weights '
-                   'alone (disable_dropout=false applies it)')
+        run.print0(f'note      lora_dropout={cfg.lora_dropout} is not applied, so that policy and reference '
+                   'differ in weights alone (disable_dropout=false applies it)')
 
 
 def describe_data(tokenizer, pairs, train, held_out):
@@ -588,7 +640,8 @@ def describe_data(tokenizer, pairs, train, held_out):
     lines = []
     for name in ('prompt', 'chosen', 'rejected'):
         lengths = sorted(len(getattr(pair, name)) for pair in pairs)
-        lines.append(f'          {name + ":":<10} {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}')
+        lines.append(f'          {name + ":":<10} {lengths[0]} to {lengths[-1]} tokens, median '
+                     f'{lengths[len(lengths) // 2]}')
     longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
     lines.append(f'          the chosen answer is the longer one in {longer:.0%} of the pairs')
     if not 0.35 < longer < 0.65:
@@ -596,9 +649,11 @@ def describe_data(tokenizer, pairs, train, held_out):
     unended = sum(pair.chosen[-1] not in tokenizer.stop_ids for pair in pairs)
     if unended:
         lines.append(f'          {unended:,} chosen answers do not end with a stop token')
-    for pair in [*(pairs[rows[0]] for rows in train if rows), *held_out[:1]][:3]:
-        lines.append(f'--- {pair.where}\n{tokenizer.decode(pair.prompt)}\033[32m{tokenizer.decode(pair.chosen)}\033[0m\n'
-                     f'   instead of: \033[31m{tokenizer.decode(pair.rejected)}\033[0m')
+    first_of_each = [pairs[rows[0]] for rows in train if rows]
+    for pair in [*first_of_each, *held_out[:1]][:3]:
+        prompt, chosen, rejected = map(tokenizer.decode, (pair.prompt, pair.chosen, pair.rejected))
+        lines.append(f'--- {pair.where}\n{prompt}\033[32m{chosen}\033[0m\n'
+                     f'   instead of: \033[31m{rejected}\033[0m')
     return '\n'.join(lines)
 
 

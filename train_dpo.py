@@ -34,6 +34,7 @@ class Loss(NamedTuple):
     smoothed: bool = False          # obeys label_smoothing
 
 
+# A new loss type is a row here and a branch of dpo_loss; flags, checks and messages follow
 LOSSES = {
     'sigmoid': Loss(smoothed=True),
     'robust': Loss(smoothed=True),
@@ -52,8 +53,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
 
     algorithm: str = setting('dpo', choices=('dpo',))  # what a recipe is for
     loss_type: str = setting('sigmoid', choices=tuple(LOSSES))  # see dpo_loss
-    beta: float = setting(0.1, above=0)  # how much a log-ratio counts: the larger, the nearer the policy stays
-        # to the reference
+    beta: float = setting(0.1, above=0)  # how much a log-ratio counts: the larger, the nearer the policy
+        # stays to the reference
     label_smoothing: float = setting(0.0, min=0, below=0.5)  # share of pairs labelled the wrong way round
         # (cDPO, robust DPO)
     gamma: float = setting(0.0, min=0)  # margin by which SimPO wants the chosen answer to win
@@ -109,8 +110,7 @@ def main(cfg):
     sources = cfg.sources(embedded=('facts',))
     policy, tokenizer = build_policy(cfg, run)          # the base model, an adapter on it, or what is resumed
     pairs, train, held_out = load_pairs(cfg, sources, tokenizer, policy.config.block_size, run)
-    micro_size = cfg.per_device_train_batch_size        # pairs of a micro-batch
-    pairs_per_step = micro_size * cfg.gradient_accumulation_steps * run.world_size
+    pairs_per_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * run.world_size
     weights = [source.weight for source in sources]
     epochs = Epochs(train, weights, pairs_per_step, cfg.seed, cfg.dataloader_drop_last)
     resolve_defaults(cfg, policy, run)                  # learning_rate, rpo_alpha
@@ -124,8 +124,8 @@ def main(cfg):
 
     reference = open_reference(cfg, kind, policy, run)
     if kind == 'cache':
-        used = {row for step in range(total_steps) for row in epochs.of_step(step)}
-        read_cache(cfg, reference, [pairs[row] for row in sorted(used)] + held_out, run)
+        used = {i for step in range(total_steps) for i in epochs.of_step(step)}
+        read_cache(cfg, reference, [pairs[i] for i in sorted(used)] + held_out, run)
         if not reference.without_adapter:               # no second model is held while training
             reference = None
     elif reference:
@@ -139,9 +139,8 @@ def main(cfg):
 
     def load_step(step):
         """All pairs of a step, and this rank's micro-batches of them."""
-        step_pairs = [pairs[row] for row in epochs.of_step(step)]
-        share = micro_batches(step_pairs, micro_size, run.rank, run.world_size)
-        return step_pairs, [make_batch(cfg, part, run) for part in share]
+        step_pairs = [pairs[i] for i in epochs.of_step(step)]
+        return step_pairs, [make_batch(cfg, part, run) for part in this_ranks(cfg, step_pairs, run)]
 
     def save(best=False):
         run.save(state, policy, tokenizer, optimizer, best=best)
@@ -157,22 +156,26 @@ def main(cfg):
         with log.pause():
             if evaluates:
                 metrics, margins = evaluate(cfg, policy, held_out, run)
-                metrics |= sample_and_plot(cfg, policy, reference, tokenizer, held_out, metrics, margins, state,
-                                           run)
+                sampled, text = sample_answers(cfg, policy, reference, tokenizer, held_out, run)
+                metrics |= sampled
+                log.write(state.step, metrics)
+                if text:
+                    log.text(state.step, 'samples', text)
+                plot(cfg, margins, state.step, run)
             if is_new and (evaluates or last or state.step % cfg.save_steps == 0):
                 save(best=evaluates and state.note_eval(metrics['eval_loss']))
         if last:
             break
         run.exit_if_asked(save)
 
-        # ---- one optimizer step. Its pairs are a function of (seed, step): there is no data state to restore,
-        # and a thread may make its batches ahead
+        # ---- one optimizer step. Its pairs are a function of (seed, step): there is no data state to
+        # restore, and a thread may make its batches ahead
         lr = learning_rate(state.step, cfg.lr_scheduler_type, cfg.learning_rate, 0.0, warmup_steps,
                            total_steps)
         step_pairs, batches = prefetch(state.step)
         means = torch.zeros(len(METRICS), device=run.device)    # this rank's part; log.train sums over ranks
         for micro, (batch, ref_logp) in enumerate(batches):     # each prompt once, its two answers behind it
-            if not cfg.disable_dropout:                         # a counter, not a stream: the same after a resume
+            if not cfg.disable_dropout:                         # a counter, not a stream: a resume has it
                 torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, micro, run.rank))
             # chosen and rejected in one forward pass, each the sum over its tokens
             with run.autocast():
@@ -181,7 +184,7 @@ def main(cfg):
             # with the batch; where the loss has no reference it is None
             if kind in ('adapters_off', 'copy'):
                 ref_logp = reference(batch)                     # (2B,)
-            # dpo_loss and the SFT term; the reference and the rewards carry no gradient
+            # dpo_loss and the SFT term; neither the reference nor the columns carry a gradient
             loss, columns = pair_loss(cfg, logp, ref_logp, answer_lengths(batch))   # (B,), (B, 8)
             # divided by the pairs of the whole step, not of the micro-batch, which may be a short one: the
             # gradients add up to that of the mean, however the step is cut
@@ -331,6 +334,7 @@ def load_pairs(cfg, sources, tokenizer, context, run):
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the '
                         f'model\'s context of {context}')
+    # A mistake in a row's form is an error that names it; a pair that teaches nothing is dropped, and counted
     pairs, train, held_out = [], [], []
     for source in sources:
         texts, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
@@ -351,6 +355,7 @@ def load_pairs(cfg, sources, tokenizer, context, run):
         run.print0(f'          {lost:,} training pairs are left out, since their prompts are held out too')
     if not any(kept):
         raise UserError('no pair is left to train on; what was dropped is said above')
+    # drawn, not the first ones: a file may be sorted
     if len(held_out) > cfg.max_eval_pairs:
         rng = np.random.default_rng(seed_for(cfg.seed, 'held'))
         drawn = sorted(rng.choice(len(held_out), cfg.max_eval_pairs, replace=False))
@@ -382,21 +387,22 @@ def print_source(name, rows, train, held_out, drops, cuts, max_length, run):
 def make_batch(cfg, pairs, run):
     """B pairs -> (PackedBatch, ref_logp (2B,) or None), targets (2B, T): chosen, rejected, chosen, ..."""
     groups = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    # share=None would decide batch by batch, and a pair's last bits would depend on its neighbours
     batch = pack(groups, run.device, share=True, pin=cfg.dataloader_pin_memory)
-    if pairs[0].ref_logp is None:
+    if pairs[0].ref_logp is None:               # then none of them has one
         return batch, None
     return batch, torch.tensor([pair.ref_logp for pair in pairs], device=run.device).flatten()
 
 
-def row_batches(cfg, pairs, run):
-    """This rank's micro-batches of the numbers of these pairs."""
-    return micro_batches(list(range(len(pairs))), cfg.per_device_train_batch_size, run.rank, run.world_size)
+def this_ranks(cfg, items, run):
+    """This rank's micro-batches of the items."""
+    return micro_batches(items, cfg.per_device_train_batch_size, run.rank, run.world_size)
 
 
 def answer_logp(model, batch):
     """(N,) float32: the log-probability of each completion of a PackedBatch, summed over its tokens."""
     is_token = batch.targets >= 0                                       # (N, T)
-    # Without the padding: as few positions as can be reach the last layer and the head
+    # without the padding of targets: as few positions as can be reach the last layer and the head, (tokens, C)
     hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions[is_token])
     logp = model.token_stats(hidden[None], batch.targets[is_token][None], extras=False)['logp'][0]
     return logp.new_zeros(is_token.shape).masked_scatter(is_token, logp).sum(1)
@@ -414,6 +420,7 @@ def build_policy(cfg, run):
     policy, tokenizer = load_policy(cfg, run, cfg.base_model_name, run.resumed)
     if not cfg.use_lora and getattr(policy, 'adapters', None):
         merge_lora(policy, keep=False)          # base_model_name is an adapter, but all weights are to train
+    # load_policy gives an adapter its lora_dropout, and one that is loaded has brought its own
     for layer in lora_layers(policy):
         for adapter in layer.lora.values():
             adapter.dropout = 0.0 if cfg.disable_dropout else cfg.lora_dropout
@@ -424,7 +431,7 @@ def reference_kind(cfg):
     """What rewards are measured from: none, adapters_off, copy or cache."""
     if LOSSES[cfg.loss_type].reference_free:
         return 'none'
-    # To train an adapter further is to begin with it: the model without it is not what training starts from
+    # where an adapter is trained further, the model without it is not what this training starts from
     from_base = not is_adapter(cfg.base_model_name)
     if cfg.reference == 'adapters_off' and not from_base:
         raise UserError(f'reference=adapters_off: {cfg.base_model_name} is an adapter already, and without '
@@ -443,6 +450,7 @@ def open_reference(cfg, kind, policy, run):
         return Reference(policy, run, without_adapter=True)
     if kind == 'cache' and not run.resumed:
         return Reference(policy, run)           # which has not been trained yet
+    # a second model, in torch_dtype on a GPU
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
     return Reference(frozen, run)
 
@@ -459,7 +467,7 @@ class Reference:
     @torch.no_grad()
     def __call__(self, batch):
         was_training = self.model.training
-        self.model.eval()
+        self.model.eval()                       # the policy's dropout is not the reference's
         with self.opened(), self.run.autocast():
             logp = answer_logp(self.model, batch)
         self.model.train(was_training)
@@ -474,8 +482,9 @@ class Reference:
 
 def precompute(cfg, reference, pairs, run):
     """Sets ref_logp of these pairs, on every rank."""
+    # every rank computes its share; summed, since a row is 0 on the ranks that have not computed it
     table = torch.zeros(len(pairs), 2, device=run.device)
-    for rows in row_batches(cfg, pairs, run):
+    for rows in this_ranks(cfg, list(range(len(pairs))), run):
         batch, _ = make_batch(cfg, [pairs[row] for row in rows], run)
         table[rows] = reference(batch).view(-1, 2)
     for pair, logp in zip(pairs, run.sum(table).tolist()):
@@ -499,10 +508,11 @@ def read_cache(cfg, reference, pairs, run):
             raise UserError(f'{path} is not a whole file of reference log-probabilities ({error}): remove '
                             'it, it is made again') from None
         known = dict(zip((row.tobytes().hex() for row in saved['pairs'].numpy()), saved['logps'].tolist()))
+    # a dictionary: what two data sets share is computed once
     missing = {name: pair for name, pair in zip(names, pairs) if name not in known}
     if missing:
-        run.print0(f'reference {len(pairs) - len(missing):,} of {len(pairs):,} pairs are in {path}; computing '
-                   'the others')
+        run.print0(f'reference {len(pairs) - len(missing):,} of {len(pairs):,} pairs are in {path}; '
+                   'computing the others')
         # rows of about the same length pad little
         by_length = sorted(missing, key=lambda name: len(missing[name].prompt))
         precompute(cfg, reference, [missing[name] for name in by_length], run)
@@ -514,6 +524,7 @@ def read_cache(cfg, reference, pairs, run):
 
 def write_cache(path, known):
     """{name: [chosen, rejected]} as two tensors: pairs (n, 16) bytes of the names, logps (n, 2) float32."""
+    # a hexadecimal name is two characters a byte; safetensors holds no text
     tensors = {'pairs': torch.tensor([list(bytes.fromhex(name)) for name in known], dtype=torch.uint8),
                'logps': torch.tensor(list(known.values()))}
     with writing(path):
@@ -537,12 +548,12 @@ def evaluate(cfg, policy, held_out, run):
     """(metrics, margins (n,)) over the held-out pairs, each once."""
     policy.eval()
     table = torch.zeros(len(held_out), len(METRICS), device=run.device)
-    for rows in row_batches(cfg, held_out, run):
+    for rows in this_ranks(cfg, list(range(len(held_out))), run):
         batch, ref_logp = make_batch(cfg, [held_out[row] for row in rows], run)
         with run.autocast():
             logp = answer_logp(policy, batch)
         table[rows] = pair_loss(cfg, logp, ref_logp, answer_lengths(batch))[1]
-    run.sum(table)                              # each row is one rank's, 0 on the others
+    run.sum(table)                              # as in precompute
     policy.train()
     metrics = {f'eval_{key}': value for key, value in zip(METRICS, table.mean(0).tolist())}
     return metrics, table[:, METRICS.index('rewards/margins')].cpu()
@@ -550,17 +561,20 @@ def evaluate(cfg, policy, held_out, run):
 
 @torch.no_grad()
 def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
-    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three).
+    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three); on the main rank.
 
     kl estimates KL(policy || reference) in nats an answer by the mean log-ratio of what the policy drew;
     there is none where only a cache is left of the reference. success_rate is the share of answers that
     follow the rule of the embedded data set.
     """
+    if not run.is_main or not cfg.eval_samples or cfg.prediction_loss_only:
+        return {}, ''
     prompts = list({tuple(pair.prompt): pair.prompt for pair in held_out}.values())[:cfg.eval_samples]
     log_ratios = []
     with run.autocast(), explain_out_of_memory('--eval_samples', '--max_new_tokens'):
         samples = generate(policy, prompts, cfg.max_new_tokens, stop_ids=tokenizer.stop_ids,
                            seed=seed_for(cfg.seed, 'samples'))
+        # rows end where their answer does, behind its stop token if it has one
         answers = [row[:length].tolist() for row, length in zip(samples.tokens, samples.lengths)]
         groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
         for part in micro_batches(groups, cfg.per_device_train_batch_size):
@@ -585,22 +599,14 @@ PANELS = [('loss', {'loss': 'training', 'eval_loss': 'held out'}),
           ('log-probability', {'eval_logps/chosen': 'chosen', 'eval_logps/rejected': 'rejected'})]
 
 
-def sample_and_plot(cfg, policy, reference, tokenizer, held_out, metrics, margins, state, run):
-    """Samples answers, logs and draws, all on the main rank; returns the metrics of the samples."""
-    sampled = {}
-    if run.is_main:
-        log, step, text = run.log, state.step, None
-        if cfg.eval_samples and not cfg.prediction_loss_only:
-            sampled, text = sample_answers(cfg, policy, reference, tokenizer, held_out, run)
-        log.write(step, {**metrics, **sampled})
-        if text is not None:
-            log.text(step, 'samples', text)
-        title = os.path.basename(os.path.abspath(cfg.output_dir))
-        plots.curves(log.path, os.path.join(cfg.output_dir, 'loss.png'), title, PANELS)
-        plots.margins(margins.tolist(), os.path.join(cfg.output_dir, 'margins.png'),
-                      f'{title}: held-out pairs after step {step}')
-    run.barrier()
-    return sampled
+def plot(cfg, margins, step, run):
+    """The curves so far, and how the margins of the held-out pairs are spread."""
+    if not run.is_main:
+        return
+    title = os.path.basename(os.path.abspath(cfg.output_dir))
+    plots.curves(run.log.path, os.path.join(cfg.output_dir, 'loss.png'), title, PANELS)
+    plots.margins(margins.tolist(), os.path.join(cfg.output_dir, 'margins.png'),
+                  f'{title}: held-out pairs after step {step}')
 
 
 # ---- what is chosen, and printed before the first step -----------------------------------------------------
@@ -621,8 +627,8 @@ def resolve_defaults(cfg, policy, run):
 def print_summary(cfg, policy, epochs, total_steps, kind, run):
     """What will be trained, by what loss, for how long."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    run.print0(f'model     {cfg.base_model_name}: {policy.num_params():,} parameters, {cfg.mode}: {trained:,} '
-               'are trained')
+    run.print0(f'model     {cfg.base_model_name}: {policy.num_params():,} parameters, {cfg.mode}: '
+               f'{trained:,} are trained')
     run.print0(f'machine   {describe_device(run)}')
     words = {'adapters_off': 'the model without its adapter', 'copy': 'a frozen copy',
              'cache': 'log-probabilities on disk', 'none': 'none'}

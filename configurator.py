@@ -30,13 +30,17 @@ class Accepted(typing.NamedTuple):
     refused: bool = False  # any other value than the default is an error that says why
 
 
-def setting(default, path=None, also=(), choices=None, positional=False, min=None, max=None, above=None, below=None):
+def setting(default, path=None, also=(), choices=None, positional=False, min=None, max=None, above=None, below=None,
+            open=None):
     """A field of a config class with its documented dotted path, other spellings and the values that it may have.
 
     None is always allowed where the annotation allows it. min and max are inclusive, above and below are not. A list or
-    dict default is copied for each instance. positional: a word without a flag is its value.
+    dict default is copied for each instance. positional: a word without a flag is its value. open: a dict field that takes
+    any key of the section `path` that names no other field; its check is cfg.check()'s, and open() gives what --help
+    shows, as (key, default, text).
     """
-    metadata = dict(path=path, also=also, choices=choices, positional=positional, min=min, max=max, above=above, below=below)
+    metadata = dict(path=path, also=also, choices=choices, positional=positional, min=min, max=max, above=above, below=below,
+                    open=open)
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
 
@@ -167,6 +171,8 @@ def assign(owner, key, value, where=''):
             held.append(entry_type(hint)())
         for item in held if index is None else [held[place]]:
             assign(item, tail, value, where)
+    elif tail and field.metadata.get('open') and '.' not in tail:
+        held[tail.replace('-', '_')] = value
     elif len(parts) > n + 1 and isinstance(held, dict) and index is None:
         assign(held.setdefault(parts[n], entry_type(hint)()), '.'.join(parts[n + 1:]), value, where)
     elif tail and dataclasses.is_dataclass(held) and index is None:
@@ -392,6 +398,13 @@ def help_page(cls):
             heading, text = notes.get(field.name, ('', ''))
             path, hint, choices = path_of(field), hints[field.name], field.metadata.get('choices')
             group = title or heading or path.rpartition('.')[0] or 'settings'
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            if field.metadata.get('open'):
+                for key, default, text in field.metadata['open']():
+                    text += '' if default is None else f' (default {json.dumps(default)})'
+                    groups[group].add_argument(f'{path}.{key}', nargs='?', help=text.replace('%', '%%'))
+                continue
             entry = entry_type(hint) or hint
             if dataclasses.is_dataclass(entry):
                 add(entry, path + {list: '[0].', dict: '.NAME.'}.get(typing.get_origin(hint), '.'), group)
@@ -400,8 +413,6 @@ def help_page(cls):
             facts = [path] * (path != field.name) + ['--' + key for key in field.metadata.get('also', ())]
             facts += [', '.join(map(str, choices or ())), '' if default is None else f'default {json.dumps(default)}']
             text += f" ({'; '.join(filter(None, facts))})" if any(facts) else ''
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
             groups[group].add_argument('--' + prefix + field.name, help=text.replace('%', '%%'),
                                        metavar='' if hint is bool else describe(hint).upper().replace(' ', '_'))
 
@@ -460,6 +471,9 @@ def as_dict(cfg):
     """The configuration as nested JSON-able dicts, each setting at its documented path; from_dict() reads it back."""
     tree, values = {}, dataclasses.asdict(cfg)
     leaves = {path_of(field): values[field.name] for field in dataclasses.fields(cfg)}
+    for field in dataclasses.fields(cfg):
+        if field.metadata.get('open'):      # its keys stand among the section's fields
+            leaves.update((f'{path_of(field)}.{key}', value) for key, value in leaves.pop(path_of(field)).items())
     for path, known in getattr(cfg, 'accepted', {}).items():
         leaves.setdefault(path, getattr(cfg, 'accepted_values', {}).get(path, known.default))
     for path, value in leaves.items():
@@ -481,7 +495,9 @@ def from_dict(cls, saved, cfg=None):
         assign(result, key, value, 'saved configuration: ')
     result.typed, result.flags = getattr(cfg, 'typed', frozenset()), getattr(cfg, 'flags', frozenset())
     for name in result.typed & {field.name for field in dataclasses.fields(cls)}:
-        setattr(result, name, getattr(cfg, name))
+        value, saved_value = getattr(cfg, name), getattr(result, name)
+        # of a dict only the typed entries change
+        setattr(result, name, {**saved_value, **value} if isinstance(value, dict) else value)
     if getattr(cfg, 'accepted_values', None):
         result.__dict__.setdefault('accepted_values', {}).update(cfg.accepted_values)
     return result

@@ -6,14 +6,14 @@
     python train_agents.py --eval_only --model=logs/math/latest/checkpoints env.benchmark=AIME24
 
 At each turn of a trajectory the agents act in order. The acting one answers its prompt K times, and every
-candidate is scored from the same state: r = alpha * team + local. The best is executed, and the next agent sees
-the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al. 2025):
+candidate is scored from the same state: r = alpha * team + local. The best is executed, and the next agent
+sees the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al. 2025
 
-    A = (r - mean) / (std + 1e-4) among the K candidates, std unbiased     rho = p(token) / p(token) when drawn
-    loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A where A < 0; token mean
+    A = (r - mean) / (std + 1e-4) among the K candidates, std unbiased; rho = p(token) / p(token) when drawn
+    loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A if A < 0: token mean
 
 A turn's reward trains that turn only. Validation never branches. Deviations from the paper: the old
-log-probabilities are those of the sampler, which is the same model (the log has the gap as sampling/logp_gap),
+log-probabilities are the sampler's, which is the same model (the log has the gap as sampling/logp_gap),
 and the deviation of a group is kept off 0 by 1e-4.
 Settings that all scripts share stand in nanoforge/flags.py, an environment's in its file in data/tasks.
 """
@@ -91,7 +91,7 @@ class TeamFlags(Flags):
 class EnvFlags(Flags):
     section = 'env'
     # environment
-    task: str | None = setting(None, path='env.name')  # what is played; by the data sets, or plan_path, if not set
+    task: str | None = setting(None, path='env.name')  # what is played; if not set by data sets, or plan_path
     dataset: str | None = None  # training problems: a game, or data sets joined by + (polaris, code_contests)
     benchmark: str | None = None  # held-out problems: a game, or data sets (AIME24, code_contests)
     max_turns: int = setting(4, min=1)  # turns of a trajectory; in each, every agent acts once
@@ -135,25 +135,27 @@ def main(cfg):
     run.cfg.GPU_num = cfg.GPU_num                               # of now, whatever the run had that is resumed
     cfg, task = run.cfg, task_of(run.cfg)
     directory = directory if run.resumed else new_directory(cfg, run)
-    run.text_log = os.path.join(directory, 'train.log')
+    run.text_log = os.path.join(directory, 'train.log')         # what is printed from here on
     if getattr(task, 'RUNS_PROGRAMS', False):
         sandbox.start(cfg.allow_weak_sandbox)                   # or it refuses, before the work
-    policies = load_policies(cfg, run)                          # one for all agents, or an adapter or model for each
+    policies = load_policies(cfg, run)                          # one, or an adapter or model for each agent
     team = {agent: policy for policy in policies for agent in policy.agents}
     temperatures = {name: agent.temperature for name, agent in agents_of(cfg).items()}
-    resolve_defaults(cfg, policies, run)
+    held_out = held_out_problems(cfg, task, run)                # the same ones at every validation
+    resolve_defaults(cfg, policies, run)                        # learning rate, lengths
     print_summary(cfg, policies, task, directory, run)
     if cfg.eval_only:
-        metrics = validate(cfg, team, task, 0, directory, run)
+        metrics = validate(cfg, team, task, held_out, 0, directory, run)
         return run.finish(metrics, '  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     demo_seconds = 0.0 if run.resumed else warm_up(cfg, policies, task, run)
     for policy in policies:                                     # made now: the warm-up's moved the weights
         policy.optimizer = build_optimizer(policy, 'adamw', cfg.learning_rate, cfg.weight_decay)
     optimizers = {f'{policy.name}:': policy.optimizer for policy in policies}
-    state = run.restore(State(), optimizers)
+    state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
     first_step = state.step
     log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
                     name=os.path.relpath(directory, 'logs'), directory=directory)
+    # trajectories after the resumed step come again, as their log lines do
     run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), first_step))
     if demo_seconds:
         log.write(0, {'demonstrations/seconds': demo_seconds})
@@ -167,9 +169,8 @@ def main(cfg):
         is_due = state.step % cfg.val_freq == 0 and state.step > first_step
         if last or is_due or (state.step == 0 and cfg.val_before_train):
             with log.pause():
-                metrics = validate(cfg, team, task, state.step, directory, run)
+                metrics = validate(cfg, team, task, held_out, state.step, directory, run)
                 log.write(state.step, metrics)
-                summarise(state.step, metrics, directory, run)
                 save(best=state.note_success(metrics['validation/success_rate']))
                 if run.is_main:
                     pages.episodes_page(directory)
@@ -185,9 +186,9 @@ def main(cfg):
             seed = seed_for(cfg.seed, 'play', state.step)
             trajectories = rollout(cfg, team, task, problems, seed, samples, temperatures, log.timed)
 
-        # ---- 2. advantages: what a candidate earned beyond the others of its prompt. Not beyond those of other
-        # turns or problems, some of which are easier; no critic, the group is its own baseline. no_tree: the
-        # members are whole trajectories of one problem
+        # ---- 2. advantages: what a candidate earned beyond the others of its prompt. Not beyond those of
+        # other turns or problems, some of which are easier; and no critic: the group is its own baseline.
+        # no_tree: the members of a group are whole trajectories of one problem
         groups = comparable_groups(cfg, trajectories)
         for members in groups.values():
             rewards = torch.tensor([sum(c.reward for c in member) for member in members])       # (K,)
@@ -201,87 +202,105 @@ def main(cfg):
                     candidate.advantage = advantage
 
         # ---- 3. update: each policy learns from its own agents' candidates, in one or more optimizer steps
-        lr = learning_rate(state.step, cfg.lr_scheduler, cfg.learning_rate, cfg.learning_rate * cfg.min_lr_ratio,
-                           cfg.lr_warmup_steps, cfg.total_training_steps)
-        totals, norms = dict.fromkeys(TOTALS, 0.0), []
+        lowest = cfg.learning_rate * cfg.min_lr_ratio
+        lr = learning_rate(state.step, cfg.lr_scheduler, cfg.learning_rate, lowest, cfg.lr_warmup_steps,
+                           cfg.total_training_steps)
+        stats, norms = [], []                           # a row for each micro-batch, a norm for each step
         with log.timed('update'):
             for policy, tokens, candidates in optimizer_steps(cfg, policies, groups, state.step, run):
                 model = policy.use().train()
                 for micro_batch in micro_batches(cfg, candidates):
-                    logp, entropy, mask = forward(model, micro_batch, run)                      # (B, T) each
+                    logp, entropy, mask = forward(model, micro_batch, run)                  # (B, T) each
                     sampling_logp = padded([c.logp for c in micro_batch], 0.0).to(logp)
-                    A = torch.tensor([c.advantage for c in micro_batch], device=run.device)[:, None]    # (B, 1)
-                    A = torch.where(mask, A, 0.0)                                               # (B, T)
-                    # a ratio for each token, not for the sequence; not times the mask: behind an end may be NaN
+                    A = torch.tensor([c.advantage for c in micro_batch], device=run.device)     # (B,)
+                    A = torch.where(mask, A[:, None], 0.0)                                  # (B, T)
+                    # a ratio for each token, not one for the sequence. `where`, as a product keeps a NaN
                     log_ratio = torch.where(mask, logp - sampling_logp, 0.0)
                     ratio = log_ratio.exp()
                     loss = -torch.min(ratio * A, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * A)
-                    if cfg.dual_clip is not None:       # the minimum bounds what is gained, and not what is lost
+                    if cfg.dual_clip is not None:       # the minimum does not bound what a bad one costs
                         loss = torch.where(A < 0, torch.min(loss, -cfg.dual_clip * A), loss)
                     # over the tokens of the whole step, not of the micro-batch: the cut changes no gradient
                     loss = loss.sum() / tokens
                     if cfg.entropy_coef:
                         loss = loss - cfg.entropy_coef * torch.where(mask, entropy, 0.0).sum() / tokens
                     run.backward(loss)
-                    clipped = (ratio < 1 - cfg.clip_low) & (A < 0) | (ratio > 1 + cfg.clip_high) & (A > 0)
-                    with torch.no_grad():
-                        sums = {'loss': loss, 'tokens': mask.sum(), 'entropy': entropy[mask].sum(),
-                                'clipped': clipped.sum(), 'kl': (torch.expm1(log_ratio) - log_ratio).sum()}
-                        if not norms:                   # still the weights that sampled: they should agree
-                            sums.update(gap=log_ratio[mask].abs().sum(), gap_tokens=mask.sum())
-                    for name, value in sums.items():
-                        totals[name] += float(value)
+                    with torch.no_grad():               # sums for the log
+                        clipped = (ratio < 1 - cfg.clip_low) & (A < 0) | (ratio > 1 + cfg.clip_high) & (A > 0)
+                        kl = torch.expm1(log_ratio) - log_ratio
+                        sums = [loss, mask.sum(), entropy[mask].sum(), clipped.sum(), kl.sum(),
+                                log_ratio[mask].abs().sum()]
+                    stats.append([len(norms), *torch.stack(sums).tolist()])     # waits for a GPU once
+                # a sum over ranks; a step that is not finite is skipped, and five in a row end the run
                 norms.append(run.step(policy.optimizer, lr, cfg.max_grad_norm))
         state.step += 1
         write_trajectories(cfg, trajectories, state.step, directory, run)
-        metrics = step_metrics(cfg, trajectories, totals, norms, run)
-        summarise(state.step, metrics, directory, run)
+        metrics = step_metrics(cfg, trajectories, stats, norms, run)
+        write_summary(state.step, metrics, directory, run)
         log.train(state.step, learning_rate=lr, **metrics)
-    return run.finish({**metrics, 'best_success_rate': state.best_success_rate, 'step': state.step},
-                      f'best validation success_rate {state.best_success_rate:.4f}; the team is in {directory}/'
-                      f'checkpoints/, its trajectories in {directory}/episodes.html')
+    best = state.best_success_rate
+    return run.finish({**metrics, 'best_success_rate': best, 'step': state.step},
+                      f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, '
+                      f'its trajectories in {directory}/episodes.html')
 
 
 def check_team(cfg, task):
-    """UserError where settings contradict the environment or each other. Types env.*, and fills in turn_order."""
+    """UserError where settings contradict the environment or each other. Types env.*, fills in turn_order."""
     cfg.num_gpus = max(cfg.num_gpus, cfg.GPU_num)       # so many processes are started
     cfg.env = read_settings(task, cfg.env)
-    fill_in(cfg, turn_order=list(task.ROLES))
-    for agent in cfg.turn_order:
+    order = cfg.turn_order = cfg.turn_order or list(task.ROLES)
+    for agent in order:
         if agent not in task.ROLES:
-            raise UserError(f"turn_order: {name_of(task)} has no agent '{agent}', but {', '.join(task.ROLES)}")
-    if len(set(cfg.turn_order)) < len(cfg.turn_order) or task.ACTS not in cfg.turn_order:
-        raise UserError(f'turn_order names each agent once, and among them {task.ACTS}, without whom nothing happens')
+            raise UserError(f"turn_order: {name_of(task)} has no '{agent}', but {', '.join(task.ROLES)}")
+    if len(set(order)) < len(order) or task.ACTS not in order:
+        raise UserError(f'turn_order names each agent once, and among them {task.ACTS}, without whom nothing '
+                        'happens')
     for key, agent in cfg.agents.items():
-        if agent.name not in cfg.turn_order:
+        if agent.name not in order:
             raise UserError(f"agent_configs.{key}.name: '{agent.name}' is none of the agents in turn_order: "
-                            f'{", ".join(cfg.turn_order)}')
+                            f'{", ".join(order)}')
     if (cfg.filter_ratio > 0) != (cfg.filter_method in ('std', 'mean')):
-        raise UserError(f'filter_ratio={cfg.filter_ratio:g} and filter_method={cfg.filter_method} do not fit: std and '
-                        'mean need a ratio above 0, the others have none')
+        raise UserError(f'filter_ratio={cfg.filter_ratio:g} and filter_method={cfg.filter_method} do not '
+                        'fit: std and mean need a ratio above 0, the others have none')
     if cfg.specialization == 'lora' and cfg.GPU_num > 1:
-        raise UserError('GPU_num above 1 shards whole models, not adapters: use specialization=prompt or full')
-    others = set(cfg.base_models) - {'policy_0'} - {agent.policy_name for agent in cfg.agents.values()}
-    if cfg.specialization == 'prompt' and others:
-        raise UserError(f'base_models.{min(others)}: with specialization=prompt all agents share policy_0; set '
-                        'specialization=full')
+        raise UserError('GPU_num above 1 shards whole models, not adapters: specialization=prompt or full')
+    policies = policies_of(cfg)
+    if unknown := set(cfg.base_models) - {'policy_0', *policies}:
+        raise UserError(f'base_models.{min(unknown)}: no agent plays with it, since specialization='
+                        f'{cfg.specialization} makes {", ".join(policies)}; specialization=full makes one for each agent')
 
 
 def task_of(cfg):
-    """The module of data/tasks that is played, as env.name or the data sets say. UserError: they mean none, or two."""
+    """The module of data/tasks that env.name, env.benchmark and env.dataset mean. UserError: none, or two."""
     named = {name: find_task(name) for name in (cfg.task, cfg.benchmark, cfg.dataset) if name}
     tasks = [task for task in named.values() if task]
     if not named:
         return load_task('plan_path')
+    # a data set may be a file of the user's, which only env.name can place
     if not tasks or cfg.task and not named[cfg.task]:
         known = [name for task, datasets in known_tasks().items() for name in (task, *datasets)]
         raise UserError(f"env: no environment or data set '{next(iter(named))}' is known; there are "
                         f'{", ".join(known)}; for a file of yours say env.name=math or env.name=code')
     for name, task in named.items():
         if task not in (None, tasks[0]):
-            raise UserError(f"env: '{name}' is about {name_of(task)}, not {name_of(tasks[0])}: train and validate on the "
-                            'same kind of task')
+            raise UserError(f"env: '{name}' is about {name_of(task)}, not {name_of(tasks[0])}: train and "
+                            'validate on the same kind of task')
     return tasks[0]
+
+
+def agents_of(cfg):
+    """{agent: its entry of agent_configs, or one with the defaults}, in the order of turns."""
+    entries = {agent.name: agent for agent in cfg.agents.values()}
+    return {name: entries.get(name) or Agent(name) for name in cfg.turn_order}
+
+
+def policies_of(cfg):
+    """{policy: its agents}, by specialization or as agent_configs say."""
+    policies = {}
+    for number, (name, agent) in enumerate(agents_of(cfg).items()):
+        usual = {'prompt': 'policy_0', 'lora': name}.get(cfg.specialization, f'policy_{number}')
+        policies.setdefault(agent.policy_name or usual, []).append(name)
+    return policies
 
 
 def name_of(task):
@@ -298,16 +317,13 @@ from data.batches import cut, pack, padded
 from data.chat import encode, prompt_ids, segments
 from model import load_model, save_model
 from nanoforge import pages
-from nanoforge.checkpoint import append_text, symlink
+from nanoforge.checkpoint import append_text, symlink, writing
 from nanoforge.log import cut_log
 from nanoforge.lora import add_lora, load_adapter, set_adapter
 from nanoforge.optim import AdamW, make_optimizer
 from nanoforge.parallel import ShardedRun, gather_model, init_tp, shard_model
 from nanoforge.run import Run, State as RunState, describe_device, explain_out_of_memory, seed_for
 from sample import generate
-
-# What an iteration adds up over micro-batches, optimizer steps and ranks
-TOTALS = ('loss', 'tokens', 'entropy', 'clipped', 'kl', 'gap', 'gap_tokens')
 
 
 @dataclass
@@ -323,12 +339,12 @@ class State(RunState):
 
 @dataclass
 class Policy:
-    """What some of the agents play with: a model, or an adapter on one, and the optimizer of just these weights."""
+    """What some of the agents play with: a model, or an adapter on one, and the optimizer of its weights."""
     name: str
     model: torch.nn.Module
     tokenizer: object
     agents: list
-    adapter: str | None = None
+    adapter: str | None = None  # its name on the model
     optimizer: object = None
 
     def use(self):
@@ -341,7 +357,7 @@ class Policy:
 @dataclass
 class Candidate:
     """One answer, token by token as it was sampled."""
-    prompt: list                # ids, exactly those that it was drawn after; one list for all candidates of a group
+    prompt: list                # ids that it was drawn after; one list for all candidates of a group
     tokens: list                # ids, the stop token included
     logp: list = ()             # log-probability of each when it was drawn
     text: str = ''
@@ -349,7 +365,7 @@ class Candidate:
     temperature: float = 1.0    # that it was drawn at
     outcome: object = None      # data.tasks.env.Outcome
     reward: float = 0.0         # alpha * team + local
-    advantage: float = 0.0
+    advantage: float = 0.0      # what step 2 of main gives it
 
 
 @dataclass
@@ -357,18 +373,18 @@ class Group:
     """The candidates of one agent at one turn of one trajectory: all answer the same prompt."""
     turn: int
     agent: str
-    messages: list
-    view: str                   # the state before
+    messages: list              # the prompt as a chat
+    truncated: bool             # it was too long, and lost its beginning
+    view: str                   # the state before, for people
     candidates: list
-    truncated: bool             # the prompt was too long, and lost its beginning
-    chosen: int = 0
+    chosen: int = 0             # which of them was executed
 
 
 @dataclass
 class Trajectory:
-    number: int                 # of the problem (no_tree: times K), whatever the rank that plays it
+    number: int                 # of the problem, whatever the rank that plays it; no_tree: times K, plus k
     problem: dict
-    env: object
+    env: object                 # the Env of the task, in its present state
     groups: list = field(default_factory=list)
 
     @property
@@ -378,7 +394,7 @@ class Trajectory:
         return sum(group.candidates[group.chosen].reward for group in self.groups) / max(len(agents), 1)
 
 
-# ---- rollouts -------------------------------------------------------------------------------------------------
+# ---- rollouts ----------------------------------------------------------------------------------------------
 
 def rollout(cfg, team, task, problems, seed, num_samples, temperatures, timed=contextlib.nullcontext):
     """Plays problems [(number, problem)] side by side -> [Trajectory].
@@ -387,18 +403,20 @@ def rollout(cfg, team, task, problems, seed, num_samples, temperatures, timed=co
     trajectory. Candidates depend on seed, turn, agent and the problem's number alone.
     """
     trajectories = [Trajectory(number, problem, task.Env(problem)) for number, problem in problems]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:        # programs that agents write run in other processes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:            # of threads that wait for agents' programs
         for turn in range(cfg.max_turns):
             for agent in cfg.turn_order:
                 acting = [trajectory for trajectory in trajectories if not trajectory.env.done]
+                turn_seed = seed_for(seed, turn, agent)
                 with timed('generate'):
-                    groups = sample_candidates(cfg, team[agent], agent, acting, turn, seed_for(seed, turn, agent),
-                                               num_samples, temperatures[agent])
+                    groups = sample_candidates(cfg, team[agent], agent, acting, turn, turn_seed, num_samples,
+                                               temperatures[agent])
                 with timed('environment'):
                     for trajectory, group, outcomes in zip(acting, groups, pool.map(score, acting, groups)):
                         for candidate, outcome in zip(group.candidates, outcomes):
                             candidate.outcome, candidate.reward = outcome, outcome.reward(cfg.alpha)
                         rewards = [candidate.reward for candidate in group.candidates]
+                        # the others are leaves of the tree: they teach, and nothing grows from them
                         group.chosen = rewards.index(max(rewards)) if cfg.if_greedy else 0
                         trajectory.env.step(agent, group.candidates[group.chosen].outcome)
                         trajectory.groups.append(group)
@@ -417,32 +435,42 @@ def sample_candidates(cfg, policy, agent, trajectories, turn, seed, num_samples,
     """The candidates of an agent in the present state of each trajectory -> [Group]."""
     tokenizer = policy.tokenizer
     chats = [trajectory.env.prompt(agent) for trajectory in trajectories]
-    prompts = [prompt_ids(tokenizer, messages) for messages in chats]
-    kept = [prompt[-cfg.max_prompt_length:] for prompt in prompts]
-    samples = generate(policy.use(), kept, cfg.max_response_length, temperature=temperature, seed=seed,
+    whole = [prompt_ids(tokenizer, messages) for messages in chats]
+    prompts = [prompt[-cfg.max_prompt_length:] for prompt in whole]         # what is new stands at the end
+    # no top_k, top_p or repetition penalty: the distribution that is sampled is the one that is trained
+    samples = generate(policy.use(), prompts, cfg.max_response_length, temperature=temperature, seed=seed,
                        stop_ids=tokenizer.stop_ids, num_samples=num_samples,
                        numbers=[trajectory.number for trajectory in trajectories])
-    # no top_k, top_p or repetition penalty: what samples is the distribution that is trained
-    rows = zip(samples.tokens.tolist(), samples.logp.tolist(), samples.lengths.tolist(), samples.stopped.tolist())
+    columns = samples.tokens, samples.logp, samples.lengths, samples.stopped
+    rows = zip(*(column.tolist() for column in columns))
     groups = []
-    for trajectory, messages, whole, prompt in zip(trajectories, chats, prompts, kept):
+    for i, trajectory in enumerate(trajectories):
         candidates = []
         for tokens, logp, length, stopped in itertools.islice(rows, num_samples):
             text = tokenizer.decode(tokens[:length - stopped], skip_special_tokens=True)
-            candidates.append(Candidate(prompt, tokens[:length], logp[:length], text, stopped, temperature))
-        groups.append(Group(turn, agent, messages, trajectory.env.view(), candidates, len(whole) > len(prompt)))
+            candidates.append(Candidate(prompts[i], tokens[:length], logp[:length], text, stopped,
+                                        temperature))
+        truncated = len(prompts[i]) < len(whole[i])
+        groups.append(Group(turn, agent, chats[i], truncated, trajectory.env.view(), candidates))
     return groups
 
 
 def draw_problems(cfg, task, step, run):
     """This rank's (number, problem) of an iteration; no_tree: each problem K times."""
-    problems = task.problems('train', cfg.epoch_size, seed_for(cfg.seed, 'problems', step),
-                             **env_settings(cfg, task, cfg.dataset))
-    own = list(enumerate(problems))[run.rank::run.world_size]
+    seed = seed_for(cfg.seed, 'problems', step)         # a counter: a resumed run draws what it would have
+    problems = task.problems('train', cfg.epoch_size, seed, **env_settings(cfg, task, cfg.dataset))
+    own = list(enumerate(problems))[run.rank::run.world_size]       # a group never spans ranks
     if cfg.rollout_mode == 'tree':
         return own
     K = cfg.train_sample_num
     return [(number * K + k, problem) for number, problem in own for k in range(K)]
+
+
+def held_out_problems(cfg, task, run):
+    """This rank's (number, problem) of every validation."""
+    settings = env_settings(cfg, task, cfg.benchmark)
+    problems = task.problems('eval', cfg.validate_episodes, 'validation', **settings)
+    return list(enumerate(problems))[run.rank::run.world_size]
 
 
 def env_settings(cfg, task, dataset):
@@ -453,47 +481,46 @@ def env_settings(cfg, task, dataset):
     return {**settings, **cfg.env}
 
 
-# ---- updates --------------------------------------------------------------------------------------------------
+# ---- updates -----------------------------------------------------------------------------------------------
 
 def comparable_groups(cfg, trajectories):
-    """{(problem, turn, agent's number): members}, a member being a list of candidates that share an advantage.
+    """{(problem, turn, agent's number): members}, members being lists of candidates that share an advantage.
 
-    tree: K members of one candidate each, which answer one prompt. no_tree: K members, each with what an agent said
-    in all turns of a trajectory; the turn is 0.
+    tree: K members of one candidate each, which answer one prompt. no_tree: K members, each with all that an
+    agent said in a trajectory; there the turn is 0.
     """
     groups = {}
     for trajectory in trajectories:
         for group in trajectory.groups:
-            agent = cfg.turn_order.index(group.agent)
-            if cfg.rollout_mode == 'tree':
-                groups[trajectory.number, group.turn, agent] = [[c] for c in group.candidates]
-            else:
-                problem = trajectory.number // cfg.train_sample_num
-                members = groups.setdefault((problem, 0, agent), {})
-                members.setdefault(trajectory.number, []).extend(group.candidates)
-    if cfg.rollout_mode == 'tree':
-        return groups
+            for k, candidate in enumerate(group.candidates):
+                problem, turn, member = trajectory.number, group.turn, k
+                if cfg.rollout_mode == 'no_tree':
+                    problem, turn, member = problem // cfg.train_sample_num, 0, problem
+                members = groups.setdefault((problem, turn, cfg.turn_order.index(group.agent)), {})
+                members.setdefault(member, []).append(candidate)
     return {key: list(members.values()) for key, members in groups.items()}
 
 
 def optimizer_steps(cfg, policies, groups, step, run):
-    """(policy, tokens of all ranks, this rank's candidates) of each optimizer step, the same steps on every rank.
+    """(policy, tokens of all ranks, this rank's candidates) of each optimizer step, the same on every rank.
 
-    The candidates of a group stay together, so that their prompt is computed once; a step has train_batch_size
-    sequences, of all ranks. Each rank knows of the others' candidates what it needs to shuffle and cut alike.
+    The candidates of a group stay together, so that their prompt is computed once; a step has
+    train_batch_size sequences, of all ranks.
     """
     own = {key: [c for member in members for c in member] for key, members in groups.items()}
-    facts = [[key, [[len(c.tokens), c.reward, c.advantage] for c in candidates]] for key, candidates in own.items()]
-    known = sorted((tuple(key), candidates) for key, candidates in run.gather(facts))
-    kept = kept_groups(cfg, [candidates for _, candidates in known])
+    # of other ranks' candidates what it takes to shuffle, filter and cut alike; they stay where they are
+    facts = [[key, [[len(c.tokens), c.reward, c.advantage] for c in group]] for key, group in own.items()]
+    known = sorted((tuple(key), group) for key, group in run.gather(facts))
+    kept = kept_groups(cfg, [group for _, group in known])
     for policy in policies:
         for epoch in range(cfg.ppo_epochs):
             draw = torch.Generator().manual_seed(seed_for(cfg.seed, 'batches', policy.name, step, epoch))
+            # groups are shuffled, anew in each pass; sequences within one are not
             sequences = []              # (group, place in it, tokens)
             for number in torch.randperm(len(known), generator=draw).argsort().tolist():
-                key, candidates = known[number]
+                key, group = known[number]
                 if kept[number] and cfg.turn_order[key[-1]] in policy.agents:
-                    sequences += [(key, place, tokens) for place, (tokens, *_) in enumerate(candidates)]
+                    sequences += [(key, place, tokens) for place, (tokens, *_) in enumerate(group)]
             for batch in cut(sequences, cfg.train_batch_size):
                 tokens = sum(tokens for *_, tokens in batch)
                 yield policy, tokens, [own[key][place] for key, place, _ in batch if key in own]
@@ -505,17 +532,18 @@ def kept_groups(cfg, groups):
         return [any(advantage for *_, advantage in group) for group in groups]
     kept = [True] * len(groups)
     if cfg.filter_method in ('std', 'mean'):
-        measure = {'std': statistics.pstdev, 'mean': statistics.fmean}[cfg.filter_method]
+        measure = statistics.pstdev if cfg.filter_method == 'std' else statistics.fmean
         values = [measure([reward for _, reward, _ in group]) for group in groups]
-        for number in sorted(range(len(groups)), key=values.__getitem__)[:int(cfg.filter_ratio * len(groups))]:
+        ascending = sorted(range(len(groups)), key=values.__getitem__)      # of equal ones the first goes
+        for number in ascending[:int(cfg.filter_ratio * len(groups))]:
             kept[number] = False
     return kept
 
 
 def micro_batches(cfg, candidates):
-    """Candidates -> lists of one temperature and at most micro_batch_tokens, a prompt counted once for neighbours."""
+    """Candidates -> lists of one temperature and at most micro_batch_tokens; neighbours share a prompt."""
     batches, size = [], 0
-    # one without an advantage has no gradient: its tokens are counted in the mean, and that is all
+    # one without an advantage has no gradient: its tokens count in the mean, and that is all
     learned = [candidate for candidate in candidates if candidate.advantage or cfg.entropy_coef]
     for candidate in sorted(learned, key=operator.attrgetter('temperature')):
         before = batches[-1][-1] if batches else None
@@ -530,7 +558,7 @@ def micro_batches(cfg, candidates):
 
 
 def forward(model, candidates, run):
-    """log p and entropy of every token of B candidates at their temperature, and where there are tokens: (B, T) each."""
+    """log p and entropy of each token of B candidates at their temperature, and the mask: (B, T) each."""
     groups = []                 # a prompt is computed once for neighbours that share it
     for candidate in candidates:
         if not groups or groups[-1][0] is not candidate.prompt:
@@ -538,45 +566,30 @@ def forward(model, candidates, run):
         groups[-1][1].append(candidate.tokens)
     batch = pack(groups, run.device)
     with run.autocast():
-        hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions)        # (B, T, C)
+        hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions)  # (B, T, C)
         stats = model.token_stats(hidden, batch.targets, candidates[0].temperature)
     return stats['logp'], stats['entropy'], batch.targets >= 0
 
 
-# ---- the team -------------------------------------------------------------------------------------------------
-
-def agents_of(cfg):
-    """{agent: its entry of agent_configs, or one with the defaults}, in the order of turns."""
-    entries = {agent.name: agent for agent in cfg.agents.values()}
-    return {name: entries.get(name) or Agent(name) for name in cfg.turn_order}
-
-
-def policies_of(cfg):
-    """{policy: its agents}, by specialization or as agent_configs say."""
-    policies = {}
-    for number, (name, agent) in enumerate(agents_of(cfg).items()):
-        usual = {'prompt': 'policy_0', 'lora': name}.get(cfg.specialization, f'policy_{number}')
-        policies.setdefault(agent.policy_name or usual, []).append(name)
-    return policies
-
+# ---- the team ----------------------------------------------------------------------------------------------
 
 def load_policies(cfg, run):
-    """[Policy], still without optimizers: from the checkpoint that is resumed, else from what base_models name."""
+    """[Policy], still without optimizers: from the resumed checkpoint, else from what base_models name."""
     named, paths = policies_of(cfg), {name: model.path for name, model in cfg.base_models.items()}
     first, policies = paths.get('policy_0', 'tiny'), []
-    if unknown := set(paths) - set(named) - {'policy_0'}:
-        raise UserError(f'base_models.{min(unknown)}: no agent plays with it; the policies are {", ".join(named)}')
     with explain_out_of_memory('--GPU_num (a higher one shards each model)'):
-        if cfg.specialization == 'lora':
+        if cfg.specialization == 'lora':        # one base for all: an agent costs the memory of an adapter
             base = load_model(base_of(first), run.device)
         for name, agents in named.items():
-            path = folder_of(run.resumed or paths.get(name) or first, name)
+            path = str(run.resumed or paths.get(name) or first)
+            if os.path.isdir(os.path.join(path, name)):         # a team's checkpoint has a folder for each
+                path = os.path.join(path, name)
             if cfg.specialization != 'lora':
                 policies.append(Policy(name, *load_model(path, run.device), agents))
                 continue
             if os.path.exists(os.path.join(path, 'adapter_config.json')):
                 load_adapter(base[0], path, name, trainable=True)
-            else:
+            else:                               # a new one, the same whatever the others are
                 torch.manual_seed(seed_for(cfg.seed, 'weights', name))
                 add_lora(base[0], cfg.lora_rank, cfg.lora_alpha, target_modules='all-linear', name=name)
             policies.append(Policy(name, *base, agents, adapter=name))
@@ -584,47 +597,42 @@ def load_policies(cfg, run):
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         policy.model.set_matmul(run.matmul)
-        shard_model(policy.model, run)
+        shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
     return policies
 
 
-def folder_of(path, name):
-    """Where a policy lies: a team's checkpoint has a folder for each of several."""
-    inner = os.path.join(path, name)
-    return inner if os.path.isdir(inner) else path
-
-
 def base_of(path):
-    """The base model of a saved team of adapters; what is none is a model itself."""
+    """The base model of a saved team of adapters; any other path is a model's own."""
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, 'config.json')):
         return path
-    for file in sorted(Path(path).glob('*/adapter_config.json')):
+    for file in sorted(Path(path).glob('*/adapter_config.json')):       # they share it: any one will do
         return json.loads(file.read_text(encoding='utf-8'))['base_model_name_or_path']
     raise UserError(f'{path} holds neither a model nor adapters of a team')
 
 
 def team_writer(policies, run):
-    """write(folder) for run.save: one policy is the model in the folder itself, several have a folder each."""
+    """write(folder) for run.save: one policy is the model in the folder itself, each of several has one."""
     models = [gather_model(policy.model, run) for policy in policies]       # on all ranks together
 
     def write(folder):
         for policy, model in zip(policies, models):
             policy.use()
-            save_model(model, policy.tokenizer, os.path.join(folder, policy.name) if len(models) > 1 else folder)
+            path = os.path.join(folder, policy.name) if len(models) > 1 else folder
+            save_model(model, policy.tokenizer, path)
     return write
 
 
 def build_optimizer(policy, kind, lr, weight_decay):
     """Over just this policy's weights: momentum and weight decay would move an idle adapter."""
-    if policy.adapter:
-        own = [(name, p) for name, p in policy.model.named_parameters() if f'.lora.{policy.adapter}.' in name]
-        return AdamW(own, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
     betas = (0.9, 0.999) if kind == 'adamw' else (0.9, 0.95)
-    return make_optimizer(kind, policy.model, lr, weight_decay, betas)
+    if not policy.adapter:
+        return make_optimizer(kind, policy.model, lr, weight_decay, betas)
+    own = [(name, p) for name, p in policy.model.named_parameters() if f'.lora.{policy.adapter}.' in name]
+    return AdamW(own, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)     # Muon is for whole matrices
 
 
 def resolve_defaults(cfg, policies, run):
-    """Fills in what depends on the models: the learning rate, and lengths that fit into the context. Says so."""
+    """Fills in what depends on the models: the learning rate, and lengths that fit into the context."""
     if chosen := fill_in(cfg, learning_rate=1e-4 if cfg.specialization == 'lora' else 1e-5):
         run.print0(f'chosen    {chosen}')
     cfg.lr_warmup_steps = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, run.print0)
@@ -637,11 +645,11 @@ def resolve_defaults(cfg, policies, run):
     cfg.max_prompt_length, cfg.max_response_length = prompt, response
 
 
-# ---- the warm-up on demonstrations ----------------------------------------------------------------------------
+# ---- the warm-up on demonstrations -------------------------------------------------------------------------
 
 def warm_up(cfg, policies, task, run):
-    """Supervised steps on noisy scripted demonstrations: afterwards a model knows the form of an answer, much of the
-    task, and the demonstrators' faults. Returns the seconds that it took."""
+    """Supervised steps on noisy scripted demonstrations: afterwards a model knows the form of an answer, much
+    of the task, and the demonstrators' faults. Returns the seconds that it took."""
     kind = 'adamw' if isinstance(run, ShardedRun) else 'muon'           # which needs whole matrices
     optimizers = {p.name: build_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in policies}
     began, losses = time.perf_counter(), []
@@ -656,19 +664,20 @@ def warm_up(cfg, policies, task, run):
             if rows:
                 losses.append(supervised_step(cfg, policy, optimizers[policy.name], rows, step, run))
         if (step + 1) % max(1, cfg.demo_steps // 10) == 0:
-            seconds = time.perf_counter() - began
-            run.print0(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {statistics.fmean(losses[-50:]):.4f}  '
-                       f'{seconds:.0f} s, about {seconds / (step + 1) * (cfg.demo_steps - step - 1):.0f} s to go')
+            seconds, loss = time.perf_counter() - began, statistics.fmean(losses[-50:])
+            left = seconds / (step + 1) * (cfg.demo_steps - step - 1)
+            run.print0(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {loss:.4f}  {seconds:.0f} s, about '
+                       f'{left:.0f} s to go')
     return time.perf_counter() - began if cfg.demo_steps else 0.0
 
 
 def demonstrations(cfg, task, step):
-    """[(agent, messages)]: what the demonstrators answer in the situations that they get into, of one step."""
+    """[(agent, messages)] of a step: what demonstrators answer in the situations that they get into."""
     draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
     settings = env_settings(cfg, task, cfg.dataset)
     while len(rows) < cfg.demo_batch_size:
         problem, = task.problems('train', 1, f'{cfg.seed}/demonstrations/{step}/{number}', **settings)
-        env, number = task.Env(problem), number + 1
+        env, number = task.Env(problem), number + 1     # what is learned are answers to states that occur
         for _ in range(cfg.max_turns):
             if env.done:
                 break
@@ -685,39 +694,39 @@ def supervised_step(cfg, policy, optimizer, chats, step, run):
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
     answers = []
-    for row in sorted(rows[run.rank::run.world_size], key=lambda row: len(row.ids)):    # so that little is padding
+    own = sorted(rows[run.rank::run.world_size], key=lambda row: len(row.ids))      # so little is padding
+    for row in own:                             # what is learned is the end, behind a prompt
         start = row.mask.index(True)
         answers.append(Candidate(row.ids[:start], row.ids[start:start + sum(row.mask)]))
     model, total = policy.use().train(), torch.zeros((), device=run.device)
     for micro_batch in cut(answers, 16):
         logp, _, _ = forward(model, micro_batch, run)
-        loss = -logp.sum() / tokens
+        loss = -logp.sum() / tokens             # of the whole step: the cut changes nothing
         run.backward(loss)
         total += loss.detach()
-    lr = cfg.demo_learning_rate * min((step + 1) / 20, 1 - step / cfg.demo_steps)
-    run.step(optimizer, lr, 1.0)
+    scale = min((step + 1) / 20, 1 - step / cfg.demo_steps)     # up in 20 steps, then down to 0
+    run.step(optimizer, cfg.demo_learning_rate * scale, 1.0)
     return float(run.sum(total))
 
 
-# ---- validation -----------------------------------------------------------------------------------------------
+# ---- validation --------------------------------------------------------------------------------------------
 
-def validate(cfg, team, task, step, directory, run):
-    """Plays held-out problems without branching, greedily and sampled; returns metrics, writes every trajectory to
+def validate(cfg, team, task, problems, step, directory, run):
+    """Plays held-out problems without branching, greedily and sampled -> metrics. All trajectories go to
     validate/."""
-    problems = task.problems('eval', cfg.validate_episodes, 'validation', **env_settings(cfg, task, cfg.benchmark))
-    problems = list(enumerate(problems))[run.rank::run.world_size]
     sampled = {name: agent.val_temperature for name, agent in agents_of(cfg).items()}
-    greedy = dict.fromkeys(sampled, 0.0)
     metrics, records = {}, []
-    for mode, prefix, temperatures in (('sampled', 'validation/', sampled), ('greedy', 'validation/greedy_', greedy)):
-        trajectories = rollout(cfg, team, task, problems, seed_for(cfg.seed, 'validate', mode), 1, temperatures)
+    for mode, prefix in (('sampled', 'validation/'), ('greedy', 'validation/greedy_')):
+        # sampled is what is trained; greedy is how a team would be used
+        temperatures = sampled if mode == 'sampled' else dict.fromkeys(sampled, 0.0)
+        seed = seed_for(cfg.seed, 'validate', mode)             # the same at every validation
+        trajectories = rollout(cfg, team, task, problems, seed, 1, temperatures)
         metrics.update({prefix + key: value for key, value in summary(cfg, trajectories, run).items()})
         records += [{'step': step, 'manner': mode, **record(trajectory)} for trajectory in trajectories]
-    records = run.gather(records)
+    lines = ''.join(map(json_line, run.gather(records)))
     if run.is_main:
-        path = Path(directory, 'validate', f'step-{step}.jsonl')
-        path.unlink(missing_ok=True)
-        append_text(path, ''.join(map(json_line, records)))
+        Path(directory, 'validate', f'step-{step}.jsonl').write_text(lines, 'utf-8', 'replace')
+    write_summary(step, metrics, directory, run)
     return metrics
 
 
@@ -739,7 +748,7 @@ def means(rows, width, run):
     return (rows.sum(0) / max(len(rows), 1)).tolist()
 
 
-# ---- what is written ------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------------------
 
 def latest_directory(cfg):
     """The folder of the experiment's newest run; logs/EXPERIMENT/latest where there is none."""
@@ -747,56 +756,60 @@ def latest_directory(cfg):
 
 
 def new_directory(cfg, run):
-    """Makes logs/EXPERIMENT/DATE/TIME, which is `latest` from now on, and the place of the run's checkpoints."""
+    """Makes logs/EXPERIMENT/DATE/TIME, which is `latest` from now on; the run's checkpoints go there."""
     root = Path('logs', cfg.experiment_name)
 
     def create():
-        while True:
+        name = time.strftime('%Y-%m-%d/%H-%M-%S')
+        while (root / name).exists():                           # two starts in one second
+            time.sleep(0.2)
             name = time.strftime('%Y-%m-%d/%H-%M-%S')
-            try:
-                os.makedirs(root / name / 'validate')
-                break
-            except FileExistsError:                     # two starts in one second
-                time.sleep(0.2)
-            except OSError as error:
-                raise UserError(f'cannot write {root}: {error.strerror}') from None
-        os.makedirs(root / name / 'checkpoints')
-        symlink(root / 'latest', name)
+        with writing(root):
+            os.makedirs(root / name / 'validate')
+            os.makedirs(root / name / 'checkpoints')
+            symlink(root / 'latest', name)
     run.on_main(create)
     directory = latest_directory(cfg)
     run.checkpoints.out_dir = Path(directory, 'checkpoints')
     return directory
 
 
-def step_metrics(cfg, trajectories, totals, norms, run):
-    """What an iteration logs, the same on every rank."""
+def step_metrics(cfg, trajectories, stats, norms, run):
+    """What an iteration logs, the same on every rank. stats: of micro-batches, as main gathers them."""
+    stats = torch.tensor(run.gather(stats), dtype=torch.float64).view(-1, 7)
+    _, loss, tokens, entropy, clipped, kl, _ = stats.sum(0).tolist()
+    tokens, steps = max(tokens, 1), max(len(norms), 1)
+    first = stats[stats[:, 0] == 0].sum(0)              # still the weights that sampled: they should agree
     groups = [group for trajectory in trajectories for group in trajectory.groups]
-    totals = {**totals, 'groups': len(groups), 'truncated': sum(group.truncated for group in groups),
-              'dead_groups': sum(not any(c.advantage for c in group.candidates) for group in groups)}
-    totals = dict(zip(totals, run.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()))
-    tokens, steps = max(totals['tokens'], 1), max(len(norms), 1)
+    groups = run.gather([[any(c.advantage for c in group.candidates), group.truncated] for group in groups])
     finite = [norm for norm in norms if math.isfinite(norm)]
-    metrics = {'loss': totals['loss'] / steps, 'grad_norm': sum(finite) / steps, **summary(cfg, trajectories, run),
-               'entropy': totals['entropy'] / tokens, 'clip_ratio': totals['clipped'] / tokens,
-               'approx_kl': totals['kl'] / tokens, 'sampling/logp_gap': totals['gap'] / max(totals['gap_tokens'], 1),
-               'optimizer_steps': len(norms), 'groups': int(totals['groups']),
-               'dead_groups': int(totals['dead_groups'])}
-    if totals['truncated']:
-        metrics['truncated_prompts'] = int(totals['truncated'])
-    if len(finite) < len(norms):
-        metrics['skipped_steps'] = len(norms) - len(finite)
+    metrics = {'loss': loss / steps, 'grad_norm': sum(finite) / steps,
+               **summary(cfg, trajectories, run),
+               'entropy': entropy / tokens, 'clip_ratio': clipped / tokens, 'approx_kl': kl / tokens,
+               'sampling/logp_gap': float(first[6] / max(first[2], 1)),
+               'optimizer_steps': len(norms), 'groups': len(groups),
+               'dead_groups': sum(not has_signal for has_signal, _ in groups),      # all earned the same
+               'truncated_prompts': sum(truncated for _, truncated in groups),
+               'skipped_steps': len(norms) - len(finite)}
+    for key in ('truncated_prompts', 'skipped_steps'):  # worth a word only where there are any
+        if not metrics[key]:
+            del metrics[key]
     return metrics
 
 
 def record(trajectory):
-    """A trajectory as JSON: every prompt and candidate with ids, reward and advantage, and which was executed."""
+    """A trajectory as JSON: every prompt and candidate with ids, reward, advantage; which was executed."""
     turns = []
-    for g in trajectory.groups:
-        candidates = [{'text': c.text, 'tokens': c.tokens, 'logp': [round(value, 5) for value in c.logp],
-                       'reward': c.reward, 'team': c.outcome.team, 'local': c.outcome.local, 'valid': c.outcome.valid,
-                       'note': c.outcome.note, 'advantage': c.advantage, 'stopped': c.stopped} for c in g.candidates]
-        turns.append({'turn': g.turn, 'agent': g.agent, 'view': g.view, 'messages': g.messages,
-                      'prompt_ids': g.candidates[0].prompt, 'executed': g.chosen, 'candidates': candidates})
+    for group in trajectory.groups:
+        candidates = []
+        for c in group.candidates:
+            logp, outcome = [round(value, 5) for value in c.logp], c.outcome
+            candidates.append({'text': c.text, 'tokens': c.tokens, 'logp': logp, 'reward': c.reward,
+                               'team': outcome.team, 'local': outcome.local, 'valid': outcome.valid,
+                               'note': outcome.note, 'advantage': c.advantage, 'stopped': c.stopped})
+        turns.append({'turn': group.turn, 'agent': group.agent, 'view': group.view,
+                      'messages': group.messages, 'prompt_ids': group.candidates[0].prompt,
+                      'executed': group.chosen, 'candidates': candidates})
     return {'episode': trajectory.number, 'problem': trajectory.problem, 'success': trajectory.env.success,
             'reward': trajectory.reward, 'end': trajectory.env.view(), 'turns': turns}
 
@@ -808,17 +821,17 @@ def json_line(entry):
 def write_trajectories(cfg, trajectories, step, directory, run):
     """The first trajectories of an iteration, for people and tests."""
     if run.is_main:
-        lines = [json_line({'step': step, **record(trajectory)}) for trajectory in trajectories[:cfg.log_episodes]]
-        append_text(os.path.join(directory, 'episodes.jsonl'), ''.join(lines))
+        records = [{'step': step, **record(trajectory)} for trajectory in trajectories[:cfg.log_episodes]]
+        append_text(os.path.join(directory, 'episodes.jsonl'), ''.join(map(json_line, records)))
 
 
-def summarise(step, metrics, directory, run):
+def write_summary(step, metrics, directory, run):
     """A line of summary.log, for an iteration or a validation."""
-    names = ('reward', 'success_rate', 'episode_length')
-    keys = [key for key in metrics if key.rpartition('/')[2].removeprefix('greedy_') in names]
+    names = ('reward', 'success_rate', 'episode_length')        # validation/greedy_reward is one, too
+    words = [f'{key} {value:.4f}' for key, value in metrics.items()
+             if key.rpartition('/')[2].removeprefix('greedy_') in names]
     if run.is_main:
-        line = '  '.join(f'{key} {metrics[key]:.4f}' for key in keys)
-        append_text(os.path.join(directory, 'summary.log'), f'step {step:>5}  {line}\n')
+        append_text(os.path.join(directory, 'summary.log'), f'step {step:>5}  {"  ".join(words)}\n')
 
 
 def print_summary(cfg, policies, task, directory, run):
@@ -830,12 +843,12 @@ def print_summary(cfg, policies, task, directory, run):
     run.print0(f'task      {name_of(task)}: {env_settings(cfg, task, cfg.dataset)}, {cfg.max_turns} turns of '
                f'{", ".join(cfg.turn_order)}')
     for policy in policies:
-        run.print0(f'policy    {policy.name}: {policy.model.name_or_path}, {policy.model.num_params():,} parameters, for '
-                   f'{", ".join(policy.agents)}')
+        run.print0(f'policy    {policy.name}: {policy.model.name_or_path}, {policy.model.num_params():,} '
+                   f'parameters, for {", ".join(policy.agents)}')
     run.print0(f'team      {level}; {cfg.rollout_mode}, {cfg.train_sample_num} candidates')
     run.print0(f'machine   {describe_device(run)}')
-    run.print0(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} problems, optimizer steps of '
-               f'{cfg.train_batch_size} sequences; logs in {directory}/')
+    run.print0(f'run       {cfg.total_training_steps:,} iterations of {cfg.epoch_size} problems, optimizer '
+               f'steps of {cfg.train_batch_size} sequences; logs in {directory}/')
 
 
 if __name__ == '__main__':

@@ -78,7 +78,8 @@ class TeamFlags(Flags):
     entropy_coef: float = 0.0  # bonus for entropy per token
     ppo_epochs: int = setting(1, min=1)  # passes over the candidates of a step
     # demonstrations
-    demo_steps: int = setting(0, path='demonstrations.steps', min=0)  # optimizer steps on them before
+    demo_steps: int = setting(0, path='demonstrations.steps', min=0)  # optimizer steps on noisy
+        # scripted ones, before the training
     demo_batch_size: int = setting(64, path='demonstrations.batch_size', min=1)  # answers in each
     demo_learning_rate: float = setting(2e-3, path='demonstrations.learning_rate', above=0)  # of Muon,
         # of AdamW for adapters; falls linearly to 0
@@ -267,7 +268,8 @@ def check_team(cfg, task):
     policies = policies_of(cfg)
     if unknown := set(cfg.base_models) - {'policy_0', *policies}:
         raise UserError(f'base_models.{min(unknown)}: no agent plays with it, since specialization='
-                        f'{cfg.specialization} makes {", ".join(policies)}; specialization=full makes one for each agent')
+                        f'{cfg.specialization} makes {", ".join(policies)}; '
+                        'specialization=full makes one for each agent')
 
 
 def task_of(cfg):

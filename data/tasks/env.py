@@ -114,7 +114,8 @@ def list_settings():
     """(name, default, help) of the settings of all environments, for --help."""
     for name in known_tasks():
         for setting, (default, text) in load_task(name).SETTINGS.items():
-            yield setting, default, f'{name}: {text}'
+            if setting != 'dataset':            # a flag of its own
+                yield setting, default, f'{name}: {text}'
 
 
 def chat(text, rules=None):

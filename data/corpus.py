@@ -6,6 +6,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 
 import numpy as np
@@ -47,6 +48,15 @@ class Corpus:
 
     def tokens(self, split):
         return self._tokens[split]
+
+    def bits_per_byte(self, loss):
+        """A validation loss in nats per token as bits per byte of the text, which no tokenizer changes."""
+        return loss / math.log(2) * self.meta['val_tokens'] / self.meta['val_bytes']
+
+    def __str__(self):
+        note = 'STAND-IN TEXT, not the real corpus: ' if self.meta['stand_in'] else ''
+        return (f'{self.name}: {note}{len(self.tokens("train")):,} + {len(self.tokens("val")):,} tokens, '
+                f'{self.meta["tokenizer"]} vocabulary of {self.meta["vocab_size"]:,}')
 
     def _open(self, split):
         path = os.path.join(self.directory, f'{split}.bin')

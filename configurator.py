@@ -33,7 +33,7 @@ class Accepted(typing.NamedTuple):
     refused: bool = False  # any other value than the default is an error that says why
 
 
-def setting(default, path=None, also=None, choices=None, positional=None,
+def setting(default, path=None, also=None, choices=None, positional=None, open=None,
             min=None, max=None, above=None, below=None):
     """A field of a config class: what the documents call it, and the values that it may have.
 
@@ -42,9 +42,11 @@ def setting(default, path=None, also=None, choices=None, positional=None,
     choices     its values; min and max are inclusive bounds, above and below exclusive ones. None is allowed
                 besides where the annotation allows it.
     positional  a word without a flag is its value
+    open        a dict field that takes any key of the section `path` that names no other field. cfg.check()
+                judges them; open() gives what --help shows: (key, default, text)
     A list or dict default is copied for each instance.
     """
-    facts = dict(path=path, also=also, choices=choices, positional=positional,
+    facts = dict(path=path, also=also, choices=choices, positional=positional, open=open,
                  min=min, max=max, above=above, below=below)
     metadata = {key: fact for key, fact in facts.items() if fact is not None}
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -190,6 +192,8 @@ def assign(owner, key, value, where=''):
             held.append(entry_type(hint)())
         for item in held if index is None else [held[place]]:
             assign(item, tail, value, where)
+    elif tail and field.metadata.get('open') and '.' not in tail:
+        held[tail.replace('-', '_')] = value
     elif len(parts) > n + 1 and isinstance(held, dict) and index is None:
         assign(held.setdefault(parts[n], entry_type(hint)()), '.'.join(parts[n + 1:]), value, where)
     elif tail and dataclasses.is_dataclass(held) and index is None:
@@ -444,6 +448,13 @@ def help_page(cls):
             heading, text = notes.get(field.name, ('', ''))
             path, hint = path_of(field), hints[field.name]
             group = title or heading or path.rpartition('.')[0] or 'settings'
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            if field.metadata.get('open'):
+                for key, default, text in field.metadata['open']():
+                    text += '' if default is None else f' (default {json.dumps(default)})'
+                    groups[group].add_argument(f'{path}.{key}', nargs='?', help=text.replace('%', '%%'))
+                continue
             entry = entry_type(hint) or hint
             if dataclasses.is_dataclass(entry):
                 add(entry, path + {list: '[0].', dict: '.NAME.'}.get(typing.get_origin(hint), '.'), group)
@@ -458,8 +469,6 @@ def help_page(cls):
                 facts.append(f'default {json.dumps(default)}')
             if facts:
                 text += f" ({'; '.join(facts)})"
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
             kind = '' if hint is bool else describe(hint).upper().replace(' ', '_')
             groups[group].add_argument('--' + prefix + field.name, help=text.replace('%', '%%'), metavar=kind)
 
@@ -519,6 +528,9 @@ def as_dict(cfg):
     """The configuration as nested dicts for JSON, each setting at its documented path; see from_dict()."""
     tree, values = {}, dataclasses.asdict(cfg)
     leaves = {path_of(field): values[field.name] for field in dataclasses.fields(cfg)}
+    for field in dataclasses.fields(cfg):
+        if field.metadata.get('open'):      # its keys stand among the section's fields
+            leaves.update((f'{path_of(field)}.{key}', value) for key, value in leaves.pop(path_of(field)).items())
     for path, known in getattr(cfg, 'accepted', {}).items():
         leaves.setdefault(path, getattr(cfg, 'accepted_values', {}).get(path, known.default))
     for path, value in leaves.items():
@@ -540,7 +552,9 @@ def from_dict(cls, saved, cfg=None):
         assign(result, key, value, 'saved configuration: ')
     result.typed, result.flags = getattr(cfg, 'typed', frozenset()), getattr(cfg, 'flags', frozenset())
     for name in result.typed & {field.name for field in dataclasses.fields(cls)}:
-        setattr(result, name, getattr(cfg, name))
+        value, saved_value = getattr(cfg, name), getattr(result, name)
+        # of a dict only the typed entries change
+        setattr(result, name, {**saved_value, **value} if isinstance(value, dict) else value)
     if getattr(cfg, 'accepted_values', None):
         result.__dict__.setdefault('accepted_values', {}).update(cfg.accepted_values)
     return result

@@ -57,7 +57,7 @@ class Config:
     output_dir: str | None = setting(None, also=('output',))  # folder of the results;
                                                               # evaluation/NAME_OF_THE_FIRST_MODEL if not set
     num_examples: int = 5  # best, worst, and of each kind of error, in the report
-    # machine
+    # device
     device: str = 'auto'  # auto = cuda, mps or cpu; or cuda:1, ...
     dtype: str = setting('auto', choices=('auto', 'float32', 'bfloat16', 'float16'))  # on a GPU; a CPU has
                                                                                       # float32
@@ -94,7 +94,7 @@ def main(cfg):
         raise UserError('evaluate.py runs in one process: start it without torchrun')
     print(describe_device(run))
     out_dir = Path(cfg.output_dir or Path('evaluation', Path(names[0]).name))
-    earlier_results(out_dir)            # a folder that cannot be written is said before the work, not after
+    earlier_results(out_dir)            # files of something else are found before the work, not after
     data = read_data(cfg, names[0])
     if cfg.baselines and not data.training:
         raise UserError(f'--baselines look at training rows, and {data.name} has none: mark them with '
@@ -128,11 +128,13 @@ if __name__ == '__main__':
     cfg = parse(Config)     # before torch is imported
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.chat import encode, parse_tool_calls
 from data.formats import Record, Source, read_rows, to_record
-from data.tokenized import digest, pieces_of
+from data.splits import is_held_out, legacy_sft
+from data.tokenized import pieces_of
 from model import load_model
 from nanoforge import metrics, pages
 from nanoforge.checkpoint import move_aside, read_manifest, write_json, write_text
@@ -215,9 +217,9 @@ def read_task(name, count):
     task = importlib.import_module(f'data.tasks.{name}')
 
     def records_of(problems, split):
-        answers = [[{'role': 'assistant', 'content': task.solution(problem)}] for problem in problems]
-        return [Record(task.prompt(problem), answer, problem.get('tools'), split, f'{name} problem {i}')
-                for i, (problem, answer) in enumerate(zip(problems, answers))]
+        return [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}],
+                       problem.get('tools'), split, f'{name} problem {i}')
+                for i, problem in enumerate(problems)]
 
     problems = task.problems('eval', count, 0)
     training = records_of(task.problems('train', 1000, 0), 'train')
@@ -248,7 +250,10 @@ def data_config(cfg, saved, model_path):
         return {'data': {'datasets': [source], 'eval_fraction': 0.0, 'system_prompt': cfg.system_prompt},
                 'training': {'seed': cfg.seed}}
     if saved.get('script') == 'train_sft.py':
-        return saved['config']
+        config = saved['config']
+        if saved.get('version', 1) < 2:         # it held rows out by another rule
+            config = {**config, 'data': {**config['data'], 'split_rule': 'legacy'}}
+        return config
     print(f'{model_path}: no run_config.json of train_sft.py says what to evaluate on, so the embedded tool '
           'calls are taken; --data and --task name something else')
     return {'data': {'dataset_path': 'devices', 'eval_fraction': 0.0}, 'training': {'seed': cfg.seed}}
@@ -259,7 +264,8 @@ def sources_of(config):
     data, path = config['data'], config['data'].get('dataset_path')
     if path:
         names = [path] if Path(path).exists() else path.split(',')
-        return [Source(name.strip()) for name in names]
+        columns = {name: data.get(name) for name in ('prompt_column', 'answer_column')}
+        return [Source(name.strip(), **columns) for name in names]
     if data.get('datasets'):
         return [Source(**source) for source in data['datasets']]
     if config['model']['base_model_name'] == 'tiny':
@@ -285,7 +291,7 @@ def read_records(sources, config, issues):
                 issues.add('unreadable rows', str(error))
                 continue
             if 'metadata' not in row:
-                record.split = saved_split(record.prompt, fraction, seed)
+                record.split = saved_split(record, fraction, seed, data.get('split_rule'))
                 held_out += record.split == 'eval'
             records.append(record)
     if held_out:
@@ -293,10 +299,14 @@ def read_records(sources, config, issues):
     return records
 
 
-def saved_split(prompt, fraction, seed):
+def saved_split(record, fraction, seed, rule):
     """'train' or 'eval': the side on which train_sft.py had a row that does not say it. By the prompt, so
-    that the same question is never on both sides."""
-    return 'eval' if seed_for(seed, 'held out', digest(prompt)) < fraction * 2 ** 63 else 'train'
+    that the same question is never on both sides; a plain text has none, and stands for itself."""
+    if rule == 'legacy':
+        held_out = legacy_sft(record.prompt, fraction, seed)
+    else:
+        held_out = is_held_out(record.prompt or record.completion, fraction)
+    return 'eval' if held_out else 'train'
 
 
 # ---- rows -------------------------------------------------------------------------------------------------
@@ -394,9 +404,8 @@ def rows_that_fit(rows, context, room):
 
 # ---- the model --------------------------------------------------------------------------------------------
 
-def batches(rows, size, length, label):
-    """Yields (number of its first row, rows) in order of their length, behind a progress bar."""
-    rows = sorted(rows, key=length)
+def batches(rows, size, label):
+    """Yields (number of its first row, rows), behind a progress bar."""
     with tqdm(total=len(rows), desc=label, unit=' rows', disable=None) as bar:
         for first in range(0, len(rows), size):
             batch = rows[first:first + size]
@@ -407,32 +416,29 @@ def batches(rows, size, length, label):
 def read_answers(model, rows, batch_size, run):
     """Sets loss and hits of each row: the model reads prompt and right answer. Prompts that are too long lose
     their beginning."""
-    def length(row):
-        return len(row.prompt) + len(row.answer)
-
+    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.answer))
     with torch.inference_mode(), run.autocast():
-        for _, batch in batches(rows, batch_size, length, 'reading answers'):
+        for _, batch in batches(rows, batch_size, 'reading answers'):
             texts = [(row.prompt + row.answer)[-model.config.block_size - 1:] for row in batch]
-            idx = torch.zeros(len(batch), max(map(len, texts)), dtype=torch.long)       # (B, T + 1)
-            targets = torch.full_like(idx, -1)
-            for i, (row, ids) in enumerate(zip(batch, texts)):
-                idx[i, :len(ids)] = torch.tensor(ids)
-                targets[i, len(ids) - len(row.answer):len(ids)] = torch.tensor(row.answer)
-            idx, targets = idx[:, :-1].to(model.device), targets[:, 1:].to(model.device)        # (B, T)
-            stats = model.token_stats(model.hidden(idx), targets)
-            losses, hits = -stats['logp'].sum(-1), stats['correct'].sum(-1)     # (B,)
-            for row, loss, count in zip(batch, losses.tolist(), hits.tolist()):
-                row.loss, row.hits = loss, count
+            learned = [[-1] * (len(ids) - len(row.answer)) + row.answer for row, ids in zip(batch, texts)]
+            idx, targets = padded(texts, 0), padded(learned, -1)        # (B, T + 1)
+            hidden = model.hidden(idx[:, :-1].to(model.device))         # (B, T, C)
+            stats = model.token_stats(hidden, targets[:, 1:].to(model.device))
+            for row, logp, correct in zip(batch, stats['logp'], stats['correct']):     # (T,) each
+                row.loss, row.hits = -logp.sum().item(), correct.sum().item()
+
+
+def padded(rows, value):
+    """Lists of token ids -> (B, longest), the shorter ones filled up at the end."""
+    return pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=value)
 
 
 def answer_questions(cfg, model, tokenizer, rows, run, max_new_tokens, room):
     """Sets response, tokens, stopped and called of each row: the model writes what follows the prompt, of
     which the end is kept that leaves `room` tokens of its context."""
-    def length(row):
-        return len(row.prompt)
-
+    rows = sorted(rows, key=lambda row: len(row.prompt))
     with run.autocast():
-        for first, batch in batches(rows, cfg.batch_size, length, 'answering'):
+        for first, batch in batches(rows, cfg.batch_size, 'answering'):
             prompts = [row.prompt[-(model.config.block_size - room):] for row in batch]
             samples = generate(model, prompts, max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
                                cfg.repetition_penalty, tokenizer.stop_ids,

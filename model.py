@@ -1,4 +1,5 @@
-"""GPT and its families: one class that runs the weights of GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 2/3 and SmolLM.
+"""GPT and its families: one class that runs the weights of GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 2/3 and
+SmolLM.
 
     model(idx)                      logits (B, T, V)
     model(idx, targets)             log-probability of each target, float32 (B, T); 0 where the target is -1
@@ -6,13 +7,14 @@
     model.token_stats(hidden, targets, temperature)
                                     logp, entropy, mean_logp, correct (B, T); (B, T, V) is never held
 
-    python model.py --check NAME_OR_PATH        is a model the same here and in transformers? (bench/roundtrip.py)
+    python model.py --check NAME    is a model the same here and in transformers? (bench/roundtrip.py)
 
-The modules carry Llama's names (layers.0.self_attn.q_proj, ...), so the weights of most families load unmapped; GPT-2's
-are renamed on the way (nanoforge/hf.py). Cross-entropy, SFT, DPO and every RL loss are weightings of model(idx, targets)
-and live in their scripts: this file knows no method. Operations that a CPU needs in another form than torch's are in
-nanoforge/kernels.py.
+The modules carry Llama's names (layers.0.self_attn.q_proj, ...), so the weights of most families load
+unmapped; GPT-2's are renamed on the way (nanoforge/hf.py). Cross-entropy, SFT, DPO and every RL loss are
+weightings of model(idx, targets) and live in their scripts: this file knows no method. Operations that a CPU
+needs in another form than torch's are in nanoforge/kernels.py.
 """
+import functools
 import json
 import math
 import os
@@ -27,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 from nanoforge import kernels
-from nanoforge.hf import (FAMILIES, GPT2_NAMES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model,
-                          from_hf_weights, load_weights, read_safetensors, to_hf_weights)
+from nanoforge.hf import (
+    FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights,
+    read_safetensors, to_hf_weights)
 from nanoforge.kernels import Linear
-from nanoforge.lora import (add_lora, adapters_off, load_adapter, merge_lora, read_adapter_config, save_adapter,
-                            set_adapter, unmerge_lora)
-from nanoforge.quantize import base_state, check_trainable, quantize
+from nanoforge.lora import add_lora, load_adapter, merge_lora, read_adapter_config, save_adapter
+from nanoforge.quantize import base_state, quantize
 
 
 class Norm(nn.Module):
@@ -55,7 +57,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; several heads of queries may share a head of keys and values (Ainslie et al. 2023)."""
+    """Causal self-attention; several heads of queries may share a head of keys and values (Ainslie et al.
+    2023)."""
 
     def __init__(self, cfg, layer_type):
         super().__init__()
@@ -74,13 +77,11 @@ class Attention(nn.Module):
         cfg, (B, T, C) = self.cfg, x.shape
         qkv = kernels.stacked_linear(x, (self.q_proj, self.k_proj, self.v_proj))
         if context.fused(self.layer_type):              # what follows as one node, which is faster on a CPU
-            q_weight = self.q_norm.effective_weight if cfg.qk_norm else None
-            k_weight = self.k_norm.effective_weight if cfg.qk_norm else None
-            y = context.fused_attention(qkv, self.layer_type, q_weight, k_weight)
+            y = context.fused_attention(qkv, self.layer_type, self.q_norm, self.k_norm)
         else:
             if x.device.type == 'cpu':
                 qkv = qkv.to(x.dtype)                   # float32 attention is no slower on a CPU than bf16's
-            qkv = qkv.view(B, T, -1, cfg.head_size).transpose(1, 2)     # (B, n_head + 2 n_kv_head, T, head_size)
+            qkv = qkv.view(B, T, -1, cfg.head_size).transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_size)
             q, k, v = qkv.split([cfg.n_head, cfg.n_kv_head, cfg.n_kv_head], 1)
             if cfg.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -122,7 +123,8 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg, layer_type)
         self.post_attention_layernorm = Norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg)
-        if cfg.post_norms:      # in Gemma, post_attention_layernorm really follows attention, and these are the MLP's
+        # in Gemma, post_attention_layernorm really follows attention, and these are the MLP's
+        if cfg.post_norms:
             self.pre_feedforward_layernorm = Norm(cfg, cfg.n_embd)
             self.post_feedforward_layernorm = Norm(cfg, cfg.n_embd)
         self.post_norms, self.dropout = cfg.post_norms, cfg.dropout
@@ -152,14 +154,15 @@ class GPT(nn.Module):
             self.embed_positions = nn.Embedding(config.block_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types)
         self.norm = Norm(config, config.n_embd)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)     # its product is kernels.head, in float32
+        # its product is kernels.head, in float32
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
         self.gradient_checkpointing, self.matmul = False, 'float32'
-        self._inv_freq = {}
 
     def init_weights(self, std=0.02):
-        """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2 n_layer)."""
+        """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2
+        n_layer)."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.data.fill_(0.0 if name.endswith('bias') or self.config.norm_offset else 1.0)
@@ -183,26 +186,35 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
-    def inv_freq(self, layer_type):
-        """Rotary inverse frequencies (D/2,) of a layer type."""
-        if layer_type not in self._inv_freq:
-            self._inv_freq[layer_type] = rope_frequencies(self.config, layer_type)
-        return self._inv_freq[layer_type]
+    @functools.cached_property
+    def inv_freq(self):
+        """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are
+        learned."""
+        return {layer_type: rope_frequencies(self.config, layer_type) for layer_type in self.config.rope}
+
+    def embed(self, idx, positions, embeddings=None):
+        """idx, positions (...) -> (..., C); embeddings (..., C) stand in for those of idx."""
+        cfg, x = self.config, self.embed_tokens(idx) if embeddings is None else embeddings
+        if cfg.embed_scale:
+            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
+        return x + self.embed_positions(positions) if cfg.position == 'learned' else x
 
     def hidden(self, idx, positions=None, embeddings=None, logit_positions=None, keep_kv=None):
         """idx (B, T) -> (B, T, C), after the last norm.
 
-        positions (B, T): rows are packed; each 0 begins a document, a jump back to p > 0 another continuation of its
-        first p tokens; a row may then be longer than the context. embeddings (B, T, C) stand in for those of idx
-        (several streams summed, noise added). logit_positions: an integer tensor of any shape, counting the rows laid
-        end to end: only these are wanted, (*logit_positions.shape, C), and the last layer is not computed for others.
-        keep_kv: a list to which each layer adds its (keys, values), each (B, n_kv_head, T, head_size), for a sampler.
+        positions (B, T): rows are packed; each 0 begins a document, a jump back to p > 0 another continuation
+        of its first p tokens; a row may then be longer than the context. embeddings (B, T, C) stand in for
+        those of idx (several streams summed, noise added). logit_positions: an integer tensor of any shape,
+        counting the rows laid end to end: only these are wanted, (*logit_positions.shape, C), and the last
+        layer is not computed for others. keep_kv: a list to which each layer adds its (keys, values), each
+        (B, n_kv_head, T, head_size), for a sampler.
         """
         cfg, (B, T) = self.config, idx.size()
         if T > cfg.block_size and (positions is None or positions.max() >= cfg.block_size):
-            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: shorten it')
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: '
+                            'shorten it')
         if self.matmul == 'bf16' and B == 1 and positions is not None and embeddings is None:
-            padding = torch.arange(-T % kernels.ALIGN, device=idx.device)[None]         # a document of its own
+            padding = torch.arange(-T % kernels.ALIGN, device=idx.device)[None]        # a document of its own
             idx = F.pad(idx, (0, padding.size(1)))
             positions = torch.cat((positions, padding), 1)
         rows = inverse = None
@@ -210,11 +222,7 @@ class GPT(nn.Module):
             rows, inverse = logit_positions.unique(return_inverse=True)
         context = kernels.AttentionContext(cfg, self.inv_freq, idx, positions, keep_kv)
 
-        x = self.embed_tokens(idx) if embeddings is None else embeddings                # (B, T, C)
-        if cfg.embed_scale:
-            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
-        if cfg.position == 'learned':
-            x = x + self.embed_positions(context.positions)
+        x = self.embed(idx, context.positions, embeddings)                              # (B, T, C)
         if cfg.dropout:
             x = F.dropout(x, cfg.dropout, self.training)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -233,11 +241,13 @@ class GPT(nn.Module):
             return kernels.head(hidden, self.lm_head.weight_matrix(), self.config.logit_softcap)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
-        """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy, mean_logp, correct.
+        """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy,
+        mean_logp, correct.
 
-        logp, entropy and mean_logp (the mean log-probability over the vocabulary, for label smoothing) are float32, 0
-        where unsupervised, and differentiable with any incoming gradient per token; correct is bool. Logits are divided
-        by the temperature. Only supervised rows reach the head. extras=False: logp alone, which is quicker.
+        logp, entropy and mean_logp (the mean log-probability over the vocabulary, for label smoothing) are
+        float32, 0 where unsupervised, and differentiable with any incoming gradient per token; correct is
+        bool. Logits are divided by the temperature. Only supervised rows reach the head. extras=False: logp
+        alone, which is quicker.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return kernels.token_stats(hidden, self.lm_head.weight_matrix(), targets, temperature,
@@ -245,18 +255,22 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, positions=None):
         hidden = self.hidden(idx, positions)
-        return self.logits(hidden) if targets is None else self.token_stats(hidden, targets, extras=False)['logp']
+        if targets is None:
+            return self.logits(hidden)
+        return self.token_stats(hidden, targets, extras=False)['logp']
 
 
 def rope_frequencies(cfg, layer_type):
-    """Inverse frequencies (D/2,) float32 of a layer type's rotary positions, with the linear and Llama 3's scaling."""
+    """Inverse frequencies (D/2,) float32 of a layer type's rotary positions, with the linear and Llama 3's
+    scaling."""
     rope = cfg.rope[layer_type]
     inv = 1.0 / rope['rope_theta'] ** (torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
     if rope['rope_type'] == 'linear':
         inv = inv / rope['factor']
-    elif rope['rope_type'] == 'llama3':     # long waves are stretched by `factor`, short ones kept, others blended
-        old, low, high = (rope[k] for k in ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor'))
-        turns = old * inv / (2 * math.pi)
+    # long waves are stretched by `factor`, short ones kept, others blended
+    elif rope['rope_type'] == 'llama3':
+        low, high = rope['low_freq_factor'], rope['high_freq_factor']
+        turns = rope['original_max_position_embeddings'] * inv / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         inv = inv * blend + inv / rope['factor'] * (1 - blend)
     return inv
@@ -265,14 +279,14 @@ def rope_frequencies(cfg, layer_type):
 # ---- Hugging Face directories ------------------------------------------------------------------------------
 
 def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=False, load_in_8bit=False,
-               bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=None, base=None,
-               trainable_adapter=False):
+               bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=None,
+               base=None, trainable_adapter=False):
     """A hub name, a directory or 'tiny' -> (model, tokenizer), weights in `dtype` on `device`, in eval mode.
 
-    tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where training wants
-    it. load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are read (see
-    quantize.quantize). A PEFT adapter's directory loads `base`, or else the base that it names, and puts the adapter
-    on it.
+    tokenizer is None where the directory has none. Dropout is off: set model.config.dropout's uses where
+    training wants it. load_in_4bit, load_in_8bit: the linear layers of the blocks are quantised as they are
+    read (see quantize.quantize). A PEFT adapter's directory loads `base`, or else the base that it names, and
+    puts the adapter on it.
     """
     if load_in_4bit and load_in_8bit:
         raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
@@ -286,8 +300,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
                             double_quant=bnb_4bit_use_double_quant, compute_dtype=bnb_4bit_compute_dtype)
     hf = read_json(os.path.join(directory, 'config.json'))
     if (hf.get('nanoforge') or {}).get('multicontext'):
-        raise UserError(f'{name_or_path} is a multicontext model (several token streams at each position): it has no '
-                        'single text to continue, and only train_gpt.py opens it')
+        raise UserError(f'{name_or_path} is a multicontext model (several token streams at each position): '
+                        'it has no single text to continue, and only train_gpt.py opens it')
     cfg = config_from_hf(hf)
     if cfg is not None:
         model = load_gpt(cfg, hf, directory, device, dtype, quantization)
@@ -299,8 +313,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     vocab_size = model.config.vocab_size
     if tokenizer and max(tokenizer.backend.get_vocab(with_added_tokens=False).values()) >= vocab_size:
-        raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size} '
-                        'embeddings: one of the two belongs to another model')
+        raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only '
+                        f'{vocab_size} embeddings: one of the two belongs to another model')
     return model.eval(), tokenizer
 
 
@@ -308,12 +322,14 @@ def load_gpt(cfg, hf, directory, device, dtype, quantization):
     """A model of our families; hf: the config.json that cfg was made from."""
     weights = read_safetensors(directory)
     if hf['model_type'] == 'gemma3':        # the text half of a model that sees pictures
-        weights = {name: w for name, w in weights.items() if not re.search('vision_tower|multi_modal', name)}
+        weights = {name: tensor for name, tensor in weights.items()
+                   if not re.search('vision_tower|multi_modal', name)}
     state = from_hf_weights(cfg, weights)
-    if cfg.arch == 'gpt2' and not cfg.bias:     # saved by us without biases: still so, or trained on elsewhere?
-        cfg.bias = any(w.any() for name, w in state.items() if name.endswith('.bias'))
+    if cfg.arch == 'gpt2' and not cfg.bias:   # saved by us without biases: still so, or trained on elsewhere?
+        biases = [name for name in state if name.endswith('.bias')]
+        cfg.bias = any(state[name].any() for name in biases)
         if not cfg.bias:
-            state = {name: w for name, w in state.items() if not name.endswith('.bias')}
+            state = {name: tensor for name, tensor in state.items() if name not in biases}
     with torch.device('meta'):
         model = GPT(cfg).to(dtype)
     if quantization:
@@ -327,26 +343,29 @@ def has_tokenizer(directory):
 
 
 def load_with_base(directory, base, trainable, *settings):
-    """A PEFT adapter's directory -> (its base model with the adapter on it, the adapter's tokenizer or else the
-    base's)."""
+    """A PEFT adapter's directory -> (its base model with the adapter on it, the adapter's tokenizer or else
+    the base's)."""
     named = base or read_adapter_config(directory)['base_model_name_or_path']
     if not named:
         raise UserError(f'{directory}: its adapter_config.json names no base model; give base')
     try:
         model, tokenizer = load_model(named, *settings)
     except UserError as e:
-        raise UserError(f'{directory} is an adapter, and its base does not load ({e}); give another base') from None
+        raise UserError(f'{directory} is an adapter, and its base does not load ({e}); give another '
+                        'base') from None
     load_adapter(model, directory, trainable=trainable, any_base=base is not None)
     return model.eval(), load_tokenizer(directory) if has_tokenizer(directory) else tokenizer
 
 
 def save_model(model, tokenizer, directory, dtype=None):
-    """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a tokenizer.
+    """A Hugging Face directory: config.json, model.safetensors, and the tokenizer's files where there is a
+    tokenizer.
 
-    Of a model with adapters the active one is saved, in PEFT's format (merge_lora first to save the whole model).
+    Of a model with adapters the active one is saved, in PEFT's format (merge_lora first to save the whole
+    model).
     """
     os.makedirs(directory, exist_ok=True)
-    if getattr(model, 'adapters', None) and not model.merged:           # attributes that add_lora and load_adapter set
+    if getattr(model, 'adapters', None) and not model.merged:  # attributes that add_lora and load_adapter set
         save_adapter(model, directory)
     elif len(base_state(model)) != len(model.state_dict()):
         raise UserError('4- and 8-bit weights are saved with their adapter, or whole after merge_lora')
@@ -361,15 +380,19 @@ def save_model(model, tokenizer, directory, dtype=None):
 def save_gpt(model, tokenizer, directory, dtype):
     from safetensors.torch import save_file
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
-    weights = {name: tensor.to(dtype) for name, tensor in to_hf_weights(model, hf['model_type']).items()}
-    path = os.path.join(directory, 'model.safetensors')     # replaced: a model that is mapped from there stays whole
+    weights = to_hf_weights(model, hf['model_type'])
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    # replaced: a model that is mapped from there stays whole
+    path = os.path.join(directory, 'model.safetensors')
     save_file(weights, path + '.new', metadata={'format': 'pt'})
     os.replace(path + '.new', path)
     if tokenizer is not None:
         stop_ids = sorted(tokenizer.stop_ids)
         ids = {'bos_token_id': tokenizer.bos_id, 'pad_token_id': tokenizer.pad_id,
                'eos_token_id': stop_ids[0] if len(stop_ids) == 1 else stop_ids}
-        hf.update({key: value for key, value in ids.items() if hf.get(key) is None and value not in (None, [])})
+        for key, value in ids.items():
+            if hf.get(key) is None and value not in (None, []):
+                hf[key] = value
     with open(os.path.join(directory, 'config.json'), 'w') as f:
         json.dump(hf, f, indent=2)
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of a forward and backward over a large vocabulary, against transformers' with
+"""Peak memory and time of one forward and backward over a large vocabulary: ours against transformers' with
 `labels`.
 
     python bench/memory.py                  # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2 layers
@@ -52,8 +52,8 @@ def measure(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(vocab=131072, batch=4, block=1024, channels=512, layers=2, steps=1,
-                              pairs=3).items():
+    sizes = dict(vocab=131072, batch=4, block=1024, channels=512, layers=2, steps=1, pairs=3)
+    for name, default in sizes.items():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--measure', choices=('ours', 'transformers'), help=argparse.SUPPRESS)
     parser.add_argument('--model', help=argparse.SUPPRESS)

@@ -50,7 +50,7 @@ def comparisons(name):
               f'vocabulary {cfg.vocab_size:,}')
     yield remark, None, None, None
     logits = model(idx)
-    # to transformers, too
+    # whether transformers knows it, too
     known = not isinstance(model, GPT) or config_to_hf(cfg)['model_type'] != 'nanoforge'
     if known:
         theirs, _ = theirs_of(find_model(name))
@@ -63,15 +63,14 @@ def comparisons(name):
     yield 'packed documents = each alone', difference(packed, alone), LOGITS, '2 documents a row'
     targets = idx.roll(-1, 1)
     logp = logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
-    yield 'log-probabilities = softmax of the logits', (model(idx,
-                                                              targets) - logp).abs().max().item(), LOGP, ''
+    gap = (model(idx, targets) - logp).abs().max().item()
+    yield 'log-probabilities = softmax of the logits', gap, LOGP, ''
     if isinstance(model, GPT):
         start = T // 2
         decoder = make_decoder(model, idx[:, :start].tolist(), 1, T - start)
         steps = [decoder.start(), *(decoder.step(idx[:, t].clone()) for t in range(start, T))]
-        yield 'with a key/value cache = at once', difference(torch.stack(steps, 1),
-                                                             logits[:, start - 1:]), LOGITS, \
-            f'{start} tokens, then one by one'
+        apart = difference(torch.stack(steps, 1), logits[:, start - 1:])
+        yield 'with a key/value cache = at once', apart, LOGITS, f'{start} tokens, then one by one'
     prompts = [row[:T // 2].tolist() for row in idx]
     new = min(16, cfg.block_size - T // 2)
     gap = logp_gap(model, prompts, generate(model, prompts, new))[0]
@@ -84,8 +83,8 @@ def comparisons(name):
             apart = float('inf') if strange else difference(theirs(idx).logits, logits)
             yield 'saved here = opened in transformers', apart, LOGITS, remark
             del theirs
-        yield 'saved here = opened here', difference(load_model(directory)[0](idx),
-                                                     logits), 0.0, 'bit for bit'
+        reloaded, _ = load_model(directory)
+        yield 'saved here = opened here', difference(reloaded(idx), logits), 0.0, 'bit for bit'
     add_lora(model, r=4, alpha=8, target_modules='all-linear')
     for key, p in model.named_parameters():
         if 'lora' in key:
@@ -93,8 +92,8 @@ def comparisons(name):
     adapted = model(idx)
     merge_lora(model)
     moved = difference(adapted, logits)
-    yield 'adapter merged = adapter beside', difference(model(idx),
-                                                        adapted), LOGITS, f'it moves logits by {moved:.0e}'
+    apart = difference(model(idx), adapted)
+    yield 'adapter merged = adapter beside', apart, LOGITS, f'it moves logits by {moved:.0e}'
 
 
 def check(name):
@@ -106,8 +105,8 @@ def check(name):
             continue
         passed = value <= allowed
         good &= passed
-        print(f'{what:45}{value:>11.1e}{allowed:>9.0e}  {"PASS" if passed else "FAIL"}  '
-              f'{remark}'.rstrip(), flush=True)
+        verdict = 'PASS' if passed else 'FAIL'
+        print(f'{what:45}{value:>11.1e}{allowed:>9.0e}  {verdict}  {remark}'.rstrip(), flush=True)
     print('\nThe same model in every way.' if good else '\nNot the same model: see the rows that say FAIL.')
     return good
 

@@ -66,6 +66,11 @@ def write_text(path, text):
     atomic_write(Path(path), write)
 
 
+def append_text(path, text):
+    with writing(path), open(path, 'a', encoding='utf-8', errors='replace') as file:
+        file.write(text)
+
+
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 

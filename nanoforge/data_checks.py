@@ -13,7 +13,6 @@ import numpy as np
 
 from configurator import UserError
 
-MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 # kind of issue: what to do about it; those of FATAL stop a run
 REMEDIES = {
     'unreadable rows':
@@ -126,41 +125,31 @@ class TrainingAlerts:
         self.run, self.warned = run, set()
         self.history = []       # (training loss since the one before, eval_loss) of the last 3 evaluations
         self.loss_sum, self.steps = 0.0, 0          # at the last evaluation
-        self.bad_steps = 0
 
     def warn(self, text):
         if text not in self.warned:
             self.warned.add(text)
             self.run.print0(f'WARNING   {text}')
 
-    def step(self, good, learning_rate, output_dir):
-        """Counts steps skipped because their gradient was not finite; UserError after a few in a row."""
-        self.bad_steps = 0 if good else self.bad_steps + 1
-        if not good:
-            self.run.print0(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
-        if self.bad_steps == MAX_BAD_STEPS:
-            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower '
-                            f'--learning_rate={learning_rate:g}; the checkpoints in {output_dir} are good')
-
     def train(self, loss, grad_norm):
-        """Looks at a log line: the loss in nats per token."""
+        """Looks at a step: its loss in nats per token."""
         if loss == 0 and grad_norm == 0:
             self.warn('loss 0 and gradient 0: nothing is learned. Is the answer the last message, the '
                       'completion not empty, --max_length long enough? --check shows what is learned')
         elif not math.isfinite(loss):
             self.warn('the loss is not finite: lower --learning_rate, look for broken rows with --check')
 
-    def evaluation(self, progress, eval_loss):
-        """Compares the training loss since the last evaluation with eval_loss. progress: .step, and .loss_sum
+    def evaluation(self, state, eval_loss):
+        """Compares the training loss since the last evaluation with eval_loss. state: .step, and .loss_sum
         over all steps so far."""
         if not math.isfinite(eval_loss):
             self.warn('eval_loss is nan: there are no held-out rows. Add rows with "metadata": "eval", '
                       'exactly so; even a few help')
-        steps = progress.step - self.steps
+        steps = state.step - self.steps
         if steps > 0:
-            train_loss = (progress.loss_sum - self.loss_sum) / steps
+            train_loss = (state.loss_sum - self.loss_sum) / steps
             self.history = [*self.history, (train_loss, eval_loss)][-3:]
-        self.loss_sum, self.steps = progress.loss_sum, progress.step
+        self.loss_sum, self.steps = state.loss_sum, state.step
         pairs = list(itertools.pairwise(self.history))
         if len(pairs) == 2 and all(now[0] < before[0] and now[1] > before[1] for before, now in pairs):
             self.warn('training loss falls while eval_loss rises: overfitting. Lower --num_train_epochs or '

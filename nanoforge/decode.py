@@ -1,25 +1,28 @@
-"""How generate() gets the next token's logits: with a KV cache for our GPT, by plain recomputation for models without one.
+"""How generate() gets the next token's logits: with a KV cache for our GPT, by plain recomputation for models
+without one.
 
     decoder = make_decoder(model, prompts, num_samples, max_new_tokens)
     logits = decoder.start()        # (R, V) after the prompts, R = prompts * num_samples
     logits = decoder.step(token)    # (n, V): token (n,) was drawn for the first n rows
 
-decoder.state lists tensors with R rows. To take a row out of the batch, copy the last row of each over it and go on
-with one row less. Everything here computes what model.hidden and model.logits do, up to rounding: logp_gap in sample.py
-measures it.
+decoder.state lists tensors with R rows. To take a row out of the batch, copy the last row of each over it and
+go on with one row less. Everything here computes what model.hidden and model.logits do, up to rounding:
+logp_gap in sample.py measures it.
 """
 import torch
 import torch.nn.functional as F
 
-from nanoforge.kernels import Linear
+from nanoforge.kernels import Linear, concat
 
-FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
+# parameters up to which stacked copies of the weights are made: beyond, memory counts more
+FUSE_LIMIT = 2 ** 28
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
-GROW = 16                   # slots that the cache grows by at least; by an eighth of what it has where that is more
+GROW = 16             # slots that the cache grows by at least; by an eighth of what it has where that is more
 
 
 def make_decoder(model, prompts, num_samples, max_new_tokens):
-    """prompts: lists of ids; a model of transformers, which has no layers of ours, is run again for every token."""
+    """prompts: lists of ids; a model of transformers, which has no layers of ours, is run again for every
+    token."""
     cls = CachedDecoder if hasattr(model, 'layers') else NoCacheDecoder
     return cls(model, prompts, num_samples, max_new_tokens)
 
@@ -27,12 +30,13 @@ def make_decoder(model, prompts, num_samples, max_new_tokens):
 class CachedDecoder:
     """The forward pass of our GPT for one new token a row, from weights fetched and stacked once.
 
-    At small sizes a step is bound by the number of calls, so what can be done once is not done per step or per layer.
-    Prompts are shifted right in the cache so that all end at the same slot: every row writes slot `cache_pos` and attends
-    to the slots up to it; one mask hides what lies before a shorter prompt, and the slots that are still empty. Keys and
-    values lie in one piece, which grows when it is full, and all of it is read: on a CPU that is twice as fast as the
-    filled part of a larger piece. Channels j and j + D/2 of a head of q and k, which rotary positions rotate together,
-    are stored side by side: the rotation is then one complex product.
+    At small sizes a step is bound by the number of calls, so what can be done once is not done per step or
+    per layer. Prompts are shifted right in the cache so that all end at the same slot: every row writes slot
+    `cache_pos` and attends to the slots up to it; one mask hides what lies before a shorter prompt, and the
+    slots that are still empty. Keys and values lie in one piece, which grows when it is full, and all of it
+    is read: on a CPU that is twice as fast as the filled part of a larger piece. Channels j and j + D/2 of a
+    head of q and k, which rotary positions rotate together, are stored side by side: the rotation is then one
+    complex product.
     """
 
     def __init__(self, model, prompts, num_samples, max_new_tokens):
@@ -42,14 +46,14 @@ class CachedDecoder:
         self.cache_pos = max(map(len, prompts))
         self.max_slots = self.cache_pos + max_new_tokens
         self.slots = min(self.max_slots, self.cache_pos + GROW)         # how many there are
-        self.view_rows = 0                                              # `views` are of so many rows of the caches
+        self.view_rows = 0                                         # `views` are of so many rows of the caches
         self.rope_order, self.rope = torch.arange(cfg.head_size, device=device), {}
         if cfg.position == 'rope':
-            self.rope_order = self.rope_order.view(2, -1).t().flatten()                         # 0, D/2, 1, D/2 + 1, ...
+            self.rope_order = self.rope_order.view(2, -1).t().flatten()              # 0, D/2, 1, D/2 + 1, ...
             position = torch.arange(self.max_slots, device=device)[:, None].float()
-            for layer_type in set(cfg.layer_types):
-                angle = position * model.inv_freq(layer_type).to(device)
-                self.rope[layer_type] = torch.polar(torch.ones_like(angle), angle)              # (max_slots, D/2) complex
+            for layer_type, inv_freq in model.inv_freq.items():
+                angle = position * inv_freq.to(device)
+                self.rope[layer_type] = torch.polar(torch.ones_like(angle), angle)  # (max_slots, D/2) complex
 
         rows, small = len(prompts) * num_samples, model.num_params() <= FUSE_LIMIT
         self.layers = [DecoderLayer(model, layer, self.rope_order, rows, small) for layer in model.layers]
@@ -57,33 +61,36 @@ class CachedDecoder:
         self.norm, self.logits = fuse_norm(model.norm), model.logits
         head = model.lm_head.weight_matrix()
         if head.dtype == self.acc_dtype and not cfg.logit_softcap and autocast_dtype(model) is None:
-            self.logits = linear_function(head, None, head.dtype, rows if small else 0)     # without conversions
+            self.logits = linear_function(head, None, head.dtype, rows if small else 0)  # without conversions
 
     def start(self):
-        """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the prompts."""
+        """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the
+        prompts."""
         cfg, device, longest = self.model.config, self.model.device, self.cache_pos
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
-        idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in self.prompts], device=device)
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in self.prompts]
+        idx = torch.tensor(padded, device=device)                       # (prompts, longest)
         keys_values = []
-        hidden = self.model.hidden(idx, keep_kv=keys_values)            # causal: padding on the right changes nothing
+        hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
         hidden = hidden[torch.arange(len(idx), device=device), lengths - 1]
 
         empty = longest - lengths                                       # slots before each prompt
-        source = (torch.arange(longest, device=device) - empty[:, None]).clamp_(min=0)          # (prompts, longest)
-        source = source[:, None, :, None].expand(-1, cfg.n_kv_head, -1, cfg.head_size)
+        source = torch.arange(longest, device=device) - empty[:, None]  # (prompts, longest): shifted right
+        source = source.clamp_(min=0)[:, None, :, None].expand(-1, cfg.n_kv_head, -1, cfg.head_size)
         R = len(idx) * self.num_samples
-        self.caches = []                                # of each layer: keys and values (2, R, n_kv_head, slots, D)
+        self.caches = []                          # of each layer: keys and values (2, R, n_kv_head, slots, D)
         for k, v in keys_values:
             cache = k.new_zeros(2, R, cfg.n_kv_head, self.slots, cfg.head_size)
-            cache[0, :, :, :longest] = self.for_samples(k[..., self.rope_order].gather(2, source))
+            k = k[..., self.rope_order]
+            cache[0, :, :, :longest] = self.for_samples(k.gather(2, source))
             cache[1, :, :, :longest] = self.for_samples(v.gather(2, source))
             self.caches.append(cache)
-        self.position = self.for_samples(lengths)                                               # (R,), of the next token
+        self.position = self.for_samples(lengths)                                    # (R,), of the next token
         slot = torch.arange(self.slots, device=device)
-        hide = (slot >= longest)[None, None, None]                                              # (1, 1, 1, slots)
+        hide = (slot >= longest)[None, None, None]                                          # (1, 1, 1, slots)
         if empty.any():
             before = slot < self.for_samples(empty)[:, None, None, None]
-            hide = (hide | before).expand(-1, cfg.n_kv_head, -1, -1)                            # (R, n_kv_head, 1, slots)
+            hide = (hide | before).expand(-1, cfg.n_kv_head, -1, -1)                # (R, n_kv_head, 1, slots)
         self.mask = torch.zeros(hide.shape, dtype=keys_values[0][0].dtype, device=device)
         self.mask.masked_fill_(hide, float('-inf'))
         return self.for_samples(self.model.logits(hidden))
@@ -102,7 +109,7 @@ class CachedDecoder:
     def grow(self, n):
         """More slots for the first n rows, which are all that are left."""
         more = min(max(GROW, self.slots // 8), self.max_slots - self.slots)
-        self.views = None                                               # no layer's old cache outlives its new one
+        self.views = None                                          # no layer's old cache outlives its new one
         for i, cache in enumerate(self.caches):
             self.caches[i] = F.pad(cache[:, :n], (0, 0, 0, more))
         self.mask = F.pad(self.mask[:n], (0, more), value=float('-inf'))
@@ -111,7 +118,7 @@ class CachedDecoder:
     def make_views(self, n):
         """What the layers write to and read from while n rows are left."""
         self.view_rows = n
-        self.row_mask = self.mask[:n].flatten(0, 1)                     # (n * n_kv_head, 1, slots), or 1 for all rows
+        self.row_mask = self.mask[:n].flatten(0, 1)             # (n * n_kv_head, 1, slots), or 1 for all rows
         self.views = []
         for cache in self.caches:
             keys, values = cache[:, :n].flatten(1, 2)                   # (n * n_kv_head, slots, D) each
@@ -119,26 +126,24 @@ class CachedDecoder:
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        model, cfg, n = self.model, self.model.config, len(token)
+        cfg, n = self.model.config, len(token)
         if self.cache_pos == self.slots:
             self.grow(n)
         if n != self.view_rows:
             self.make_views(n)
         position = self.position[:n]
-        x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
-        if cfg.embed_scale:
-            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
-        if cfg.position == 'learned':
-            x = x + F.embedding(position, model.embed_positions.weight)
+        x = self.model.embed(token, position)                                                   # (n, C)
         rope = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
         self.mask[..., self.cache_pos] = 0
         visible = {window: self.visible_slots(window) for window in self.windows}
         for layer, views in zip(self.layers, self.views):
-            attended = self.attend(layer, layer.norms[0](x), views, rope.get(layer.layer_type), *visible[layer.window])
+            angles = rope.get(layer.layer_type)
+            attended = self.attend(layer, layer.norms[0](x), views, angles, *visible[layer.window])
             if cfg.post_norms:
                 _, after_attention, before_mlp, after_mlp = layer.norms
                 x = x + after_attention(layer.o_proj(attended).to(x.dtype))
-                x = x + after_mlp(layer.down_proj(layer.inner(before_mlp(x))).to(x.dtype))
+                y = layer.down_proj(layer.inner(before_mlp(x)))
+                x = x + after_mlp(y.to(x.dtype))
             else:
                 x = layer.o_proj(attended, x)
                 x = layer.down_proj(layer.inner(layer.norms[1](x)), x)
@@ -155,24 +160,28 @@ class CachedDecoder:
     def attend(self, layer, x, views, rope, begin, count, mask):
         """x (n, C) -> (n, H * D), before o_proj: attention of a new position to the cached ones.
 
-        views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots), its values (n * G, slots, D).
+        views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots), its values (n * G,
+        slots, D).
         """
         cfg, n, (cache, keys, values) = self.model.config, len(x), views
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         qkv = layer.qkv_proj(x).to(self.acc_dtype).view(n, H + 2 * G, D)
         if cfg.qk_norm:
-            qkv[:, :H + G] = F.rms_norm(qkv[:, :H + G], (D,), None, cfg.norm_eps).mul_(layer.qk_weight)
+            normed = F.rms_norm(qkv[:, :H + G], (D,), None, cfg.norm_eps)
+            qkv[:, :H + G] = normed.mul_(layer.qk_weight)
         if rope is not None:
-            torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))[:, :H + G].mul_(rope)
+            pairs = torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))
+            pairs[:, :H + G].mul_(rope)
         q, kv = qkv.split((H, 2 * G), 1)
-        cache.select(3, self.cache_pos).copy_(kv.unflatten(1, (2, G)).transpose(0, 1))
-        q = q.to(values.dtype).reshape(n * G, H // G, D)                # the heads that share keys are rows of one product
+        kv = kv.unflatten(1, (2, G)).transpose(0, 1)                    # (2, n, G, D)
+        cache.select(3, self.cache_pos).copy_(kv)
+        q = q.to(values.dtype).reshape(n * G, H // G, D)   # the heads that share keys are rows of one product
         keys, values = keys.narrow(2, begin, count), values.narrow(1, begin, count)
         if cfg.attn_softcap:
             scores = torch.tanh(torch.bmm(q, keys) * (cfg.attn_scale / cfg.attn_softcap))
             scores = cfg.attn_softcap * scores + mask
         else:
-            scores = torch.baddbmm(mask, q, keys, alpha=cfg.attn_scale)                         # (n * G, H / G, count)
+            scores = torch.baddbmm(mask, q, keys, alpha=cfg.attn_scale)                # (n * G, H / G, count)
         p = scores.softmax(-1, dtype=self.acc_dtype).to(values.dtype)
         return torch.bmm(p, values).view(n, H * D)
 
@@ -183,8 +192,9 @@ class DecoderLayer:
     def __init__(self, model, layer, rope_order, rows, small):
         cfg, attention, mlp = model.config, layer.self_attn, layer.mlp
         self.cfg, self.layer_type, self.act = cfg, attention.layer_type, mlp.act
-        self.window = cfg.sliding_window if self.layer_type == 'sliding_attention' else 0
-        self.norms = [fuse_norm(module) for name, module in layer.named_children() if name.endswith('layernorm')]
+        self.window = cfg.window(self.layer_type)
+        norms = [module for name, module in layer.named_children() if name.endswith('layernorm')]
+        self.norms = list(map(fuse_norm, norms))                    # in the order in which they are used
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         if cfg.qk_norm:
             q_weight = attention.q_norm.effective_weight.expand(H, D)
@@ -230,37 +240,33 @@ def fuse_norm(module):
 
         def norm(x):        # fewer passes than F.rms_norm's on a CPU
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return (x * torch.addcmul(eps, length, length, value=1 / size).rsqrt_()).mul_(weight)
+            scale = torch.addcmul(eps, length, length, value=1 / size).rsqrt_()
+            return (x * scale).mul_(weight)
     return norm
 
 
 def fuse_linears(modules, fuse, amp, rows, order=None):
-    """Linear layers that read the same input, as one function of x (n, K): their outputs side by side, in the given
-    order of channels, added to `residual` where it is given. Adapters and quantised layers are called as they are."""
+    """Linear layers that read the same input, as one function of x (n, K): their outputs side by side, in the
+    given order of channels, added to `residual` where it is given. Adapters and quantised layers are called
+    as they are."""
     if fuse and all(type(module) is Linear for module in modules):
-        weight, bias = stack([module.weight for module in modules]), stack([module.bias for module in modules])
+        weight = concat([module.weight for module in modules])
+        bias = concat([module.bias for module in modules if module.bias is not None])
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
         dtype = torch.bfloat16 if modules[0].bf16 else amp or weight.dtype
         return linear_function(weight, bias, dtype, rows)
 
     def call(x, residual=None):
-        y = modules[0](x) if len(modules) == 1 else torch.cat([module(x) for module in modules], -1)
+        y = concat([module(x) for module in modules], -1)
         y = y if order is None else y[:, order]
         return y if residual is None else residual + y
     return call
 
 
-def stack(parts):
-    """One tensor of those that are given, without a copy of a single one; None of None."""
-    if parts[0] is None or len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts)
-
-
 def linear_function(weight, bias, dtype, rows):
-    """x (n, K) -> x times weight (N, K) transposed, plus bias, in `dtype`, added to `residual` where it is given; n is
-    `rows` at first."""
+    """x (n, K) -> x times weight (N, K) transposed, plus bias, in `dtype`, added to `residual` where it is
+    given; n is `rows` at first."""
     is_float32, converts = weight.dtype == torch.float32, weight.dtype != dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     can_pack = weight.device.type == 'cpu' and is_float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise')

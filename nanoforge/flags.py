@@ -7,6 +7,7 @@
 
 The comment beside a field is its help text; its range stands on the field. torch is not imported.
 """
+import os
 from dataclasses import dataclass
 
 from configurator import Accepted, UserError, configclass, setting
@@ -85,6 +86,8 @@ class RunFlags(Flags):
 
     def reports_to(self, place):
         """Whether 'tensorboard' or 'wandb' is logged to."""
+        if place == 'wandb' and self.wandb_enabled:
+            return True             # a recipe names tensorboard, and the command line asks for this one, too
         if self.report_to:
             return place in self.report_to or 'all' in self.report_to
         return self.tensorboard if place == 'tensorboard' else self.wandb_enabled
@@ -193,7 +196,9 @@ class DataFlags(Flags):
         if not self.dataset_path:
             return self.datasets or [Source(name=name) for name in embedded]
         columns = {name: getattr(self, name) for name in COLUMNS}
-        return [Source(name=name.strip(), **columns) for name in self.dataset_path.split(',')]
+        is_one = os.path.exists(self.dataset_path)              # a comma may be part of its name
+        names = [self.dataset_path] if is_one else self.dataset_path.split(',')
+        return [Source(name=name.strip(), **columns) for name in names]
 
 
 @configclass

@@ -1,8 +1,9 @@
 """The operations of model.py, each in the form that its device runs fastest.
 
-On a GPU they are torch's own. On a CPU torch's attention has a slow backward and none for packed rows, its RMS norm is
-composed of a dozen passes, and the logits of a large vocabulary do not fit. The forms here compute the same, in float32
-unless bf16 is asked for; tests/test_kernels.py holds each and its derivatives against the plain formula.
+On a GPU they are torch's own. On a CPU torch's attention has a slow backward and none for packed rows, its
+RMS norm is composed of a dozen passes, and the logits of a large vocabulary do not fit. The forms here
+compute the same, in float32 unless bf16 is asked for; tests/test_kernels.py holds each and its derivatives
+against the plain formula.
 """
 import functools
 from typing import NamedTuple
@@ -16,25 +17,32 @@ SHORT_BLOCK = 192       # up to here batched products beat blockwise attention o
 SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
 BUCKET = 16             # segments whose lengths differ by less than this are computed side by side,
 SCORES = 2 ** 18        # up to so many scores at a time, which stay in cache
-ALIGN = 64              # bf16 products take packed rows of a multiple of this: oneDNN compiles a kernel for each new size
+ALIGN = 64              # bf16 products take packed rows of a multiple of this: oneDNN compiles one for each size
 
 
-# ---- linear layers ---------------------------------------------------------------------------------------------------
+def on_cpu(x):
+    """Whether x takes the forms made for a CPU; torch.compile makes its own of the plain ones."""
+    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+# ---- linear layers -----------------------------------------------------------------------------------------
 
 def linear(x, weights, biases=(), bf16=False):
     """x (..., K) times the stacked `weights`, each (N_i, K) -> (..., sum of N_i).
 
-    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the processor has
-    it); the result stays bfloat16, gradients reach the float32 weights as float32.
+    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the
+    processor has it); the result stays bfloat16, gradients reach the float32 weights as float32.
     """
     if bf16:
-        x, weights = x.bfloat16(), [weight.bfloat16() for weight in weights]
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    bias = None
-    if biases:
-        bias = torch.cat(biases) if len(biases) > 1 else biases[0]
-        bias = bias.bfloat16() if bf16 else bias
-    return F.linear(x, weight, bias)
+        x, weights, biases = x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]
+    return F.linear(x, concat(weights), concat(biases))
+
+
+def concat(tensors, dim=0):
+    """One tensor, without a copy if there is but one; None of none."""
+    if len(tensors) > 1:
+        return torch.cat(tensors, dim)
+    return tensors[0] if tensors else None
 
 
 class Linear(nn.Linear):
@@ -45,8 +53,7 @@ class Linear(nn.Linear):
     bf16 = False
 
     def forward(self, x):
-        biases = [] if self.bias is None else [self.bias]
-        return linear(x, [self.weight], biases, self.bf16)
+        return Linear.stacked(x, [self])
 
     def weight_matrix(self):
         """The matrix (out, in) that the layer multiplies by."""
@@ -54,7 +61,7 @@ class Linear(nn.Linear):
 
     @staticmethod
     def stacked(x, layers):
-        """Several of these as one product."""
+        """Several of these as one product, their outputs side by side."""
         biases = [layer.bias for layer in layers if layer.bias is not None]
         return linear(x, [layer.weight for layer in layers], biases, layers[0].bf16)
 
@@ -62,7 +69,8 @@ class Linear(nn.Linear):
 def stacked_linear(x, layers):
     """x (..., K) through layers that read the same input -> their outputs side by side (..., sum of N_i).
 
-    One product on a CPU, if all are of class Linear; the subclass that carries adapters has a form of its own.
+    One product on a CPU, if all are of class Linear; the subclass that carries adapters has a form of its
+    own.
     """
     if x.device.type != 'cpu' or not all(isinstance(layer, Linear) for layer in layers):
         return torch.cat([layer(x) for layer in layers], -1)
@@ -75,29 +83,33 @@ def weight_matrix(layer):
     return layer.weight_matrix() if hasattr(layer, 'weight_matrix') else layer.weight
 
 
-# ---- RMS norm, rotary positions --------------------------------------------------------------------------------------
+# ---- RMS norm, rotary positions ----------------------------------------------------------------------------
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-    on_cpu = x.device.type == 'cpu'
-    if x.dtype != weight.dtype or (on_cpu and x.dtype.itemsize == 2):       # rounded once, at the end
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-    if on_cpu:
+    half_on_cpu = x.device.type == 'cpu' and x.dtype.itemsize == 2
+    if half_on_cpu or x.dtype != weight.dtype:          # rounded once, at the end
+        y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+        return y.to(x.dtype)
+    if on_cpu(x):
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _rms_forward(x, weight, eps):
-    scale = torch.linalg.vecdot(x, x).div_(x.size(-1)).add_(eps).rsqrt_().unsqueeze(-1)     # (..., 1)
+    mean_square = torch.linalg.vecdot(x, x).div_(x.size(-1))
+    scale = mean_square.add_(eps).rsqrt_().unsqueeze(-1)                # (..., 1)
     return (x * scale).mul_(weight), scale
 
 
 def _rms_backward(grad, x, scale, weight):
-    # Layer norm's fused backward with mean 0 differs from RMS norm's only by the term that it subtracts for the mean.
+    # Layer norm's fused backward with mean 0 differs from RMS norm's only by the term that it subtracts for
+    # the mean.
     zero = torch.zeros_like(scale)
     dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, [x.size(-1)], zero, scale, weight, None, [True, True, False])
-    return dx.add_((grad @ weight).div_(x.size(-1)).unsqueeze(-1).mul_(scale)), dweight
+    missing = (grad @ weight).div_(x.size(-1)).unsqueeze(-1).mul_(scale)
+    return dx.add_(missing), dweight
 
 
 class RMSNorm(torch.autograd.Function):
@@ -118,9 +130,10 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos, sin (..., T, D/2)."""
+    """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos, sin (...,
+    T, D/2)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if x.device.type == 'cpu':
+    if on_cpu(x):
         return Rotate.apply(x, cos, sin)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -135,8 +148,8 @@ def _rotate(x, cos, sin, out):
 
 
 class Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing but the angles is kept; written where it belongs, without
-    a concatenation."""
+    """A rotation's gradient is the rotation back, so nothing but the angles is kept; written where it
+    belongs, without a concatenation."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -150,7 +163,7 @@ class Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin, torch.empty_like(grad)), None, None
 
 
-# ---- packed rows -----------------------------------------------------------------------------------------------------
+# ---- packed rows -------------------------------------------------------------------------------------------
 
 def gather_rows(x, indices):
     """x (..., C), indices (M,) into the rows laid end to end -> (M, C)."""
@@ -158,8 +171,8 @@ def gather_rows(x, indices):
 
 
 def document_lengths(positions):
-    """positions (B, T), where each 0 begins a packed document, as a row does -> lengths of all documents, row after
-    row."""
+    """positions (B, T), where each 0 begins a packed document, as a row does -> lengths of all documents, row
+    after row."""
     begins = positions == 0
     begins[:, 0] = True
     begins = begins.flatten().nonzero().squeeze(1)
@@ -167,10 +180,11 @@ def document_lengths(positions):
 
 
 def continuations(positions):
-    """positions (B, T) of packed rows -> segments [(begin, shared, start, end)], counted over the rows laid end to end.
+    """positions (B, T) of packed rows -> segments [(begin, shared, start, end)], counted over the rows laid
+    end to end.
 
-    The tokens start..end follow the first `shared` ones of the document that begins at `begin`; shared is 0 for the
-    document itself, which comes first.
+    The tokens start..end follow the first `shared` ones of the document that begins at `begin`; shared is 0
+    for the document itself, which comes first.
     """
     begins = [0, *document_lengths(positions).cumsum(0).tolist()]
     position = positions.flatten().tolist()
@@ -187,14 +201,15 @@ def continuations(positions):
 def packed_mask(positions, window=0):
     """positions (..., T) of packed rows -> (..., T, T) bool, True where a query (row) sees a key (column).
 
-    Each 0 begins a document. A jump back to p > 0 begins another branch of it, which sees the first p positions of the
-    document and itself, not the branches beside it: one prompt with several completions, its keys computed once.
-    window: only keys fewer than so many positions back; 0 = all.
+    Each 0 begins a document. A jump back to p > 0 begins another branch of it, which sees the first p
+    positions of the document and itself, not the branches beside it: one prompt with several completions, its
+    keys computed once. window: only keys fewer than so many positions back; 0 = all.
     """
     index = torch.arange(positions.size(-1), device=positions.device)
     jump = F.pad(positions[..., 1:] != positions[..., :-1] + 1, (1, 0), value=True)
-    branch, document = jump.cumsum(-1), (positions == 0).cumsum(-1)                                     # (..., T)
-    start = positions.gather(-1, torch.where(jump, index, 0).cummax(-1).values)     # where the branch of each begins
+    branch, document = jump.cumsum(-1), (positions == 0).cumsum(-1)                                 # (..., T)
+    # where the branch of each begins
+    start = positions.gather(-1, torch.where(jump, index, 0).cummax(-1).values)
     trunk = (start[..., None, :] == 0) & (positions[..., None, :] < start[..., :, None])
     same_branch = branch[..., :, None] == branch[..., None, :]
     same_document = document[..., :, None] == document[..., None, :]
@@ -210,7 +225,7 @@ def causal_mask(T, dtype):
     return torch.full((T, T), float('-inf'), dtype=dtype).triu_(1)
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------------------
 
 def attention(q, k, v, mask, scale, softcap=0.0):
     """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> softmax(scale q k^T) v (B, H, T, D).
@@ -220,10 +235,12 @@ def attention(q, k, v, mask, scale, softcap=0.0):
     grouped = q.size(1) != k.size(1)
     causal = mask is None and q.size(2) > 1
     if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     if grouped:
-        k, v = (h.repeat_interleave(q.size(1) // h.size(1), 1) for h in (k, v))
-    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+        sharing = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1)
+    scores = (q @ k.transpose(2, 3)).float()
+    scores = softcap * torch.tanh(scores * (scale / softcap))
     if causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril_()
     if mask is not None:
@@ -232,9 +249,11 @@ def attention(q, k, v, mask, scale, softcap=0.0):
 
 
 class AttentionContext:
-    """What the layers of one forward pass share: positions, rotary angles, and the form in which attention is computed.
+    """What the layers of one forward pass share: positions, rotary angles, and the form in which attention is
+    computed.
 
-    A GPU takes torch's scaled_dot_product_attention, with a mask where rows are packed. A CPU has four forms besides:
+    A GPU takes torch's scaled_dot_product_attention, with a mask where rows are packed. A CPU has four forms
+    besides:
 
         short           an unpacked block of up to SHORT_BLOCK tokens: ShortAttention
         varlen          packed rows of short documents: VarlenAttention
@@ -245,24 +264,25 @@ class AttentionContext:
     """
 
     def __init__(self, cfg, inv_freq, idx, positions, keep_kv=None):
-        """cfg: GPTConfig; inv_freq(layer type): rotary frequencies (D/2,); idx (B, T); positions (B, T) of packed rows
-        (see packed_mask) or None; keep_kv: a list to which each layer adds its (keys, values), (B, G, T, D) each."""
+        """cfg: GPTConfig; inv_freq: {layer type: rotary frequencies (D/2,)}; idx (B, T); positions (B, T) of
+        packed rows (see packed_mask) or None; keep_kv: a list to which each layer adds its (keys, values),
+        (B, G, T, D) each."""
         (B, T), device = idx.shape, idx.device
-        packed, on_cpu = positions is not None, device.type == 'cpu'
+        packed = positions is not None
         self.cfg, self.keep_kv = cfg, keep_kv
-        self.positions = positions if packed else torch.arange(T, device=device)[None]              # (1 or B, T)
+        self.positions = positions if packed else torch.arange(T, device=device)[None]           # (1 or B, T)
         self.short, self.varlen, self.shared_prefix, self.documents = False, None, None, None
-        if packed and on_cpu:
+        if packed and on_cpu(idx):
             self.choose_packed_form(positions.expand(B, T))
-        elif on_cpu and T <= SHORT_BLOCK and keep_kv is None:
+        elif on_cpu(idx) and T <= SHORT_BLOCK and keep_kv is None:
             self.short = not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head
 
         self.windows, self.rope, self.masks = {}, {}, {}                # each by layer type
         for layer_type in set(cfg.layer_types):
-            window = cfg.sliding_window if layer_type == 'sliding_attention' else 0
+            window = cfg.window(layer_type)
             self.windows[layer_type] = window if T > window else 0      # 0: all of the row is seen
-            if cfg.position == 'rope':
-                angle = self.positions[:, None, :, None].float() * inv_freq(layer_type).to(device)
+            if layer_type in inv_freq:
+                angle = self.positions[:, None, :, None].float() * inv_freq[layer_type].to(device)
                 self.rope[layer_type] = angle.cos(), angle.sin()        # (1 or B, 1, T, D/2)
             self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed)
 
@@ -280,8 +300,8 @@ class AttentionContext:
                 self.shared_prefix = shared_prefix
 
     def make_mask(self, window, packed):
-        """(1 or B, 1, T, T) bool; a list of (n, n), one for each document; None where no mask is needed: a causal
-        block."""
+        """(1 or B, 1, T, T) bool; a list of (n, n), one for each document; None where no mask is needed: a
+        causal block."""
         if self.varlen or self.shared_prefix and not window:
             return None
         if not self.documents:
@@ -295,44 +315,49 @@ class AttentionContext:
 
     def fused(self, layer_type):
         """Whether fused_attention computes this type of layer."""
-        return self.varlen is not None or self.short and not self.windows[layer_type]
+        if self.short:
+            return not self.windows[layer_type] and not torch.compiler.is_compiling()
+        return self.varlen is not None
 
-    def fused_attention(self, qkv, layer_type, q_weight, k_weight):
-        """qkv (B, T, (H + 2 G) * D), heads of q, of k, of v -> (B, T, H * D): QK norm, if its weights (D,) are given,
-        rotary positions and attention as one node of the graph."""
+    def fused_attention(self, qkv, layer_type, q_norm, k_norm):
+        """qkv (B, T, (H + 2 G) * D), heads of q, of k, of v -> (B, T, H * D): QK norm, if its weights (D,)
+        are given, rotary positions and attention as one node of the graph."""
         cfg = self.cfg
-        qk = q_weight, k_weight, cfg.norm_eps, *self.rope.get(layer_type, (None, None))
+        weights = [norm and norm.effective_weight for norm in (q_norm, k_norm)]
+        for_qk = *weights, cfg.norm_eps, *self.rope.get(layer_type, (None, None))
         if self.varlen:
-            return VarlenAttention.apply(qkv, self.varlen, self.windows[layer_type], cfg.attn_scale, *qk)
+            return VarlenAttention.apply(qkv, self.varlen, self.windows[layer_type], cfg.attn_scale, *for_qk)
         mask = causal_mask(qkv.size(1), qkv.dtype)
-        return ShortAttention.apply(qkv, cfg.n_head, cfg.attn_scale, *qk, mask)
+        return ShortAttention.apply(qkv, cfg.n_head, cfg.attn_scale, *for_qk, mask)
 
     def attention(self, q, k, v, layer_type):
         """q (B, H, T, D), k and v (B, G, T, D), G dividing H -> (B, H, T, D)."""
         cfg, (B, H, T, D) = self.cfg, q.shape
-        q, k, mask = q.to(v.dtype), k.to(v.dtype), self.masks[layer_type]
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if self.keep_kv is not None:
             self.keep_kv.append((k, v))
         if self.shared_prefix and not self.windows[layer_type]:
             return self.shared_prefix.attend(q, k, v, cfg.attn_scale)
         if not self.documents:
-            return attention(q, k, v, mask, cfg.attn_scale, cfg.attn_softcap)
-        lengths = [len(document) for document in self.documents]
+            return attention(q, k, v, self.masks[layer_type], cfg.attn_scale, cfg.attn_softcap)
+        lengths = list(map(len, self.documents))
         by_document = [h.transpose(1, 2).flatten(0, 1).split(lengths) for h in (q, k, v)]
         outputs = []
-        for *document, document_mask in zip(*by_document, mask):                # q, k, v: (n, heads, D)
-            one_row = [h.transpose(0, 1)[None] for h in document]
-            outputs.append(attention(*one_row, document_mask, cfg.attn_scale, cfg.attn_softcap))
-        return torch.cat(outputs, 2).view(H, B, T, D).transpose(0, 1)
+        for *qkv, mask in zip(*by_document, self.masks[layer_type]):            # (n, heads, D) each
+            qkv = [h.transpose(0, 1)[None] for h in qkv]                        # (1, heads, n, D)
+            outputs.append(attention(*qkv, mask, cfg.attn_scale, cfg.attn_softcap))
+        y = torch.cat(outputs, 2)                                               # (1, H, B * T, D)
+        return y.view(H, B, T, D).transpose(0, 1)
 
 
-def _norm_and_rotate(qk, weight, eps, cos, sin, out):
-    """QK norm (where there is a weight) and rotary positions (where there are angles) of qk (heads, ..., D), written to
-    `out` -> what the backward of the norm needs."""
+def _norm_and_rotate(qk, n_head, q_weight, k_weight, eps, cos, sin, out):
+    """QK norm (where there are weights) and rotary positions (where there are angles) of qk (heads, ..., D),
+    the first n_head of them queries, written to `out` -> what the backward of the norm needs."""
     saved = ()
-    if weight is not None:
+    if q_weight is not None:
         raw = qk.contiguous()
-        qk, scale = _rms_forward(raw, weight, eps)
+        weight = torch.stack([q_weight] * n_head + [k_weight] * (len(qk) - n_head))
+        qk, scale = _rms_forward(raw, weight.view(len(qk), *[1] * (qk.dim() - 2), -1), eps)
         saved = raw, scale
     if cos is not None:
         qk = _rotate(qk, cos, sin, out if out.dtype == qk.dtype else torch.empty_like(qk))
@@ -342,8 +367,8 @@ def _norm_and_rotate(qk, weight, eps, cos, sin, out):
 
 
 def _norm_and_rotate_backward(grad, n_head, saved, q_weight, k_weight, cos, sin, out):
-    """grad (heads, ..., D), the first n_head of them queries; writes the gradient of qk to `out` -> those of the
-    weights."""
+    """grad (heads, ..., D), the first n_head of them queries; writes the gradient of qk to `out` -> those of
+    the weights."""
     if cos is not None:
         grad = _rotate(grad, cos, -sin, torch.empty_like(grad))
     if not saved:
@@ -362,13 +387,14 @@ def _softmax_backward(grad, p):
 
 
 class ShortAttention(torch.autograd.Function):
-    """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched products.
+    """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched
+    products.
 
-    qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred positions the
-    batched products beat torch's blockwise attention, whose backward is slow on a CPU, and one node saves a dozen
-    copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T, D/2) or (1 or B, 1, T, D/2) or
-    None: rotary positions; mask (T, T) or (B * H, T, T): added to scores, as causal_mask. Products run in the dtype of
-    qkv; norm, rotation and softmax in float32.
+    qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred
+    positions the batched products beat torch's blockwise attention, whose backward is slow on a CPU, and one
+    node saves a dozen copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T,
+    D/2) or (1 or B, 1, T, D/2) or None: rotary positions; mask (T, T) or (B * H, T, T): added to scores, as
+    causal_mask. Products run in the dtype of qkv; norm, rotation and softmax in float32.
     """
 
     @staticmethod
@@ -377,21 +403,17 @@ class ShortAttention(torch.autograd.Function):
         H, D = n_head, C // n_head // 3
         acc_dtype = torch.promote_types(qkv.dtype, torch.float32)
         heads = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)              # (3, B, H, T, D)
-        x, saved = heads, ()
-        if q_weight is not None or cos is not None:
-            weight = None
-            if q_weight is not None:
-                weight = torch.stack((q_weight, k_weight)).view(2, 1, 1, 1, D)
-            qk = heads[:2].to(acc_dtype, memory_format=torch.contiguous_format)
-            x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
-            saved = _norm_and_rotate(qk, weight, eps, cos, sin, x[:2])
-            x[2].copy_(heads[2])
-        x = x.reshape(3, B * H, T, D)
+        x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
+        saved = _norm_and_rotate(heads[:2].to(acc_dtype), 1, q_weight, k_weight, eps, cos, sin, x[:2])
+        x[2].copy_(heads[2])
+        x = x.view(3, B * H, T, D)
         q, k, v = x.unbind(0)                                               # (B * H, T, D) each
-        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
+        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)          # (B * H, T, T)
+        p = p.softmax(-1)
         ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *saved)
         ctx.sizes, ctx.scale = (B, T, H, D), scale
-        return torch.bmm(p, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
+        y = torch.bmm(p, v).view(B, H, T, D)
+        return y.transpose(1, 2).reshape(B, T, H * D)
 
     @staticmethod
     @once_differentiable
@@ -399,7 +421,8 @@ class ShortAttention(torch.autograd.Function):
         x, p, q_weight, k_weight, cos, sin, *saved = ctx.saved_tensors
         B, T, H, D = ctx.sizes
         q, k, v = x.unbind(0)
-        grad = grad.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
+        grad = grad.view(B, T, H, D).transpose(1, 2)
+        grad = grad.reshape(B * H, T, D)
         dx = torch.empty_like(x)
         dq, dk, dv = dx.unbind(0)
         torch.bmm(p.transpose(1, 2), grad, out=dv)
@@ -427,11 +450,11 @@ class VarlenBatch(NamedTuple):
 
 
 class VarlenBatches:
-    """Packed rows of N tokens (see packed_mask) for VarlenAttention, as batches of segments: prompts, continuations,
-    plain documents.
+    """Packed rows of N tokens (see packed_mask) for VarlenAttention, as batches of segments: prompts,
+    continuations, plain documents.
 
-    A segment attends to the tokens that it continues and to itself. The heads of queries, keys and values are rows of a
-    table, head after head, N tokens each; behind them a row of zeros, for padding.
+    A segment attends to the tokens that it continues and to itself. The heads of queries, keys and values are
+    rows of a table, head after head, N tokens each; behind them a row of zeros, for padding.
     """
 
     def __init__(self, positions, segments, n_head, n_kv_head):
@@ -448,8 +471,8 @@ class VarlenBatches:
         place[outputs] = torch.arange(len(outputs))
         self.outputs = place[:n_head * N].view(n_head, N).t().flatten()
 
-        # A row of the table may have copies in several batches (a prompt's keys); its gradient is the sum of theirs:
-        # copies[copy_begins[i]:copy_begins[i + 1]] are those of row i.
+        # A row of the table may have copies in several batches (a prompt's keys); its gradient is the sum of
+        # theirs: copies[copy_begins[i]:copy_begins[i + 1]] are those of row i.
         rows = torch.cat([batch.rows for batch in self.batches])
         counts = torch.bincount(rows, minlength=table_size + 1)[:table_size]
         self.copies = rows.argsort(stable=True)[:int(counts.sum())]
@@ -459,17 +482,20 @@ class VarlenBatches:
         """segments [(begin, shared, start, end)] -> VarlenBatch."""
         N, H, G = self.sizes
         begin, shared, start, end = torch.tensor(segments).t()[:, :, None]      # (n, 1) each
-        query = self.ranges(start, end - start)                                 # (n, Q) tokens; N where padded
+        query = self.ranges(start, end - start)                                # (n, Q) tokens; N where padded
         key = torch.cat((self.ranges(begin, shared), query), 1)                 # (n, K)
         q_rows = self.table_rows(query, 0, H)                                   # (H, n, Q)
         # the heads that share keys lie side by side: their queries are one product
         q_rows = q_rows.view(G, H // G, *query.shape).transpose(1, 2).flatten()
-        k_rows, v_rows = self.table_rows(key, H, G), self.table_rows(key, H + G, G)
-        grad_rows = torch.where(q_rows < (H + 2 * G) * N, q_rows % N * H + q_rows // N, H * N)
+        k_rows = self.table_rows(key, H, G).flatten()
+        v_rows = self.table_rows(key, H + G, G).flatten()
+        token, head = q_rows % N, q_rows // N
+        grad_rows = torch.where(q_rows < (H + 2 * G) * N, token * H + head, H * N)
         # padding lies behind everything, so no query sees it but padding
         position = torch.cat((positions.flatten(), positions.new_tensor([2 ** 30])))
-        return VarlenBatch(query.size(1), key.size(1), torch.cat((q_rows, k_rows.flatten(), v_rows.flatten())),
-                           grad_rows, position[query][:, :, None], position[key][:, None])
+        rows = torch.cat((q_rows, k_rows, v_rows))
+        return VarlenBatch(query.size(1), key.size(1), rows, grad_rows,
+                           position[query][:, :, None], position[key][:, None])
 
     def ranges(self, start, count):
         """start, count (n, 1) -> (n, longest): start, start + 1, ... and N behind each end."""
@@ -491,7 +517,8 @@ class VarlenBatches:
                 seen = key <= query
                 if window:
                     seen = seen & (query - key < window)
-                masks.append(torch.zeros((), dtype=dtype).masked_fill(~seen, float('-inf')).unsqueeze(1))
+                mask = torch.zeros((), dtype=dtype).masked_fill(~seen, float('-inf'))
+                masks.append(mask.unsqueeze(1))
             self.masks[window, dtype] = masks
         return self.masks[window, dtype]
 
@@ -506,8 +533,9 @@ class VarlenBatches:
 
 
 def bucket(segments, limit):
-    """[(begin, shared, start, end)] -> lists of them of about the same lengths, each of at most `limit` scores if it
-    can; the prompt of continuations becomes a segment of its own, which the first of them continues."""
+    """[(begin, shared, start, end)] -> lists of them of about the same lengths, each of at most `limit`
+    scores if it can; the prompt of continuations becomes a segment of its own, which the first of them
+    continues."""
     prompts, buckets = {}, {}
     for begin, shared, _, _ in segments:
         prompts[begin] = max(prompts.get(begin, 0), shared)
@@ -515,7 +543,8 @@ def bucket(segments, limit):
         middle = start
         if start == begin and prompts[begin] < end - start:
             middle = begin + prompts[begin]
-        for part in ((begin, 0, start, middle), (begin, shared or middle - start, middle, end)):
+        first, rest = (begin, 0, start, middle), (begin, shared or middle - start, middle, end)
+        for part in (first, rest):
             length = part[3] - part[2]
             if length:
                 key = -(-part[1] // BUCKET), -(-length // BUCKET)
@@ -529,8 +558,9 @@ def bucket(segments, limit):
 class VarlenAttention(torch.autograd.Function):
     """QK norm, rotary positions and attention of packed rows of short documents on a CPU, as one node.
 
-    qkv (B, T, (H + 2 G) * D), heads of q, then of k, then of v -> (B, T, H * D); the rest as in ShortAttention, with
-    the VarlenBatches of the rows. At least float32 throughout: products this small are no faster in bf16.
+    qkv (B, T, (H + 2 G) * D), heads of q, then of k, then of v -> (B, T, H * D); the rest as in
+    ShortAttention, with the VarlenBatches of the rows. At least float32 throughout: products this small are
+    no faster in bf16.
     """
 
     @staticmethod
@@ -538,27 +568,28 @@ class VarlenAttention(torch.autograd.Function):
         (B, T, C), (N, H, G) = qkv.shape, varlen.sizes
         D, acc_dtype = C // (H + 2 * G), torch.promote_types(qkv.dtype, torch.float32)
         heads = qkv.view(N, H + 2 * G, D).to(acc_dtype).transpose(0, 1)                 # (H + 2 G, N, D)
-        weight = None
-        if q_weight is not None:
-            weight = torch.cat((q_weight.expand(H, 1, D), k_weight.expand(G, 1, D)))
         if cos is not None:
             cos, sin = (angle.expand(B, 1, T, D // 2).reshape(N, D // 2) for angle in (cos, sin))
         table = heads.new_empty((H + 2 * G) * N + 1, D)
         table[-1] = 0
         x = table[:-1].view(H + 2 * G, N, D)
-        saved = _norm_and_rotate(heads[:H + G], weight, eps, cos, sin, x[:H + G])
+        saved = _norm_and_rotate(heads[:H + G], H, q_weight, k_weight, eps, cos, sin, x[:H + G])
         x[H + G:].copy_(heads[H + G:])
 
         by_batch, outputs = [], []
         for batch, mask in zip(varlen.batches, varlen.additive_masks(window, acc_dtype)):
             q, k, v = varlen.split(table.index_select(0, batch.rows), batch)
-            scores = torch.bmm(q, k.transpose(1, 2)).view(G, -1, H // G, batch.Q, batch.K)
-            p = torch.add(mask, scores, alpha=scale).softmax(-1).view(len(k), -1, batch.K)
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores = scores.view(G, -1, H // G, batch.Q, batch.K)
+            p = torch.add(mask, scores, alpha=scale).softmax(-1)
+            p = p.view(len(k), -1, batch.K)
             outputs.append(torch.bmm(p, v).view(-1, D))
             by_batch += (q, k, v, p)
         ctx.save_for_backward(q_weight, k_weight, cos, sin, *saved, *by_batch)
-        ctx.varlen, ctx.scale, ctx.shape, ctx.n_saved = varlen, scale, qkv.shape, len(saved)
-        return torch.cat(outputs).index_select(0, varlen.outputs).view(B, T, H * D).to(qkv.dtype)
+        ctx.varlen, ctx.scale = varlen, scale
+        ctx.shape, ctx.n_saved = qkv.shape, len(saved)
+        y = torch.cat(outputs).index_select(0, varlen.outputs)
+        return y.view(B, T, H * D).to(qkv.dtype)
 
     @staticmethod
     @once_differentiable
@@ -568,7 +599,7 @@ class VarlenAttention(torch.autograd.Function):
         varlen, (B, T, C) = ctx.varlen, ctx.shape
         N, H, G = varlen.sizes
         D = C // (H + 2 * G)
-        table = by_batch[0].new_empty(N * H + 1, D)                                     # of gradients of outputs
+        table = by_batch[0].new_empty(N * H + 1, D)                                  # of gradients of outputs
         table[:-1] = grad.view(N * H, D)
         table[-1] = 0
         dparts = table.new_empty(sum(len(batch.rows) for batch in varlen.batches), D)
@@ -583,20 +614,22 @@ class VarlenAttention(torch.autograd.Function):
             torch.bmm(dscores, k, out=dq)
             torch.bmm(dscores.transpose(1, 2), q, out=dk)
 
-        dx = F.embedding_bag(varlen.copies, dparts, varlen.copy_begins, mode='sum').view(H + 2 * G, N, D)
+        dx = F.embedding_bag(varlen.copies, dparts, varlen.copy_begins, mode='sum')
+        dx = dx.view(H + 2 * G, N, D)
         dqkv = grad.new_empty(N, H + 2 * G, D)
         dheads = dqkv.transpose(0, 1)
-        dweights = _norm_and_rotate_backward(dx[:H + G], H, saved, q_weight, k_weight, cos, sin, dheads[:H + G])
+        dqk, out = dx[:H + G], dheads[:H + G]
+        dweights = _norm_and_rotate_backward(dqk, H, saved, q_weight, k_weight, cos, sin, out)
         dheads[H + G:].copy_(dx[H + G:])
         return dqkv.view(B, T, C), None, None, None, *dweights, None, None, None
 
 
 class SharedPrefixAttention:
-    """Attention over packed rows in which prompts have several continuations (see packed_mask), without the (T, T)
-    scores of a document.
+    """Attention over packed rows in which prompts have several continuations (see packed_mask), without the
+    (T, T) scores of a document.
 
-    Documents with their first continuation (trunks) are one batch of causal rows; the other continuations (branches)
-    are another, each behind a copy of the prompt's keys.
+    Documents with their first continuation (trunks) are one batch of causal rows; the other continuations
+    (branches) are another, each behind a copy of the prompt's keys.
     """
 
     def __init__(self, positions, segments):
@@ -606,14 +639,15 @@ class SharedPrefixAttention:
         branches = torch.tensor([segment for segment in segments if segment[1]], device=device)
         begin, _, _, end = trunks.t()[:, :, None]                                               # (D, 1) each
         step = torch.arange(int((end - begin).max()), device=device)
-        self.trunk = torch.minimum(begin + step, end - 1)               # (D, longest) tokens, the last one repeated
+        self.trunk = torch.minimum(begin + step, end - 1)         # (D, longest) tokens, the last one repeated
         in_trunk = step < end - begin
 
         begin, shared, start, end = branches.t()[:, :, None]                                    # (N, 1) each
         step = torch.arange(int((end - start).max()), device=device)
         prefix = torch.arange(int(shared.max()), device=device)
         self.query = torch.minimum(start + step, end - 1)                                       # (N, longest)
-        self.key = torch.cat((begin + torch.minimum(prefix, shared - 1), self.query), 1)
+        shared_keys = begin + torch.minimum(prefix, shared - 1)
+        self.key = torch.cat((shared_keys, self.query), 1)
         sees_prefix = (prefix < shared)[:, None].expand(-1, len(step), -1)
         sees_itself = (step <= step[:, None]).expand(len(branches), -1, -1)
         self.mask = torch.cat((sees_prefix, sees_itself), 2)[:, None]
@@ -625,7 +659,8 @@ class SharedPrefixAttention:
         self.order = torch.empty(positions.numel(), dtype=torch.long, device=device)
         self.order[tokens[real]] = real.nonzero().squeeze(1)
         # scores that are computed, padding included
-        self.cost = self.trunk.numel() * self.trunk.size(1) + self.query.numel() * self.key.size(1)
+        self.cost = self.trunk.numel() * self.trunk.size(1)
+        self.cost += self.query.numel() * self.key.size(1)
 
     def attend(self, q, k, v, scale):
         """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
@@ -642,11 +677,13 @@ class SharedPrefixAttention:
         branch = F.scaled_dot_product_attention(
             rows(flat_q, self.query), rows(flat_k, self.key), rows(flat_v, self.key), self.mask,
             scale=scale, enable_gqa=grouped)
-        outputs = torch.cat([y.transpose(1, 2).reshape(-1, H * D) for y in (trunk, branch)])
-        return F.embedding(self.order, outputs).view(B, T, H, D).transpose(1, 2)
+        trunk = trunk.transpose(1, 2).reshape(-1, H * D)
+        branch = branch.transpose(1, 2).reshape(-1, H * D)
+        y = F.embedding(self.order, torch.cat((trunk, branch)))
+        return y.view(B, T, H, D).transpose(1, 2)
 
 
-# ---- the head and what is read off it --------------------------------------------------------------------------------
+# ---- the head and what is read off it ----------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
 DIRECT = 2 ** 23    # up to so many logits all of them at once are quicker, if logp alone is asked for
@@ -654,11 +691,13 @@ KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1
 
 
 def head(hidden, weight, softcap=0.0):
-    """Logits (..., V): hidden (..., C) times weight (V, C), transposed, soft-capped (Gemma 2) where a cap is given;
-    float32 from any precision, float64 from float64."""
-    if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():   # no float32 copy of the weight
+    """Logits (..., V): hidden (..., C) times weight (V, C), transposed, soft-capped (Gemma 2) where a cap is
+    given; float32 from any precision, float64 from float64."""
+    # no float32 copy of the weight
+    if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():
         rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        z = torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+        z = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+        z = z.view(*hidden.shape[:-1], -1)
     else:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         z = F.linear(hidden.to(dtype), weight.to(dtype))
@@ -666,12 +705,13 @@ def head(hidden, weight, softcap=0.0):
 
 
 class TargetLogp(torch.autograd.Function):
-    """Log-probability of each target where all logits fit: logits (N, V), targets (N,) -> (N,), 0 where the target
-    is -1. F.cross_entropy takes three more passes."""
+    """Log-probability of each target where all logits fit: logits (N, V), targets (N,) -> (N,), 0 where the
+    target is -1. F.cross_entropy takes three more passes."""
 
     @staticmethod
     def forward(ctx, logits, targets):
-        # Nothing that is returned or saved is changed in place: torch.compile on a GPU lost the gradient over it.
+        # Nothing that is returned or saved is changed in place: torch.compile on a GPU lost the gradient over
+        # it.
         logp, unsupervised = logits.log_softmax(-1), targets < 0
         index = targets.clamp(min=0).unsqueeze(1)
         ctx.save_for_backward(logp, index, unsupervised)
@@ -686,8 +726,8 @@ class TargetLogp(torch.autograd.Function):
 
 
 def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
-    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp,
-    correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
+    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy,
+    mean_logp, correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
     if not extras and targets.numel() * len(weight) <= DIRECT:
         logits = head(hidden, weight, softcap)
         if temperature != 1.0:
@@ -708,26 +748,28 @@ def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=Tr
 class TokenStats(torch.autograd.Function):
     """Log-probabilities and their kin from hidden states; (N, V) is never held.
 
-    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64) and
-    correct (N,) bool; the last three only with `extras`. With z the logits over temperature (soft-capped first) and p =
-    softmax(z): logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes its own incoming
-    gradient per row.
+    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64)
+    and correct (N,) bool; the last three only with `extras`. With z the logits over temperature (soft-capped
+    first) and p = softmax(z): logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes
+    its own incoming gradient per row.
 
-    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018, algorithm
-    3). Backward makes the logits again, but for the first `keep` of them, whose exponentials are kept: all of a small
-    vocabulary.
+    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018,
+    algorithm 3). Backward makes the logits again, but for the first `keep` of them, whose exponentials are
+    kept: all of a small vocabulary.
     """
 
     @staticmethod
     def logits(ctx, x, weight, buffer):
-        """(N, n) for n rows of the head, in `buffer`; x is hidden times the scale that comes before the soft cap."""
+        """(N, n) for n rows of the head, in `buffer`; x is hidden times the scale that comes before the soft
+        cap."""
         out = buffer[:len(x) * len(weight)].view(len(x), len(weight))
         z = torch.mm(x, weight.to(x.dtype).t(), out=out)
         return z.tanh_().mul_(ctx.cap) if ctx.softcap else z
 
     @staticmethod
     def locate(targets, tile):
-        """(N,) whether the target stands in the tile, and (N, 1) in which of its columns (any, where it does not)."""
+        """(N,) whether the target stands in the tile, and (N, 1) in which of its columns (any, where it does
+        not)."""
         column = (targets - tile.start).clamp_(0, tile.stop - tile.start - 1)
         return (targets >= tile.start) & (targets < tile.stop), column[:, None]
 
@@ -738,7 +780,7 @@ class TokenStats(torch.autograd.Function):
         ctx.softcap, ctx.cap, ctx.scale = softcap, softcap / temperature, 1 / (softcap or temperature)
         width = min(max(TILE // max(N, 1), 256), V)
         ctx.tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
-        ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                     # so many tiles are kept
+        ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                   # so many tiles are kept
         x = hidden.to(torch.promote_types(weight.dtype, torch.float32)) * ctx.scale
         buffer = x.new_empty(N * width)
         kept = []
@@ -748,7 +790,8 @@ class TokenStats(torch.autograd.Function):
         chosen, total, weighted, mean = x.new_zeros(4, N)
         for i, tile in enumerate(ctx.tiles):
             keep_tile = i < ctx.keep
-            z = TokenStats.logits(ctx, x, weight[tile], x.new_empty(N * width) if keep_tile else buffer)
+            own_buffer = x.new_empty(N * width) if keep_tile else buffer
+            z = TokenStats.logits(ctx, x, weight[tile], own_buffer)
             here, column = TokenStats.locate(targets, tile)
             chosen = torch.where(here, z.gather(1, column).squeeze(1), chosen)
             peak, argmax = z.max(-1) if extras else (z.amax(-1), None)
@@ -789,16 +832,19 @@ class TokenStats(torch.autograd.Function):
             if i < ctx.keep and dentropy is None:
                 e, top = kept[2 * i:2 * i + 2]
                 out = buffer[:e.numel()].view(e.shape)
-                dz = torch.mul(e, (p_factor * (top - lse).exp_())[:, None], out=out)
+                factor = p_factor * (top - lse).exp_()
+                dz = torch.mul(e, factor[:, None], out=out)
             else:
                 z = TokenStats.logits(ctx, x, weight[tile], buffer)
-                slope = 1 - (z / ctx.cap).square_() if ctx.softcap else None        # of the soft cap, less its factor
+                # of the soft cap, less its factor
+                slope = 1 - (z / ctx.cap).square_() if ctx.softcap else None
                 log_p = z.sub_(lse[:, None])
                 if dentropy is None:
                     dz = log_p.exp_().mul_(p_factor[:, None])
                 else:
                     p = log_p.exp()
-                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None]).add_(p_factor[:, None]).mul_(p)
+                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None])
+                    dz = dz.add_(p_factor[:, None]).mul_(p)
             if dmean is not None:
                 dz += dmean[:, None] / len(weight)
             here, column = TokenStats.locate(targets, tile)

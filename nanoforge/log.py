@@ -223,7 +223,7 @@ def new_window():
 
 
 def mean(values):
-    return sum(values) / len(values)
+    return values[0] if len(values) == 1 else sum(values) / len(values)      # one count stays a whole number
 
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture

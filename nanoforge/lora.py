@@ -1,9 +1,9 @@
 """LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantize.py) it is QLoRA.
 
 A layer with adapters is the same object with the same `.weight`, its class swapped for one whose forward adds
-scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers
-model, as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is
-described by the keys of PEFT's adapter_config.json, so that files go both ways.
+scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the
+transformers model, as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of
+lora_B), and an adapter is described by the keys of PEFT's adapter_config.json, so that files go both ways.
 """
 import contextlib
 import functools
@@ -21,15 +21,16 @@ from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, weight_matrix
 from nanoforge.quantize import head_of, is_quantized
 
-DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False, 'use_dora': False,
-            'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
+DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
+            'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
 # what PEFT can put into an adapter and these layers cannot hold: refused rather than dropped
-REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices', 'target_parameters',
-           'alora_invocation_tokens', 'use_bdlora', 'use_qalora')
+REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices',
+           'target_parameters', 'alora_invocation_tokens', 'use_bdlora', 'use_qalora')
 
 
 class Adapter(nn.Module):
-    """An adapter of one layer: lora_A (r, in), lora_B (out, r); with DoRA the magnitude (out,) of the weight's rows."""
+    """An adapter of one layer: lora_A (r, in), lora_B (out, r); with DoRA the magnitude (out,) of the
+    weight's rows."""
 
     def __init__(self, A, B, magnitude, scale, dropout):
         super().__init__()
@@ -78,8 +79,10 @@ class LoRALinear(nn.Linear):
         weight, adapter = self.base_weight(), self.adapter
         if adapter is None:
             return weight
-        merged = torch.addmm(weight.to(adapter.lora_A.dtype), adapter.lora_B, adapter.lora_A, alpha=adapter.scale)
-        if adapter.magnitude is not None:   # DoRA (Liu et al. 2024, eq. 5); no gradient through the norm, section 4.3
+        A, B = adapter.lora_A, adapter.lora_B
+        merged = torch.addmm(weight.to(A.dtype), B, A, alpha=adapter.scale)
+        # DoRA (Liu et al. 2024, eq. 5); no gradient through the norm, section 4.3
+        if adapter.magnitude is not None:
             merged = merged * (adapter.magnitude / torch.linalg.norm(merged, dim=1).detach()).unsqueeze(1)
         return merged.to(weight.dtype)
 
@@ -105,7 +108,8 @@ def has_magnitude(layer):
 
 
 def add_adapters(y, x, layers):
-    """To y (N, sum of out), the outputs of `layers` side by side for x (N, in), each one's adapter is added, in place.
+    """To y (N, sum of out), the outputs of `layers` side by side for x (N, in), each one's adapter is added,
+    in place.
 
     Two thin products whatever the number of layers: the A stacked, the scaled B on a block diagonal.
     """
@@ -114,7 +118,7 @@ def add_adapters(y, x, layers):
     if not present:
         return y
     first = present[0]
-    if all(adapter is not None and adapter.lora_A is first.lora_A for adapter in adapters):     # GPT-2's c_attn
+    if all(adapter is not None and adapter.lora_A is first.lora_A for adapter in adapters):   # GPT-2's c_attn
         A = first.lora_A
         B = torch.cat([adapter.lora_B for adapter in adapters]) * first.scale
     else:
@@ -128,7 +132,7 @@ def add_adapters(y, x, layers):
     return y.addmm_(F.linear(x, A.to(y.dtype)), B.t().to(y.dtype))
 
 
-# ---- which layers there are, under transformers' names -------------------------------------------------------------
+# ---- which layers there are, under transformers' names -----------------------------------------------------
 
 def hf_name(model, path):
     """Our module's path -> its path in the transformers model, which a wrapper holds as its one submodule."""
@@ -153,7 +157,8 @@ def linear_groups(model):
 
 
 def find_targets(model, target_modules):
-    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression, or 'all-linear'."""
+    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression, or
+    'all-linear'."""
     groups, named = linear_groups(model), target_modules
     if named is None:
         named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
@@ -168,26 +173,28 @@ def find_targets(model, target_modules):
     unmatched = [name for name in named if not any(matches(path, name) for path in groups)]
     if unmatched or not named:
         ends = ', '.join(sorted({path.rpartition('.')[2] for path in groups}))
-        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; there are '
-                        f'{ends} (or say all-linear: all but the head)')
+        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; '
+                        f'there are {ends} (or say all-linear: all but the head)')
     return [path for path in groups if any(matches(path, name) for name in named)]
 
 
-# ---- adding, choosing, switching off -------------------------------------------------------------------------------
+# ---- adding, choosing, switching off -----------------------------------------------------------------------
 
 def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False,
              name='default'):
     """Gives `model` a fresh adapter, makes it the active one and freezes the base. Returns the model.
 
-    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023); A is random, B zero: no change yet.
-    dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None =
-    PEFT's choice for the family. bias: which biases train: 'none', 'all', 'lora_only' (those of adapted layers). dora:
-    Liu et al. 2024. name: to hold several, see set_adapter. UserError: a value out of range, no such target.
+    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023); A is random, B zero: no
+    change yet. dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see
+    find_targets; None = PEFT's choice for the family. bias: which biases train: 'none', 'all', 'lora_only'
+    (those of adapted layers). dora: Liu et al. 2024. name: to hold several, see set_adapter. UserError: a
+    value out of range, no such target.
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1 or bias not in ('none', 'all', 'lora_only'):
-        raise UserError(f'LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; not r={r}, '
-                        f'alpha={alpha}, dropout={dropout}, bias={bias}')
-    config = dict(DEFAULTS, r=r, lora_alpha=alpha, lora_dropout=dropout, bias=bias, use_rslora=rslora, use_dora=dora)
+        raise UserError('LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; '
+                        f'not r={r}, alpha={alpha}, dropout={dropout}, bias={bias}')
+    config = dict(DEFAULTS, r=r, lora_alpha=alpha, lora_dropout=dropout, bias=bias, use_rslora=rslora,
+                  use_dora=dora)
     attach(model, name, config, find_targets(model, target_modules), trainable=True)
     return model
 
@@ -204,7 +211,8 @@ def attach(model, name, config, paths, trainable):
     if adapters and any(c['bias'] != 'none' for c in (config, *adapters.values())):
         raise UserError("several adapters would share the model's biases: use bias=none for each of them")
     if config['use_dora'] and config['lora_dropout'] and trainable:
-        raise UserError('DoRA rescales the whole weight and is not built with dropout: set the LoRA dropout to 0')
+        raise UserError('DoRA rescales the whole weight and is not built with dropout: set the LoRA dropout '
+                        'to 0')
     if not adapters:
         model.requires_grad_(False)
     for path, layers in linear_groups(model).items():
@@ -221,16 +229,18 @@ def attach(model, name, config, paths, trainable):
 
 
 def attach_group(layers, name, config, path, trainable):
-    """Adapter `name` for the layers that are one module of the transformers model, at `path`: one lora_A for all."""
+    """Adapter `name` for the layers that are one module of the transformers model, at `path`: one lora_A for
+    all."""
     r = at_path(config['rank_pattern'], path, config['r'])
     alpha = at_path(config['alpha_pattern'], path, config['lora_alpha'])
     scale = alpha / (math.sqrt(r) if config['use_rslora'] else r)
-    A = nn.Parameter(torch.empty(r, layers[0].in_features, device=layers[0].weight.device), requires_grad=trainable)
+    device = layers[0].weight.device
+    A = nn.Parameter(torch.empty(r, layers[0].in_features, device=device), requires_grad=trainable)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))                             # as torch begins a linear layer
     for layer in layers:
         if not isinstance(layer, LoRALinear):
             layer.__class__, layer.lora, layer.active = lora_class(type(layer)), nn.ModuleDict(), None
-        B = nn.Parameter(torch.zeros(layer.out_features, r, device=A.device), requires_grad=trainable)
+        B = nn.Parameter(torch.zeros(layer.out_features, r, device=device), requires_grad=trainable)
         magnitude = None
         if config['use_dora']:
             norms = layer.base_weight().detach().float().norm(dim=1)
@@ -239,7 +249,8 @@ def attach_group(layers, name, config, path, trainable):
 
 
 def at_path(patterns, path, default):
-    """PEFT's rank_pattern and alpha_pattern, {regular expression: value}, give single modules other values."""
+    """PEFT's rank_pattern and alpha_pattern, {regular expression: value}, give single modules other
+    values."""
     for pattern, value in patterns.items():
         if re.fullmatch(rf'(.*\.)?({pattern})', path):
             return value
@@ -253,11 +264,13 @@ def lora_layers(model):
 def set_adapter(model, name):
     """Makes `name` the one adapter in use; the others are not in the graph and get no gradient.
 
-    Never between a forward pass and its backward: gradient checkpointing would recompute with another adapter. And an
-    optimizer that holds several adapters would let momentum and weight decay move the idle ones: one for each.
+    Never between a forward pass and its backward: gradient checkpointing would recompute with another
+    adapter. And an optimizer that holds several adapters would let momentum and weight decay move the idle
+    ones: one for each.
     """
     if name not in getattr(model, 'adapters', {}):
-        raise UserError(f'no adapter {name!r}; there are: {", ".join(getattr(model, "adapters", {})) or "none"}')
+        raise UserError(f'no adapter {name!r}; there are: '
+                        f'{", ".join(getattr(model, "adapters", {})) or "none"}')
     model.active_adapter = name
     for layer in lora_layers(model):
         layer.active = name
@@ -280,7 +293,8 @@ def remove_adapter(model, name):
 def adapters_off(model):
     """Inside, the model is its base: no adapter, and the biases as they were before training.
 
-    A reference model only if training began from the base: to train an adapter further, load it twice, one frozen.
+    A reference model only if training began from the base: to train an adapter further, load it twice, one
+    frozen.
     """
     if not lora_layers(model):
         merged = ' (it is merged: unmerge_lora first)' if getattr(model, 'merged', None) else ''
@@ -299,13 +313,15 @@ def adapters_off(model):
             bias.data = trained[path]
 
 
-# ---- folding into the weights and back -----------------------------------------------------------------------------
+# ---- folding into the weights and back ---------------------------------------------------------------------
 
 def merge_lora(model, keep=True):
-    """Folds the active adapter into the weights and returns the model, now plain: quantised layers are dequantised.
+    """Folds the active adapter into the weights and returns the model, now plain: quantised layers are
+    dequantised.
 
-    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and
-    makes every parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
+    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees
+    them and makes every parameter trainable. A tied head with an adapter is untied, since the embedding must
+    stay what it is.
     """
     layers = [(path, layer) for path, layer in model.named_modules()
               if isinstance(layer, LoRALinear) or is_quantized(layer)]
@@ -343,7 +359,7 @@ def unmerge_lora(model):
     return model
 
 
-# ---- PEFT's files --------------------------------------------------------------------------------------------------
+# ---- PEFT's files ------------------------------------------------------------------------------------------
 
 def file_layout(model, name):
     """{key in adapter_model.safetensors: [our parameters that make it up, stacked]} of adapter `name`."""
@@ -363,11 +379,13 @@ def file_layout(model, name):
 
 
 def adapted_paths(keys):
-    return [key[len('base_model.model.'):-len('.lora_A.weight')] for key in keys if key.endswith('.lora_A.weight')]
+    end = '.lora_A.weight'
+    return [key[len('base_model.model.'):-len(end)] for key in keys if key.endswith(end)]
 
 
 def save_adapter(model, directory, base_model_name=None, name=None):
-    """Writes adapter `name` (None: the active one) as PEFT does: adapter_config.json and adapter_model.safetensors.
+    """Writes adapter `name` (None: the active one) as PEFT does: adapter_config.json and
+    adapter_model.safetensors.
 
     base_model_name: what load_model and PEFT are to load underneath; None = what the model was loaded from.
     """
@@ -390,21 +408,21 @@ def save_adapter(model, directory, base_model_name=None, name=None):
 def load_adapter(model, directory, name='default', trainable=False, any_base=False):
     """Puts the PEFT adapter in `directory` on the model as `name` and makes it active; returns the model.
 
-    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are
-    moved; any_base=True waives this one) does not fit; or where it is not plain LoRA.
+    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as
+    models are moved; any_base=True waives this one) does not fit; or where it is not plain LoRA.
     """
     from safetensors.torch import load_file
     config = read_adapter_config(directory)
     theirs, ours = config['base_model_name_or_path'], getattr(model, 'name_or_path', None)
     if theirs and ours and last_part(theirs) != last_part(ours) and not any_base:
-        raise UserError(f'{directory} is an adapter for {theirs}, the model is {ours}; if they are the same, say so '
-                        'with any_base=True (load_model: give base)')
+        raise UserError(f'{directory} is an adapter for {theirs}, the model is {ours}; if they are the same, '
+                        'say so with any_base=True (load_model: give base)')
     file = os.path.join(directory, 'adapter_model.safetensors')
     if not os.path.exists(file):
         raise UserError(f'{directory} has no adapter_model.safetensors: save the adapter with a current PEFT')
     weights = load_file(file)
     head = getattr(getattr(model, 'lm_head', None), 'weight', None)
-    for key in list(weights):                                   # PEFT adds an unchanged copy of an adapted head
+    for key in list(weights):                                 # PEFT adds an unchanged copy of an adapted head
         if re.search(r'(lm_head(\.base_layer)?|embed_tokens)\.weight$', key) and head is not None:
             if weights[key].shape == head.shape and weights[key].to(head).equal(head):
                 del weights[key]
@@ -441,7 +459,8 @@ def last_part(path):
 
 
 def read_adapter_config(directory):
-    """PEFT's adapter_config.json, with defaults where older ones lack keys; UserError for what is not plain LoRA."""
+    """PEFT's adapter_config.json, with defaults where older ones lack keys; UserError for what is not plain
+    LoRA."""
     path = os.path.join(directory, 'adapter_config.json')
     if not os.path.exists(path):
         raise UserError(f'{directory} has no adapter_config.json: not an adapter')
@@ -451,6 +470,6 @@ def read_adapter_config(directory):
     if config.get('peft_type') != 'LORA':
         refused = [f'peft_type is {config.get("peft_type")}']
     if refused:
-        raise UserError(f'{path}: {refused[0]}, which only PEFT runs; merge it there (merge_and_unload), save and load '
-                        'the result')
+        raise UserError(f'{path}: {refused[0]}, which only PEFT runs; merge it there (merge_and_unload), '
+                        'save and load the result')
     return {key: config.get(key, default) for key, default in DEFAULTS.items()}

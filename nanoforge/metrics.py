@@ -294,6 +294,11 @@ def models_in(results):
     return [result for result in results if 'loss' in result['scores']]
 
 
+def count_of(kind, result):
+    """How many responses of a result have this error, or are 'correct'."""
+    return result['errors'].get(kind, sum(row['correct'] for row in result['rows']))
+
+
 # ---- baselines --------------------------------------------------------------------------------------------
 
 def majority(questions, training):

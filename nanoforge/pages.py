@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.completions import read_episodes
 from nanoforge.checkpoint import write_text
-from nanoforge.metrics import ERRORS, SCORES, models_in
+from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 from nanoforge.plots import BLUE, GREEN, ORANGE, evaluation_figures, png_bytes, read_log
 from nanoforge.plots import reward_picture      # train_rl.py calls it beside rollouts_page
 
@@ -28,7 +28,7 @@ h2{margin-top:2.5rem;font-size:1.2rem}img{max-width:100%}
 summary{cursor:pointer;padding:.2rem 0}.facts{color:#666;font-size:.85rem}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #e6e6e6}
-th{border-bottom:2px solid #999}.n{text-align:right;white-space:nowrap}
+th{border-bottom:2px solid #999}.n{text-align:right}td.n{white-space:nowrap}
 .example{border-left:4px solid #d9622b;padding:.2rem 1rem;margin:1rem 0;background:#fafafa}
 .example.correct{border-color:#4a9b6e}
 .example b{display:inline-block;width:6rem;color:#777;font-weight:normal}
@@ -237,9 +237,9 @@ def svg_curves(series, colours, width=440, height=150):
     shown = {name: series[name] for name in colours if len(series.get(name, ([], []))[0]) > 1}
     if not shown:
         return ''
-    last = max(step for steps, _ in shown.values() for step in steps) or 1
-    low = min(value for _, values in shown.values() for value in values)
-    high = max(value for _, values in shown.values() for value in values)
+    last = max(steps[-1] for steps, _ in shown.values()) or 1
+    low = min(min(values) for _, values in shown.values())
+    high = max(max(values) for _, values in shown.values())
     scale = (height - 20) / ((high - low) or 1)
     lines, captions = [], []
     for name, (steps, values) in shown.items():
@@ -338,12 +338,6 @@ def error_table(results, meanings=False):
     return headers, rows
 
 
-def count_of(kind, result):
-    if kind == 'correct':
-        return sum(row['correct'] for row in result['rows'])
-    return result['errors'][kind]
-
-
 def tool_table(result):
     """(headers, rows) of the tools that were wanted."""
     rows = []
@@ -359,9 +353,9 @@ def text_table(headers, rows):
     lines = [headers, *rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ''
-    for first, *others in lines:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
-        text += '  '.join(cells) + '\n'
+    for line in lines:
+        first, *others = [cell.rjust(width) for cell, width in zip(line, widths)]
+        text += '  '.join([line[0].ljust(len(first)), *others]) + '\n'
     return text
 
 

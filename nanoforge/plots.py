@@ -12,7 +12,7 @@ import math
 import re
 from pathlib import Path
 
-from nanoforge.metrics import ERRORS, SCORES, models_in
+from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#3b6fb6', '#d9622b', '#4a9b6e', '#8d62a9', '#777777'
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, '#b8912f', '#5aa9c4', '#b5527a', GREY)
@@ -108,7 +108,7 @@ def percent_axis(axis):
 
 
 def legend_above(axes, **style):
-    """Where it hides no curve."""
+    """Outside the plot, where it hides no curve."""
     axes.legend(loc='lower left', bbox_to_anchor=(-0.01, 1), frameon=False, **style)
 
 
@@ -314,13 +314,12 @@ def bars(labels, results, values, pale=None):
         offset = (i - (len(results) - 1) / 2) * height
         positions = [offset + row for row in range(len(labels))]
         style = {'height': height * 0.92, 'color': colour}
+        drawn = axes.barh(positions, [value or 0 for value in values[i]], label=result['name'], **style)
         if pale:
             axes.barh(positions, pale[i], alpha=0.3, **style)
-        axes.barh(positions, [value or 0 for value in values[i]], label=result['name'], **style)
-        for position, value in zip(positions, values[i]):
-            if value is not None and not pale:
-                axes.text(value + 0.008, position, f'{value:.1%}', va='center', color='#444444',
-                          fontsize=7 if len(results) > 2 else 8)
+        else:
+            shares = ['' if value is None else f'{value:.1%}' for value in values[i]]
+            axes.bar_label(drawn, shares, padding=3, color='#444444', fontsize=7 if len(results) > 2 else 8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(0, 1.02 if pale else 1.08)
@@ -338,10 +337,12 @@ def figure_of_scores(results):
 
 
 def figure_of_tools(results):
+    """The calls of each tool, most wanted first."""
     tools = results[0]['tools']
 
     def shares(result, count):
-        return [result['tools'][tool][count] / tools[tool]['wanted'] for tool in tools]
+        # a model with a shorter context has fewer rows, and may lack a tool
+        return [result['tools'].get(tool, {count: 0})[count] / tools[tool]['wanted'] for tool in tools]
 
     figure = bars([f'{tool} ({row["wanted"]})' for tool, row in tools.items()], results,
                   [shares(result, 'exact_call') for result in results],
@@ -358,14 +359,13 @@ def figure_of_errors(results):
     axes.grid(visible=False)
     rows, left = range(len(results)), [0.0] * len(results)
     for kind, colour in ERROR_COLOURS.items():
-        widths = [share_of(kind, result) for result in results]
+        widths = [count_of(kind, result) / len(result['rows']) for result in results]
         if not any(widths):
             continue
-        axes.barh(rows, widths, left=left, color=colour, label=kind, edgecolor='white', height=0.7)
-        for row, start, width in zip(rows, left, widths):
-            if width > 0.06:        # else there is no room
-                axes.text(start + width / 2, row, f'{width:.0%}', ha='center', va='center', fontsize=9,
-                          color='#222222' if colour in PALE else 'white')
+        drawn = axes.barh(rows, widths, left=left, color=colour, label=kind, edgecolor='white', height=0.7)
+        shares = [f'{width:.0%}' if width > 0.06 else '' for width in widths]      # where there is room
+        axes.bar_label(drawn, shares, label_type='center', fontsize=9,
+                       color='#222222' if colour in PALE else 'white')
         left = [start + width for start, width in zip(left, widths)]
     axes.set_yticks(rows, [result['name'] for result in results])
     axes.invert_yaxis()
@@ -373,13 +373,6 @@ def figure_of_errors(results):
     percent_axis(axes.xaxis)
     figure_legend(figure, columns=6)
     return figure
-
-
-def share_of(kind, result):
-    """The share of rows with this error, or that are correct."""
-    if kind == 'correct':
-        return result['scores']['accuracy']
-    return result['errors'][kind] / len(result['rows'])
 
 
 def figure_of_rows(models):
@@ -390,12 +383,10 @@ def figure_of_rows(models):
     longest = max(row['answer_tokens'] for result in models for row in result['rows'])
     lengths.plot([0, longest], [0, longest], color=GREY, linewidth=1, linestyle=':')
     for result, colour in zip(models, itertools.cycle(COLOURS)):
-        rows = result['rows']
-        shares = [(i + 1) / len(rows) for i in range(len(rows))]
-        losses.plot(sorted(row['loss'] for row in rows), shares, color=colour, linewidth=1.8,
-                    label=result['name'])
-        lengths.scatter([row['answer_tokens'] for row in rows], [row['num_tokens'] for row in rows],
-                        color=colour, s=14, alpha=0.35, linewidths=0)
+        loss, wanted, written = zip(*((row['loss'], row['answer_tokens'], row['num_tokens'])
+                                      for row in result['rows']))
+        losses.ecdf(loss, color=colour, linewidth=1.8, label=result['name'])
+        lengths.scatter(wanted, written, color=colour, s=14, alpha=0.35, linewidths=0)
     losses.set_xlabel('loss of the right answer (nats a token)')
     losses.set_ylabel('share of rows below')
     losses.set_xscale('log')

@@ -1,7 +1,9 @@
-"""Value and reward models: PPO's critic (a value for every token) and the reward model (a score for a whole text).
+"""Value and reward models: PPO's critic (a value for every token) and the reward model (a score for a whole
+text).
 
-Both are a language model's backbone with a scalar head; on disk they are what transformers calls a sequence classifier
-with one label: its AutoModelForSequenceClassification opens what is written here, and what it writes is opened here.
+Both are a language model's backbone with a scalar head; on disk they are what transformers calls a sequence
+classifier with one label: its AutoModelForSequenceClassification opens what is written here, and what it
+writes is opened here.
 """
 import json
 import os
@@ -14,25 +16,26 @@ from configurator import UserError
 from data.completions import lay_out
 from data.tokenizer import load_tokenizer, read_json
 from model import GPT
-from nanoforge.hf import (config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights, read_safetensors,
-                          to_hf_weights)
+from nanoforge.hf import (
+    config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights, read_safetensors, to_hf_weights)
 from nanoforge.lora import merge_lora
 from nanoforge.optim import learning_rate, make_optimizer
 from nanoforge.run import explain_out_of_memory, seed_for
 
 
 def hidden_states(backbone, layout):
-    """A data.completions.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and that of the
-    last token."""
+    """A data.completions.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and
+    that of the last token."""
     wanted = torch.cat((layout.source, layout.last[:, None]), 1)
     return backbone.hidden(layout.idx, layout.positions, logit_positions=wanted)
 
 
 class ValueModel(nn.Module):
-    """A scalar head on a backbone: a GPT, whose language modelling head is not used. The head starts at 0, so every
-    value does.
+    """A scalar head on a backbone: a GPT, whose language modelling head is not used. The head starts at 0, so
+    every value does.
 
-    own: the backbone belongs to this model; False where it is shared with the policy, and only the head is its own.
+    own: the backbone belongs to this model; False where it is shared with the policy, and only the head is
+    its own.
     """
 
     def __init__(self, backbone, own=True):
@@ -40,7 +43,8 @@ class ValueModel(nn.Module):
         self.backbone, self.owns_backbone = backbone, own
         self.score = nn.Linear(backbone.config.n_embd, 1, bias=False, device=backbone.device)
         nn.init.zeros_(self.score.weight)
-        if own and isinstance(backbone, GPT) and not backbone.config.tied:      # an unused head would only take memory
+        # an unused head would only take memory
+        if own and isinstance(backbone, GPT) and not backbone.config.tied:
             backbone.lm_head.weight, backbone.config.tied = backbone.embed_tokens.weight, True
 
     @property
@@ -54,7 +58,8 @@ class ValueModel(nn.Module):
             return self.score(hidden.float()).squeeze(-1)
 
     def values(self, layout):
-        """A data.completions.Layout with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
+        """A data.completions.Layout with keep_last -> (values (B, T) before each token, values (B,) after the
+        last)."""
         values = self.read(hidden_states(self.backbone, layout))
         return values[:, :-1], values[:, -1]
 
@@ -65,8 +70,8 @@ class ValueModel(nn.Module):
 
 
 class HFRewardModel:
-    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer: it scores
-    texts."""
+    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer:
+    it scores texts."""
 
     def __init__(self, directory, device):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -74,9 +79,11 @@ class HFRewardModel:
             self.model = AutoModelForSequenceClassification.from_pretrained(
                 directory, trust_remote_code=False, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:      # whatever its loading code raises, it is this directory that cannot be used
+        # whatever its loading code raises, it is this directory that cannot be used
+        except Exception as error:
             reason = (str(error).strip() or type(error).__name__).partition('\n')[0]
-            raise UserError(f'{directory}: transformers does not open it as a sequence classifier ({reason})') from None
+            raise UserError(f'{directory}: transformers does not open it as a sequence classifier '
+                            f'({reason})') from None
         self.model.to(device).eval()
 
     def texts(self, chats):
@@ -94,8 +101,8 @@ class HFRewardModel:
 
 
 def load_reward_model(name_or_path, device, tokenizer):
-    """A directory or hub name of a sequence classifier with one label -> ValueModel, or HFRewardModel where the
-    architecture or the tokenizer is another; frozen, in eval mode."""
+    """A directory or hub name of a sequence classifier with one label -> ValueModel, or HFRewardModel where
+    the architecture or the tokenizer is another; frozen, in eval mode."""
     directory = find_model(name_or_path)
     hf = read_json(os.path.join(directory, 'config.json'))
     classes = hf.get('architectures') or ['']
@@ -126,8 +133,8 @@ def save_reward_model(model, tokenizer, directory):
     if getattr(model.backbone, 'adapters', None):
         merge_lora(model.backbone, keep=False)
     if not isinstance(model.backbone, GPT):
-        raise UserError(f'a reward model on {model.backbone.config.arch} cannot be saved: use one of the families of '
-                        'model.py')
+        raise UserError(f'a reward model on {model.backbone.config.arch} cannot be saved: use one of the '
+                        'families of model.py')
     hf = config_to_hf(model.backbone.config)
     name = hf['architectures'][0].replace('LMHeadModel', 'ForCausalLM')
     name = name.replace('ForCausalLM', 'ForSequenceClassification')
@@ -141,14 +148,15 @@ def save_reward_model(model, tokenizer, directory):
         json.dump(hf, file, indent=2)
 
 
-# ---- Bradley-Terry ---------------------------------------------------------------------------------------------------
+# ---- Bradley-Terry -----------------------------------------------------------------------------------------
 
 def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=1e-4, seed=0):
-    """Fits a ValueModel to preference pairs by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952), averaged
-    over the pairs of a step.
+    """Fits a ValueModel to preference pairs by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
+    averaged over the pairs of a step.
 
-    pairs, held_out: [data.preferences.TokenPair]. Returns {'loss': of the last step, 'accuracy': the share of held-out
-    pairs whose chosen side scores higher}. The two completions of a pair lie behind one prompt, which is computed once.
+    pairs, held_out: [data.preferences.TokenPair]. Returns {'loss': of the last step, 'accuracy': the share of
+    held-out pairs whose chosen side scores higher}. The two completions of a pair lie behind one prompt,
+    which is computed once.
     """
     optimizer = make_optimizer('adamw', model, lr, weight_decay=0.01, betas=(0.9, 0.99))
     steps, loss, step = max(1, epochs * len(pairs) // batch_size), torch.zeros(()), 0
@@ -176,7 +184,8 @@ def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=
 
 
 def batches(pairs, epochs, batch_size, seed):
-    """Shuffled anew in every epoch; the last, smaller batch of an epoch is left out unless it is the only one."""
+    """Shuffled anew in every epoch; the last, smaller batch of an epoch is left out unless it is the only
+    one."""
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed_for(seed, 'pairs', epoch))
         order = torch.randperm(len(pairs), generator=generator).tolist()

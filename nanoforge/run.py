@@ -14,6 +14,7 @@
 import contextlib
 import ctypes
 import hashlib
+import json
 import math
 import os
 import platform
@@ -31,8 +32,8 @@ from tqdm import tqdm
 
 from configurator import UserError, as_dict, without_effect
 from model import save_model
-from nanoforge.checkpoint import (Checkpoints, read_checkpoint, read_manifest, resume_config, start_fresh,
-                                  write_json)
+from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, read_manifest, resume_config,
+                                  start_fresh, write_json)
 from nanoforge.log import Log
 from nanoforge.optim import Plateau
 
@@ -92,6 +93,9 @@ class Run:
     local_rank: int = 0
     world_size: int = 1
 
+    dp_group = None         # the ranks that see other rows: all of them
+    text_log = None         # a file that takes what print0 prints, too
+
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
         self.resume_flag, self.memory_flags = '--resume', ('--batch_size',)
@@ -108,6 +112,7 @@ class Run:
         run.resumed     the path of the checkpoint that is resumed, or None
         resume          whether to go on with the run in out_dir; 'auto': only where there is one
         memory_flags    the flags to lower that an out-of-memory names
+        limit, save_only_model  of a script without the flags save_total_limit and save_only_model
         checkpoint      the checkpoint to go on from, if not the newest
         share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
         """
@@ -118,6 +123,8 @@ class Run:
         run = share(run) if share else run
         run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
         run.resume_flag, run.memory_flags = resume_flag, memory_flags or run.memory_flags
+        limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
+        save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
@@ -148,7 +155,7 @@ class Run:
             parts[prefix][key.removeprefix(prefix)] = tensor
         if saved.get('optimizer', state.optimizer) == state.optimizer:
             for prefix, optimizer in optimizers.items():
-                optimizer.load_state_dict(parts[prefix])
+                self.load_optimizer_state(optimizer, parts[prefix])
         else:
             self.print0(f'note      the run used {saved["optimizer"]}; {state.optimizer} starts afresh')
         with torch.no_grad():
@@ -173,7 +180,8 @@ class Run:
         """
         cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
         if self.resumed:
-            self.checkpoints.say_processes(self.resumed)
+            if hasattr(cfg, 'per_device_train_batch_size'):     # else a batch is counted over all ranks
+                self.checkpoints.say_processes(self.resumed)
             self.checkpoints.discard_later(self.resumed)
             config = {**self.saved, 'config': as_dict(cfg)}
             self.on_main(lambda: write_json(os.path.join(out_dir, 'run_config.json'), config))
@@ -205,12 +213,13 @@ class Run:
         with explain_out_of_memory(*self.memory_flags):
             (loss * self.scaler.value).backward()
 
-    def step(self, optimizers, lr, max_norm):
+    def step(self, optimizers, lr, max_norm, zero_grad=True):
         """One optimizer step on the gradients that backward() added up; returns their norm before clipping.
 
-        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients.
-        Where a norm is not finite no optimizer steps; after MAX_BAD_STEPS such steps in a row the run stops.
-        With several optimizers (then lr is a list, too) the norms come as a list.
+        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients
+        (zero_grad=False: the script does, which looks at them first). Where a norm is not finite no optimizer
+        steps; after MAX_BAD_STEPS such steps in a row the run stops. With several optimizers (then lr is a
+        list, too) the norms come as a list.
         """
         several = isinstance(optimizers, (list, tuple))
         pairs = list(zip(optimizers, lr)) if several else [(optimizers, lr)]
@@ -225,13 +234,22 @@ class Run:
         for optimizer, _ in pairs:
             if finite:
                 optimizer.step()
-            optimizer.zero_grad()
+            if zero_grad:
+                optimizer.zero_grad()
         overflowed = self.scaler.update(finite)     # the scale was too high, and the model is well
         self.count_bad_step(finite or overflowed, pairs[0][1])
         return norms if several else norms[0]
 
+    # A Run whose ranks share a model (parallel.py) does these three in its own way.
+
     def clip_grad_norm(self, optimizer, max_norm):
         return optimizer.clip_grad_norm(max_norm)
+
+    def optimizer_state(self, optimizer):
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer, tensors):
+        optimizer.load_state_dict(tensors)
 
     def count_bad_step(self, good, lr):
         """Says that a step was skipped; UserError after MAX_BAD_STEPS in a row."""
@@ -258,7 +276,8 @@ class Run:
         with ema.swapped() if ema else contextlib.nullcontext():
             tensors = ema.state_dict() if ema else {}
             for prefix, optimizer in by_prefix(optimizers).items():
-                tensors.update((prefix + key, tensor) for key, tensor in optimizer.state_dict().items())
+                state_dict = self.optimizer_state(optimizer)
+                tensors.update((prefix + key, tensor) for key, tensor in state_dict.items())
             for prefix, live in (parameters or {}).items():
                 tensors.update((prefix + key, p.detach()) for key, p in live.items())
             self.checkpoints.save(state.step, write, tensors, saved, best, name)
@@ -294,8 +313,21 @@ class Run:
     def sum(self, tensor):
         """`tensor` summed over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.dp_group)
         return tensor
+
+    def gather(self, rows):
+        """The rows of all ranks, one rank's after the other's: a list of what JSON can hold. Every rank calls it."""
+        if self.world_size == 1:
+            return rows
+        text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.dp_group)
+        padded = text.new_zeros(max(map(int, sizes)))
+        padded[:len(text)] = text
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.dp_group)
+        return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:int(size)].tolist()))]
 
     def max(self, value):
         """The largest of the ranks' whole numbers; by gloo, so that asking at each step waits for no GPU."""
@@ -329,6 +361,8 @@ class Run:
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()      # a log in a file is read while the run goes on
+            if self.text_log:
+                append_text(self.text_log, text + '\n')
 
 
 def setup(device='auto', dtype='auto', matmul='auto'):

@@ -3,13 +3,11 @@ import itertools
 import random
 import threading
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import train_sft
 from configurator import UserError
 from data.batches import Epochs, Prefetcher, draw, lay_into_rows, micro_batches, pack, pack_documents
 from data.completions import lay_out
@@ -170,6 +168,24 @@ def test_pack_equals_lay_out(share, keep_last):
         assert equal(got.last, want.last) if keep_last else got.last is None
 
 
+def tensors(rows, batch, packed):
+    """Items of row numbers -> x, y (B, T), y -1 where nothing is learned, and positions (B, T) where they are packed, else
+    None: what train_sft.py had before pack_documents()."""
+    ids = [[rows[i] for i in item] for item in batch]
+    T = max(sum(len(tokens) - 1 for tokens, _ in item) for item in ids)
+    x, y = np.zeros((len(batch), T), np.int64), np.full((len(batch), T), -1, np.int64)
+    positions = np.zeros((len(batch), T), np.int64)
+    for b, item in enumerate(ids):
+        at = 0
+        for tokens, targets in item:
+            n = len(tokens) - 1
+            x[b, at:at + n], positions[b, at:at + n] = tokens[:-1], np.arange(n)
+            y[b, at:at + n] = np.where(targets[1:], tokens[1:], -1)
+            at += n
+        positions[b, at:] = np.arange(T - at)
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(positions) if packed else None
+
+
 @pytest.mark.parametrize('packed', [True, False])
 def test_pack_documents_equals_tensors(packed):
     rng = np.random.default_rng(0)
@@ -177,7 +193,7 @@ def test_pack_documents_equals_tensors(packed):
     for device in (CPU, torch.device('cuda')):
         items = [[0, 5], [7], [1, 2, 3], [39]] if packed else [[0], [5], [7], [39]]
         batch = [[i for item in items for i in item]] if device == CPU else items
-        x, y, positions = train_sft.tensors(rows, batch, CPU, packed or device == CPU)
+        x, y, positions = tensors(rows, batch, packed or device == CPU)
         got = pack_documents([[rows[i] for i in item] for item in items], CPU, device == CPU, packed)
         assert equal(got.idx, x) and equal(got.targets, y[y >= 0])
         assert equal(got.logit_positions, (y >= 0).flatten().nonzero().squeeze(1))
@@ -223,33 +239,6 @@ def test_the_order_stays_what_it_was(case):
     epochs = schedule(**settings)
     assert [epochs.of_step(step) for step in range(len(steps))] == steps
     assert epochs.per_epoch == len(steps) - 1
-
-
-@pytest.mark.parametrize('weights', [(1, 1), (2, 1), (0.5, 3), (2.5, 0.3)])
-@pytest.mark.parametrize('way', [{}, dict(group_by_length=True), dict(packing=True)])
-@pytest.mark.parametrize('drop_last', [True, False])
-def test_the_order_equals_that_of_sft(weights, way, drop_last):
-    rng = np.random.default_rng(0)
-    rows = SimpleNamespace(lengths=rng.integers(2, 60, 500), source=rng.integers(0, 2, 500),
-                           held_out=rng.random(500) < 0.1)
-    cfg = SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=3, max_length=64,
-                          packing=False, group_by_length=False, dataloader_drop_last=drop_last)
-    cfg.__dict__.update(way)
-    old = train_sft.Batches(cfg, rows, weights, 1)
-
-    def length(item):
-        return int(rows.lengths[item].sum()) - (len(item) if isinstance(item, list) else 1)
-
-    datasets, items = [np.flatnonzero(~rows.held_out & (rows.source == number)) for number in (0, 1)], None
-    if cfg.packing:
-        drawn = draw(datasets, weights, cfg.seed, 0)
-        bins = best_fit((rows.lengths[drawn] - 1).tolist(), cfg.max_length)
-        items = [drawn[places].tolist() for places in bins]
-    new = Epochs(datasets, weights, 4, cfg.seed, drop_last, length, cfg.group_by_length, items)
-    assert new.per_epoch == old.steps_per_epoch
-    for step in range(2 * new.per_epoch):
-        got = micro_batches(new.of_step(step), 2)
-        assert (got if cfg.packing else [[[i] for i in batch] for batch in got]) == old.of_step(step)
 
 
 def test_every_row_is_taken_as_often_as_its_weight_says():

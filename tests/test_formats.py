@@ -12,6 +12,7 @@ import pytest
 from configurator import UserError
 from data import formats
 from data.formats import Source, best_fit, broken_calls, read_rows, to_record
+from data.parallel_map import map_chunks
 from data.tasks import devices, toolcalls
 
 ASK, ANSWER = {'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}
@@ -112,7 +113,8 @@ def test_hub_that_does_not_answer():
 
 
 def test_torch_is_not_imported():
-    subprocess.run([sys.executable, '-c', 'import sys, data.formats; assert "torch" not in sys.modules'], check=True,
+    code = 'import sys, data.formats; from data.tasks.env import find_task; find_task("gsm8k"); assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True,
                    cwd=os.path.dirname(os.path.dirname(formats.__file__)))
 
 
@@ -235,3 +237,19 @@ def test_held_out_devices_are_new():
     assert len(devices.TOOLS) == 12 and not values[0] & values[1]
     assert not any(set(taught) & set(asked) for _, _, taught, asked in devices.TOOLS.values())
     assert {len(problem['calls']) for problem in held_out} == {1, 2, 3} and {len(problem['tools']) for problem in train} == {2, 3}
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_chunks_come_back_in_order_and_are_taken_as_they_are_needed(num_proc):
+    taken = []
+
+    def chunks():
+        for number in range(40):
+            taken.append(number)
+            yield [number] * 3
+
+    results = map_chunks(sum, chunks(), num_proc)
+    assert next(results) == ([0, 0, 0], 0) and len(taken) <= 2 * num_proc + 1
+    assert list(results) == [([number] * 3, 3 * number) for number in range(1, 40)]
+    with pytest.raises(TypeError):
+        list(map_chunks(sum, [[1], ['a']], num_proc))

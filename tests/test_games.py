@@ -7,7 +7,7 @@ import pytest
 
 from configurator import UserError
 from data.chat import prompt_ids
-from data.tasks import plan_path, sokoban, sudoku
+from data.tasks import env, plan_path, sokoban, sudoku
 from data.tokenizer import load_tokenizer
 from model import find_model
 
@@ -265,3 +265,26 @@ def test_prompts_fit_the_embedded_model(game):
 def test_impossible_settings(game, wrong):
     with pytest.raises(UserError, match='env.'):
         some(game, 1, **wrong)
+
+
+@pytest.mark.parametrize('name, task', [('sudoku', 'sudoku'), ('Suduku', 'sudoku'), ('plan_path', 'plan_path'), ('polaris+gsm8k', 'math'),
+                                        ('aime24', 'math'), ('AIME24', 'math'), ('apps', 'code'), ('code_contests', 'code'), ('chess', None),
+                                        ('env', None), ('facts', None), ('', None)])
+def test_environments_are_found_by_their_files_and_data_sets(name, task):
+    found = env.find_task(name)
+    assert (found and found.__name__) == (task and f'data.tasks.{task}')
+
+
+def test_a_new_environment_is_one_file(tmp_path, monkeypatch):
+    """No two answer to one name, what is declared is what is found, and a file more is an environment more."""
+    known = env.known_tasks()
+    names = [name.casefold() for task, datasets in known.items() for name in (task, *datasets)]
+    assert len(set(names)) == len(names) and set(known) == {'plan_path', 'sokoban', 'sudoku', 'math', 'code'}
+    for name, datasets in known.items():
+        module = env.load_task(name)
+        assert getattr(module, 'DATASETS', ()) == datasets
+        assert module.ACTS in module.ROLES and hasattr(module, 'problems') and all(len(pair) == 2 for pair in module.SETTINGS.values())
+    (tmp_path / 'chess.py').write_text("DATASETS = ('lichess',\n            'fics')\n\n\nclass Env:\n    pass\n")
+    (tmp_path / 'board.py').write_text('class Environment:\n    pass\n')
+    monkeypatch.setattr(env, 'FOLDER', str(tmp_path))
+    assert env.known_tasks() == {'chess': ('lichess', 'fics')} and env.find_task('sudoku') is None

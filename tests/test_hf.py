@@ -1,4 +1,5 @@
 """Every family against transformers: random models saved there and opened here, and the other way round."""
+import itertools
 import json
 import os
 import shutil
@@ -17,9 +18,11 @@ from bench import roundtrip
 from configurator import UserError
 from conftest import ROOT
 from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, load_model, save_model
+from nanoforge import kernels
+from nanoforge.decode import make_decoder
 from nanoforge.hf import FAMILIES as FIELDS
 from nanoforge.hf import UNSAID, from_hf_weights
-from model import GPT, GPTConfig, Plan, load_model, save_model
 from sample import generate, logp_gap
 
 transformers.logging.set_verbosity_error()
@@ -120,22 +123,16 @@ def test_packed_documents_do_not_see_one_another(pairs, family):
 @torch.no_grad()
 @pytest.mark.parametrize('family', FAMILIES)
 def test_incremental_decoding(pairs, family):
-    """Two rows of different length: prompts at once (the shorter padded), then a chunk, then token by token."""
+    """Two rows of different length: prompts at once (the shorter padded), then token by token, beyond every window and
+    the first size of the cache."""
     theirs, ours, _ = pairs(family)
-    idx, lengths = tokens(2, 30), torch.tensor([11, 6])
+    idx, lengths = tokens(2, 40), torch.tensor([11, 6])
     expected = theirs(idx).logits
-    caches = ours.new_caches(2, 40)
-    prompt = idx[:, :11].clone()
-    prompt[1, 6:] = 7                                               # padding: overwritten before anything looks at it
-    logits = ours.logits(ours.hidden(prompt, torch.arange(11)[None], caches))
-    close(logits[0, :11], expected[0, :11])
-    close(logits[1, :6], expected[1, :6])
-    done = lengths.clone()
-    for step in (5, 1, 1, 1):
-        positions = done[:, None] + torch.arange(step)
-        logits = ours.logits(ours.hidden(idx.gather(1, positions), positions, caches))
-        close(logits, torch.stack([expected[row, p] for row, p in enumerate(positions)]))
-        done += step
+    decoder = make_decoder(ours, [idx[row, :n].tolist() for row, n in enumerate(lengths)], 1, 29)
+    rows = torch.arange(2)
+    close(decoder.start(), expected[rows, lengths - 1])
+    for step in range(29):
+        close(decoder.step(idx[rows, lengths + step]), expected[rows, lengths + step])
 
 
 @torch.no_grad()
@@ -176,7 +173,7 @@ def test_continuations_share_a_prompt(pairs, family, short, monkeypatch):
     """A row of 2 documents: 10 tokens with three continuations, of which the first goes on in the document itself, and
     a plain one. Each sees what it would see alone, in documents taken for short or for long; the mask of a GPU says the
     same."""
-    monkeypatch.setattr('model.SHORT_DOCUMENT', short)
+    monkeypatch.setattr(kernels, 'SHORT_DOCUMENT', short)
     theirs, ours, _ = pairs(family)
     idx = tokens(1, 40)
     positions = torch.cat([torch.arange(15), torch.arange(10, 17), torch.arange(10, 19), torch.arange(9)])[None]
@@ -185,11 +182,14 @@ def test_continuations_share_a_prompt(pairs, family, short, monkeypatch):
         alone = torch.cat([idx[:, :shared], idx[:, start:end]], 1)
         close(got[:, start:end], theirs(alone).logits[:, shared:])
     close(got[:, 31:], theirs(idx[:, 31:]).logits)
-    plans = Plan(ours, idx, positions, None), Plan(ours, idx, positions, None)
-    plans[1].documents = plans[1].branches = None
+    monkeypatch.setattr(kernels, 'SHORT_DOCUMENT', 0)
     q, k, v = torch.randn(3, 1, 2, 40, 8, generator=torch.Generator().manual_seed(4))
-    for window in (0, 4, 12):
-        close(*(plan.attend(q, k, v, window, 1.0, 0.0) for plan in plans))
+    for window, softcap in itertools.product((0, 4, 12), (0.0, 5.0)):
+        kind = 'sliding_attention' if window else 'full_attention'
+        cfg = replace(ours.config, sliding_window=window, layer_types=[kind], attn_softcap=softcap, attn_scale=1.0)
+        context = kernels.AttentionContext(cfg, {}, idx, positions)
+        mask = kernels.packed_mask(positions, window)[:, None]
+        close(context.attention(q, k, v, kind), kernels.attention(q, k, v, mask, 1.0, softcap))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -386,9 +386,11 @@ def test_half_precision(pairs):
     idx = tokens(2, 40)
     logits = model(idx)
     assert logits.dtype == torch.float32 and (logits - ours(idx)).abs().max() < 0.05 * ours(idx).abs().max()
-    caches = model.new_caches(2, 40)
-    assert caches[0].k.dtype == torch.bfloat16
-    close(model.logits(model.hidden(idx, torch.arange(40)[None], caches)), logits, 0.1)
+    decoder = make_decoder(model, idx[:, :30].tolist(), 1, 10)
+    with torch.no_grad():
+        steps = [decoder.start(), *(decoder.step(idx[:, t]) for t in range(30, 40))]
+    assert decoder.caches[0].dtype == torch.bfloat16
+    close(torch.stack(steps, 1), logits[:, 29:], 0.1)
     assert model(idx, idx).dtype == torch.float32
 
 
@@ -509,7 +511,7 @@ def test_a_tokenizer_of_another_model(pairs, tmp_path):
 def test_rows_longer_than_the_context(pairs):
     for family in ('gpt2', 'llama2'):
         ours = pairs(family)[1]
-        for call in (lambda: ours(tokens(1, 65)), lambda: ours.new_caches(1, 65)):
+        for call in (lambda: ours(tokens(1, 65)), lambda: generate(ours, tokens(1, 65).tolist(), 1)):
             with pytest.raises(UserError, match='context of 64'):
                 call()
 
@@ -574,3 +576,28 @@ def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
     monkeypatch.setattr(roundtrip, 'theirs_of', changed)
     assert not roundtrip.check(directory)
     assert capsys.readouterr().out.count('FAIL  ') == 2
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+def test_compiled_layers_have_the_same_gradients():
+    """Layer by layer, as train_gpt.py compiles them, in the plain forms that a GPU takes, without a graph break."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**FIELDS['qwen3'], **{**SMALL, 'n_layer': 1})).init_weights(0.3)
+    idx, parameters = tokens(2, 16), list(model.parameters())
+    expected = torch.autograd.grad(model(idx, idx).sum(), parameters)
+    for layer in model.layers:
+        layer.compile(backend='aot_eager', fullgraph=True)
+    for a, b in zip(torch.autograd.grad(model(idx, idx).sum(), parameters), expected):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_target_logp_compiles():
+    logits, targets = torch.randn(5, 7, requires_grad=True), torch.tensor([3, -1, 0, 6, 2])
+    for form in (kernels.TargetLogp.apply, torch.compile(kernels.TargetLogp.apply, backend='aot_eager')):
+        logp = form(logits, targets)
+        grad, = torch.autograd.grad(logp.sum(), logits)
+        plain = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+        close(logp, plain)
+        close(grad, torch.autograd.grad(plain.sum(), logits)[0])

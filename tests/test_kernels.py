@@ -134,9 +134,9 @@ def test_short_attention(normed, rotated, dtype):
     weights = [leaf(D, dtype=dtype), leaf(D, dtype=dtype, seed=1)] if normed else []
     cos, sin = angles(T, D, dtype) if rotated else (None, None)
     rest = (H, 0.4, *(weights or (None, None)), eps, cos, sin)
-    agree(kernels.ShortAttention.apply(qkv, *rest, kernels.future(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
+    agree(kernels.ShortAttention.apply(qkv, *rest, kernels.causal_mask(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
     if dtype == torch.float64:
-        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, kernels.future(T, dtype))
+        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, kernels.causal_mask(T, dtype))
         assert torch.autograd.gradcheck(call, (qkv, *weights))
 
 
@@ -145,7 +145,7 @@ def test_short_attention_in_bf16():
     rest = (2, 8 ** -0.5, w, w, 1e-6, *angles(16, 8, torch.float32))
     plain = plain_attention(qkv, *rest)
     rounded = qkv.detach().bfloat16().requires_grad_()
-    ours = kernels.ShortAttention.apply(rounded, *rest, kernels.future(16, torch.bfloat16))
+    ours = kernels.ShortAttention.apply(rounded, *rest, kernels.causal_mask(16, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
     push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
     expected, = torch.autograd.grad(plain, [qkv], push)
@@ -276,7 +276,7 @@ def test_document_lengths():
 
 
 @pytest.mark.parametrize('window', [0, 2])
-def test_visible_is_the_path_to_the_root(window):
+def test_packed_mask_is_the_path_to_the_root(window):
     """Every place with the ones it sees, written out by hand: continuations, documents, a row that begins inside one."""
     rows = torch.tensor([[0, 1, 2, 2, 3, 1, 0, 1, 1], [3, 4, 0, 1, 1, 2, 1, 2, 0]])
     paths = [[(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 4), (0, 5), (6,), (6, 7), (6, 8)],
@@ -285,12 +285,12 @@ def test_visible_is_the_path_to_the_root(window):
     for row in range(2):
         for i, path in enumerate(paths[row]):
             expected[row, i, list(path[-window:])] = True
-    assert torch.equal(kernels.visible(rows, window), expected)
-    assert torch.equal(kernels.visible(rows[0], window), expected[0])
+    assert torch.equal(kernels.packed_mask(rows, window), expected)
+    assert torch.equal(kernels.packed_mask(rows[0], window), expected[0])
 
 
 @pytest.mark.parametrize('heads, groups', [(4, 4), (4, 2)])
-def test_branches_attend_as_the_mask_says(heads, groups):
+def test_shared_prefixes_attend_as_the_mask_says(heads, groups):
     """Two rows, documents with none, one and three further continuations, one of a single token; values and gradients."""
     spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 3)], [(0, 2), (1, 5), (0, 4), (0, 7), (7, 8), (2, 5)]]
     rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
@@ -298,9 +298,9 @@ def test_branches_attend_as_the_mask_says(heads, groups):
     positions = torch.stack([row[:T] for row in rows])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, T, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (heads, groups, groups))
-    got = kernels.Branches(positions).attend(q, k, v, 0.3)
+    got = kernels.SharedPrefixAttention(positions, kernels.continuations(positions)).attend(q, k, v, 0.3)
     repeat = lambda x: x.repeat_interleave(heads // groups, 1)
-    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~kernels.visible(positions)[:, None], float('-inf'))
+    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~kernels.packed_mask(positions)[:, None], float('-inf'))
     want = scores.softmax(-1) @ repeat(v)
     assert torch.allclose(got, want, atol=1e-12)
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
@@ -311,8 +311,8 @@ def test_branches_attend_as_the_mask_says(heads, groups):
 @pytest.mark.parametrize('window', [0, 3])
 @pytest.mark.parametrize('H, G', [(4, 4), (4, 2)])
 @pytest.mark.parametrize('normed', [False, True])
-def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
-    """As above by SpanAttention, with spans of unlike lengths in a batch and batches cut small; gradients of weights, too."""
+def test_varlen_batches_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
+    """As above by VarlenAttention, with spans of unlike lengths in a batch and batches cut small; gradients of weights, too."""
     monkeypatch.setattr(kernels, 'SCORES', 2 ** 12)
     spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 30)], [(0, 2), (1, 5), (0, 34), (34, 36), (20, 37), (2, 5)]]
     rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
@@ -321,11 +321,11 @@ def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
     qkv, weights = leaf(2, T, (H + 2 * G) * D), [leaf(D, seed=1), leaf(D, seed=2)] if normed else []
     angle = positions[:, None, :, None] / torch.arange(1, D // 2 + 1)
     cos, sin = angle.double().cos(), angle.double().sin()
-    spans = kernels.Spans(positions, kernels.continuations(positions), H, G)
-    got = kernels.SpanAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
+    spans = kernels.VarlenBatches(positions, kernels.continuations(positions), H, G)
+    got = kernels.VarlenAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
     q, k, v = qkv.view(2, T, -1, D).transpose(1, 2).split([H, G, G], 1)
     if normed:
         q, k = plain_rms(q, weights[0], eps), plain_rms(k, weights[1], eps)
     q, k, v = plain_rotate(q, cos, sin), *(x.repeat_interleave(H // G, 1) for x in (plain_rotate(k, cos, sin), v))
-    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~kernels.visible(positions, window)[:, None], -math.inf)
+    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~kernels.packed_mask(positions, window)[:, None], -math.inf)
     agree(got, (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, T, -1), [qkv, *weights], 1e-12)

@@ -10,10 +10,11 @@ import transformers
 import peft
 from configurator import UserError
 from conftest import losses_of
-from nanoforge.lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
+from nanoforge.lora import add_lora, adapters_off, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
 from nanoforge.optim import AdamW
-from nanoforge.wrapped import Wrapped
+from nanoforge.hf import HFModel
+from nanoforge.kernels import stacked_linear
 
 SIZES = dict(vocab_size=61, bos_token_id=None, eos_token_id=None)
 LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -125,7 +126,7 @@ def test_forward_merge_and_unmerge_are_the_definition(changes, dora):
     dense = layer.weight + 8 / 4 * B @ A
     if dora:
         dense = dense / dense.norm(dim=1, keepdim=True) * layer.lora['default'].magnitude[:, None]
-    torch.testing.assert_close(dense_weight(layer), dense, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.weight_matrix(), dense, atol=1e-12, rtol=0)
     merge_lora(model)
     assert not any('lora' in name for name in model.state_dict())
     torch.testing.assert_close(model(IDX), adapted, atol=1e-9, rtol=0)
@@ -153,7 +154,7 @@ def test_stacked_projections_equal_single_ones_with_their_gradients(targets, bf1
     attention, x = model.layers[0].self_attn, torch.randn(2, 5, 32)
     outputs = []
     layers = attention.q_proj, attention.k_proj, attention.v_proj
-    for form in (attention.qkv, lambda x: torch.cat([layer(x) for layer in layers], -1)):
+    for form in (lambda x: stacked_linear(x, layers), lambda x: torch.cat([layer(x) for layer in layers], -1)):
         model.zero_grad()
         x_ = x.clone().requires_grad_()
         y = form(x_)
@@ -338,7 +339,7 @@ def test_a_transformers_model_behind_the_wrapper(targets, tmp_path):
     torch.manual_seed(0)
     theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
         **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval()
-    model = Wrapped(copy.deepcopy(theirs))
+    model = HFModel(copy.deepcopy(theirs))
     with pytest.raises(UserError, match='dense, dense_4h_to_h, dense_h_to_4h'):
         add_lora(model)
     add_lora(model, r=4, alpha=8, target_modules=targets)
@@ -349,7 +350,7 @@ def test_a_transformers_model_behind_the_wrapper(targets, tmp_path):
         assert (adapted - theirs(IDX).logits).abs().max() > 1e-2
         again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path)).eval()
         torch.testing.assert_close(again(IDX).logits, adapted, atol=1e-5, rtol=0)
-        torch.testing.assert_close(load_adapter(Wrapped(theirs), str(tmp_path))(IDX), adapted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(load_adapter(HFModel(theirs), str(tmp_path))(IDX), adapted, atol=1e-5, rtol=0)
         torch.testing.assert_close(merge_lora(model)(IDX), adapted, atol=1e-5, rtol=0)
 
 

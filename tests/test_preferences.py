@@ -8,7 +8,7 @@ import pytest
 from configurator import UserError
 from conftest import ROOT
 from data.chat import prompt_ids, render
-from data.preferences import Dropped, Drops, Pair, encode_pairs, fit, read_pairs, to_pair
+from data.preferences import Dropped, Drops, Pair, encode_pairs, read_pairs, to_pair, truncate
 from data.formats import Source
 from data.tokenizer import load_tokenizer
 
@@ -191,7 +191,7 @@ def test_malformed_inputs(tmp_path, monkeypatch):
 def test_a_prompt_that_the_template_writes_in_two_ways(tokenizer):
     chosen, rejected = render(tokenizer, [ASK, YES]), render(tokenizer, [AGAIN, NO])
     with pytest.raises(Dropped, match='writes in two ways'):
-        fit(None, chosen, rejected, 100, None, {'prompts': 0, 'answers': 0})
+        truncate(None, chosen, rejected, 100, None, {'prompts': 0, 'answers': 0})
 
 
 def test_drops_are_counted_by_reason():

@@ -37,7 +37,8 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
     def setup(device, dtype, matmul):
         asked.append((device, matmul))
         raise InterruptedError
-    monkeypatch.setattr(module, 'setup', setup)
+    monkeypatch.setattr('nanoforge.run.setup', setup)
+    monkeypatch.setattr(module, 'setup', setup, raising=False)      # of a script that imports it
     for typed in ([], ['--matmul=bf16']):
         with pytest.raises(InterruptedError):
             module.main(parse(module.Config, [resume, out, *typed]))

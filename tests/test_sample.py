@@ -42,7 +42,7 @@ def models():
 
 
 class NoCaches:
-    """A model with the calls of the wrapper around transformers' classes: no new_caches."""
+    """A model with the calls of the wrapper around transformers' classes: no layers of ours."""
 
     def __init__(self, model):
         self.model, self.config, self.device, self.training = model, model.config, model.device, False

@@ -9,27 +9,27 @@ import random
 import re
 
 from data.tasks.env import chat
-from data.tasks.world import ITEMS, NAMES, split_of
+from data.tasks.world import ITEMS, NAMES, lines, split_of
 
-SITUATIONS = [
-    '{name} has {a} {items} and buys {b} more.',
-    '{name} has {a} {items}, {friend} has {b}.',
-    'There are {a} {items} in one box and {b} in another.',
-    '{name} finds {a} {items} and then {b} more.',
-    'A shop sells {a} {items} on Monday and {b} on Friday.',
-    'There are {a} {items} here and {b} there.',
-    '{name} gives {friend} {a} {items}, then {b} more.',
-    'On Monday {name} buys {a} {items}, on Friday {b}.',
-]
-QUESTIONS = [
-    'How many {items} is that?',
-    'How many in all?',
-    'How many are there in all?',
-    'How many are there together?',
-    'What is the sum?',
-    'Add them.',
-    'How many {items} are there?',
-]
+SITUATIONS = lines('''
+    {name} has {a} {items} and buys {b} more.
+    {name} has {a} {items}, {friend} has {b}.
+    There are {a} {items} in one box and {b} in another.
+    {name} finds {a} {items} and then {b} more.
+    A shop sells {a} {items} on Monday and {b} on Friday.
+    There are {a} {items} here and {b} there.
+    {name} gives {friend} {a} {items}, then {b} more.
+    On Monday {name} buys {a} {items}, on Friday {b}.
+''')
+QUESTIONS = lines('''
+    How many {items} is that?
+    How many in all?
+    How many are there in all?
+    How many are there together?
+    What is the sum?
+    Add them.
+    How many {items} are there?
+''')
 WORDINGS = []
 for situation in SITUATIONS:
     WORDINGS += [f'{situation} {question}' for question in QUESTIONS]

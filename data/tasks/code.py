@@ -18,15 +18,15 @@ from data.sandbox import same_output
 from data.tasks.env import Outcome, chat
 from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct, say
 from data.tasks.stored import stored_problems
-from data.tasks.world import split_of
+from data.tasks.world import lines, split_of
 
 ROLES, ACTS = ('coder', 'tester'), 'coder'
 RUNS_PROGRAMS = True
 DATASETS = ('code_contests', 'apps', 'interview', 'livecodebench')
 SETTINGS = {
     'dataset': (None, 'stems of data_dir/code/train, or for the held-out split of data_dir/code/test, '
-                      f'several with +: {", ".join(DATASETS)} or a file of yours; code_contests where '
-                      'nothing is said'),
+                      f'several with +: {", ".join(DATASETS)} or a file of '
+                      'yours; code_contests where nothing is said'),
     'data_dir': ('datasets', 'where scripts/dataprocess/load_code.py put them'),
     'tests': (4, 'hidden tests of a training problem that count, at most; held-out problems keep all'),
     'timeout': (2.0, 'seconds that a program may run on one test'),
@@ -76,12 +76,31 @@ MISTAKEN = {                    # conditions: what the coder's demonstrator take
     'less than {k}': 'more than {k}',
     'not {k}': 'more than {k}',
 }
-OPENINGS = ['Read numbers.', 'There are numbers on a line.', 'Numbers are given.', 'The line has numbers.',
-            'Read a line of numbers.']
-TAKES = ['Take those that are {condition}.', 'Only those that are {condition} count.',
-         'Use the ones that are {condition}.', 'Leave out what is not {condition}.']
-TURNS = ['Write each as {value}.', 'Make each {value}.', 'Each becomes {value}.', 'Turn each into {value}.']
-PRINTS = ['Print the {result}.', 'The answer is the {result}.', 'Show the {result}.', 'Find the {result}.']
+OPENINGS = lines('''
+    Read numbers.
+    There are numbers on a line.
+    Numbers are given.
+    The line has numbers.
+    Read a line of numbers.
+''')
+TAKES = lines('''
+    Take those that are {condition}.
+    Only those that are {condition} count.
+    Use the ones that are {condition}.
+    Leave out what is not {condition}.
+''')
+TURNS = lines('''
+    Write each as {value}.
+    Make each {value}.
+    Each becomes {value}.
+    Turn each into {value}.
+''')
+PRINTS = lines('''
+    Print the {result}.
+    The answer is the {result}.
+    Show the {result}.
+    Find the {result}.
+''')
 VALUE_WORDS = {
     '': '',
     'squares': 'its square',
@@ -227,18 +246,19 @@ def draw_inputs(parts, draw):
 
 def solution_of(parts):
     """The program of these parts."""
-    condition, value, result = (table[parts[part]][0].format(**parts) for table, part in
-                                ((CONDITIONS, 'condition'), (VALUES, 'value'), (RESULTS, 'result')))
+    condition, _ = CONDITIONS[parts['condition']]
+    value, _ = VALUES[parts['value']]
+    result, _ = RESULTS[parts['result']]
     if condition:
-        condition = f' if {condition}'
-    return f'x=[{value} for n in map(int,input().split()){condition}]\nprint({result} if x else 0)'
+        condition = ' if ' + condition
+    line = f'x=[{value} for n in map(int,input().split()){condition}]'.format(**parts)
+    return f'{line}\nprint({result} if x else 0)'
 
 
 # ---- one episode of a team
 
 class Env:
-    """One episode. program: {'program', 'passed'} of the last one; failures: the tests that it or an earlier
-    one did not pass."""
+    """One episode. program: {'program', 'passed'} of the last one; failures: tests that programs failed."""
     roles = ROLES
 
     def __init__(self, problem):

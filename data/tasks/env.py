@@ -6,7 +6,8 @@ A new environment is a file data/tasks/NAME.py with these names:
     problems(split, n, seed, **settings)
                                 n problems (dicts that JSON can hold) of 'train' or 'eval'; the two splits
                                 share no problem, whatever the seeds (world.split_of decides by a hash)
-    SETTINGS                    {name: (default, help)}: the env.* keys that problems() takes
+    SETTINGS                    {name: (default, help)}: the env.* keys that problems() takes, typed by their
+                                defaults (None: a number where it is one, else text)
     ROLES                       the agents in the order of their turns
     ACTS                        the agent without whom nothing happens; alone it is a team of one
     DATASETS                    a tuple of more names of it in env.dataset and env.benchmark (may be left out)
@@ -26,11 +27,14 @@ and its Env has these (role is one of ROLES; text is what a model wrote, which i
     env.solution(role)          a right answer in the present state
 """
 import ast
+import functools
 import importlib
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from configurator import UserError, closest, convert, describe
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
@@ -49,6 +53,7 @@ class Outcome:
         return alpha * self.team + self.local
 
 
+@functools.cache
 def known_tasks():
     """{name: DATASETS} of all environments: the files of data/tasks that define Env.
 
@@ -82,6 +87,35 @@ def find_task(name):
         if wanted == task or wanted in map(str.casefold, datasets):
             return load_task(task)
     return None
+
+
+def read_settings(task, given):
+    """{name: value} of the env.* keys `given`, typed by the task's SETTINGS; UserError where it has no such
+    setting, or it is of another type. What is given as None is left out."""
+    name_of_task = task.__name__.rpartition('.')[2]
+    settings = {}
+    for name, value in given.items():
+        if value is None or str(value).lower() in ('none', 'null', '~', ''):
+            continue
+        if name not in task.SETTINGS:
+            known = ', '.join(f'env.{key}' for key in task.SETTINGS) or 'no settings of its own'
+            near = closest(name, [*task.SETTINGS, 'name', 'dataset', 'benchmark', 'max_turns'])
+            raise UserError(f'env.{name} means nothing to {name_of_task}, which knows {known}{near}')
+        default, _ = task.SETTINGS[name]
+        kind = int | float | str if default is None else type(default)
+        try:
+            settings[name] = convert(value, kind)
+        except (ValueError, OverflowError):
+            raise UserError(f"env.{name}: '{value}' is not {describe(kind)}") from None
+    return settings
+
+
+def list_settings():
+    """(name, default, help) of the settings of all environments, for --help."""
+    for name in known_tasks():
+        for setting, (default, text) in load_task(name).SETTINGS.items():
+            if setting != 'dataset':            # a flag of its own
+                yield setting, default, f'{name}: {text}'
 
 
 def chat(text, rules=None):

@@ -1,5 +1,4 @@
-"""Problems with an exact answer, for a team: the tool agent writes a program, which is run; the reasoner
-answers.
+"""Problems with an exact answer, for a team: the tool agent's program is run, then the reasoner answers.
 
 From the second turn on both see what was tried: every program, what it printed, every answer. An episode ends
 where the two agree, and is a success where the reasoner is right, so that agreeing on something wrong earns
@@ -18,15 +17,15 @@ from data.rewards import as_number, extract_answer, same_answer
 from data.tasks.env import Outcome, chat
 from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct
 from data.tasks.stored import stored_problems
-from data.tasks.world import ITEMS, NAMES, split_of
+from data.tasks.world import ITEMS, NAMES, lines, split_of
 
 ROLES, ACTS = ('tool', 'reasoner'), 'reasoner'
 RUNS_PROGRAMS = True
 DATASETS = ('polaris', 'gsm8k', 'dapo_math', 'aime_past', 'AIME24', 'AIME25', 'OlympiadBench')
 SETTINGS = {
     'dataset': (None, 'stems of data_dir/math/train, or for the held-out split of data_dir/math/test, '
-                      f'several with +: {", ".join(DATASETS)} or a file of yours; polaris and AIME24 where '
-                      'nothing is said'),
+                      f'several with +: {", ".join(DATASETS)} or a file of '
+                      'yours; polaris and AIME24 where nothing is said'),
     'data_dir': ('datasets', 'where scripts/dataprocess/load_math.py put them'),
     'steps': (2, 'operations in a generated problem'),
     'timeout': (2.0, 'seconds that a program may run'),
@@ -43,23 +42,27 @@ RULES = {
 P_WRONG_PROGRAM = 0.5
 P_IGNORE_PROGRAM = 0.6
 
-HAS = ['{name} has {a} {items}.', '{name} owns {a} {items}.', 'There are {a} {items} in the bag of {name}.']
-EACH = [
-    '{name} has {a} bags of {b} {items}.',
-    '{name} has {a} boxes with {b} {items} each.',
-    'In each of the {a} boxes of {name} there are {b} {items}.',
-]
+HAS = lines('''
+    {name} has {a} {items}.
+    {name} owns {a} {items}.
+    There are {a} {items} in the bag of {name}.
+''')
+EACH = lines('''
+    {name} has {a} bags of {b} {items}.
+    {name} has {a} boxes with {b} {items} each.
+    In each of the {a} boxes of {name} there are {b} {items}.
+''')
 CHANGES = {
     '+': ['{name} buys {c} more.', '{name} finds {c} more.', '{friend} gives {name} {c}.', '{name} gets {c} '
                                                                                            'from {friend}.'],
     '-': ['{name} gives {friend} {c}.', '{name} loses {c}.', '{name} sells {c}.', '{friend} takes {c}.'],
 }
-QUESTIONS = [
-    'How many {items} does {name} have?',
-    'How many {items} are there now?',
-    'How many are there in the end?',
-    'Count the {items} of {name}.',
-]
+QUESTIONS = lines('''
+    How many {items} does {name} have?
+    How many {items} are there now?
+    How many are there in the end?
+    Count the {items} of {name}.
+''')
 
 
 # ---- problems
@@ -83,8 +86,8 @@ def from_row(row, where):
     """A stored row {'question', 'solution'} as a problem."""
     for key in ('question', 'solution'):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise UserError(f'{where}: "{key}" must be a text; a row has "question" and "solution", the '
-                            'final answer')
+            raise UserError(f'{where}: "{key}" must be a text; a row has '
+                            '"question" and "solution", the final answer')
     return {
         'question': row['question'],
         'answer': extract_answer(row['solution']),

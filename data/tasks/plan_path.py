@@ -17,7 +17,7 @@ import string
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
-from data.tasks.world import split_of
+from data.tasks.world import lines, split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
 SETTINGS = {
@@ -32,8 +32,8 @@ RULES = {
                   'was tried out; check it, or find a better one.',
 }
 EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends '
-             'at {last}. Moves: U up, D down, L left, R right. End with the moves after ####, such as: '
-             '#### [D, R, R]')
+             'at {last}. Moves: U up, D down, L left, R right. End with the '
+             'moves after ####, such as: #### [D, R, R]')
 # rewards; besides them 1 for each cell that the way leads nearer to the goal
 STEP = -0.01
 ILLEGAL = -0.1
@@ -49,9 +49,25 @@ MOVES = {'U': (-1, 0), 'D': (1, 0), 'L': (0, -1), 'R': (0, 1)}
 BLOCKED_SHARE = 0.85            # of the problems: the straight way runs into a wall
 ATTEMPTS = 200_000              # grids drawn for one problem before giving up
 # A wording is one of each, in any order, with the same sign between them.
-STARTS = ['from {start}', 'start at {start}', 'start: {start}', 'you are at {start}']
-GOALS = ['walk to {goal}', 'goal at {goal}', 'goal: {goal}', 'go to {goal}', 'the goal is {goal}']
-BLOCKS = ['walls: {walls}', 'walls at {walls}', 'there are walls at {walls}', 'no way through {walls}']
+STARTS = lines('''
+    from {start}
+    start at {start}
+    start: {start}
+    you are at {start}
+''')
+GOALS = lines('''
+    walk to {goal}
+    goal at {goal}
+    goal: {goal}
+    go to {goal}
+    the goal is {goal}
+''')
+BLOCKS = lines('''
+    walls: {walls}
+    walls at {walls}
+    there are walls at {walls}
+    no way through {walls}
+''')
 WORDINGS = []
 for pieces in itertools.product(STARTS, GOALS, BLOCKS):
     for ordered in itertools.permutations(pieces):
@@ -62,7 +78,7 @@ for pieces in itertools.product(STARTS, GOALS, BLOCKS):
 
 def grid_cells(size):
     """All cells (row, column) of a square grid, row by row."""
-    return [(row, column) for row in range(size) for column in range(size)]
+    return list(itertools.product(range(size), repeat=2))
 
 
 def name_of(cell):
@@ -242,8 +258,7 @@ class Env:
         return shortest(self.position, self.goal, self.walls, self.size)
 
     def walk(self, moves):
-        """(moves up to the goal or the first illegal one, the cell of the illegal one or None, where they
-        end)."""
+        """(moves up to the goal or an illegal one, the cell of the illegal one or None, where they end)."""
         position, walked = self.position, []
         for move, cell in zip(moves, steps(position, moves)):
             if position == self.goal:

@@ -1,5 +1,4 @@
-"""Questions about a person who was just described, answered in full sentences: the embedded question/answer
-set.
+"""Questions about a person just described, answered in full sentences: the embedded question/answer set.
 
     python -m data.tasks.questions train=800 eval=200 > qa.json
 
@@ -20,7 +19,7 @@ from data.tasks.world import split_of
 
 
 def problems(split, n, seed):
-    """n problems {'question', 'answer'} of a split: three facts, a third of the questions about two of them."""
+    """n problems {'question', 'answer'} of a split: three facts, and questions about one or two of them."""
     draw = random.Random(f'questions/{split}/{seed}')
     made = []
     for _ in range(n):

@@ -83,8 +83,8 @@ def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False)
         if not starts:
             failures += 1
             if failures > 1000:
-                raise UserError(f'env.min_moves={min_moves}: hardly any map of {map_size} rows has so long a '
-                                'solution')
+                raise UserError(f'env.min_moves={min_moves}: hardly any map of '
+                                f'{map_size} rows has so long a solution')
             continue
         failures = 0
         player, box = draw.choice(starts)
@@ -118,19 +118,18 @@ def draw_room(draw, inside):
 
 @functools.lru_cache(maxsize=4096)
 def distances(free, goal):
-    """{(player, box): moves of a shortest solution} of every position that can be solved, by playing
-    backwards."""
-    found = {(player, goal): 0 for player in free if player != goal}
-    frontier = list(found)
+    """{(player, box): moves of a shortest solution} of all solvable positions, by playing backwards."""
+    to_go = {(player, goal): 0 for player in free if player != goal}
+    frontier = list(to_go)
     while frontier:
         reached = []
         for state in frontier:
             for before in states_before(free, *state):
-                if before[1] != goal and before not in found:
-                    found[before] = found[state] + 1
+                if before[1] != goal and before not in to_go:
+                    to_go[before] = to_go[state] + 1
                     reached.append(before)
         frontier = reached
-    return found
+    return to_go
 
 
 def states_before(free, player, box):
@@ -175,8 +174,7 @@ def push(free, player, box, move):
 # ---- one episode of a team
 
 class Env:
-    """One episode. It is done, too, where the box can no longer reach the goal, and after STEP_LIMIT moves:
-    both without success."""
+    """One episode. It is also done where the box is stuck for good, and after STEP_LIMIT moves."""
     roles = ROLES
 
     def __init__(self, problem):
@@ -200,8 +198,7 @@ class Env:
         return (self.player, self.box) not in distances(self.free, self.goal)
 
     def play(self, moves):
-        """(moves up to the solution, the first illegal one or the limit; whether one was illegal; player;
-        box)."""
+        """(moves up to the solution, an illegal one or the limit; whether one was illegal; player; box)."""
         player, box, played = self.player, self.box, ''
         for move in moves[:STEP_LIMIT - self.moves]:
             if box == self.goal:

@@ -88,8 +88,7 @@ def normalized(question):
 
 
 def pick(problems, split, n, seed):
-    """n of the problems: for training shuffled, and again each time that all were used; else each at most
-    once, so possibly fewer."""
+    """n of the problems: for training shuffled, in epochs; else each once at most, so possibly fewer."""
     if split != 'train' and n > len(problems):
         say(f'env.benchmark: all {len(problems)} problems, not {n}: there are no more')
     draw = random.Random(f'stored/{split}/{seed}')
@@ -132,12 +131,12 @@ def fenced(program):
 
 def compiles(run):
     """Whether the program of a Result could be compiled (one that fakes the message only harms itself)."""
-    return not run.reason.startswith(('SyntaxError', 'IndentationError', 'TabError', 'ValueError: source '
-                                                                                     'code'))
+    errors = ('SyntaxError', 'IndentationError', 'TabError', 'ValueError: source code')
+    return not run.reason.startswith(errors)
 
 
 def need_generated(parts):
     """Demonstrations are made from the parts of generated problems, which stored ones lack."""
     if not parts:
-        raise UserError('env.dataset: only generated problems have demonstrations; leave the warm-up out, or '
-                        'data_dir empty')
+        raise UserError('env.dataset: only generated problems have demonstrations; '
+                        'leave the warm-up out, or data_dir empty')

@@ -1,5 +1,4 @@
-"""Sudoku: fill the blanks so that no row, column or box holds a number twice. Every puzzle has exactly one
-solution.
+"""Sudoku: fill the blanks so that no row, column or box has a number twice. Puzzles have one solution.
 
 Grids of up to 9 rows are written as digits, 0 for a blank: 1034 0012 2000 0321. A puzzle belongs to the split
 of its solution, so that no solution of a held-out puzzle occurs in training.
@@ -9,6 +8,7 @@ changes a given number, or has a number twice, is refused. The demonstrators kno
 agent's looks only along the rows with probability P_IGNORE_COLUMNS, and the plan agent's leaves the last
 blank open with probability P_STOP_EARLY.
 """
+import itertools
 import json
 import random
 import re
@@ -81,8 +81,8 @@ def copy_of(grid):
 
 def blanks_of(grid):
     """The cells (row, column) without a number, row by row."""
-    size = range(len(grid))
-    return [(row, column) for row in size for column in size if not grid[row][column]]
+    cells = itertools.product(range(len(grid)), repeat=2)
+    return [(row, column) for row, column in cells if not grid[row][column]]
 
 
 def units(size):
@@ -111,8 +111,7 @@ def candidates(grid, row, column):
 
 
 def solutions(grid, limit, draw=None):
-    """Up to `limit` solutions, by trying the blank with the fewest candidates first; `draw` shuffles what is
-    tried."""
+    """Up to `limit` solutions: the blank with the fewest candidates first; `draw` shuffles them."""
     blanks = blanks_of(grid)
     if not blanks:
         return [copy_of(grid)]
@@ -121,18 +120,17 @@ def solutions(grid, limit, draw=None):
     numbers = options[row, column]
     if draw:
         numbers = draw.sample(numbers, len(numbers))
-    found, grid = [], copy_of(grid)
+    solved, grid = [], copy_of(grid)
     for number in numbers:
         grid[row][column] = number
-        found += solutions(grid, limit - len(found), draw)
-        if len(found) >= limit:
+        solved += solutions(grid, limit - len(solved), draw)
+        if len(solved) >= limit:
             break
-    return found
+    return solved
 
 
 def dig(solution, num_blanks, draw):
-    """The solution with so many numbers taken out that it is still the only one; None where their order
-    allows none."""
+    """The solution without so many numbers, still the only one; None where their order allows none."""
     grid, size = copy_of(solution), len(solution)
     for cell in draw.sample(range(size * size), size * size):
         row, column = divmod(cell, size)
@@ -239,8 +237,8 @@ class Env:
         return sum(all(grid[row][column] for row, column in unit) for unit in units(len(grid)))
 
     def changes_given(self, grid):
-        cells = [zip(given, new) for given, new in zip(self.given, grid)]
-        return any(given and given != new for row in cells for given, new in row)
+        given = sum(self.given, [])
+        return any(old and old != new for old, new in zip(given, sum(grid, [])))
 
     def score(self, role, text):
         """The team earns -0.01 for every answer, and for the share of the blanks that it fills 0.5, for each

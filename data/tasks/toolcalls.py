@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from data.chat import parse_tool_calls
 from data.tasks.world import APPS, CITIES, COLOURS, DAYS, EVENTS, FOODS, ITEMS, LANGUAGES, NAMES, PLACES
-from data.tasks.world import ROOMS, THINGS, part, split_of
+from data.tasks.world import ROOMS, THINGS, lines, part, split_of
 
 
 class Tool(NamedTuple):
@@ -21,81 +21,120 @@ class Tool(NamedTuple):
 
 
 TOOLS = {
-    'set_alarm': Tool('Set an alarm.', {'time': 'time'}, [
-        'set an alarm for {time}', 'wake me at {time}', 'put the alarm on {time}',
-        'make the alarm ring at {time}',
-    ], [
-        'let the alarm wake me at {time}', 'set the alarm to {time}',
-    ]),
-    'set_timer': Tool('Start a timer.', {'minutes': 'number'}, [
-        'set a timer for {minutes} minutes', 'start a timer of {minutes} minutes', 'count {minutes} minutes',
-        'make the timer ring in {minutes} minutes',
-    ], [
-        'let the timer count {minutes} minutes', 'put a timer on {minutes} minutes',
-    ]),
-    'call_contact': Tool('Call somebody.', {'name': 'name'}, [
-        'call {name}', 'make a call to {name}', 'ring {name} for me', 'start a call with {name}',
-    ], [
-        'give {name} a call', 'call {name} for me',
-    ]),
-    'send_message': Tool('Send a message.', {'to': 'name', 'text': 'text'}, [
-        'send {to} the message {text}', 'send a message to {to}: {text}', 'write to {to}: {text}',
-        'tell {to}: {text}',
-    ], [
-        'write {to} a message: {text}', 'send the message {text} to {to}',
-    ]),
-    'get_weather': Tool('Get the weather.', {'city': 'city', 'day': 'day'}, [
-        'get the weather in {city} on {day}', 'tell me the weather on {day} in {city}',
-        'find the weather for {city} on {day}', 'show me the weather of {day} for {city}',
-    ], [
-        'find out the weather on {day} for {city}', 'get me the weather in {city} for {day}',
-    ]),
-    'play_song': Tool('Play a song.', {'title': 'title'}, [
-        'play {title}', 'play the song {title}', 'let me hear {title}', 'start the song {title}',
-    ], [
-        'let me hear the song {title}', 'make the radio play {title}',
-    ]),
-    'turn_on_light': Tool('Turn on a light.', {'room': 'room'}, [
-        'turn on the light in the {room}', 'put the {room} light on', 'light the {room}',
-        'make light in the {room}',
-    ], [
-        'turn the light on in the {room}', 'put on a light in the {room}',
-    ]),
-    'create_event': Tool('Create an event.', {'title': 'event', 'day': 'day', 'time': 'time'}, [
-        'create an event {title} on {day} at {time}', 'put {title} on {day} at {time}',
-        'plan {title} for {day} at {time}', 'on {day} at {time} there is {title}, note it',
-    ], [
-        'create {title} for {day} at {time}', 'plan an event on {day} at {time}: {title}',
-    ]),
-    'open_app': Tool('Open an app.', {'app': 'app'}, [
-        'open {app}', 'open the app {app}', 'start the {app} app', 'show me the app {app}',
-    ], [
-        'start the app {app}', 'open the {app} app for me',
-    ]),
-    'translate': Tool('Translate a word.', {'word': 'word', 'language': 'language'}, [
-        'translate {word} to {language}', 'say {word} in {language}',
-        'tell me the {language} word for {word}', 'find the {language} for {word}',
-    ], [
-        'translate the word {word} to {language}', 'tell me {word} in {language}',
-    ]),
-    'add_to_list': Tool('Add to the shopping list.', {'item': 'food', 'amount': 'number'}, [
-        'add {amount} {item} to the list', 'put {amount} {item} on the list', 'note {amount} {item} to buy',
-        'the list needs {amount} {item}',
-    ], [
-        'add to the list {amount} {item}', 'put on my list {amount} {item}',
-    ]),
-    'navigate_to': Tool('Show the way.', {'place': 'place'}, [
-        'show me the way to the {place}', 'find the way to the {place}', 'bring me to the {place}',
-        'go to the {place}',
-    ], [
-        'tell me the way to the {place}', 'find me a way to the {place}',
-    ]),
+    'set_alarm': Tool('Set an alarm.', {'time': 'time'}, lines('''
+        set an alarm for {time}
+        wake me at {time}
+        put the alarm on {time}
+        make the alarm ring at {time}
+    '''), lines('''
+        let the alarm wake me at {time}
+        set the alarm to {time}
+    ''')),
+    'set_timer': Tool('Start a timer.', {'minutes': 'number'}, lines('''
+        set a timer for {minutes} minutes
+        start a timer of {minutes} minutes
+        count {minutes} minutes
+        make the timer ring in {minutes} minutes
+    '''), lines('''
+        let the timer count {minutes} minutes
+        put a timer on {minutes} minutes
+    ''')),
+    'call_contact': Tool('Call somebody.', {'name': 'name'}, lines('''
+        call {name}
+        make a call to {name}
+        ring {name} for me
+        start a call with {name}
+    '''), lines('''
+        give {name} a call
+        call {name} for me
+    ''')),
+    'send_message': Tool('Send a message.', {'to': 'name', 'text': 'text'}, lines('''
+        send {to} the message {text}
+        send a message to {to}: {text}
+        write to {to}: {text}
+        tell {to}: {text}
+    '''), lines('''
+        write {to} a message: {text}
+        send the message {text} to {to}
+    ''')),
+    'get_weather': Tool('Get the weather.', {'city': 'city', 'day': 'day'}, lines('''
+        get the weather in {city} on {day}
+        tell me the weather on {day} in {city}
+        find the weather for {city} on {day}
+        show me the weather of {day} for {city}
+    '''), lines('''
+        find out the weather on {day} for {city}
+        get me the weather in {city} for {day}
+    ''')),
+    'play_song': Tool('Play a song.', {'title': 'title'}, lines('''
+        play {title}
+        play the song {title}
+        let me hear {title}
+        start the song {title}
+    '''), lines('''
+        let me hear the song {title}
+        make the radio play {title}
+    ''')),
+    'turn_on_light': Tool('Turn on a light.', {'room': 'room'}, lines('''
+        turn on the light in the {room}
+        put the {room} light on
+        light the {room}
+        make light in the {room}
+    '''), lines('''
+        turn the light on in the {room}
+        put on a light in the {room}
+    ''')),
+    'create_event': Tool('Create an event.', {'title': 'event', 'day': 'day', 'time': 'time'}, lines('''
+        create an event {title} on {day} at {time}
+        put {title} on {day} at {time}
+        plan {title} for {day} at {time}
+        on {day} at {time} there is {title}, note it
+    '''), lines('''
+        create {title} for {day} at {time}
+        plan an event on {day} at {time}: {title}
+    ''')),
+    'open_app': Tool('Open an app.', {'app': 'app'}, lines('''
+        open {app}
+        open the app {app}
+        start the {app} app
+        show me the app {app}
+    '''), lines('''
+        start the app {app}
+        open the {app} app for me
+    ''')),
+    'translate': Tool('Translate a word.', {'word': 'word', 'language': 'language'}, lines('''
+        translate {word} to {language}
+        say {word} in {language}
+        tell me the {language} word for {word}
+        find the {language} for {word}
+    '''), lines('''
+        translate the word {word} to {language}
+        tell me {word} in {language}
+    ''')),
+    'add_to_list': Tool('Add to the shopping list.', {'item': 'food', 'amount': 'number'}, lines('''
+        add {amount} {item} to the list
+        put {amount} {item} on the list
+        note {amount} {item} to buy
+        the list needs {amount} {item}
+    '''), lines('''
+        add to the list {amount} {item}
+        put on my list {amount} {item}
+    ''')),
+    'navigate_to': Tool('Show the way.', {'place': 'place'}, lines('''
+        show me the way to the {place}
+        find the way to the {place}
+        bring me to the {place}
+        go to the {place}
+    '''), lines('''
+        tell me the way to the {place}
+        find me a way to the {place}
+    ''')),
 }
 OPENINGS = {'train': ['', 'please ', 'could you ', 'I want you to ', 'now '], 'eval': ['can '
                                                                                        'you ', 'I need you '
                                                                                                'to ']}
 JOINTS = {'train': [' and ', ', then ', '. Also '], 'eval': [', and also ', ' and then ']}
-SYLLABLES = ['ba', 'co', 'di', 'fe', 'gu', 'ka', 'lo', 'mi', 'ne', 'pu', 'ra', 'so', 'ti', 've', 'wu', 'za']
+SYLLABLES = 'ba co di fe gu ka lo mi ne pu ra so ti ve wu za'.split()
 LISTS = {
     'name': NAMES,
     'city': CITIES,

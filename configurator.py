@@ -530,7 +530,8 @@ def as_dict(cfg):
     leaves = {path_of(field): values[field.name] for field in dataclasses.fields(cfg)}
     for field in dataclasses.fields(cfg):
         if field.metadata.get('open'):      # its keys stand among the section's fields
-            leaves.update((f'{path_of(field)}.{key}', value) for key, value in leaves.pop(path_of(field)).items())
+            section = path_of(field)
+            leaves.update((f'{section}.{key}', value) for key, value in leaves.pop(section).items())
     for path, known in getattr(cfg, 'accepted', {}).items():
         leaves.setdefault(path, getattr(cfg, 'accepted_values', {}).get(path, known.default))
     for path, value in leaves.items():

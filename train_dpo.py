@@ -402,7 +402,8 @@ def this_ranks(cfg, items, run):
 def answer_logp(model, batch):
     """(N,) float32: the log-probability of each completion of a PackedBatch, summed over its tokens."""
     is_token = batch.targets >= 0                                       # (N, T)
-    # without the padding of targets: as few positions as can be reach the last layer and the head, (tokens, C)
+    # without the padding of targets: as few positions as can be reach the last layer and the head, (tokens,
+    # C)
     hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions[is_token])
     logp = model.token_stats(hidden[None], batch.targets[is_token][None], extras=False)['logp'][0]
     return logp.new_zeros(is_token.shape).masked_scatter(is_token, logp).sum(1)
@@ -561,7 +562,8 @@ def evaluate(cfg, policy, held_out, run):
 
 @torch.no_grad()
 def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
-    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three); on the main rank.
+    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three); on the main
+    rank.
 
     kl estimates KL(policy || reference) in nats an answer by the mean log-ratio of what the policy drew;
     there is none where only a cache is left of the reference. success_rate is the share of answers that

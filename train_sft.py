@@ -237,7 +237,8 @@ def noisy_embeddings(cfg, model, batch):
     embeddings = model.embed_tokens(batch.idx)
     R, W, C = embeddings.size()
     if batch.positions is None:
-        lengths = batch.idx.new_full((R,), W)           # T of each document: padding included, as in the paper
+        # T of each document: padding included, as in the paper
+        lengths = batch.idx.new_full((R,), W)
     else:
         lengths = document_lengths(batch.positions)     # packed, each gets the noise that it would get alone
     limit = cfg.neftune_noise_alpha / (lengths * C).sqrt()                      # of each document
@@ -456,7 +457,8 @@ def with_copies(cfg, records, run):
     # after the split and with its knowledge: no held-out row is reworded into training
     from data.augment import augment
     for number, group in itertools.groupby(records, key=lambda pair: pair[0]):
-        for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, say=run.print0):
+        training = [record for _, record in group]
+        for record in augment(training, cfg.seed, cfg.augment_factor, print0=run.print0):
             yield number, record
 
 

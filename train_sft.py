@@ -237,7 +237,7 @@ def noisy_embeddings(cfg, model, batch):
     embeddings = model.embed_tokens(batch.idx)
     R, W, C = embeddings.size()
     if batch.positions is None:
-        lengths = batch.idx.new_full((R,), W)           # T of each document: padding included, as in the paper
+        lengths = batch.idx.new_full((R,), W)           # T of each document, with its padding
     else:
         lengths = document_lengths(batch.positions)     # packed, each gets the noise that it would get alone
     limit = cfg.neftune_noise_alpha / (lengths * C).sqrt()                      # of each document

@@ -379,6 +379,9 @@ def test_theta_checkpoints_are_numbered_on(capsys):
     assert Path('models/theta_checkpoint_epoch_2/model.safetensors').read_bytes() == first
     assert os.path.exists('models/theta_checkpoint_epoch_3/model.safetensors') and os.path.exists('models/best')
     assert {line['epoch'] for line in log_lines('models') if 'eval_loss' in line} == {3.0}
+    sft(*theta, '--epochs=1', '--load-checkpoint=models/theta_checkpoint_epoch_3', '--checkpoint-dir=more', '--eval_on_start')
+    assert {line['epoch'] for line in log_lines('more') if 'eval_loss' in line} == {3.0, 4.0}
+    assert {'theta_checkpoint_epoch_3', 'theta_checkpoint_epoch_4'} <= set(os.listdir('more'))
 
 
 @pytest.mark.parametrize('how', [['--use_lora'], ['--use_lora', '--load_in_4bit'], ['--use_lora', '--load_in_8bit']])

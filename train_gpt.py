@@ -36,8 +36,7 @@ class Config(RunFlags, OptimizerFlags):
     dataset_list: list[str] = []  # multidataset: the data sets
     dataset_sampling_probs: list[float] = []  # multidataset: how often each is drawn; empty = equally
     multicontext_datasets: list[str] = []  # multicontext: one aligned stream of tokens each
-    batch_size: int = setting(64, min=1)  # rows in a micro-batch; they and the micro-batches of a step are
-        # dealt out among the ranks
+    batch_size: int = setting(64, min=1)  # rows in a micro-batch; ranks share them, or the micro-batches
     block_size: int | None = setting(None, min=1)  # tokens in a row; by device: 64 on a CPU, 256 on a GPU
     # start
     init_from: str = setting('scratch', choices=('scratch', 'resume', *GPT2))  # new weights; the run

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from nanoforge.checkpoint import Checkpoints, damage, resolve_link, symlink, read_checkpoint, start_fresh
 from configurator import UserError
-from nanoforge.log import Log
-from nanoforge.run import LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
+from nanoforge.log import Log, device_peak_flops
+from nanoforge.run import LossScale, Stop, describe_device, explain_out_of_memory, resume_command, seed_for, setup
 
 
 @pytest.fixture(scope='module')
@@ -116,6 +116,24 @@ def test_two_ranks():
         except (ZeroDivisionError, UserError) as error:     # on both: no rank waits for ever
             return 10 + isinstance(error, UserError)
     assert ranks(work) == [10, 11]
+
+
+def test_two_ranks_gather_what_each_has():
+    """Rows of any number on each rank, of what JSON holds: text of any script, numbers to the last bit, half a surrogate pair."""
+    def work(run):
+        mine = [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]] if run.rank else []
+        assert run.gather(mine) == [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]]
+        assert run.gather([run.rank] * (2 - run.rank)) == [0, 0, 1] and run.gather([]) == []
+        return 3
+    assert ranks(work) == [3, 3]
+
+
+def test_what_is_printed_goes_to_the_text_log_too(tmp_path, capsys):
+    run = setup('cpu')
+    run.print0('before')
+    run.text_log = tmp_path / 'train.log'
+    run.print0('after')
+    assert run.text_log.read_text(encoding='utf-8') == 'after\n' and 'before' in capsys.readouterr().out
 
 
 def test_two_ranks_save_and_load(tmp_path):

@@ -194,7 +194,7 @@ def assign(owner, key, value, where=''):
             assign(item, tail, value, where)
     elif tail and field.metadata.get('open') and '.' not in tail:
         held[tail.replace('-', '_')] = value
-    elif len(parts) > n + 1 and isinstance(held, dict) and index is None:
+    elif len(parts) > n + 1 and entry_type(hint) and isinstance(held, dict) and index is None:
         assign(held.setdefault(parts[n], entry_type(hint)()), '.'.join(parts[n + 1:]), value, where)
     elif tail and dataclasses.is_dataclass(held) and index is None:
         assign(held, tail, value, where)
@@ -530,7 +530,8 @@ def as_dict(cfg):
     leaves = {path_of(field): values[field.name] for field in dataclasses.fields(cfg)}
     for field in dataclasses.fields(cfg):
         if field.metadata.get('open'):      # its keys stand among the section's fields
-            leaves.update((f'{path_of(field)}.{key}', value) for key, value in leaves.pop(path_of(field)).items())
+            section = path_of(field)
+            leaves.update((f'{section}.{key}', value) for key, value in leaves.pop(section).items())
     for path, known in getattr(cfg, 'accepted', {}).items():
         leaves.setdefault(path, getattr(cfg, 'accepted_values', {}).get(path, known.default))
     for path, value in leaves.items():

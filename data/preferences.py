@@ -42,7 +42,7 @@ class TokenPair:
     chosen: list
     rejected: list
     where: str
-    ref_logp: tuple | None = None       # log-probabilities of chosen and rejected under a reference, where known
+    ref_logp: tuple | None = None       # log-probability of either answer under a reference, where known
 
 
 class Dropped(Exception):

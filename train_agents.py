@@ -33,7 +33,7 @@ from pathlib import Path
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.tasks.env import find_task, known_tasks, list_settings, load_task, read_settings
-from nanoforge.flags import Flags, RunFlags
+from nanoforge.flags import Flags, RunFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -100,7 +100,7 @@ class EnvFlags(Flags):
 
 
 @configclass
-class Config(RunFlags, EnvFlags, TeamFlags):
+class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     section = 'training'
     aliases = {'model': 'base_models.policy_0.path'}
     # training
@@ -115,12 +115,10 @@ class Config(RunFlags, EnvFlags, TeamFlags):
     val_before_train: bool = True  # validate before the first iteration, too
     validate_episodes: int = setting(100, min=1)  # held-out problems, each played greedily and sampled
     micro_batch_tokens: int = setting(8192, min=1)  # of a pass on a rank: lower it when memory is short
-    learning_rate: float | None = setting(None, above=0, also=('lr',))  # 1e-5, of adapters 1e-4, if not set
     lr_scheduler: str = setting('constant', choices=SCHEDULES)  # over iterations
     lr_warmup_steps: int = setting(0, min=0)  # iterations of linear warm-up
     min_lr_ratio: float = 0.1  # where the schedule ends, as a share of learning_rate
     weight_decay: float = setting(0.01, min=0)  # of matrices
-    max_grad_norm: float = setting(1.0, min=0)  # highest gradient norm; 0 = no clipping
     log_episodes: int = setting(2, min=0)  # trajectories of an iteration that are written out, trees and all
 
     def check(self):

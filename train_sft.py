@@ -457,7 +457,7 @@ def with_copies(cfg, records, run):
     # after the split and with its knowledge: no held-out row is reworded into training
     from data.augment import augment
     for number, group in itertools.groupby(records, key=lambda pair: pair[0]):
-        for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, say=run.print0):
+        for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, print0=run.print0):
             yield number, record
 
 

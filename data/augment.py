@@ -1,6 +1,6 @@
 """More training rows: copies whose questions have other words, synonyms and typing mistakes.
 
-    augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, say=print) -> records
+    augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, print0=print) -> records
 
 Only what the user said last is changed, and in it no word that the answer contains, no number, name,
 quotation or code, and none of the words that turn a meaning round (not, before, all): the answer of a row
@@ -62,7 +62,7 @@ FIXED = re.compile(r'```.*?```|`[^`]*`|"[^"]*"|“[^”]*”|https?://\S+|'
                    r'\S*[\d_/\\@=<>{}\[\]]\S*', re.DOTALL)
 
 
-def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, say=print):
+def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, print0=print):
     """`records` (of data/formats.py) and after them copies of the training ones with a reworded last
     question.
 
@@ -70,7 +70,7 @@ def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, 
     synonyms  probability that a word which has a synonym here is replaced
     typos     probability that a word of four small letters or more gets a typing mistake
     wordings  probability that the whole question is put in another way
-    say       is given one line that counts what was done
+    print0    is given one line that counts what was done
 
     Rows held out pass through as they are, and a copy whose question another row asks already is left out.
     UserError: settings without meaning.
@@ -99,7 +99,7 @@ def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, 
             copies.append(changed)
             counts.update(made)
     done = ', '.join(f'{counts[name]} {name}' for name in ('wordings', 'synonyms', 'typos'))
-    say(f'augmentation: {len(training):,} training rows and {len(copies):,} copies of them ({done}); '
+    print0(f'augmentation: {len(training):,} training rows and {len(copies):,} copies of them ({done}); '
         f'{counts["left out"]:,} copies left out, as nothing in them could change or the question is there '
         f'already; {len(records) - len(training):,} held-out rows as they were')
     return [*records, *copies]

@@ -223,7 +223,15 @@ class OptimizerFlags(Flags):
 
 
 @configclass
-class TrainFlags(OptimizerFlags):
+class StepFlags(Flags):
+    """Steps on a model that is trained already."""
+    learning_rate: float | None = setting(None, above=0, also=('lr',))  # the highest; by mode if not set:
+        # full 1e-5 (more for a small model), LoRA 1e-4, QLoRA 2e-4
+    max_grad_norm: float = setting(1.0, min=0, also=('grad_clip',))  # highest gradient norm; 0 = no clipping
+
+
+@configclass
+class TrainFlags(OptimizerFlags, StepFlags):
     """Fine-tuning's optimizer, schedule, evaluations and checkpoints."""
     section = 'training'
 
@@ -234,13 +242,10 @@ class TrainFlags(OptimizerFlags):
     max_steps: int = setting(-1, min=-1)  # optimizer steps in place of epochs; -1 = by epochs
     per_device_train_batch_size: int = setting(4, min=1, also=('batch_size', 'train_batch_size'))  # rows of a
         # micro-batch in each process
-    learning_rate: float | None = setting(None, above=0, also=('lr',))  # the highest; by mode if not set:
-        # full 1e-5 (more for a small model), LoRA 1e-4, QLoRA 2e-4
     lr_scheduler_type: str = setting(  # shape of its decay
         'linear', choices=tuple(SCHEDULER_NAMES),
         also=('lr_scheduler', 'scheduler_type', 'training.lr_scheduler'))
     warmup_steps: int | None = setting(None, min=0)  # optimizer steps in which it rises
-    max_grad_norm: float = setting(1.0, min=0, also=('grad_clip',))  # highest gradient norm; 0 = no clipping
     logging_steps: int = setting(10, min=1)  # steps between log lines
     eval_steps: int = setting(50, min=1)  # steps between evaluations
     save_steps: int = setting(500, min=1)  # steps between checkpoints

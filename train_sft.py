@@ -457,7 +457,8 @@ def with_copies(cfg, records, run):
     # after the split and with its knowledge: no held-out row is reworded into training
     from data.augment import augment
     for number, group in itertools.groupby(records, key=lambda pair: pair[0]):
-        for record in augment([record for _, record in group], cfg.seed, cfg.augment_factor, print0=run.print0):
+        originals = [record for _, record in group]
+        for record in augment(originals, cfg.seed, cfg.augment_factor, print0=run.print0):
             yield number, record
 
 

@@ -194,7 +194,7 @@ def assign(owner, key, value, where=''):
             assign(item, tail, value, where)
     elif tail and field.metadata.get('open') and '.' not in tail:
         held[tail.replace('-', '_')] = value
-    elif len(parts) > n + 1 and isinstance(held, dict) and index is None:
+    elif len(parts) > n + 1 and entry_type(hint) and isinstance(held, dict) and index is None:
         assign(held.setdefault(parts[n], entry_type(hint)()), '.'.join(parts[n + 1:]), value, where)
     elif tail and dataclasses.is_dataclass(held) and index is None:
         assign(held, tail, value, where)

@@ -249,23 +249,24 @@ def generate_long(model, prompt, max_new_tokens, num_samples=1, seed=0, on_token
     of their context. Returns a list of id lists; of a prompt longer than the context only the end is seen."""
     context = model.config.block_size
     half = max(1, context // 2)
-    rows, active = [[] for _ in range(num_samples)], list(range(num_samples))
+    rows, unfinished = [[] for _ in range(num_samples)], list(range(num_samples))
     prompt = prompt if len(prompt) < context else prompt[-half:]
     samples = generate(model, [prompt], max_new_tokens, num_samples=num_samples, seed=seed, on_token=on_token,
                        **settings)
     while True:
-        for b, row in enumerate(active):
+        for b, row in enumerate(unfinished):
             rows[row] += samples.tokens[b, :samples.lengths[b]].tolist()
         stopped = samples.stopped.tolist()
-        active = [row for b, row in enumerate(active) if not stopped[b] and len(rows[row]) < max_new_tokens]
-        if not active:
+        unfinished = [row for b, row in enumerate(unfinished)
+                      if not stopped[b] and len(rows[row]) < max_new_tokens]
+        if not unfinished:
             return rows
-        done, seed = len(rows[active[0]]), seed + 2 ** 32
+        done, seed = len(rows[unfinished[0]]), seed + 2 ** 32
 
         def on_row(b, token):
-            on_token(active[b], token)
+            on_token(unfinished[b], token)
 
-        ends = [(prompt + rows[row])[-half:] for row in active]
+        ends = [(prompt + rows[row])[-half:] for row in unfinished]
         samples = generate(model, ends, max_new_tokens - done, seed=seed, on_token=on_token and on_row,
                            **settings)
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.tasks.env import find_task, known_tasks, list_settings, load_task, read_settings
-from nanoforge.flags import Flags, RateFlags, RunFlags
+from nanoforge.flags import Flags, RunFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -100,7 +100,7 @@ class EnvFlags(Flags):
 
 
 @configclass
-class Config(RunFlags, RateFlags, EnvFlags, TeamFlags):
+class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     section = 'training'
     aliases = {'model': 'base_models.policy_0.path'}
     # training

@@ -36,14 +36,14 @@ class Loss(NamedTuple):
 
 # A new loss type is a row here and a branch of dpo_loss; flags, checks and messages follow
 LOSSES = {
-    'sigmoid': Loss(smoothed=True),
-    'robust': Loss(smoothed=True),
-    'hinge': Loss(),
-    'ipo': Loss(per_token=True),
-    'sigmoid_norm': Loss(per_token=True, smoothed=True),
+    'sigmoid': Loss(smoothed=True),  # DPO and cDPO
+    'robust': Loss(smoothed=True),  # DPO under flipped labels
+    'hinge': Loss(),  # SLiC
+    'ipo': Loss(per_token=True),  # a margin that is reached, not maximised
+    'sigmoid_norm': Loss(per_token=True, smoothed=True),  # DPO without a bonus for length
     'simpo': Loss(per_token=True, reference_free=True, smoothed=True),
-    'orpo': Loss(per_token=True, reference_free=True),
-    'apo_zero': Loss(),
+    'orpo': Loss(per_token=True, reference_free=True),  # with SFT in it: from a base model
+    'apo_zero': Loss(),  # chosen up, rejected down, each alone
 }
 
 
@@ -140,7 +140,7 @@ def main(cfg):
     def load_step(step):
         """All pairs of a step, and this rank's micro-batches of them."""
         step_pairs = [pairs[i] for i in epochs.of_step(step)]
-        return step_pairs, [make_batch(cfg, part, run) for part in this_ranks(cfg, step_pairs, run)]
+        return step_pairs, [make_batch(cfg, part, run) for part in local_batches(cfg, step_pairs, run)]
 
     def save(best=False):
         run.save(state, policy, tokenizer, optimizer, best=best)
@@ -394,16 +394,15 @@ def make_batch(cfg, pairs, run):
     return batch, torch.tensor([pair.ref_logp for pair in pairs], device=run.device).flatten()
 
 
-def this_ranks(cfg, items, run):
-    """This rank's micro-batches of the items."""
+def local_batches(cfg, items, run):
+    """This rank's micro-batches of `items`."""
     return micro_batches(items, cfg.per_device_train_batch_size, run.rank, run.world_size)
 
 
 def answer_logp(model, batch):
     """(N,) float32: the log-probability of each completion of a PackedBatch, summed over its tokens."""
     is_token = batch.targets >= 0                                       # (N, T)
-    # without the padding of targets: as few positions as can be reach the last layer and the head, (tokens,
-    # C)
+    # without the padding of targets: as few positions as can be, (tokens, C), reach last layer and head
     hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions[is_token])
     logp = model.token_stats(hidden[None], batch.targets[is_token][None], extras=False)['logp'][0]
     return logp.new_zeros(is_token.shape).masked_scatter(is_token, logp).sum(1)
@@ -483,9 +482,9 @@ class Reference:
 
 def precompute(cfg, reference, pairs, run):
     """Sets ref_logp of these pairs, on every rank."""
-    # every rank computes its share; summed, since a row is 0 on the ranks that have not computed it
+    # a row is 0 on the ranks that have not computed it: their sum is the whole
     table = torch.zeros(len(pairs), 2, device=run.device)
-    for rows in this_ranks(cfg, list(range(len(pairs))), run):
+    for rows in local_batches(cfg, list(range(len(pairs))), run):
         batch, _ = make_batch(cfg, [pairs[row] for row in rows], run)
         table[rows] = reference(batch).view(-1, 2)
     for pair, logp in zip(pairs, run.sum(table).tolist()):
@@ -549,12 +548,12 @@ def evaluate(cfg, policy, held_out, run):
     """(metrics, margins (n,)) over the held-out pairs, each once."""
     policy.eval()
     table = torch.zeros(len(held_out), len(METRICS), device=run.device)
-    for rows in this_ranks(cfg, list(range(len(held_out))), run):
+    for rows in local_batches(cfg, list(range(len(held_out))), run):
         batch, ref_logp = make_batch(cfg, [held_out[row] for row in rows], run)
         with run.autocast():
             logp = answer_logp(policy, batch)
         table[rows] = pair_loss(cfg, logp, ref_logp, answer_lengths(batch))[1]
-    run.sum(table)                              # as in precompute
+    run.sum(table)                              # a row is 0 on the ranks that have not computed it
     policy.train()
     metrics = {f'eval_{key}': value for key, value in zip(METRICS, table.mean(0).tolist())}
     return metrics, table[:, METRICS.index('rewards/margins')].cpu()
@@ -562,18 +561,19 @@ def evaluate(cfg, policy, held_out, run):
 
 @torch.no_grad()
 def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
-    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three); on the main
-    rank.
+    """Answers drawn to held-out prompts at temperature 1 -> (metrics, text of the first three).
 
     kl estimates KL(policy || reference) in nats an answer by the mean log-ratio of what the policy drew;
     there is none where only a cache is left of the reference. success_rate is the share of answers that
-    follow the rule of the embedded data set.
+    follow the rule of the embedded data set. ({}, '') where no samples are wanted, and on other ranks.
     """
     if not run.is_main or not cfg.eval_samples or cfg.prediction_loss_only:
         return {}, ''
+    # a prompt may have many pairs: it is answered once
     prompts = list({tuple(pair.prompt): pair.prompt for pair in held_out}.values())[:cfg.eval_samples]
     log_ratios = []
     with run.autocast(), explain_out_of_memory('--eval_samples', '--max_new_tokens'):
+        # the same uniform numbers at each evaluation: what differs is the policy
         samples = generate(policy, prompts, cfg.max_new_tokens, stop_ids=tokenizer.stop_ids,
                            seed=seed_for(cfg.seed, 'samples'))
         # rows end where their answer does, behind its stop token if it has one
@@ -583,6 +583,7 @@ def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
             if reference:
                 batch = pack(part, run.device, share=True)
                 log_ratios += (answer_logp(policy, batch) - reference(batch)).tolist()
+    # k1 of Schulman's estimators: unbiased, and noisy with so few answers
     metrics = {}
     if log_ratios:
         metrics['kl'] = sum(log_ratios) / len(log_ratios)
@@ -646,7 +647,7 @@ def print_summary(cfg, policy, epochs, total_steps, kind, run):
 def describe_data(tokenizer, pairs, train, held_out):
     """What --check prints: lengths, and three pairs as the model sees them, what is learned in colour."""
     lines = []
-    for name in ('prompt', 'chosen', 'rejected'):
+    for name in ('prompt', 'chosen', 'rejected'):       # of all pairs, the held-out ones, too
         lengths = sorted(len(getattr(pair, name)) for pair in pairs)
         lines.append(f'          {name + ":":<10} {lengths[0]} to {lengths[-1]} tokens, median '
                      f'{lengths[len(lengths) // 2]}')

@@ -122,7 +122,8 @@ def main(cfg):
     betas = cfg.adam_beta1, cfg.adam_beta2
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas)
     ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
-    state = run.restore(State(cfg.optimizer, epochs_before=epochs_of_loaded(cfg)), optimizer, ema)
+    before = epochs_of_loaded(cfg)
+    state = run.restore(State(cfg.optimizer, epochs_before=before, epoch=before), optimizer, ema)
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
     header = describe(cfg, model, rows, sources)
     log = run.start(total, state.step, header, cfg.logging_steps, keep=loaded_path(cfg))
@@ -237,8 +238,7 @@ def noisy_embeddings(cfg, model, batch):
     embeddings = model.embed_tokens(batch.idx)
     R, W, C = embeddings.size()
     if batch.positions is None:
-        # T of each document: padding included, as in the paper
-        lengths = batch.idx.new_full((R,), W)
+        lengths = batch.idx.new_full((R,), W)           # T of each document, with its padding
     else:
         lengths = document_lengths(batch.positions)     # packed, each gets the noise that it would get alone
     limit = cfg.neftune_noise_alpha / (lengths * C).sqrt()                      # of each document
@@ -457,8 +457,8 @@ def with_copies(cfg, records, run):
     # after the split and with its knowledge: no held-out row is reworded into training
     from data.augment import augment
     for number, group in itertools.groupby(records, key=lambda pair: pair[0]):
-        training = [record for _, record in group]
-        for record in augment(training, cfg.seed, cfg.augment_factor, print0=run.print0):
+        originals = [record for _, record in group]
+        for record in augment(originals, cfg.seed, cfg.augment_factor, print0=run.print0):
             yield number, record
 
 
@@ -555,7 +555,7 @@ def describe(cfg, model, rows, sources):
 
 @dataclass
 class State(RunState):
-    epochs_before: int = 0      # of the checkpoint that was loaded: epochs are numbered on
+    epochs_before: float = 0.0  # whole ones, of the checkpoint that was loaded: epochs are numbered on
     epoch: float = 0.0
     loss_sum: float = 0.0       # over all steps
     seconds: float = 0.0        # of training and evaluation, over all starts
@@ -591,12 +591,12 @@ def open_run(cfg):
 def epochs_of_loaded(cfg):
     """How many epochs the loaded checkpoint has behind it, as its trainer state says, or its name."""
     if not cfg.load_checkpoint:
-        return 0
+        return 0.0
     state = read_json(os.path.join(loaded_path(cfg), 'trainer_state.json'))
     if 'epoch' in state:
-        return int(state['epoch'])
+        return float(int(state['epoch']))       # one that was broken off begins anew
     named = re.search(r'epoch_(\d+)/?$', cfg.load_checkpoint)
-    return int(named[1]) if named else 0
+    return float(named[1]) if named else 0.0
 
 
 def folder_name(cfg, state, epochs):

@@ -69,28 +69,35 @@ def ours(directory, options):
     import train_dpo as script
     from configurator import parse
     torch.set_num_threads(options.threads)
+    reference = 'cache' if options.child.endswith('cache') else 'copy'
+    matmul = 'bf16' if 'bf16' in options.child else 'float32'
+    out = os.path.join(directory, options.child)
     cfg = parse(script.Config, [
-        f'--base_model_name={os.path.join(directory, "model")}', f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}',
-        '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
-        '--rpo_alpha=0', f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
-    run = script.setup(cfg.device, 'float32', cfg.matmul)
-    cfg.reference_cache = os.path.join(directory, 'cache')
-    model, tokenizer = script.build_policy(cfg, None, run)
-    pairs, train, _ = script.load_data(cfg, tokenizer, 512, run)
-    feed = script.Feed(cfg, train, 1)
-    start = resident()
-    kind = 'cache' if options.child.endswith('cache') else 'copy'
-    reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], run)
-    optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
-    loader, scaler = script.Loader(cfg, feed, pairs, run), script.LossScale(run.dtype)
-    losses, times = [], [now()]
-    for step in range(options.steps):
-        optimizer.set_lr(cfg.learning_rate)
-        indices, batches = loader(step)
-        means, *_ = script.train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, run)
-        losses.append(float(means[0]))
+        f'--base_model_name={os.path.join(directory, "model")}', f'--output_dir={out}',
+        f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}', '--apply_chat_template=false',
+        '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
+        '--lr_scheduler_type=constant', '--warmup_steps=0', '--rpo_alpha=0', f'--max_steps={options.steps}',
+        f'--logging_steps={options.steps}', f'--matmul={matmul}', '--device=cpu', '--max_length=384',
+        f'--reference={reference}', f'--reference_cache={os.path.join(directory, "cache")}', '--tensorboard=false'])
+    open_reference, step = script.open_reference, script.Run.step
+    start, times, used = [], [now()], {}
+
+    def open_timed(*given):
+        """The reference is memory of the training's own, as in TRL; policy and data are not."""
+        start.append(resident())
+        return open_reference(*given)
+
+    def step_timed(run, *given):
+        """The last thing that a step does."""
+        grad_norm = step(run, *given)
         times.append(now())
-    return result(times, start, statistics.mean(losses))
+        used.update(memory(start[0]))       # before the final checkpoint is written
+        return grad_norm
+
+    script.open_reference, script.Run.step = open_timed, step_timed
+    script.main(cfg)
+    loss = next(line['loss'] for line in read(os.path.join(out, 'log.jsonl')) if 'loss' in line)
+    return {**result(times, start[0], loss), **used}
 
 
 def floor(directory, options):

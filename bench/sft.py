@@ -97,25 +97,34 @@ def ours(directory, options):
     flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
              '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
              f'--max_steps={options.steps}', f'--matmul={"bf16" if options.child == "ours_bf16" else "float32"}', '--device=cpu']
-    cfg = parse(script.Config, flags)
-    run = script.setup(cfg.device, 'float32', cfg.matmul)
-    model, tokenizer = script.build_model(cfg, None, run)
+    cfg = parse(script.Config, [*flags, f'--output_dir={os.path.join(directory, "ours")}'])
+    run, cfg = script.open_run(cfg)
+    model, tokenizer = script.build_model(cfg, run)
     if options.tokenise:
         path, begun = os.path.join(directory, 'chats.jsonl'), time.perf_counter()
         rows = TokenizedRows()
         encode_records(((0, to_record(row, where)) for where, row in read_rows(path)), tokenizer, rows, DataIssues())
         return {'seconds': time.perf_counter() - begun, 'rows': len(rows.close())}
-    rows, _, _ = script.load_data(cfg, model, tokenizer, run)
-    batches = script.Batches(cfg, rows, [1.0], 1)
+    sources = script.find_sources(cfg, run)
+    rows, _ = script.load_rows(cfg, sources, model, tokenizer, run)
+    epochs = script.make_epochs(cfg, rows, sources, run)
     optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
-    loader, scaler = script.Loader(cfg, batches, options.steps, run), script.LossScale(run.dtype)
     counts, losses, start, times = [], [], resident(), [now()]
-    for step in range(options.steps):
-        optimizer.set_lr(cfg.learning_rate)
-        micro_batches, count, _ = loader(step)
-        losses.append(script.train_step(cfg, model, optimizer, micro_batches, count, step, scaler, False, run)[0])
+    for step in range(options.steps):                   # as the loop of train_sft.py, on one rank, without its log
+        batches, targets, _ = script.get_batch(cfg, rows, epochs, run, step)
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for i, batch in enumerate(batches):
+            torch.manual_seed(script.seed_for(cfg.seed, 'noise', step, i, run.rank))
+            with run.autocast():
+                hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions)
+                nll = -model.token_stats(hidden, batch.targets, extras=False)['logp'].sum() / targets
+            run.backward(nll)
+            loss += nll.detach()
+        run.step(optimizer, cfg.learning_rate, cfg.max_grad_norm, zero_grad=False)
+        losses.append(loss)
         times.append(now())
-        counts.append(count)
+        counts.append(targets)
     return result(times, counts, start, float(torch.stack(losses).mean()))
 
 

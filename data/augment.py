@@ -58,7 +58,8 @@ MEANING = frozenset('''
 '''.split())
 KEYS = ('qwertyuiop', 'asdfghjkl', 'zxcvbnm')
 # never changed: code, quotations, addresses, words with a digit or a sign in them
-FIXED = re.compile(r'```.*?```|`[^`]*`|"[^"]*"|“[^”]*”|https?://\S+|\S*[\d_/\\@=<>{}\[\]]\S*', re.DOTALL)
+FIXED = re.compile(r'```.*?```|`[^`]*`|"[^"]*"|“[^”]*”|https?://\S+|'
+                   r'\S*[\d_/\\@=<>{}\[\]]\S*', re.DOTALL)
 
 
 def augment(records, seed, factor=2.0, synonyms=0.15, typos=0.05, wordings=0.5, print0=print):

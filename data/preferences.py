@@ -42,7 +42,7 @@ class TokenPair:
     chosen: list
     rejected: list
     where: str
-    ref_logp: tuple | None = None       # of chosen and rejected, under a reference
+    ref_logp: tuple | None = None       # log-probability of either answer under a reference, where known
 
 
 class Dropped(Exception):

@@ -223,15 +223,15 @@ class OptimizerFlags(Flags):
 
 
 @configclass
-class RateFlags(Flags):
-    """How far a step of fine-tuning goes, teams included. Without a section: it is that of the script."""
+class StepFlags(Flags):
+    """Steps on a model that is trained already."""
     learning_rate: float | None = setting(None, above=0, also=('lr',))  # the highest; by mode if not set:
         # full 1e-5 (more for a small model), LoRA 1e-4, QLoRA 2e-4
     max_grad_norm: float = setting(1.0, min=0, also=('grad_clip',))  # highest gradient norm; 0 = no clipping
 
 
 @configclass
-class TrainFlags(OptimizerFlags, RateFlags):
+class TrainFlags(OptimizerFlags, StepFlags):
     """Fine-tuning's optimizer, schedule, evaluations and checkpoints."""
     section = 'training'
 

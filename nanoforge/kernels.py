@@ -17,8 +17,7 @@ SHORT_BLOCK = 192       # up to here batched products beat blockwise attention o
 SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
 BUCKET = 16             # segments whose lengths differ by less than this are computed side by side,
 SCORES = 2 ** 18        # up to so many scores at a time, which stay in cache
-# bf16 products take packed rows of a multiple of this: oneDNN compiles a kernel for each size
-ALIGN = 64
+ALIGN = 64              # rows of bf16 products are padded to a multiple: oneDNN compiles a kernel a size
 
 
 def on_cpu(x):

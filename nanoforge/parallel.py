@@ -1,7 +1,7 @@
 """Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels
 each, and run together.
 
-    run = Run.open(..., share=lambda run: init_tp(run, 2))  # of ranks 0 and 1 one copy, of 2 and 3 the next
+    run = Run.open(..., share=lambda run: init_tp(run, 2))  # ranks 0 and 1 hold a copy, 2 and 3 the next
     shard_model(model, run)                                 # in place, after loading
     full = gather_model(model, run)                         # on every rank, to save it
 

@@ -317,7 +317,7 @@ class Run:
         return tensor
 
     def gather(self, rows):
-        """The rows of all ranks, one rank after the other: what JSON can hold. All ranks call it."""
+        """The rows of all ranks, one rank's after the other's, of what JSON can hold. Every rank calls it."""
         if self.world_size == 1:
             return rows
         text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
@@ -327,8 +327,10 @@ class Run:
         padded[:len(text)] = text
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.dp_group)
-        texts = [bytes(part[:int(size)].tolist()) for part, size in zip(parts, sizes)]
-        return [row for text in texts for row in json.loads(text)]
+        gathered = []
+        for part, size in zip(parts, sizes):
+            gathered += json.loads(bytes(part[:int(size)].tolist()))
+        return gathered
 
     def max(self, value):
         """The largest of the ranks' whole numbers; by gloo, so that asking at each step waits for no GPU."""

@@ -15,8 +15,7 @@ import pytest
 
 import configurator
 from conftest import ROOT
-from configurator import (Accepted, UserError, as_dict, check_settings, configclass, fill_in, from_dict,
-                          parse,
+from configurator import (Accepted, UserError, as_dict, check_settings, configclass, fill_in, from_dict, parse,
                           run_script, setting, without_effect)
 
 
@@ -542,6 +541,29 @@ def test_stop_signals_reach_every_process(script):
     assert lines.count('ready\n') == 2
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 143
+
+
+def test_open_sections(capsys):
+    """A dict field takes what its section holds besides other fields; a script types and checks it."""
+    @configclass
+    class World:
+        section = 'env'
+        name: str = 'maze'  # which world
+        more: dict = setting({}, path='env', open=lambda: [('size', 4, 'maze: rows'), ('seed', None, 'any number')])  # its own
+
+    cfg = parse(World, ['env.size=6', '--env.wall-share', '0.5', 'env.name=grid'])
+    assert cfg.more == {'size': '6', 'wall_share': '0.5'} and cfg.name == 'grid' and cfg.typed == {'more', 'name'}
+    assert as_dict(cfg) == {'env': {'name': 'grid', 'size': '6', 'wall_share': '0.5'}}
+    resumed = from_dict(World, as_dict(cfg), parse(World, ['env.size=7']))
+    assert resumed.more == {'size': '7', 'wall_share': '0.5'} and resumed.name == 'grid'
+    for words in (['env=x'], ['env.a.b=1']):
+        with pytest.raises(SystemExit):
+            parse(World, words)
+    assert capsys.readouterr().err.count('error: ') == 2
+    with pytest.raises(SystemExit):
+        parse(World, ['--help'])
+    shown = ' '.join(capsys.readouterr().out.split())
+    assert 'env.size maze: rows (default 4)' in shown and 'env.seed any number' in shown
 
 
 def test_nohup(script):

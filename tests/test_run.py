@@ -126,6 +126,24 @@ def test_two_ranks():
     assert ranks(work) == [10, 11]
 
 
+def test_two_ranks_gather_what_each_has():
+    """Rows of any number on each rank, of what JSON holds: text of any script, numbers to the last bit, half a surrogate pair."""
+    def work(run):
+        mine = [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]] if run.rank else []
+        assert run.gather(mine) == [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]]
+        assert run.gather([run.rank] * (2 - run.rank)) == [0, 0, 1] and run.gather([]) == []
+        return 3
+    assert ranks(work) == [3, 3]
+
+
+def test_what_is_printed_goes_to_the_text_log_too(tmp_path, capsys):
+    run = setup('cpu')
+    run.print0('before')
+    run.text_log = tmp_path / 'train.log'
+    run.print0('after')
+    assert run.text_log.read_text(encoding='utf-8') == 'after\n' and 'before' in capsys.readouterr().out
+
+
 def test_two_ranks_save_and_load(tmp_path):
     def work(run):
         assert Checkpoints(tmp_path / 'out', run).latest() is None

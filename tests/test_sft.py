@@ -27,6 +27,8 @@ from data.tasks.world import NAMES, ROOMS
 from nanoforge.data_checks import DataIssues, TrainingAlerts
 from model import load_model
 from nanoforge.checkpoint import write_json
+from nanoforge.lora import add_lora
+from nanoforge.quantize import quantize
 from train_sft import Config, State, make_epochs, noisy_embeddings
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
@@ -379,6 +381,9 @@ def test_theta_checkpoints_are_numbered_on(capsys):
     assert Path('models/theta_checkpoint_epoch_2/model.safetensors').read_bytes() == first
     assert os.path.exists('models/theta_checkpoint_epoch_3/model.safetensors') and os.path.exists('models/best')
     assert {line['epoch'] for line in log_lines('models') if 'eval_loss' in line} == {3.0}
+    sft(*theta, '--epochs=1', '--load-checkpoint=models/theta_checkpoint_epoch_3', '--checkpoint-dir=more', '--eval_on_start')
+    assert {line['epoch'] for line in log_lines('more') if 'eval_loss' in line} == {3.0, 4.0}
+    assert {'theta_checkpoint_epoch_3', 'theta_checkpoint_epoch_4'} <= set(os.listdir('more'))
 
 
 @pytest.mark.parametrize('how', [['--use_lora'], ['--use_lora', '--load_in_4bit'], ['--use_lora', '--load_in_8bit']])
@@ -391,6 +396,16 @@ def test_lora(how):
     assert torch.allclose(adapted(idx), merged(idx), atol=1e-4) and not torch.allclose(adapted(idx), base(idx), atol=1e-2)
     assert sft('--resume', '--output_dir=o', '--max_steps=3')['step'] == 3
     assert sft('--dataset_path', 'qa.jsonl', '--use_lora', '--load-checkpoint=o', '--max_steps=1', '--output_dir=p')['step'] == 1
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_an_adapter_over_a_quantised_layer_counts_once(bits):
+    layer = add_lora(quantize(load_model('tiny')[0], bits), r=4, alpha=8).layers[0].self_attn.q_proj
+    [adapter] = layer.lora.values()
+    torch.nn.init.normal_(adapter.lora_B, std=0.1)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    expected = x @ (layer.base_weight() + 2 * adapter.lora_B @ adapter.lora_A).T
+    assert torch.allclose(layer(x), expected, atol=1e-4) and not torch.allclose(layer(x), x @ layer.base_weight().T, atol=1e-2)
 
 
 def test_full_fine_tuning_learns_and_the_best_model_is_in_the_root():

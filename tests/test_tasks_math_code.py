@@ -34,7 +34,7 @@ SUM = {'question': 'Print the sum of the even numbers. For 1 2 it is 2.', 'examp
 @pytest.fixture(autouse=True)
 def nothing_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for function in (stored.print_once, stored.rows_of, stored.stored_problems):
+    for function in (stored.warn, stored.rows_of, stored.stored_problems):
         function.cache_clear()
 
 

@@ -16,8 +16,7 @@ import re
 from configurator import UserError
 from data.sandbox import same_output
 from data.tasks.env import Outcome, chat
-from data.tasks.stored import (code_block, compiles, excerpt, fenced, need_generated, pick, print_once,
-                               run_distinct)
+from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct, warn
 from data.tasks.stored import stored_problems
 from data.tasks.world import lines, split_of
 
@@ -146,8 +145,8 @@ def with_solution(problems, dataset):
     """Without a solution no test can be judged, so training leaves such problems out."""
     kept = [problem for problem in problems if problem['solution']]
     if len(kept) < len(problems):
-        print_once(f'env.dataset={dataset}: {len(problems) - len(kept)} of {len(problems)} problems dropped: '
-            'they have no solution to judge tests by')
+        warn(f'env.dataset={dataset}: {len(problems) - len(kept)} of {len(problems)} problems dropped: they '
+            'have no solution to judge tests by')
     if not kept:
         raise UserError(f'env.dataset={dataset}: no problem has a solution')
     return kept

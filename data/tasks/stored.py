@@ -38,22 +38,21 @@ def stored_problems(domain, split, stems, data_dir, known, from_row):
     if missing and len(missing) < len(wanted):
         raise UserError(f'env.{key}={stems}: {folder} has no {missing[0]}; {script} writes it')
     if missing:
-        print_once(f'env.{key}={stems}: not in {folder}, so problems of the generator in '
-            f'data/tasks/{domain}.py stand in for it (the real ones: {script}, with a network)')
+        warn(f'env.{key}={stems}: not in {folder}, so problems of the generator in data/tasks/{domain}.py '
+            f'stand in for it (the real ones: {script}, with a network)')
         return None
     rows = []
     for stem in wanted:
         rows += rows_of(files[stem])
     if any(row.get('source') == GENERATED for _, row in rows):
-        print_once(f'env.{key}={stems}: the problems in {folder} are generated ones, not the data set of '
-               'that name')
+        warn(f'env.{key}={stems}: the problems in {folder} are generated ones, not the data set of that name')
     problems = [from_row(row, where) for where, row in rows]
     if split == 'train':
         held_out = held_out_questions(domain, data_dir)
         kept = [problem for problem in problems if normalized(problem['question']) not in held_out]
         if len(kept) < len(problems):
-            print_once(f'env.{key}={stems}: {len(problems) - len(kept)} of {len(problems)} problems dropped: '
-                'a held-out file has them too')
+            warn(f'env.{key}={stems}: {len(problems) - len(kept)} of {len(problems)} problems dropped: a '
+                'held-out file has them too')
         problems = kept
     if not problems:
         raise UserError(f'env.{key}={stems}: no problem is left; see the lines above')
@@ -91,7 +90,7 @@ def normalized(question):
 def pick(problems, split, n, seed):
     """n of the problems: for training shuffled, in epochs; else each once at most, so possibly fewer."""
     if split != 'train' and n > len(problems):
-        print_once(f'env.benchmark: all {len(problems)} problems, not {n}: there are no more')
+        warn(f'env.benchmark: all {len(problems)} problems, not {n}: there are no more')
     draw = random.Random(f'stored/{split}/{seed}')
     picked = draw.sample(problems, len(problems))
     while split == 'train' and len(picked) < n:
@@ -100,7 +99,7 @@ def pick(problems, split, n, seed):
 
 
 @functools.cache
-def print_once(line):
+def warn(line):
     """Prints a line once in a process."""
     print(line, file=sys.stderr, flush=True)
 

@@ -94,9 +94,10 @@ class Config(RunFlags, OptimizerFlags):
 def main(cfg):
     # device, ranks, signals; where a run is resumed its own settings, but for what is typed again
     run = Run.open(cfg, 'train_gpt.py', cfg.out_dir, resume=cfg.resume or cfg.init_from == 'resume',
-                   resume_flag='--init_from=resume', memory_flags=('--batch_size', '--block_size'),
-                   limit=None if cfg.always_save_checkpoint else 2)
+                   resume_flag='--init_from=resume', memory_flags=('--batch_size', '--block_size'))
     cfg = run.cfg
+    if cfg.always_save_checkpoint:
+        run.checkpoints.limit = None                        # not the newest two and the best alone: all
     if run.resumed:
         cfg.init_from = run.saved['config']['init_from']    # the architecture is that of the first start
     resolve_defaults(cfg)

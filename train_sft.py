@@ -21,6 +21,7 @@ learned, and what is cut off: data/tokenized.py. Settings that several scripts h
 import functools
 import itertools
 import math
+import operator
 import os
 import re
 import time
@@ -456,7 +457,7 @@ def with_copies(cfg, records, run):
     """The (number, Record) pairs with reworded copies of those to train on, data set by data set."""
     # after the split and with its knowledge: no held-out row is reworded into training
     from data.augment import augment
-    for number, group in itertools.groupby(records, key=lambda pair: pair[0]):
+    for number, group in itertools.groupby(records, key=operator.itemgetter(0)):
         originals = [record for _, record in group]
         for record in augment(originals, cfg.seed, cfg.augment_factor, print0=run.print0):
             yield number, record

@@ -91,6 +91,7 @@ class Run:
         run.resumed     the path of the checkpoint that is resumed, or None
         resume          whether to go on with the run in out_dir; 'auto': only where there is one
         memory_flags    the flags to lower that an out-of-memory names
+        limit, save_only_model      of Checkpoints; where cfg has save_total_limit (TrainFlags), its own
         checkpoint      the checkpoint to go on from, if not the newest
         share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
         """
@@ -101,7 +102,8 @@ class Run:
         run = share(run) if share else run
         run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
         run.memory_flags = memory_flags or run.memory_flags
-        run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
+        run.checkpoints = Checkpoints(out_dir, run, getattr(cfg, 'save_total_limit', limit),
+                                      getattr(cfg, 'save_only_model', save_only_model))
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':
@@ -126,6 +128,8 @@ class Run:
         parts = {prefix: {} for prefix in prefixes}
         for key, tensor in tensors.items():
             prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+            if prefix:
+                key = key.replace('/trunk.', '/backbone.')      # as earlier versions called it in a critic
             parts[prefix][key.removeprefix(prefix)] = tensor
         if saved.get('optimizer', state.optimizer) == state.optimizer:
             for prefix, optimizer in optimizers.items():
@@ -282,6 +286,14 @@ class Run:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             value = int(tensor)
         return value
+
+    def gather(self, value):
+        """[the value of each rank], on every rank: numbers, texts, lists and dicts of them; by gloo."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag):
         """True on every rank where `flag` is true on one."""

@@ -1,8 +1,9 @@
-"""Value and reward models: PPO's critic (a value for every token) and the reward model (a score for a whole text).
+"""Value and reward models: PPO's critic (a value for every token) and the reward model (a score for a whole
+text).
 
-Both are a language model's backbone with a scalar head; on disk they are what transformers calls a sequence classifier
-with one label: its AutoModelForSequenceClassification opens what is written here, and what it writes is opened here.
-"""
+Both are a language model's backbone with a scalar head; on disk they are what transformers calls a sequence
+classifier with one label: its AutoModelForSequenceClassification opens what is written here, and what it
+writes is opened here. """
 import json
 import os
 
@@ -11,7 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from data.completions import lay_out
+from data.batches import cut, pack
+from data.completions import by_prompt
+from data.problems import prompt
 from data.tokenizer import load_tokenizer, read_json
 from model import GPT
 from nanoforge.hf import (config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights, read_safetensors,
@@ -21,19 +24,21 @@ from nanoforge.optim import learning_rate, make_optimizer
 from nanoforge.run import explain_out_of_memory, seed_for
 
 
-def hidden_states(backbone, layout):
-    """A data.completions.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and that of the
-    last token."""
-    wanted = torch.cat((layout.source, layout.last[:, None]), 1)
-    return backbone.hidden(layout.idx, layout.positions, logit_positions=wanted)
+def hidden_states(backbone, batch):
+    """A PackedBatch of completions -> (B, T, C): the hidden states that each token is predicted from; packed
+    with keep_last (B, T + 1, C), at the end that of the last token."""
+    wanted = batch.logit_positions
+    if batch.last is not None:
+        wanted = torch.cat((wanted, batch.last[:, None]), 1)
+    return backbone.hidden(batch.idx, batch.positions, logit_positions=wanted)
 
 
 class ValueModel(nn.Module):
-    """A scalar head on a backbone: a GPT, whose language modelling head is not used. The head starts at 0, so every
-    value does.
+    """A scalar head on a backbone: a GPT, whose language modelling head is not used. The head starts at 0, so
+    every value does.
 
-    own: the backbone belongs to this model; False where it is shared with the policy, and only the head is its own.
-    """
+    own: the backbone belongs to this model; False where it is shared with the policy, and only the head is
+    its own. """
 
     def __init__(self, backbone, own=True):
         super().__init__()
@@ -53,20 +58,20 @@ class ValueModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.float()).squeeze(-1)
 
-    def values(self, layout):
-        """A data.completions.Layout with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
-        values = self.read(hidden_states(self.backbone, layout))
+    def values(self, batch):
+        """A PackedBatch with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
+        values = self.read(hidden_states(self.backbone, batch))
         return values[:, :-1], values[:, -1]
 
     def rewards(self, groups):
         """[(prompt ids, [completion ids, ...])] -> (n,): the score of each completion."""
-        layout = lay_out(groups, self.score.weight.device, keep_last=True)
-        return self.read(self.backbone.hidden(layout.idx, layout.positions, logit_positions=layout.last))
+        batch = pack(groups, self.score.weight.device, keep_last=True)
+        return self.read(self.backbone.hidden(batch.idx, batch.positions, logit_positions=batch.last))
 
 
 class HFRewardModel:
-    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer: it scores
-    texts."""
+    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer:
+    it scores texts."""
 
     def __init__(self, directory, device):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -93,9 +98,23 @@ class HFRewardModel:
         return torch.stack(scores)
 
 
+@torch.no_grad()
+def score_completions(model, completions, batch_size):
+    """[data.completions.Completion] -> numbers. A ValueModel reads the tokens that were sampled, an
+    HFRewardModel, whose tokenizer is another, the text."""
+    scores = []
+    for part in cut(completions, batch_size):
+        if isinstance(model, ValueModel):
+            scores += model.rewards(by_prompt(part)).tolist()
+        else:
+            chats = [[*prompt(c.problem), {'role': 'assistant', 'content': c.text}] for c in part]
+            scores += model.texts(chats).tolist()
+    return scores
+
+
 def load_reward_model(name_or_path, device, tokenizer):
-    """A directory or hub name of a sequence classifier with one label -> ValueModel, or HFRewardModel where the
-    architecture or the tokenizer is another; frozen, in eval mode."""
+    """A directory or hub name of a sequence classifier with one label -> ValueModel, or HFRewardModel where
+    the architecture or the tokenizer is another; frozen, in eval mode."""
     directory = find_model(name_or_path)
     hf = read_json(os.path.join(directory, 'config.json'))
     classes = hf.get('architectures') or ['']
@@ -144,12 +163,12 @@ def save_reward_model(model, tokenizer, directory):
 # ---- Bradley-Terry ---------------------------------------------------------------------------------------------------
 
 def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=1e-4, seed=0):
-    """Fits a ValueModel to preference pairs by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952), averaged
-    over the pairs of a step.
+    """Fits a ValueModel to preference pairs by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
+    averaged over the pairs of a step.
 
-    pairs, held_out: [data.preferences.TokenPair]. Returns {'loss': of the last step, 'accuracy': the share of held-out
-    pairs whose chosen side scores higher}. The two completions of a pair lie behind one prompt, which is computed once.
-    """
+    pairs, held_out: [data.preferences.TokenPair]. Returns {'loss': of the last step, 'accuracy': the share of
+    held-out pairs whose chosen side scores higher}. The two completions of a pair lie behind one prompt,
+    which is computed once. """
     optimizer = make_optimizer('adamw', model, lr, weight_decay=0.01, betas=(0.9, 0.99))
     steps, loss, step = max(1, epochs * len(pairs) // batch_size), torch.zeros(()), 0
     model.train()
@@ -176,7 +195,8 @@ def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=
 
 
 def batches(pairs, epochs, batch_size, seed):
-    """Shuffled anew in every epoch; the last, smaller batch of an epoch is left out unless it is the only one."""
+    """Shuffled anew in every epoch; the last, smaller batch of an epoch is left out unless it is the only
+    one."""
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed_for(seed, 'pairs', epoch))
         order = torch.randperm(len(pairs), generator=generator).tolist()

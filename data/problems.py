@@ -21,12 +21,12 @@ TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of dat
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
 MAX_EVAL_PAIRS = 512        # held-out preference pairs that a reward model is judged by
-FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and nothing '
-        'else, between <answer> and </answer>.')
+FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
+        'nothing else, between <answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
 TEMPLATES = {
-    'openai/gsm8k': dict(prompt_column='question', answer_column='answer', system=FORM + ' The answer is one '
-    'number.'),
+    'openai/gsm8k': dict(prompt_column='question', answer_column='answer',
+                         system=FORM + ' The answer is one number.'),
     'nvidia/OpenMathInstruct-2': dict(prompt_column='problem', answer_column='expected_answer', system=FORM),
 }
 
@@ -71,7 +71,8 @@ def columns_of(source, template, row, where, with_answers):
     columns = []
     for typed, known, kind in ((source.prompt_column, QUESTION_COLUMNS, 'prompt'),
                                (source.answer_column, ANSWER_COLUMNS, 'answer')):
-        column = typed or template.get(f'{kind}_column') or next((name for name in known if name in row), None)
+        usual = next((name for name in known if name in row), None)
+        column = typed or template.get(f'{kind}_column') or usual
         if column is None and (kind == 'prompt' or with_answers):
             raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of '
                             f'{", ".join(known)}: name it with data.datasets[0].{kind}_column=...')
@@ -111,7 +112,7 @@ def without(problems, questions):
     return [problem for problem in problems if problem['question'] not in questions]
 
 
-# ---- what a run asks ------------------------------------------------------------------------------------------
+# ---- what a run asks ---------------------------------------------------------------------------------------
 
 @dataclass
 class Problems:
@@ -120,7 +121,7 @@ class Problems:
     task: object
     train: list
     held_out: list
-    pairs: list = field(default_factory=list)           # of token ids, for a reward model that is trained here
+    pairs: list = field(default_factory=list)       # of token ids, for a reward model that is trained here
     held_out_pairs: list = field(default_factory=list)
 
 
@@ -187,7 +188,7 @@ def pair_problems(cfg, tokenizer, say):
         if drops:
             say(f'{source.name}: pairs left out: {drops}')
     encoded, prompts = [], []
-    for split, members in zip(('train', 'eval'), split_pairs(cfg, pairs)):
+    for split, members in zip(('train', 'eval'), split_pairs(cfg, pairs, say)):
         longest = min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length)
         ids, drops, cuts = encode_pairs(tokenizer, members, longest)
         if drops:
@@ -203,18 +204,24 @@ def pair_problems(cfg, tokenizer, say):
     return (*prompts, encoded)
 
 
-def split_pairs(cfg, pairs):
-    """(training, held out): as the metadata says, else by the prompt, so that all pairs of a prompt are on
-    one side; of the held-out ones MAX_EVAL_PAIRS at most."""
+def split_pairs(cfg, pairs, say):
+    """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side; of
+    the held-out ones MAX_EVAL_PAIRS at most."""
     held_out = [pair for pair in pairs if pair.split == 'eval']
-    if held_out:
-        return [pair for pair in pairs if pair.split == 'train'], held_out
     if cfg.split_rule == 'legacy':
+        if held_out:
+            return [pair for pair in pairs if pair.split == 'train'], held_out
         rows = [{'question': str(pair.prompt), 'pair': pair} for pair in pairs]
         return [[row['pair'] for row in side] for side in legacy_rl(rows, 500, cfg.seed)]
-    held_out = [pair for pair in pairs if is_held_out(pair.prompt, cfg.eval_fraction)]
-    train = [pair for pair in pairs if not is_held_out(pair.prompt, cfg.eval_fraction)]
-    return train, held_out[:MAX_EVAL_PAIRS]
+    if not held_out:
+        held_out = [pair for pair in pairs if is_held_out(pair.prompt, cfg.eval_fraction)]
+    asked = {json.dumps(pair.prompt) for pair in held_out}
+    train = [pair for pair in pairs if json.dumps(pair.prompt) not in asked]
+    held_out = held_out[:MAX_EVAL_PAIRS]
+    if dropped := len(pairs) - len(train) - len(held_out):
+        say(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an evaluation '
+            f'looks at {MAX_EVAL_PAIRS} pairs at most')
+    return train, held_out
 
 
 def draw_problems(problems, start, count, seed):

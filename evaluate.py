@@ -237,9 +237,10 @@ def saved_run(model_path):
 
 def task_trained_on(saved):
     """The task that a run of train_rl.py drew its problems from, None where it had other data."""
-    if saved.get('script') != 'train_rl.py' or saved['config']['data'].get('datasets'):
+    data = saved['config']['data'] if saved.get('script') == 'train_rl.py' else {}
+    if data.get('datasets') or data.get('dataset_path'):
         return None
-    return saved['config']['data'].get('task')
+    return data.get('task')
 
 
 def data_config(cfg, saved, model_path):

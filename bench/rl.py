@@ -47,21 +47,58 @@ def reward(completions, **columns):
     return [sum(len(word) < 4 for word in text.split()) / NEW for text in completions]
 
 
+class Reached(Exception):
+    """The accuracy that a run was to come to."""
+
+
+class Stopwatch:
+    """Seconds of every rollout of train_rl.main(cfg) with its updates, without evaluations; it stops at `accuracy`."""
+
+    def __init__(self, clock, accuracy=2.0):
+        import train_rl
+        self.clock, self.accuracy, self.seconds, self.began, self.curve = clock, accuracy, [], None, []
+        self.rollout, self.evaluate = train_rl.generate_rollout, train_rl.evaluate
+        train_rl.generate_rollout, train_rl.evaluate, train_rl.show = self.timed_rollout, self.untimed_evaluation, lambda *arguments: None
+
+    def lap(self):
+        now = self.clock()
+        if self.began is not None:
+            self.seconds.append(now - self.began)
+        self.began = now
+
+    def timed_rollout(self, *arguments):
+        self.lap()
+        return self.rollout(*arguments)
+
+    def untimed_evaluation(self, *arguments):
+        self.lap()
+        self.began = None
+        metrics = self.evaluate(*arguments)
+        if self.seconds:            # not that of the start
+            self.curve.append((len(self.seconds), round(sum(self.seconds), 2), metrics.get('eval_accuracy', 0.0)))
+            if self.curve[-1][2] >= self.accuracy:
+                raise Reached
+        return metrics
+
+
+def run_ours(cfg, clock, accuracy=2.0):
+    """A Stopwatch of train_rl.main(cfg); its lines go to stderr, the result alone to stdout."""
+    import contextlib
+    import train_rl
+    watch = Stopwatch(clock, accuracy)
+    cfg.typed = frozenset({'max_completion_length', 'gradient_accumulation_steps', 'max_steps'})
+    with tempfile.TemporaryDirectory() as cfg.output_dir, contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Reached):
+        train_rl.main(cfg)
+    return watch
+
+
 def ours(directory, steps, matmul, clock):
-    """Seconds of each step of train_rl.py's own functions."""
+    """Seconds of each step of train_rl.py, on problems without a chat template and rewarded as TRL's are."""
     import train_rl
     from data.problems import Problems
-    from train_rl import Clock, Config, Learner, Plan
-    run = train_rl.setup('cpu', matmul=matmul)
-    cfg = Config(base_model_name=directory, per_device_train_batch_size=PROMPTS * SAMPLES, gradient_accumulation_steps=1, steps_per_generation=1,
-                 num_generations=SAMPLES, max_completion_length=NEW, beta=BETA, kl='k3', learning_rate=RATE, dynamic_sampling=False)
-    policy, tokenizer = train_rl.load_language_model(cfg, directory, run)
-    learner = Learner(policy, tokenizer, train_rl.make_optimizers(cfg, policy, None), train_rl.LossScale(run.dtype),
-                      train_rl.load_reference(cfg, policy, run), beta=BETA)
-    problems = Problems(None, [{'prompt_ids': ids} for ids in prompts(PROMPTS * steps)], [])
 
     class Scorer:
-        names = ['reward']
+        names, last_error = ['reward'], ''
 
         def __call__(self, texts, records, lengths, columns):
             return [{'reward': value} for value in reward(texts)]
@@ -69,16 +106,16 @@ def ours(directory, steps, matmul, clock):
         def total(self, scores):
             return scores['reward']
 
-    plan, state, times, cursor = Plan(PROMPTS, 1, steps), train_rl.fresh_state(), [], 0
-    for step in range(steps):
-        began = clock()
-        episodes, table, cursor = train_rl.rollout(cfg, learner, problems, Scorer(), plan, step, cursor, run)
-        updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, run)
-        for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), run):
+        def close(self):
             pass
-        times.append(clock() - began)
-    assert all(len(e.completion_ids) == NEW for e in episodes)
-    return times
+
+    problems = Problems(None, [{'prompt_ids': ids} for ids in prompts(PROMPTS * steps)], [])
+    train_rl.open_problems, train_rl.open_scorer = lambda *arguments: problems, lambda cfg: Scorer()
+    cfg = train_rl.Config(base_model_name=directory, per_device_train_batch_size=PROMPTS * SAMPLES, gradient_accumulation_steps=1,
+                          steps_per_generation=1, num_generations=SAMPLES, max_completion_length=NEW, beta=BETA, kl='k3', learning_rate=RATE,
+                          dynamic_sampling=False, max_steps=steps, eval_steps=0, save_steps=10 ** 9, logging_steps=steps, rollout_steps=0,
+                          lr_scheduler_type='constant', warmup_steps=0, device='cpu', matmul=matmul, tensorboard=False)
+    return run_ours(cfg, clock).seconds
 
 
 def trl_trainer(directory, dataset, rewards, output, steps, completions, samples, longest, rate, beta, callbacks=(), seed=0):
@@ -119,27 +156,13 @@ def sums(split, count):
 
 def ours_until(accuracy, seed, clock):
     """[(step, seconds, accuracy)] of train_rl.py, up to the first evaluation that is good enough."""
-    import train_rl
-    from train_rl import Clock, Config
-    run = train_rl.setup('cpu', matmul='float32')
-    cfg = Config(per_device_train_batch_size=TASK['completions'], gradient_accumulation_steps=1, steps_per_generation=1, eval_problems=TASK['held_out'],
-                 num_generations=TASK['samples'], max_completion_length=TASK['longest'], learning_rate=TASK['rate'], max_steps=TASK['steps'],
-                 lr_scheduler='constant', warmup_steps=0, num_problems=TASK['steps'] * TASK['completions'] // TASK['samples'], seed=seed)
-    cfg.typed = frozenset({'max_completion_length', 'gradient_accumulation_steps'})
-    cfg, learner, problems, scorer, plan = train_rl.build(cfg, run)
-    state, spent, curve = train_rl.fresh_state(), 0.0, []
-    while state['step'] < TASK['steps']:
-        began = clock()
-        episodes, table, state['cursor'] = train_rl.rollout(cfg, learner, problems, scorer, plan, state['step'], state['cursor'], run)
-        updates, _ = train_rl.prepare(cfg, learner, episodes, table, plan, run)
-        for _ in train_rl.learn_from(cfg, learner, updates, table, plan, state, Clock(), run):
-            pass
-        spent += clock() - began
-        if state['step'] % TASK['every'] == 0:
-            curve.append((state['step'], round(spent, 2), train_rl.evaluate(cfg, learner, problems, scorer, run)['eval_accuracy']))
-            if curve[-1][2] >= accuracy:
-                break
-    return curve
+    from train_rl import Config
+    cfg = Config(per_device_train_batch_size=TASK['completions'], gradient_accumulation_steps=1, steps_per_generation=1,
+                 eval_problems=TASK['held_out'], num_generations=TASK['samples'], max_completion_length=TASK['longest'],
+                 learning_rate=TASK['rate'], max_steps=TASK['steps'], eval_steps=TASK['every'], save_steps=10 ** 9, rollout_steps=0,
+                 lr_scheduler_type='constant', warmup_steps=0, num_problems=TASK['steps'] * TASK['completions'] // TASK['samples'],
+                 device='cpu', matmul='float32', tensorboard=False, seed=seed)
+    return run_ours(cfg, clock, accuracy).curve
 
 
 def theirs_until(accuracy, seed, clock):

@@ -14,7 +14,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from data.completions import read_episodes
+from data.completions import read_completions
 from nanoforge.checkpoint import write_text
 from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 from nanoforge.plots import BLUE, GREEN, ORANGE, evaluation_figures, png_bytes, read_log
@@ -85,7 +85,7 @@ COLOUR_KEY = ((1, 'made likelier'), (-1, 'made less likely'),
 def rollouts_page(jsonl_path, html_path, title):
     """rollouts.jsonl as a page: of a long run some steps are shown, of a step some groups."""
     by_step = {}
-    for completion in read_episodes(jsonl_path):
+    for completion in read_completions(jsonl_path):
         by_step.setdefault(completion.step, []).append(completion)
     steps = sorted(by_step)
     if not steps:

@@ -13,7 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from data.completions import lay_out
+from data.batches import cut, pack
+from data.completions import by_prompt
+from data.problems import prompt
 from data.tokenizer import load_tokenizer, read_json
 from model import GPT
 from nanoforge.hf import (
@@ -23,11 +25,13 @@ from nanoforge.optim import learning_rate, make_optimizer
 from nanoforge.run import explain_out_of_memory, seed_for
 
 
-def hidden_states(backbone, layout):
-    """A data.completions.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and
-    that of the last token."""
-    wanted = torch.cat((layout.source, layout.last[:, None]), 1)
-    return backbone.hidden(layout.idx, layout.positions, logit_positions=wanted)
+def hidden_states(backbone, batch):
+    """A PackedBatch of completions -> (B, T, C): the hidden states that each token is predicted from; packed
+    with keep_last (B, T + 1, C), at the end that of the last token."""
+    wanted = batch.logit_positions
+    if batch.last is not None:
+        wanted = torch.cat((wanted, batch.last[:, None]), 1)
+    return backbone.hidden(batch.idx, batch.positions, logit_positions=wanted)
 
 
 class ValueModel(nn.Module):
@@ -57,16 +61,15 @@ class ValueModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.float()).squeeze(-1)
 
-    def values(self, layout):
-        """A data.completions.Layout with keep_last -> (values (B, T) before each token, values (B,) after the
-        last)."""
-        values = self.read(hidden_states(self.backbone, layout))
+    def values(self, batch):
+        """A PackedBatch with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
+        values = self.read(hidden_states(self.backbone, batch))
         return values[:, :-1], values[:, -1]
 
     def rewards(self, groups):
         """[(prompt ids, [completion ids, ...])] -> (n,): the score of each completion."""
-        layout = lay_out(groups, self.score.weight.device, keep_last=True)
-        return self.read(self.backbone.hidden(layout.idx, layout.positions, logit_positions=layout.last))
+        batch = pack(groups, self.score.weight.device, keep_last=True)
+        return self.read(self.backbone.hidden(batch.idx, batch.positions, logit_positions=batch.last))
 
 
 class HFRewardModel:
@@ -98,6 +101,20 @@ class HFRewardModel:
                 encoded = self.tokenizer(text, return_tensors='pt', truncation=True).to(self.model.device)
                 scores.append(self.model(**encoded).logits[0, 0].float())
         return torch.stack(scores)
+
+
+@torch.no_grad()
+def score_completions(model, completions, batch_size):
+    """[data.completions.Completion] -> numbers. A ValueModel reads the tokens that were sampled, an
+    HFRewardModel, whose tokenizer is another, the text."""
+    scores = []
+    for part in cut(completions, batch_size):
+        if isinstance(model, ValueModel):
+            scores += model.rewards(by_prompt(part)).tolist()
+        else:
+            chats = [[*prompt(c.problem), {'role': 'assistant', 'content': c.text}] for c in part]
+            scores += model.texts(chats).tolist()
+    return scores
 
 
 def load_reward_model(name_or_path, device, tokenizer):

@@ -152,6 +152,8 @@ class Run:
         parts = {prefix: {} for prefix in prefixes}
         for key, tensor in tensors.items():
             prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+            if prefix:
+                key = key.replace('/trunk.', '/backbone.')      # as earlier versions called it in a critic
             parts[prefix][key.removeprefix(prefix)] = tensor
         if saved.get('optimizer', state.optimizer) == state.optimizer:
             for prefix, optimizer in optimizers.items():
@@ -339,6 +341,14 @@ class Run:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             value = int(tensor)
         return value
+
+    def gather(self, value):
+        """[the value of each rank], on every rank: numbers, texts, lists and dicts of them; by gloo."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag):
         """True on every rank where `flag` is true on one."""

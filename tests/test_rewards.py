@@ -185,6 +185,9 @@ def test_weights_of_data_sets(tmp_path):
 
 def test_held_out_questions_are_in_no_training_row():
     problems = [{'question': f'q{i % 50}', 'answer': str(i)} for i in range(100)]       # every question twice
-    train, held_out = hold_out(problems, 20, 0)
-    assert len(held_out) == 10 and not {p['question'] for p in held_out} & {p['question'] for p in train}
-    assert hold_out(problems, 20, 0) == (train, held_out) != hold_out(problems, 20, 1)
+    train, held_out = hold_out(problems, 0.3, 20)
+    asked = [{p['question'] for p in part} for part in (train, held_out)]
+    assert 5 <= len(held_out) == len(asked[1]) <= 20 and not asked[0] & asked[1] and len(train) == 100 - 2 * len(held_out)
+    assert hold_out(problems[::-1], 0.3, 20)[1][0]['question'] == held_out[0]['question']          # whatever the order of the rows
+    few = hold_out(problems, 0.3, 3)
+    assert few == (train, held_out[:3])                         # more than are looked at are not trained on either

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from conftest import ROOT
-from data.problems import hold_out
 from data.splits import EVAL_FRACTION, is_held_out, legacy_dpo, legacy_rl, legacy_sft
 from data.tasks.world import split_of
 from data.tokenized import digest
@@ -56,9 +55,6 @@ def test_legacy_rules_are_those_of_earlier_versions():
                 old = seed_for(seed, 'held out', digest(prompt)) < fraction * 2 ** 63
                 assert legacy_sft(prompt, fraction, seed) == old
             assert legacy_dpo(prompt, fraction) == (split_of(str(prompt), fraction) == 'eval')
-    problems = [{'question': f'{i % 70}?', 'answer': str(i)} for i in range(100)]
-    for count, seed in ((5, 0), (20, 1), (0, 2)):
-        assert legacy_rl(problems, count, seed) == hold_out(problems, count, seed)
 
 
 def test_legacy_rules_by_hand():

@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context, logit_positions=None):
         """x (B, T, C) -> (B, T, C); with logit_positions (M,) of these alone, (M, C)."""
-        cfg, (B, T, C) = self.cfg, x.shape
+        cfg, (B, T, _) = self.cfg, x.shape
         qkv = kernels.stacked_linear(x, (self.q_proj, self.k_proj, self.v_proj))
         if context.fused(self.layer_type):              # what follows as one node, which is faster on a CPU
             y = context.fused_attention(qkv, self.layer_type, self.q_norm, self.k_norm)

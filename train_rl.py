@@ -376,7 +376,7 @@ from data.batches import PackedBatch, cut, pack
 from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
 from data.problems import draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer
-from nanoforge import pages
+from nanoforge import pages, plots
 from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
 from nanoforge.optim import learning_rate, make_optimizer, warmup_within
@@ -656,7 +656,7 @@ def generate_rollout(cfg, policy, tokenizer, reward_model, problems, scorer, siz
         # what every rank must know of each, sorted by group and sample: from here on its row is its name
         known = [[c.group, c.sample, run.rank, as_number(c.reward), c.stopped, len(c.completion_ids),
                   sum(c.logp), *map(as_number, c.rewards.values())] for c in sampled]
-        new = torch.tensor(sorted(chain.from_iterable(run.gather(known))), dtype=torch.float64)
+        new = torch.tensor(sorted(run.gather(known)), dtype=torch.float64)
         reward, stopped = new[:, 3], new[:, 4]
         if cfg.mask_truncated:
             reward[stopped == 0] = math.nan             # what was cut off is neither right nor wrong
@@ -837,7 +837,7 @@ def advantages_by_critic(cfg, rollout, steps, beta, run):
         bootstrap = torch.where(rollout.stopped[mb.rows].to(run.device), 0.0, mb.bootstrap)
         mb.advantages, mb.returns = gae(rewards, mb.values, mb.mask, cfg.gamma, cfg.lam, bootstrap)
         mine.append(torch.stack((mb.advantages, mb.returns, mb.values))[:, mb.mask].double().cpu())
-    A, R, V = torch.cat(list(chain.from_iterable(run.gather(mine))), 1)
+    A, R, V = torch.cat(run.gather(mine), 1)
     rollout.advantage = torch.zeros(len(rollout.reward))
     for mb in batches:
         mb.advantages = whiten(mb.advantages, mb.mask, len(A), A.sum(), A.square().sum())
@@ -855,7 +855,7 @@ def merge_stats(measured, run):
     every rank: parts of the loss are summed, extremes (REDUCED) stay extremes, all else is a mean over
     tokens."""
     mine = [(int(tokens), {name: float(x) for name, x in stats.items()}) for tokens, stats in measured]
-    parts = list(chain.from_iterable(run.gather(mine)))
+    parts = run.gather(mine)
     total = sum(tokens for tokens, _ in parts)
     merged = {'loss': 0.0}                              # where no completion has an advantage
     # a rank may have no micro-batch at all, so the names come with the numbers
@@ -914,7 +914,7 @@ def evaluate(cfg, policy, tokenizer, reward_model, problems, scorer, run):
         reward_completions(cfg, scorer, reward_model, completions)
         # an answer that could not be scored is left out, not wrong
         scores = [(c.reward, c.rewards.get(right)) for c in completions if c.reward is not None]
-        scores = list(chain.from_iterable(run.gather(scores)))
+        scores = run.gather(scores)
         if scores:
             metrics[f'eval_reward{name}'] = sum(reward for reward, _ in scores) / len(scores)
         if scores and right:
@@ -926,7 +926,7 @@ def show(cfg, log, run):
     """The picture and the page so far."""
     if run.is_main:
         name = os.path.basename(os.path.abspath(cfg.output_dir))
-        pages.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
+        plots.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
         if os.path.exists(rollouts_path(cfg)):
             pages.rollouts_page(rollouts_path(cfg), os.path.join(cfg.output_dir, 'rollouts.html'), name)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from nanoforge.hf import GPT2_NAMES
-from nanoforge.kernels import Linear, weight_matrix
+from nanoforge.kernels import Linear
 from nanoforge.quantize import head_of, is_quantized
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,

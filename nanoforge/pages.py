@@ -18,7 +18,6 @@ from data.completions import read_completions
 from nanoforge.checkpoint import write_text
 from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 from nanoforge.plots import BLUE, GREEN, ORANGE, evaluation_figures, png_bytes, read_log
-from nanoforge.plots import reward_picture      # train_rl.py calls it beside rollouts_page
 
 # ---- what all pages share ---------------------------------------------------------------------------------
 

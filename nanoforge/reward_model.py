@@ -179,21 +179,16 @@ def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=
     steps, loss, step = max(1, epochs * len(pairs) // batch_size), torch.zeros(()), 0
     model.train()
     for batch in batches(pairs, epochs, batch_size, seed):
-        optimizer.set_lr(learning_rate(step, 'linear', lr, 0.0, steps // 20, steps))
-        optimizer.zero_grad()
         torch.manual_seed(seed_for(seed, 'reward dropout', step, run.rank))
         local, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
         if local:
             with explain_out_of_memory('--reward_batch_size', '--max_length'), run.autocast():
                 margin = margins(model, local)
             loss = -F.logsigmoid(margin).sum() / len(batch)
-            loss.backward()
+            run.backward(loss)
             loss = loss.detach()
         run.sum(loss)
-        for grad in optimizer.grads:
-            run.sum(grad)
-        if optimizer.clip_grad_norm(1.0).isfinite():
-            optimizer.step()
+        run.step(optimizer, learning_rate(step, 'linear', lr, 0.0, steps // 20, steps), max_norm=1.0)
         step += 1
         if step % max(1, steps // 5) == 0:
             run.print0(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from configurator import UserError, as_dict, without_effect
 from model import save_model
-from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, read_manifest, resume_config,
+from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
                                   start_fresh, write_json)
 from nanoforge.log import Log
 from nanoforge.optim import Plateau
@@ -151,6 +151,7 @@ class Run:
         prefixes = sorted([*optimizers, *parameters], key=len, reverse=True)
         parts = {prefix: {} for prefix in prefixes}
         for key, tensor in tensors.items():
+            key = key.replace('/trunk.', '/backbone.')      # a critic's, as earlier versions called it
             prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
             if prefix:
                 key = key.replace('/trunk.', '/backbone.')      # as earlier versions called it in a critic
@@ -341,14 +342,6 @@ class Run:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             value = int(tensor)
         return value
-
-    def gather(self, value):
-        """[the value of each rank], on every rank: numbers, texts, lists and dicts of them; by gloo."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
     def any(self, flag):
         """True on every rank where `flag` is true on one."""

@@ -1,5 +1,4 @@
 """data/batches.py: packing changes no hidden state; an epoch takes each row as often as it should."""
-import itertools
 import random
 import threading
 from collections import Counter
@@ -10,7 +9,6 @@ import torch
 
 from configurator import UserError
 from data.batches import Epochs, Prefetcher, draw, lay_into_rows, micro_batches, pack, pack_documents
-from data.completions import lay_out
 from data.formats import best_fit
 from model import FAMILIES, GPT, GPTConfig
 
@@ -153,19 +151,6 @@ def test_padding_is_a_document_of_its_own():
     documents = [([1, 2], [0, 1]), ([3, 4, 5], [0, 1, 2]), ([6], [0])]
     _, positions, begins = lay_into_rows(documents, [[1, 2], [0]])
     assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]] and begins == [4, 0, 3]
-
-
-@pytest.mark.parametrize('share', [None, True, False])
-@pytest.mark.parametrize('keep_last', [True, False])
-def test_pack_equals_lay_out(share, keep_last):
-    for seed, longest in itertools.product(range(60), (3, 9, 150)):
-        groups = random_groups(seed, longest)
-        got, want = pack(groups, CPU, keep_last, share), lay_out(groups, CPU, keep_last, share)
-        assert (got.positions is None) == (want.positions is None)
-        assert got.positions is None or equal(got.positions, want.positions)
-        assert equal(got.idx, want.idx) and equal(got.targets, want.targets)
-        assert equal(got.logit_positions, want.source)
-        assert equal(got.last, want.last) if keep_last else got.last is None
 
 
 def tensors(rows, batch, packed):

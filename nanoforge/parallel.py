@@ -1,15 +1,16 @@
-"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels each, and
-run together.
+"""Tensor parallelism on our GPT: the ranks of a group hold a shard of every layer's heads and inner channels each,
+and run together.
 
-    run = Run.open(..., share=lambda run: init_tp(run, 2))  # ranks 0 and 1 hold one copy of each model, 2 and 3 the next
-    shard_model(model, run)                                 # in place, after loading
-    full = gather_model(model, run)                         # on every rank, to save it
+    run = Run.open(..., share=functools.partial(init_tp, shards=2))     # ranks 0 and 1 hold one copy of each model
+    shard_model(model, run)                                             # in place, after loading
+    full = gather_model(model, run)                                     # on every rank, to save it
 
-Where ranks share no model, all of these leave what they are given as it is.
+With one shard all three leave what they are given as it is.
 
-As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels are
-column parallel (each rank has some outputs: rows of the weight), those out of them row parallel (some inputs), with one
-sum over the group behind each. Embedding, norms and head are whole on every rank and stay equal, as their gradients are.
+As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels
+are column parallel (each rank has some outputs: rows of the weight), those out of them row parallel (some inputs),
+with one sum over the group behind each. Embedding, norms and head are whole on every rank and stay equal, as their
+gradients are.
 """
 import copy
 import re
@@ -28,13 +29,13 @@ from nanoforge.run import Run
 
 COLWISE = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$'      # cut in dimension 0, the output channels
 ROWWISE = r'\.(o|down)_proj\.weight$'                    # cut in dimension 1, the input channels
-PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, but each sees the gradient of its own heads only
+PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, each sees the gradient of its own heads only
 
 
 @dataclass
 class ShardedRun(Run):
-    """A Run whose ranks share models. `rank`, `world_size`, sum() and gather() are those of data parallelism: the
-    processes that hold one model count as one."""
+    """A Run whose ranks share models. `rank`, `world_size`, sum() and gather() are those of data parallelism:
+    the processes that hold one model count as one."""
     shards: int = 1
     shard: int = 0
     first: bool = True          # of all processes
@@ -82,13 +83,13 @@ class ShardedRun(Run):
 
 
 def init_tp(run, shards):
-    """A Run -> ShardedRun, `shards` neighbouring ranks to a copy of each model; the Run itself for one shard. UserError
-    where the ranks do not come out even."""
+    """A Run -> ShardedRun, `shards` neighbouring ranks to a copy of each model; the Run itself for one shard.
+    UserError where the ranks do not come out even."""
     if shards == 1:
         return run
     if run.world_size % shards:
-        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a multiple of '
-                        f'{shards}')
+        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start '
+                        f'a multiple of {shards}')
     copies = run.world_size // shards
     tp_groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
     dp_groups = [dist.new_group(range(s, run.world_size, shards)) for s in range(shards)]
@@ -127,8 +128,8 @@ class ReduceFromGroup(torch.autograd.Function):
 
 
 class RowwiseLinear(Linear):
-    """A linear layer of which each shard holds some input channels: x (..., in / shards) -> the whole output (..., out).
-    A class of its own, so that the sampler calls it as it is."""
+    """A linear layer of which each shard holds some input channels: x (..., in / shards) -> the whole output
+    (..., out). A class of its own, so that the sampler calls it as it is."""
     group = None
 
     def forward(self, x):
@@ -137,20 +138,22 @@ class RowwiseLinear(Linear):
 
 
 def shard_model(model, run):
-    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config counts the
-    share's heads."""
+    """Leaves this rank's shard of a loaded model in it. model.whole_config is what it was; model.config counts
+    the shard's heads."""
     if not isinstance(run, ShardedRun):
         return
     plain = isinstance(model, GPT) and not getattr(model, 'adapters', None)
     if not plain or type(model.layers[0].self_attn.q_proj) is not Linear:
-        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full precision: '
-                        'set GPU_num=1')
+        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full '
+                        'precision: set GPU_num=1')
     cfg, n = model.config, run.shards
     for name in ('n_head', 'n_kv_head', 'n_inner'):
         if getattr(cfg, name) % n:
-            raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of {model.name_or_path} evenly')
+            raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of '
+                            f'{model.name_or_path} evenly')
     model.whole_config = cfg
-    model.config = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
+    model.config = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n,
+                           n_inner=cfg.n_inner // n)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, nn.Parameter(shard_tensor(name, p.data, run).clone()))
@@ -169,7 +172,7 @@ def shard_model(model, run):
 
 
 def dimension(name):
-    """The dimension in which a parameter (or its optimizer state) is cut, None where every shard has it whole."""
+    """The dimension in which a parameter (or its optimizer state) is cut; None: every shard has it whole."""
     if re.search(COLWISE, name):
         return 0
     return 1 if re.search(ROWWISE, name) else None

@@ -1,16 +1,16 @@
-"""Tensor parallelism on our GPT: the ranks of a group hold a shard of every layer's heads and inner channels each,
+"""Tensor parallelism on our GPT: the ranks of a group hold a shard of every layer's heads and inner channels,
 and run together.
 
-    run = Run.open(..., share=functools.partial(init_tp, shards=2))     # ranks 0 and 1 hold one copy of each model
+    run = Run.open(..., share=functools.partial(init_tp, shards=2))     # two neighbouring ranks hold a model
     shard_model(model, run)                                             # in place, after loading
     full = gather_model(model, run)                                     # on every rank, to save it
 
 With one shard all three leave what they are given as it is.
 
-As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner channels
-are column parallel (each rank has some outputs: rows of the weight), those out of them row parallel (some inputs),
-with one sum over the group behind each. Embedding, norms and head are whole on every rank and stay equal, as their
-gradients are.
+As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner
+channels are column parallel (each rank has some outputs: rows of the weight), those out of them row parallel
+(some inputs), with one sum over the group behind each. Embedding, norms and head are whole on every rank and
+stay equal, as their gradients are.
 """
 import copy
 import re
@@ -138,8 +138,8 @@ class RowwiseLinear(Linear):
 
 
 def shard_model(model, run):
-    """Leaves this rank's shard of a loaded model in it. model.whole_config is what it was; model.config counts
-    the shard's heads."""
+    """Leaves this rank's shard of a loaded model in it. model.whole_config is what it was; model.config
+    counts the shard's heads."""
     if not isinstance(run, ShardedRun):
         return
     plain = isinstance(model, GPT) and not getattr(model, 'adapters', None)

@@ -204,9 +204,10 @@ def main(cfg):
         lowest = cfg.learning_rate * cfg.min_lr_ratio
         lr = learning_rate(state.step, cfg.lr_scheduler, cfg.learning_rate, lowest, cfg.lr_warmup_steps,
                            cfg.total_training_steps)
-        stats, norms = [], []                           # a row for each micro-batch, a norm for each step
+        learned, stats, norms = 0, [], []       # tokens; a row for each micro-batch; a norm for each step
         with log.timed('update'):
             for policy, tokens, candidates in optimizer_steps(cfg, policies, groups, state.step, run):
+                learned += tokens
                 model = policy.use().train()
                 for micro_batch in micro_batches(cfg, candidates):
                     logp, entropy, mask = forward(model, micro_batch, run)                  # (B, T) each
@@ -233,10 +234,11 @@ def main(cfg):
                 # a sum over ranks; a step that is not finite is skipped, and five in a row end the run
                 norms.append(run.step(policy.optimizer, lr, cfg.max_grad_norm))
         state.step += 1
+        state.num_tokens += learned
         write_trajectories(cfg, trajectories, state.step, directory, run)
         metrics = step_metrics(cfg, trajectories, stats, norms, run)
         write_summary(state.step, metrics, directory, run)
-        log.train(state.step, learning_rate=lr, **metrics)
+        log.train(state.step, learned, learning_rate=lr, num_tokens=state.num_tokens, **metrics)
     best = state.best_success_rate
     return run.finish({**metrics, 'best_success_rate': best, 'step': state.step},
                       f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, '
@@ -314,7 +316,7 @@ import torch
 
 from data import sandbox
 from data.batches import cut, pack, padded
-from data.chat import encode, prompt_ids, segments
+from data.chat import prompt_ids, render
 from model import load_model, save_model
 from nanoforge import pages
 from nanoforge.checkpoint import append_text, symlink, writing
@@ -690,7 +692,7 @@ def demonstrations(cfg, task, step):
 
 def supervised_step(cfg, policy, optimizer, chats, step, run):
     """One step of next-token loss on the last message of each chat; the mean over all of its tokens."""
-    rows = encode(policy.tokenizer, [segments(policy.tokenizer, chat, None, 'completion') for chat in chats])
+    rows = [render(policy.tokenizer, messages) for messages in chats]
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
     answers = []
@@ -783,18 +785,18 @@ def step_metrics(cfg, trajectories, stats, norms, run):
     groups = [group for trajectory in trajectories for group in trajectory.groups]
     groups = run.gather([[any(c.advantage for c in group.candidates), group.truncated] for group in groups])
     finite = [norm for norm in norms if math.isfinite(norm)]
-    metrics = {'loss': loss / steps, 'grad_norm': sum(finite) / steps,
-               **summary(cfg, trajectories, run),
-               'entropy': entropy / tokens, 'clip_ratio': clipped / tokens, 'approx_kl': kl / tokens,
-               'sampling/logp_gap': float(first[6] / max(first[2], 1)),
-               'optimizer_steps': len(norms), 'groups': len(groups),
-               'dead_groups': sum(not has_signal for has_signal, _ in groups),      # all earned the same
-               'truncated_prompts': sum(truncated for _, truncated in groups),
-               'skipped_steps': len(norms) - len(finite)}
-    for key in ('truncated_prompts', 'skipped_steps'):  # worth a word only where there are any
-        if not metrics[key]:
-            del metrics[key]
-    return metrics
+    return {'loss': loss / steps,
+            'grad_norm': sum(finite) / steps,
+            **summary(cfg, trajectories, run),
+            'entropy': entropy / tokens,
+            'clip_ratio': clipped / tokens,             # tokens that the clip keeps from teaching more
+            'approx_kl': kl / tokens,                   # of the sampler to the policy
+            'sampling/logp_gap': float(first[6] / max(first[2], 1)),
+            'optimizer_steps': len(norms),
+            'skipped_steps': len(norms) - len(finite),
+            'groups': len(groups),
+            'dead_groups': sum(not has_signal for has_signal, _ in groups),     # all members earned the same
+            'truncated_prompts': sum(truncated for _, truncated in groups)}
 
 
 def record(trajectory):

@@ -1,11 +1,11 @@
-"""Tensor parallelism on our GPT: the ranks of a group hold a share of every layer's heads and inner channels
-each, and run together.
+"""Tensor parallelism on our GPT: the ranks of a group hold a shard of every layer's heads and inner channels,
+and run together.
 
-    run = Run.open(..., share=lambda run: init_tp(run, 2))  # ranks 0 and 1 hold a copy, 2 and 3 the next
-    shard_model(model, run)                                 # in place, after loading
-    full = gather_model(model, run)                         # on every rank, to save it
+    run = Run.open(..., share=functools.partial(init_tp, shards=2))     # two neighbouring ranks hold a model
+    shard_model(model, run)                                             # in place, after loading
+    full = gather_model(model, run)                                     # on every rank, to save it
 
-Where ranks share no model, all of these leave what they are given as it is.
+With one shard all three leave what they are given as it is.
 
 As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner
 channels are column parallel (each rank has some outputs: rows of the weight), those out of them row parallel
@@ -29,7 +29,7 @@ from nanoforge.run import Run
 
 COLWISE = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$'      # cut in dimension 0, the output channels
 ROWWISE = r'\.(o|down)_proj\.weight$'                    # cut in dimension 1, the input channels
-PARTIAL = r'\.(q|k)_norm\.weight$'     # whole on every rank, but each sees the gradient of its own heads only
+PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, each sees the gradient of its own heads only
 
 
 @dataclass
@@ -79,8 +79,7 @@ class ShardedRun(Run):
         return gather(optimizer.state_dict(), self)
 
     def load_optimizer_state(self, optimizer, tensors):
-        cut = {key: shard_tensor(key, tensor, self) for key, tensor in tensors.items()}
-        optimizer.load_state_dict(cut)
+        optimizer.load_state_dict({key: shard_tensor(key, tensor, self) for key, tensor in tensors.items()})
 
 
 def init_tp(run, shards):
@@ -89,8 +88,8 @@ def init_tp(run, shards):
     if shards == 1:
         return run
     if run.world_size % shards:
-        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start a '
-                        f'multiple of {shards}')
+        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start '
+                        f'a multiple of {shards}')
     copies = run.world_size // shards
     tp_groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
     dp_groups = [dist.new_group(range(s, run.world_size, shards)) for s in range(shards)]
@@ -139,8 +138,8 @@ class RowwiseLinear(Linear):
 
 
 def shard_model(model, run):
-    """Leaves this rank's share of a loaded model in it. model.whole_config is what it was; model.config
-    counts the share's heads."""
+    """Leaves this rank's shard of a loaded model in it. model.whole_config is what it was; model.config
+    counts the shard's heads."""
     if not isinstance(run, ShardedRun):
         return
     plain = isinstance(model, GPT) and not getattr(model, 'adapters', None)
@@ -153,8 +152,8 @@ def shard_model(model, run):
             raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of '
                             f'{model.name_or_path} evenly')
     model.whole_config = cfg
-    model.config = replace(
-        cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
+    model.config = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n,
+                           n_inner=cfg.n_inner // n)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition('.')
         setattr(model.get_submodule(parent), leaf, nn.Parameter(shard_tensor(name, p.data, run).clone()))
@@ -173,8 +172,7 @@ def shard_model(model, run):
 
 
 def dimension(name):
-    """The dimension in which a parameter (or its optimizer state) is cut, None where every shard has it
-    whole."""
+    """The dimension in which a parameter (or its optimizer state) is cut; None: every shard has it whole."""
     if re.search(COLWISE, name):
         return 0
     return 1 if re.search(ROWWISE, name) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import nanoforge.run
 from nanoforge.checkpoint import resume_config, write_json
 from configurator import UserError, from_dict, parse
 from data.prepare import prepare_files
@@ -37,7 +38,7 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
     def setup(device, dtype, matmul):
         asked.append((device, matmul))
         raise InterruptedError
-    monkeypatch.setattr(module, 'setup', setup)
+    monkeypatch.setattr(module if hasattr(module, 'setup') else nanoforge.run, 'setup', setup)     # Run.open asks it
     for typed in ([], ['--matmul=bf16']):
         with pytest.raises(InterruptedError):
             module.main(parse(module.Config, [resume, out, *typed]))

@@ -15,12 +15,11 @@ from data.chat import prompt_ids
 from data.preferences import encode_pairs, read_pairs
 from data.formats import read_rows, split_of_row, text_of
 from data.rewards import extract_answer
-from data.splits import hash64, is_held_out, legacy_rl
+from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_rl
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
-MAX_EVAL_PAIRS = 512        # held-out preference pairs that a reward model is judged by
 FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
         'nothing else, between <answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
@@ -206,7 +205,7 @@ def pair_problems(cfg, tokenizer, say):
 
 def split_pairs(cfg, pairs, say):
     """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side; of
-    the held-out ones MAX_EVAL_PAIRS at most."""
+    the held-out ones MAX_EVAL_ROWS at most."""
     held_out = [pair for pair in pairs if pair.split == 'eval']
     if cfg.split_rule == 'legacy':
         if held_out:
@@ -217,10 +216,10 @@ def split_pairs(cfg, pairs, say):
         held_out = [pair for pair in pairs if is_held_out(pair.prompt, cfg.eval_fraction)]
     asked = {json.dumps(pair.prompt) for pair in held_out}
     train = [pair for pair in pairs if json.dumps(pair.prompt) not in asked]
-    held_out = held_out[:MAX_EVAL_PAIRS]
+    held_out = held_out[:MAX_EVAL_ROWS]
     if dropped := len(pairs) - len(train) - len(held_out):
         say(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an evaluation '
-            f'looks at {MAX_EVAL_PAIRS} pairs at most')
+            f'looks at {MAX_EVAL_ROWS} pairs at most')
     return train, held_out
 
 

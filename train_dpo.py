@@ -70,8 +70,6 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     eval_samples: int = setting(64, min=0)  # held-out prompts that are answered at each evaluation
     max_new_tokens: int = setting(64, min=1)  # of such an answer
     prediction_loss_only: bool = False  # evaluate losses and rewards only, without sampling answers
-    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # read and show the data,
-        # train nothing
 
     output_dir = 'models/dpo'
     per_device_train_batch_size = 16

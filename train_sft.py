@@ -61,8 +61,6 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # other wordings
     augment_factor: float = setting(2.0, path='data.augment_factor')  # rows with copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
-    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # show what is learned
-        # and what is wrong with the data, and stop
     # optimization
     warmup_ratio: float = setting(0.03, min=0, below=1, also=('warmup_proportion',))  # share of the steps in
         # which the rate rises; warmup_steps beats it

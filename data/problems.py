@@ -15,12 +15,11 @@ from data.chat import prompt_ids
 from data.preferences import encode_pairs, read_pairs
 from data.formats import read_rows, split_of_row, text_of
 from data.rewards import extract_answer
-from data.splits import hash64, is_held_out, legacy_rl
+from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_rl
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
-MAX_EVAL_PAIRS = 512        # held-out preference pairs that a reward model is judged by
 FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
         'nothing else, between <answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
@@ -129,26 +128,26 @@ def uses_pairs(cfg):
     return any(source.chosen_column or source.rejected_column for source in cfg.sources())
 
 
-def open_problems(cfg, tokenizer, say):
-    """The Problems that a Config of train_rl.py describes, as token ids; say(text) hears what is left out."""
+def open_problems(cfg, tokenizer, print0):
+    """The Problems that a Config of train_rl.py describes, as token ids; print0(text) hears what is left out."""
     pairs, task = [[], []], sys.modules[__name__]
     if not cfg.sources():
         task = load_task(cfg.task)
         train = task.problems('train', cfg.num_problems, cfg.seed)
         held_out = task.problems('eval', cfg.eval_problems, 0)
     elif uses_pairs(cfg):
-        train, held_out, pairs = pair_problems(cfg, tokenizer, say)
+        train, held_out, pairs = pair_problems(cfg, tokenizer, print0)
     else:
-        train, held_out = split_problems(cfg, say)
-    problems = Problems(task, fitting(cfg, tokenizer, task, train, 'training', say),
-                        fitting(cfg, tokenizer, task, held_out[:cfg.eval_problems], 'held-out', say), *pairs)
+        train, held_out = split_problems(cfg, print0)
+    problems = Problems(task, fitting(cfg, tokenizer, task, train, 'training', print0),
+                        fitting(cfg, tokenizer, task, held_out[:cfg.eval_problems], 'held-out', print0), *pairs)
     if not problems.train:
         raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length='
                         f'{cfg.max_prompt_length}, or is held out')
     return problems
 
 
-def split_problems(cfg, say):
+def split_problems(cfg, print0):
     """(problems for training, held-out ones) of the data sets: as their metadata says, else by hold_out."""
     with_answers = 'exact' in cfg.rewards or 'number' in cfg.rewards
     rows, held_out = read_problems(cfg.sources(), cfg.system_prompt, with_answers)
@@ -161,24 +160,24 @@ def split_problems(cfg, say):
         train, held_out = hold_out(rows, cfg.eval_fraction, cfg.eval_problems)
         dropped = len(rows) - len(train) - len(held_out)
     if dropped:
-        say(f'{dropped:,} of {len(rows):,} rows are left out: their questions are held out, and the rows of '
+        print0(f'{dropped:,} of {len(rows):,} rows are left out: their questions are held out, and the rows of '
             f'an evaluation are at most eval_problems={cfg.eval_problems}, each question once')
     return train, held_out
 
 
-def fitting(cfg, tokenizer, task, problems, name, say):
+def fitting(cfg, tokenizer, task, problems, name, print0):
     """The problems whose prompts are short enough, with their prompt_ids."""
     for problem in problems:
         problem['prompt_ids'] = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
     kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
     if len(kept) < len(problems):
         longest = max(len(problem['prompt_ids']) for problem in problems)
-        say(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their '
+        print0(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their '
             f'prompts exceed max_prompt_length={cfg.max_prompt_length} tokens (the longest has {longest})')
     return kept
 
 
-def pair_problems(cfg, tokenizer, say):
+def pair_problems(cfg, tokenizer, print0):
     """Preference data -> (prompts for training, held-out prompts, [pairs for training, held-out pairs])."""
     pairs = []
     for source in cfg.sources():
@@ -186,15 +185,15 @@ def pair_problems(cfg, tokenizer, say):
         for place, pair in enumerate(of_source):
             pairs += [pair] * copies(source, place)
         if drops:
-            say(f'{source.name}: pairs left out: {drops}')
+            print0(f'{source.name}: pairs left out: {drops}')
     encoded, prompts = [], []
-    for split, members in zip(('train', 'eval'), split_pairs(cfg, pairs, say)):
+    for split, members in zip(('train', 'eval'), split_pairs(cfg, pairs, print0)):
         longest = min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length)
         ids, drops, cuts = encode_pairs(tokenizer, members, longest)
         if drops:
-            say(f'{split} pairs left out: {drops}')
+            print0(f'{split} pairs left out: {drops}')
         if any(cuts.values()):
-            say(f'{split} pairs cut: {cuts}')
+            print0(f'{split} pairs cut: {cuts}')
         asked = {json.dumps(pair.prompt): {'messages': pair.prompt, 'question': pair.prompt[-1]['content']}
                  for pair in members}
         encoded.append(ids)
@@ -204,9 +203,9 @@ def pair_problems(cfg, tokenizer, say):
     return (*prompts, encoded)
 
 
-def split_pairs(cfg, pairs, say):
-    """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side; of
-    the held-out ones MAX_EVAL_PAIRS at most."""
+def split_pairs(cfg, pairs, print0):
+    """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side;
+    of the held-out ones MAX_EVAL_ROWS at most."""
     held_out = [pair for pair in pairs if pair.split == 'eval']
     if cfg.split_rule == 'legacy':
         if held_out:
@@ -217,10 +216,10 @@ def split_pairs(cfg, pairs, say):
         held_out = [pair for pair in pairs if is_held_out(pair.prompt, cfg.eval_fraction)]
     asked = {json.dumps(pair.prompt) for pair in held_out}
     train = [pair for pair in pairs if json.dumps(pair.prompt) not in asked]
-    held_out = held_out[:MAX_EVAL_PAIRS]
+    held_out = held_out[:MAX_EVAL_ROWS]
     if dropped := len(pairs) - len(train) - len(held_out):
-        say(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an evaluation '
-            f'looks at {MAX_EVAL_PAIRS} pairs at most')
+        print0(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an '
+               f'evaluation looks at {MAX_EVAL_ROWS} pairs at most')
     return train, held_out
 
 

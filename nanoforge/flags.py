@@ -203,13 +203,15 @@ class DataFlags(Flags):
 
 @configclass
 class LoaderFlags(Flags):
-    """Making batches beside the training."""
+    """Rows that are rendered once and batched beside the training."""
     dataset_num_proc: int = setting(1, path='data.dataset_num_proc', min=1)  # processes that
         # render and tokenise
     dataloader_num_workers: int = setting(0, path='training.dataloader_num_workers', min=0)  # steps whose
         # batches a thread makes ahead
     dataloader_pin_memory: bool = setting(True, path='training.dataloader_pin_memory')  # batches in
         # page-locked memory, copied to the GPU meanwhile
+    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # show what is learned of
+        # which rows and what is wrong with them, and stop
 
 
 @configclass

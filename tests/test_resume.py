@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import nanoforge.run
 from nanoforge.checkpoint import resume_config, write_json
 from configurator import UserError, from_dict, parse
 from data.prepare import prepare_files
@@ -38,7 +39,6 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
         asked.append((device, matmul))
         raise InterruptedError
     monkeypatch.setattr('nanoforge.run.setup', setup)
-    monkeypatch.setattr(module, 'setup', setup, raising=False)      # of a script that imports it
     for typed in ([], ['--matmul=bf16']):
         with pytest.raises(InterruptedError):
             module.main(parse(module.Config, [resume, out, *typed]))

@@ -204,8 +204,8 @@ def pair_problems(cfg, tokenizer, say):
 
 
 def split_pairs(cfg, pairs, say):
-    """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side; of
-    the held-out ones MAX_EVAL_ROWS at most."""
+    """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side;
+    of the held-out ones MAX_EVAL_ROWS at most."""
     held_out = [pair for pair in pairs if pair.split == 'eval']
     if cfg.split_rule == 'legacy':
         if held_out:
@@ -218,8 +218,8 @@ def split_pairs(cfg, pairs, say):
     train = [pair for pair in pairs if json.dumps(pair.prompt) not in asked]
     held_out = held_out[:MAX_EVAL_ROWS]
     if dropped := len(pairs) - len(train) - len(held_out):
-        say(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an evaluation '
-            f'looks at {MAX_EVAL_ROWS} pairs at most')
+        say(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an '
+            f'evaluation looks at {MAX_EVAL_ROWS} pairs at most')
     return train, held_out
 
 

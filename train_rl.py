@@ -148,8 +148,8 @@ def main(cfg):
     if 'model' in cfg.rewards and not reward_model:                 # in the folder that is ready now
         with log.pause():
             reward_model = train_own_reward_model(cfg, problems, tokenizer, run)
-    how = composition(cfg)                                          # policy_loss's arguments, and of its
-    grouping = {name: how.pop(name) for name in ('scale', 'baseline')}      # advantages
+    how = composition(cfg)                                          # what policy_loss takes, but for
+    grouping = {name: how.pop(name) for name in ('scale', 'baseline')}      # what group_advantages takes
     metrics, previous = {}, state.step
 
     def save(best=False):
@@ -236,7 +236,7 @@ def main(cfg):
                     # the sampler's own logp, rounded in another way, would make it only about 1
                     old_logp = logp.detach() if is_first else mb.old_logp
                     weights = None
-                    if cfg.importance_cap:          # the sampler's kernels round differently
+                    if cfg.importance_cap:          # towards what training itself would have sampled
                         gap = torch.where(mb.mask, old_logp - mb.sampling_logp, 0.0)
                         weights = torch.exp(gap).clamp(max=cfg.importance_cap)
                     advantages = mb.advantages if critic else rollout.advantage[mb.rows].to(run.device)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 
-import nanoforge.run
 from nanoforge.checkpoint import resume_config, write_json
 from configurator import UserError, from_dict, parse
 from data.prepare import prepare_files

@@ -129,7 +129,7 @@ def uses_pairs(cfg):
 
 
 def open_problems(cfg, tokenizer, print0):
-    """The Problems that a Config of train_rl.py describes, as token ids; print0(text) hears what is left out."""
+    """The Problems that a Config of train_rl.py describes, as token ids; print0 is told what is left out."""
     pairs, task = [[], []], sys.modules[__name__]
     if not cfg.sources():
         task = load_task(cfg.task)
@@ -139,8 +139,9 @@ def open_problems(cfg, tokenizer, print0):
         train, held_out, pairs = pair_problems(cfg, tokenizer, print0)
     else:
         train, held_out = split_problems(cfg, print0)
-    problems = Problems(task, fitting(cfg, tokenizer, task, train, 'training', print0),
-                        fitting(cfg, tokenizer, task, held_out[:cfg.eval_problems], 'held-out', print0), *pairs)
+    train = fitting(cfg, tokenizer, task, train, 'training', print0)
+    held_out = fitting(cfg, tokenizer, task, held_out[:cfg.eval_problems], 'held-out', print0)
+    problems = Problems(task, train, held_out, *pairs)
     if not problems.train:
         raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length='
                         f'{cfg.max_prompt_length}, or is held out')
@@ -160,8 +161,8 @@ def split_problems(cfg, print0):
         train, held_out = hold_out(rows, cfg.eval_fraction, cfg.eval_problems)
         dropped = len(rows) - len(train) - len(held_out)
     if dropped:
-        print0(f'{dropped:,} of {len(rows):,} rows are left out: their questions are held out, and the rows of '
-            f'an evaluation are at most eval_problems={cfg.eval_problems}, each question once')
+        print0(f'{dropped:,} of {len(rows):,} rows are left out: their questions are held out, and the rows '
+               f'of an evaluation are at most eval_problems={cfg.eval_problems}, each question once')
     return train, held_out
 
 

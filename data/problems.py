@@ -204,11 +204,7 @@ def pair_problems(cfg, tokenizer, print0):
     return (*prompts, encoded)
 
 
-<<<<<<< HEAD
 def split_pairs(cfg, pairs, print0):
-=======
-def split_pairs(cfg, pairs, say):
->>>>>>> h-rl
     """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side;
     of the held-out ones MAX_EVAL_ROWS at most."""
     held_out = [pair for pair in pairs if pair.split == 'eval']
@@ -223,13 +219,8 @@ def split_pairs(cfg, pairs, say):
     train = [pair for pair in pairs if json.dumps(pair.prompt) not in asked]
     held_out = held_out[:MAX_EVAL_ROWS]
     if dropped := len(pairs) - len(train) - len(held_out):
-<<<<<<< HEAD
         print0(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an '
                f'evaluation looks at {MAX_EVAL_ROWS} pairs at most')
-=======
-        say(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an '
-            f'evaluation looks at {MAX_EVAL_ROWS} pairs at most')
->>>>>>> h-rl
     return train, held_out
 
 

@@ -10,6 +10,9 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 WEIGHTS = 4 * (4 * 256 * 256 + 3 * 256 * 512)       # of llama() that are multiplied, without the head
+# of TRL's trainers: float32 on the CPU, nothing written on the way, a constant rate
+TRL_SETTINGS = dict(use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to='none',
+                    save_strategy='no', disable_tqdm=True, lr_scheduler_type='constant')
 
 
 def llama(**more):

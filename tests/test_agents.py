@@ -1,4 +1,5 @@
-"""train_agents.py: one update by hand, the mistakes of earlier trainers that must not be here, and short real runs."""
+"""train_agents.py: one update by hand, the mistakes of earlier trainers that must not be here,
+and short real runs."""
 import glob
 import json
 import os
@@ -23,8 +24,8 @@ from train_agents import BaseModel, Candidate, Config, Group, comparable_groups,
 
 
 class ScriptedEnv:
-    """Two agents write; the more different characters, the better for the team, and each likes its own length. All that was executed
-    is in the next prompt."""
+    """Two agents write; the more different characters, the better for the team,
+    and each likes its own length. All that was executed is in the next prompt."""
     roles = ('first', 'second')
 
     def __init__(self, problem):
@@ -58,7 +59,8 @@ def small(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    """logs/ goes to a folder of the test's own, and there is an environment `scripted`, found by its file's name like any other."""
+    """logs/ goes to a folder of the test's own, and there is an environment `scripted`,
+    found by its file's name like any other."""
     monkeypatch.chdir(tmp_path)
     task = types.ModuleType('data.tasks.scripted')
     task.ROLES, task.ACTS, task.SETTINGS, task.Env = ScriptedEnv.roles, 'second', {}, ScriptedEnv
@@ -100,7 +102,8 @@ def played(cfg, run, step=0):
 
 
 def iterate(cfg, monkeypatch):
-    """main() for one iteration -> (its trajectories, its line of log.jsonl). What it trained is in logs/agents/latest."""
+    """main() for one iteration -> (its trajectories, its line of log.jsonl).
+    What it trained is in logs/agents/latest."""
     kept = []
     monkeypatch.setattr(train_agents, 'write_trajectories', lambda cfg, trajectories, *rest: kept.extend(trajectories))
     train_agents.main(cfg)
@@ -124,8 +127,8 @@ def weights(policy):
 
 
 def test_update_by_hand(small, monkeypatch):
-    """Two problems, two agents, two turns, three candidates: advantages, loss and step from plain formulas and torch's own AdamW,
-    candidate by candidate, each in a row of its own."""
+    """Two problems, two agents, two turns, three candidates: advantages, loss and step from plain formulas
+    and torch's own AdamW, candidate by candidate, each in a row of its own."""
     cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.3)})
     trajectories, line = iterate(cfg, monkeypatch)
     groups = [group for trajectory in trajectories for group in trajectory.groups]
@@ -144,7 +147,8 @@ def test_update_by_hand(small, monkeypatch):
             row = torch.tensor([candidate.prompt + candidate.tokens])
             logits = model(row) / (1.3 if group.agent == 'second' else 1.0)
             logp = logits.log_softmax(-1)[0, len(candidate.prompt) - 1:-1].gather(1, torch.tensor(candidate.tokens)[:, None])[:, 0]
-            torch.testing.assert_close(logp.detach(), torch.tensor(candidate.logp), atol=2e-5, rtol=0)      # drawn from what is trained
+            # drawn from what is trained
+            torch.testing.assert_close(logp.detach(), torch.tensor(candidate.logp), atol=2e-5, rtol=0)
             ratio = (logp - torch.tensor(candidate.logp)).exp()
             loss = loss - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / tokens
     loss.backward()
@@ -158,14 +162,16 @@ def test_update_by_hand(small, monkeypatch):
     trained = load_model('logs/agents/latest/checkpoints/last')[0]
     assert any((a - b).abs().max() > 5e-4 for a, b in zip(before, model.parameters()))
     for (name, ours), theirs in zip(trained.named_parameters(), model.parameters()):
-        # where a gradient is rounding, Adam's first step has the sign of it: there the weights may differ by the rate
+        # where a gradient is rounding, Adam's first step has the sign of it:
+        # there the weights may differ by the rate
         sure = theirs.grad.abs() > 1e-6
         torch.testing.assert_close(ours[sure], theirs[sure], atol=2e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize('dual_clip', [3.0, 1.1, None])
 def test_the_loss_is_train_rls_policy_loss(small, monkeypatch, dual_clip):
-    """Of every micro-batch, entropy bonus aside; with ratios far from 1, as there are three passes at a high rate."""
+    """Of every micro-batch, entropy bonus aside; with ratios far from 1,
+    as there are three passes at a high rate."""
     from train_rl import policy_loss
     cfg = config(small, ppo_epochs=3, learning_rate=0.02, max_grad_norm=0.0, train_batch_size=8, clip_low=0.1, clip_high=0.3,
                  dual_clip=dual_clip, agents={'agent_0': train_agents.Agent('second', temperature=1.3)})
@@ -230,7 +236,8 @@ def test_groups_are_of_one_problem_turn_and_agent(small, monkeypatch):
 
 
 def test_every_agent_sees_what_was_executed_before_it(small, run):
-    """All agents answered before any acted; and from the second turn on the state that was seen stood still."""
+    """All agents answered before any acted; and from the second turn on the state
+    that was seen stood still."""
     _, trajectories = played(config(small, max_turns=3), run)
     for trajectory in trajectories:
         words = [trajectory.problem['word']]
@@ -241,7 +248,8 @@ def test_every_agent_sees_what_was_executed_before_it(small, run):
 
 
 def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, run):
-    """The second agent's candidates all had the reward of one, which is no signal; and a candidate is scored in the state that it saw."""
+    """The second agent's candidates all had the reward of one, which is no signal;
+    and a candidate is scored in the state that it saw."""
     _, trajectories = played(config(small, train_sample_num=6), run)
     second = [group for trajectory in trajectories for group in trajectory.groups if group.agent == 'second']
     assert all(len({c.reward for c in group.candidates}) > 1 for group in second)
@@ -251,7 +259,8 @@ def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, run):
 
 
 def test_candidates_come_from_the_distribution_that_is_trained(small, run):
-    """Sampling with top_p, top_k and a repetition penalty, and scoring without, is off-policy. At another temperature too."""
+    """Sampling with top_p, top_k and a repetition penalty, and scoring without, is off-policy.
+    At another temperature too."""
     cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.7)}, epoch_size=8)
     team, trajectories = played(cfg, run)
     for agent, temperature in (('first', 1.0), ('second', 1.7)):
@@ -263,7 +272,8 @@ def test_candidates_come_from_the_distribution_that_is_trained(small, run):
 
 
 def test_no_tree_compares_whole_trajectories(small, monkeypatch):
-    """K trajectories of a problem: an agent's rewards are summed, and each of its turns has the trajectory's advantage."""
+    """K trajectories of a problem: an agent's rewards are summed,
+    and each of its turns has the trajectory's advantage."""
     cfg = config(small, rollout_mode='no_tree')
     trajectories, _ = iterate(cfg, monkeypatch)
     assert len(trajectories) == 6 and all(len(g.candidates) == 1 for t in trajectories for g in t.groups)
@@ -392,7 +402,7 @@ def test_validation_never_branches_and_is_repeatable(small, run):
     assert {'validation/success_rate', 'validation/greedy_success_rate', 'validation/reward', 'validation/episode_length'} <= set(metrics)
 
 
-# ---- short real runs ----------------------------------------------------------------------------------------------------------
+# ---- short real runs ---------------------------------------------------------------------------------------
 
 SHORT = ['env.benchmark=plan_path', 'training.experiment_name=x', 'training.total_training_steps=4', 'training.epoch_size=3',
          'training.train_batch_size=16', 'training.train_sample_num=3', 'training.max_response_length=12', 'training.val_freq=2',
@@ -485,7 +495,8 @@ def test_sigterm_saves_and_says_how_to_go_on(small):
 
 
 def test_two_ranks_train_what_one_does(small):
-    """Uneven episodes: three on two ranks, of different lengths. The same candidates, steps and weights up to rounding."""
+    """Uneven episodes: three on two ranks, of different lengths.
+    The same candidates, steps and weights up to rounding."""
     go(small, 'training.total_training_steps=2', 'filter_method=dapo')
     finish(start(small, 'training.total_training_steps=2', 'filter_method=dapo', 'training.experiment_name=two',
                  launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']))
@@ -499,7 +510,8 @@ def test_two_ranks_train_what_one_does(small):
 
 
 def test_two_shards_are_one_model(small):
-    """GPU_num=2 starts two processes that hold half of the heads each; what they save is whole, and goes on in one process."""
+    """GPU_num=2 starts two processes that hold half of the heads each;
+    what they save is whole, and goes on in one process."""
     words = ['training.total_training_steps=2', 'training.learning_rate=1e-4', 'training.val_freq=1']
     go(small, *words)
     finish(start(small, *words, 'GPU_num=2', 'training.experiment_name=two', 'training.total_training_steps=1'))
@@ -559,14 +571,16 @@ def test_documented_configuration():
 
 
 def test_an_environment_has_its_settings_from_its_file(scratch):
-    """env.* is open: what the file's SETTINGS name, typed by their defaults, stored, and kept when a run is resumed."""
+    """env.* is open: what the file's SETTINGS name, typed by their defaults, stored,
+    and kept when a run is resumed."""
     scratch.SETTINGS = {'size': (4, ''), 'rate': (0.5, ''), 'hard': (False, ''), 'path': ('here', ''), 'seeds': (None, '')}
     cfg = parse(Config, ['env.name=scripted', 'env.size=6', '--env.rate=2', 'env.hard=yes', 'env.path=3', 'env.seeds=7'])
     assert cfg.env == {'size': 6, 'rate': 2.0, 'hard': True, 'path': '3', 'seeds': 7} and isinstance(cfg.env['rate'], float)
     saved = as_dict(cfg)
     assert saved['env'] == {'name': 'scripted', 'dataset': None, 'benchmark': None, 'max_turns': 4, **cfg.env}
     again = parse(Config, ['env.name=scripted', 'env.size=5', 'env.seeds=a'])
-    resumed = from_dict(Config, {**saved, 'env': {**saved['env'], 'map_size': None}}, again)       # null: of an earlier version
+    # null: of an earlier version
+    resumed = from_dict(Config, {**saved, 'env': {**saved['env'], 'map_size': None}}, again)
     check_settings(resumed)
     assert resumed.env == {**cfg.env, 'size': 5, 'seeds': 'a'}
     task = train_agents.task_of(resumed)

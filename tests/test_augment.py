@@ -33,7 +33,8 @@ def test_answers_and_held_out_rows_stay(task):
         assert copy.completion is original.completion and copy.tools is original.tools
         assert copy.prompt != original.prompt and copy.prompt[:-1] == original.prompt[:-1]
         words = set(re.findall(r'\w+', copy.prompt[-1]['content']))
-        for word in re.findall(r'\w+', original.prompt[-1]['content']):     # what the answer repeats is still there
+        # what the answer repeats is still there
+        for word in re.findall(r'\w+', original.prompt[-1]['content']):
             if word in re.findall(r'\w+', str(original.completion)):
                 assert word in words or word.lower() in {other.lower() for other in words}
     prompts = [str((one.prompt, one.tools)) for one in found]

@@ -154,8 +154,8 @@ def test_padding_is_a_document_of_its_own():
 
 
 def tensors(rows, batch, packed):
-    """Items of row numbers -> x, y (B, T), y -1 where nothing is learned, and positions (B, T) where they are packed, else
-    None: what train_sft.py had before pack_documents()."""
+    """Items of row numbers -> x, y (B, T), y -1 where nothing is learned,
+    and positions (B, T) where they are packed, else None: what train_sft.py had before pack_documents()."""
     ids = [[rows[i] for i in item] for item in batch]
     T = max(sum(len(tokens) - 1 for tokens, _ in item) for item in ids)
     x, y = np.zeros((len(batch), T), np.int64), np.full((len(batch), T), -1, np.int64)

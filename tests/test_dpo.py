@@ -1,4 +1,5 @@
-"""train_dpo.py: its losses by hand, its gradients by autograd through transformers, and short real runs that survive a kill."""
+"""train_dpo.py: its losses by hand, its gradients by autograd through transformers,
+and short real runs that survive a kill."""
 import json
 import math
 import os
@@ -80,19 +81,21 @@ def lines(out='models/dpo'):
         return [json.loads(line) for line in f]
 
 
-# ---- losses -----------------------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 # policy -10 and -12, reference -11 and -11: log-ratios 1 and -1, 2 apart; by hand
 @pytest.mark.parametrize('loss_type, settings, expected', [
     ('sigmoid', dict(beta=0.5), 0.31326169),                                    # log(1 + 1/e)
-    ('sigmoid', dict(beta=0.5, label_smoothing=0.1), 0.41326169),               # 0.9 log(1 + 1/e) + 0.1 log(1 + e)
-    ('robust', dict(beta=0.5, label_smoothing=0.1), 0.18826169),                # (0.9 log(1 + 1/e) - 0.1 log(1 + e)) / 0.8
+    ('sigmoid', dict(beta=0.5, label_smoothing=0.1), 0.41326169),       # 0.9 log(1 + 1/e) + 0.1 log(1 + e)
+    ('robust', dict(beta=0.5, label_smoothing=0.1), 0.18826169),   # (0.9 log(1 + 1/e) - 0.1 log(1 + e)) / 0.8
     ('hinge', dict(beta=0.25), 0.5),
     ('hinge', dict(beta=1.0), 0.0),
     ('ipo', dict(beta=0.5, chosen_length=2, rejected_length=4), 0.0625),        # (1/2 + 1/4 - 1)^2
-    ('sigmoid_norm', dict(beta=0.5, chosen_length=2, rejected_length=4), 0.52312326),       # log(1 + exp(-0.375))
-    ('simpo', dict(beta=0.5, gamma=0.2, chosen_length=5, rejected_length=4), 0.55435524),   # log(1 + exp(0.2 - (3 - 2) / 2))
-    ('orpo', dict(beta=0.5, chosen_length=5, rejected_length=4), 2.14437539),   # 2 + log(1 + odds(e^-3) / odds(e^-2)) / 2
+    ('sigmoid_norm', dict(beta=0.5, chosen_length=2, rejected_length=4), 0.52312326),   # log(1 + exp(-0.375))
+    # log(1 + exp(0.2 - (3 - 2) / 2))
+    ('simpo', dict(beta=0.5, gamma=0.2, chosen_length=5, rejected_length=4), 0.55435524),
+    # 2 + log(1 + odds(e^-3) / odds(e^-2)) / 2
+    ('orpo', dict(beta=0.5, chosen_length=5, rejected_length=4), 2.14437539),
     ('apo_zero', dict(beta=0.5), 0.75508134),                                   # 2 / (1 + e^0.5)
 ])
 def test_losses_by_hand(loss_type, settings, expected):
@@ -175,7 +178,7 @@ def test_a_loss_type_without_a_branch_is_an_error(monkeypatch):
         dpo_loss(*[torch.zeros(1)] * 4, loss_type='new')
 
 
-# ---- log-probabilities, gradients, steps ------------------------------------------------------------------------------------
+# ---- log-probabilities, gradients, steps -------------------------------------------------------------------
 
 def their_logps(model, pairs):
     """(S,) by transformers, each answer behind its own copy of the prompt."""
@@ -218,7 +221,8 @@ def test_gradients_equal_autograd_through_transformers(llama, pairs, loss_type, 
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut(llama, pairs, monkeypatch):
-    """One micro-batch of 8 pairs, 8 of one, 2 ranks of 4 with 2 micro-batches each: main's own gradients and means, in float64."""
+    """One micro-batch of 8 pairs, 8 of one, 2 ranks of 4 with 2 micro-batches each:
+    main's own gradients and means, in float64."""
     model, tokenizer = load_model(llama[1], dtype=torch.float64)
     constant = lambda batch: torch.full((len(batch.targets),), -20.0, dtype=torch.float64)
     opened, seen = Run.open, {}
@@ -276,7 +280,7 @@ def test_two_ranks_give_the_losses_of_one(llama, preferences):
     assert not any('kl' in line for line in one)        # of the reference nothing but the cache is held
 
 
-# ---- references -------------------------------------------------------------------------------------------------------------
+# ---- references --------------------------------------------------------------------------------------------
 
 def test_cached_log_probabilities_are_those_of_the_reference_and_are_reused(llama, pairs, monkeypatch, capsys):
     run, cfg = setup('cpu', matmul='float32'), config(base_model_name=llama[1])
@@ -297,7 +301,7 @@ def test_cached_log_probabilities_are_those_of_the_reference_and_are_reused(llam
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
     assert '4 of 8 pairs are in' in capsys.readouterr().out
     with torch.no_grad():
-        model.norm.weight[0] += 1                                                       # another model: another file
+        model.norm.weight[0] += 1                                               # another model: another file
     read(*range(8))
     assert sum(passes) == 2 * 4 + 2 * 8 and len(os.listdir(cfg.reference_cache)) == 2
     for name in os.listdir(cfg.reference_cache):
@@ -307,7 +311,8 @@ def test_cached_log_probabilities_are_those_of_the_reference_and_are_reused(llam
 
 
 def test_references_under_lora(llama, pairs, preferences):
-    """Adapters off where training begins at the base; a frozen copy where it goes on from an adapter, which stays what it was."""
+    """Adapters off where training begins at the base; a frozen copy where it goes on from an adapter,
+    which stays what it was."""
     data = [Source(name=preferences)]
     settings = dict(datasets=data, use_lora=True, learning_rate=0.01, max_steps=3, matmul='float32')
     main(config(base_model_name=llama[1], output_dir='first', **settings))
@@ -355,14 +360,16 @@ def test_dropout_acts_only_where_asked_for(llama, preferences):
     main(config(output_dir='off', **settings))
     main(config(output_dir='on', disable_dropout=False, **settings))
     off, on = ([line['loss'] for line in lines(out) if 'loss' in line] for out in ('off', 'on'))
-    assert off[0] == on[0] == pytest.approx(math.log(2)) and off[1] != on[1]            # B begins at zero: dropout shows at step 2
+    # B begins at zero: dropout shows at step 2
+    assert off[0] == on[0] == pytest.approx(math.log(2)) and off[1] != on[1]
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('more', (['--use_lora', '--disable_dropout=false'], ['--reference=cache', '--dataloader_num_workers=2']))
 def test_kills_change_nothing(llama, preferences, more):
-    """SIGKILL at random moments, resumed each time: weights, optimizer state and log are those of a run left alone."""
+    """SIGKILL at random moments, resumed each time:
+    weights, optimizer state and log are those of a run left alone."""
     settings = {**SMALL, 'base_model_name': llama[1], 'max_steps': 16, 'save_steps': 4, 'eval_steps': 8, 'logging_steps': 5,
                 'eval_samples': 0, 'learning_rate': 0.01}
     flags = [*(f'--{k}={v}' for k, v in settings.items()), f'data.datasets[0].name={preferences}', *more]
@@ -426,7 +433,7 @@ def test_check_shows_the_data_and_trains_nothing(preferences, capsys):
     assert 'How many are 1 and 2?' in said and 'the longer one in 0% of the pairs: a policy can win by length alone' in said
 
 
-# ---- settings ---------------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flags, words', [
     (['--loss_type=dpo'], ['loss_type', 'sigmoid']),

@@ -1,4 +1,5 @@
-"""Every documented format and place of rows is read; forty kinds of malformed input are each refused by a check of their own."""
+"""Every documented format and place of rows is read; forty kinds of malformed input are each refused
+by a check of their own."""
 import inspect
 import json
 import os
@@ -68,7 +69,8 @@ def test_columns_and_system_prompt_of_a_recipe():
     source = Source(prompt_column='ask', answer_column='say', dataset_columns=['mood', 'n'])
     record = to_record(row, 'x', source, 'Be {mood}, {{n}}={n}.')
     assert record.prompt == [{'role': 'system', 'content': 'Be kind {x}, {n}=3.'}, ASK] and record.completion == [ANSWER]
-    assert to_record(row, 'x', Source(), '{ask}-{say}').completion == 'hi-hello'        # neither chat nor question: it is the text
+    # neither chat nor question: it is the text
+    assert to_record(row, 'x', Source(), '{ask}-{say}').completion == 'hi-hello'
 
 
 def test_places(tmp_path):
@@ -163,7 +165,8 @@ def refusal(action):
     with pytest.raises(UserError) as info:
         action()
     error = info.value
-    while error.__context__ is not None and isinstance(error.__context__, UserError):       # to_record() puts the row in front
+    # to_record() puts the row in front
+    while error.__context__ is not None and isinstance(error.__context__, UserError):
         error = error.__context__
     frame = traceback.extract_tb(error.__traceback__)[-1]
     assert '\n' not in str(info.value)
@@ -231,7 +234,8 @@ def test_embedded_rows_are_those_of_the_task(task):
 
 
 def test_held_out_devices_are_new():
-    """No value, wording, opening or joint of a held-out row occurs in training; a dozen tools, one to three calls a row."""
+    """No value, wording, opening or joint of a held-out row occurs in training;
+    a dozen tools, one to three calls a row."""
     train, held_out = (devices.problems(split, count, 0) for split, count in zip(('train', 'eval'), formats.SIZES['devices']))
     values = [{str(value) for problem in part for call in problem['calls'] for value in call['arguments'].values()} for part in (train, held_out)]
     assert len(devices.TOOLS) == 12 and not values[0] & values[1]

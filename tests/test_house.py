@@ -1,6 +1,8 @@
-"""The house rules of DESIGN: where a line lives, what may import what, what a reader is spared. torch is not imported.
+"""The house rules of DESIGN: where a line lives, what may import what, what a reader is spared.
+torch is not imported.
 
-Each failure names file and line. A rule is a function that yields them, so that a mistake shows all of its places.
+Each failure names file and line. A rule is a function that yields them,
+so that a mistake shows all of its places.
 """
 import ast
 import os
@@ -71,7 +73,8 @@ def is_flags(node):
 
 
 def declared():
-    """(path, line, name, default as text) of every setting of a training script or of flags that scripts share."""
+    """(path, line, name, default as text) of every setting of a training script or of flags
+    that scripts share."""
     for path, tree in TREES.items():
         if path in SCRIPTS or path.startswith('nanoforge'):
             for item in (item for node in tree.body if is_flags(node) for item in node.body):

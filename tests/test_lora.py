@@ -35,7 +35,7 @@ def hf_model(family, seed=0):
     torch.manual_seed(seed)
     theirs = FAMILIES[family]().eval()
     with torch.no_grad():
-        for p in theirs.parameters():                   # biases and norms begin as constants, which would hide mistakes
+        for p in theirs.parameters():       # biases and norms begin as constants, which would hide mistakes
             p.add_(torch.randn_like(p) * 0.05)
     return theirs
 
@@ -117,7 +117,8 @@ def test_forward_merge_and_unmerge_are_the_definition(changes, dora):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     base = model(IDX)
     add_lora(model, r=4, alpha=8, target_modules='all-linear', dora=dora).double()
-    torch.testing.assert_close(model(IDX), base, atol=1e-6 if dora else 1e-12, rtol=0)      # magnitudes are float32
+    # magnitudes are float32
+    torch.testing.assert_close(model(IDX), base, atol=1e-6 if dora else 1e-12, rtol=0)
     randomize(model)
     adapted = model(IDX).detach()
     assert (adapted - base).abs().max() > 1e-2

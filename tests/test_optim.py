@@ -1,4 +1,5 @@
-"""Optimizers against torch.optim's trajectories, Muon against its definition, schedules against values by hand."""
+"""Optimizers against torch.optim's trajectories, Muon against its definition,
+schedules against values by hand."""
 import json
 import math
 import os
@@ -175,7 +176,8 @@ def test_a_norm_that_is_not_finite_changes_nothing(bad):
 
 
 def muon_reference(weight, grads, lr, momentum, decay):
-    """One matrix through its definition, in float64: X <- aX + bXX'X + c(XX')^2 X, five times, wide side last."""
+    """One matrix through its definition, in float64: X <- aX + bXX'X + c(XX')^2 X, five times,
+    wide side last."""
     buffer = torch.zeros_like(weight)
     for grad in grads:
         buffer = momentum * buffer + (1 - momentum) * grad
@@ -190,7 +192,8 @@ def muon_reference(weight, grads, lr, momentum, decay):
 
 
 def test_muon_follows_its_definition():
-    """Wide, tall, equal shapes (one batch) and a stack of projections of unequal heights; the rest is AdamW's."""
+    """Wide, tall, equal shapes (one batch) and a stack of projections of unequal heights;
+    the rest is AdamW's."""
     torch.manual_seed(1)
     start = {name: torch.randn(shape, dtype=torch.float64) for name, shape in
              {'wide': (4, 9), 'tall': (9, 4), 'wide2': (4, 9), 'stack': (10, 6), 'vector': (5,)}.items()}
@@ -231,12 +234,14 @@ def test_muon_steps_are_orthogonal(dtype):
         optimizer.step()
         update = -p.detach() / (0.2 * math.sqrt(max(shape)))
         values = torch.linalg.svdvals(update)
-        if shape != (64, 64):  # a square gradient's smallest singular values are near 0, where five steps do not reach
+        # a square gradient's smallest singular values are near 0, where five steps do not reach
+        if shape != (64, 64):
             assert 0.65 < values.min()
         assert values.max() < 1.2
         u, _, vt = torch.linalg.svd(p.grad, full_matrices=False)
         assert nn.functional.cosine_similarity(update.flatten(), (u @ vt).flatten(), 0) > 0.97
-        assert 0.15 < p.detach().square().mean().sqrt() * math.sqrt(64 / min(shape)) < 0.25  # AdamW's update size
+        # AdamW's update size
+        assert 0.15 < p.detach().square().mean().sqrt() * math.sqrt(64 / min(shape)) < 0.25
 
 
 def test_muon_takes_hidden_matrices_only():
@@ -261,7 +266,8 @@ def test_names_are_those_of_torch():
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
 def test_every_optimizer_steps_saves_and_resumes(name):
-    """Learns; after a round trip of its state it continues bit for bit; a state that does not fit is refused."""
+    """Learns; after a round trip of its state it continues bit for bit;
+    a state that does not fit is refused."""
     def run(net, optimizer, steps):
         for step in steps:
             optimizer.set_lr(0.01 / (step + 1))

@@ -1,4 +1,5 @@
-"""Preference pairs of every documented form; thirty malformed inputs, each an error of one line or a counted drop by a check of its own."""
+"""Preference pairs of every documented form; thirty malformed inputs,
+each an error of one line or a counted drop by a check of its own."""
 import json
 import os
 import traceback
@@ -91,7 +92,8 @@ def without(column):
     return {key: value for key, value in row().items() if key != column}
 
 
-# what is wrong -> (file, content), settings of the source, words of the message; True: not an error but a counted drop
+# what is wrong -> (file, content), settings of the source, words of the message;
+# True: not an error but a counted drop
 MALFORMED = {
     'no such file': (('absent.jsonl', None), {}, 'no such file', False),
     'an empty file': (('pairs.jsonl', ''), {}, 'holds no row', False),

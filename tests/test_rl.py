@@ -1,4 +1,5 @@
-"""train_rl.py in short real runs of the embedded model: what they leave, that counts, ranks and kills change nothing, and forty mistakes."""
+"""train_rl.py in short real runs of the embedded model:
+what they leave, that counts, ranks and kills change nothing, and forty mistakes."""
 import hashlib
 import json
 import math
@@ -37,7 +38,7 @@ PPO = dict(algorithm='ppo', value_model_name='tiny', num_generations=1)
 def in_scratch_folder(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)     # logs/ goes there
     if 'promised' not in request.node.name:
-        monkeypatch.setattr(train_rl, 'show', lambda *arguments: None)      # pictures cost more than these runs
+        monkeypatch.setattr(train_rl, 'show', lambda *arguments: None)  # pictures cost more than these runs
 
 
 def config(out='out', **changes):
@@ -76,7 +77,7 @@ def pairs_file(tmp_path, n=40):
     return str(path)
 
 
-# ---- short runs -------------------------------------------------------------------------------------------------------------
+# ---- short runs --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('how', [dict(), dict(algorithm='gspo'), PPO], ids=['grpo', 'gspo', 'ppo'])
 def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
@@ -92,7 +93,8 @@ def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
     keys |= {'value_loss', 'explained_variance', 'kl', 'beta'} if how == PPO else {'frac_reward_zero_std'}
     updates = [line for line in log if 'loss' in line]
     assert all(keys <= line.keys() for line in updates), keys - updates[0].keys()
-    # a rollout feeds two updates: in the first the ratio is 1, exactly, and sampler and training agree; the second is off-policy
+    # a rollout feeds two updates: in the first the ratio is 1, exactly, and sampler and training agree;
+    # the second is off-policy
     assert updates[0]['ratio_max'] == updates[0]['ratio_min'] == 1 and updates[0]['sampling/logp_gap_max'] < 1e-4
     assert updates[1]['ratio_max'] > 1 > updates[1]['ratio_min'] and 'sampling/logp_gap_max' not in updates[1]
     episodes = read_completions('out/rollouts.jsonl')
@@ -117,7 +119,8 @@ def test_every_other_preset_runs():
 
 
 def test_same_gradient_however_the_batch_is_cut():
-    """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4; with groups of 4, on two ranks of one group each."""
+    """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4;
+    with groups of 4, on two ranks of one group each."""
     for how, kind in ((dict(beta=0.1, kl='k3', num_iterations=2), 'grpo'), (dict(PPO, beta=0.1), 'ppo')):
         how = {**TINY, **how, 'max_steps': 2, 'eval_steps': 0, 'optimizer': 'sgd', 'learning_rate': 1e-2}
         cuts = {'one': (8, 1, 2), 'eight': (1, 8, 16), **({'two': (4, 2, 4)} if kind == 'grpo' else {})}
@@ -138,7 +141,8 @@ def test_same_gradient_however_the_batch_is_cut():
 
 
 def test_uneven_work_per_rank():
-    """Three groups on two ranks, with refills that leave one rank without any: it ends, and equals one process."""
+    """Three groups on two ranks, with refills that leave one rank without any:
+    it ends, and equals one process."""
     how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
            'steps_per_generation': 1, 'temperature': 0.7}
     command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks'), '--num_gpus=2']
@@ -155,7 +159,8 @@ def test_uneven_work_per_rank():
 @pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=8),
                                  dict(PPO, max_steps=6, eval_steps=0)], ids=['lora', 'ppo'])
 def test_kills_change_nothing(how, tmp_path):
-    """SIGKILL at random moments, resumed each time: weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
+    """SIGKILL at random moments, resumed each time:
+    weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
     if how.get('algorithm') == 'ppo':
         pairs = pairs_file(tmp_path)
         how = {**how, 'rewards': ['model']}
@@ -243,12 +248,12 @@ def test_replay(capsys):
         main(cfg)
 
 
-# ---- modes ------------------------------------------------------------------------------------------------------------------
+# ---- modes -------------------------------------------------------------------------------------------------
 
 def test_lora_and_its_reference():
     main(config(use_lora=True, lora_dropout=0.0, beta=0.05, max_steps=4, learning_rate=5e-3))
     log = [line for line in lines() if 'loss' in line]
-    assert log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['kl'] > 1e-6      # adapters off are the start
+    assert log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['kl'] > 1e-6  # adapters off are the start
     assert os.path.exists('out/adapter_model.safetensors') and not os.path.exists('out/model.safetensors')
     base, _ = load_model('tiny')
     tuned, _ = load_model('out')
@@ -297,7 +302,8 @@ def test_counts_are_rounded_up_to_whole_groups(capsys):
 
 
 def test_the_documented_recipe_on_one_device(capsys, monkeypatch):
-    """GSPO as shipped: batch 1, 8 generations, 4 steps per generation; another model, and embedded problems."""
+    """GSPO as shipped: batch 1, 8 generations, 4 steps per generation;
+    another model, and embedded problems."""
     monkeypatch.setattr(sys, 'argv', ['train_rl.py'])
     cfg = parse(Config, ['--recipe', os.path.join(ROOT, 'recipes/training/gspo/llama3_3B_lora.yaml'), 'model.base_model_name=tiny', 'data.datasets=[]',
                          'training.output_dir=out', 'training.max_steps=1', '--eval_problems=4', '--num_problems=16', '--max_completion_length=24'])
@@ -305,7 +311,7 @@ def test_the_documented_recipe_on_one_device(capsys, monkeypatch):
     assert len(read_completions('out/rollouts.jsonl')) == 16 and 'lengths   clamped' in capsys.readouterr().out
 
 
-# ---- parts ------------------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
 
 def completion(reward, stopped, n=2, **more):
     return Completion(0, more.pop('group', 0), more.pop('sample', 0), {}, [1], [2] * n, [-0.1] * n, stopped, '', {'task': reward}, reward, **more)
@@ -319,13 +325,15 @@ def rollout(rewards, stopped, lengths):
 
 
 def test_critic_is_asked_behind_what_was_cut_off():
-    """gae by hand: the reward at the last token, beta k1 off each, V behind a row that was cut off and not behind a stop token."""
+    """gae by hand: the reward at the last token, beta k1 off each,
+    V behind a row that was cut off and not behind a stop token."""
     mask = torch.tensor([[True, True], [True, False]])
     batch = MicroBatch(torch.tensor([0, 1]), None, mask, torch.zeros(2, 2), old_logp=torch.tensor([[-1., -2.], [-1., 0.]]),
                        ref_logp=torch.tensor([[-1.5, -2.], [-0.8, 9.]]), values=torch.tensor([[0.2, 0.4], [0.1, 7.]]), bootstrap=torch.tensor([5., 3.]))
     made = rollout([1.0, 0.5], [True, False], [2, 1])
     about = train_rl.advantages_by_critic(Config(lam=1.0, kl='reward'), made, [[batch]], 0.1, setup('cpu'))
-    # returns with lam = 1: what is still to come. Row 0: 1 - 0.1 * (0.5 + 0), then 1; row 1: 0.5 - 0.1 * -0.2 + 3
+    # returns with lam = 1: what is still to come. Row 0: 1 - 0.1 * (0.5 + 0), then 1;
+    # row 1: 0.5 - 0.1 * -0.2 + 3
     assert batch.returns.tolist() == [pytest.approx([0.95, 1.0]), pytest.approx([3.52, 0.0])]
     raw = torch.tensor([0.95 - 0.2, 1 - 0.4, 3.52 - 0.1])
     white = (raw - raw.mean()) / raw.std(unbiased=False)
@@ -337,12 +345,14 @@ def test_critic_is_asked_behind_what_was_cut_off():
 
 def test_adaptive_beta():
     cfg = Config(kl_target=1.0, kl_horizon=40)
-    assert train_rl.adapt_beta(cfg, 0.1, torch.full((4,), 3.0)) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))      # the error is clipped at 0.2
+    # the error is clipped at 0.2
+    assert train_rl.adapt_beta(cfg, 0.1, torch.full((4,), 3.0)) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
     assert train_rl.adapt_beta(cfg, 0.1, torch.full((4,), 0.9)) == pytest.approx(0.1 * (1 - 0.1 * 4 / 40))
 
 
 def test_statistics_of_a_step_are_of_all_its_micro_batches():
-    """Parts of the loss are summed, extremes stay extremes, all else is a mean over tokens; a rank may have no micro-batch."""
+    """Parts of the loss are summed, extremes stay extremes, all else is a mean over tokens;
+    a rank may have no micro-batch."""
     one = {'loss': 0.5, 'ratio_max': 2.0, 'ratio_min': 0.5, 'sampling/logp_gap_max': 0.1, 'approx_kl': 1.0, 'value_loss': 0.25}
     two = {'loss': 0.25, 'ratio_max': 3.0, 'ratio_min': 0.75, 'sampling/logp_gap_max': 0.3, 'approx_kl': 5.0, 'value_loss': 0.5}
     want = {'loss': 0.75, 'ratio_max': 3.0, 'ratio_min': 0.5, 'sampling/logp_gap_max': pytest.approx(0.3), 'approx_kl': 2.0, 'value_loss': 0.75}
@@ -359,7 +369,8 @@ def test_statistics_of_a_step_are_of_all_its_micro_batches():
 
 
 def test_a_question_that_is_held_out_is_in_no_training_row(tmp_path):
-    """By the prompt, whatever the seed and the order of the rows; duplicates of it are left out, and said; old runs keep their rule."""
+    """By the prompt, whatever the seed and the order of the rows; duplicates of it are left out, and said;
+    old runs keep their rule."""
     path, said = problems_file(tmp_path, 200), []
     with open(path, 'a') as file:                               # every question a second time
         file.write(open(path).read())
@@ -424,10 +435,11 @@ def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
     assert re.findall(r'>group (\d+)', (tmp_path / 'page.html').read_text().replace('</span>', '>')) == ['0', '2', '10']
 
 
-# ---- the reward model -------------------------------------------------------------------------------------------------------
+# ---- the reward model --------------------------------------------------------------------------------------
 
 def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
-    """Full sentences are preferred to single words, also about people of whom there was no pair; transformers' own class says the same."""
+    """Full sentences are preferred to single words, also about people of whom there was no pair;
+    transformers' own class says the same."""
     model, tokenizer = load_model('tiny')
 
     def pairs(split, n, seed):
@@ -470,7 +482,7 @@ def test_a_foreign_reward_model_reads_texts(tmp_path):
     assert len({e.reward for e in read_completions('out/rollouts.jsonl')}) > 1
 
 
-# ---- forty mistakes ---------------------------------------------------------------------------------------------------------
+# ---- forty mistakes ----------------------------------------------------------------------------------------
 
 YAML = 'training:\n  algorithm: grpo\n'
 MISTAKES = {                        # command line -> words of the one line that it ends with
@@ -541,7 +553,8 @@ def test_forty_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys):
             assert error.code == 2, name
             error, message = error.__context__, said
         assert all(word in message for word in words) and len(message.strip().splitlines()) == 1, f'{name}: {message}'
-        while isinstance(error.__context__, UserError):     # where it was raised first, before a file and a row were put in front
+        # where it was raised first, before a file and a row were put in front
+        while isinstance(error.__context__, UserError):
             error = error.__context__
         frame = error.__traceback__
         while frame.tb_next:

@@ -127,7 +127,8 @@ def test_two_ranks():
 
 
 def test_two_ranks_gather_what_each_has():
-    """Rows of any number on each rank, of what JSON holds: text of any script, numbers to the last bit, half a surrogate pair."""
+    """Rows of any number on each rank, of what JSON holds:
+    text of any script, numbers to the last bit, half a surrogate pair."""
     def work(run):
         mine = [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]] if run.rank else []
         assert run.gather(mine) == [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]]

@@ -1,4 +1,5 @@
-"""train_sft.py: its loss is transformers', its step does not depend on how the batch is cut, a killed run ends as if it had not been."""
+"""train_sft.py: its loss is transformers', its step does not depend on how the batch is cut,
+a killed run ends as if it had not been."""
 import json
 import os
 import re
@@ -80,7 +81,7 @@ def encoded(tokenizer, count=6, **settings):
     return rows.close()
 
 
-# ---- loss -------------------------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
 PLAIN_DESCENT = ['--optimizer=sgd', '--learning_rate=1', '--lr_scheduler=constant', '--warmup_steps=0', '--weight_decay=0', '--max_grad_norm=0',
                  '--eval_fraction=0', '--eval_strategy=no', '--max_steps=1', '--output_dir=o']
@@ -176,11 +177,12 @@ def test_neftune_noise_is_bounded_and_only_in_training():
     assert logs[0]['eval_loss'] == pytest.approx(logs[1]['eval_loss'], rel=1e-6) and abs(logs[0]['loss'] - logs[1]['loss']) > 1e-3
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 def test_the_step_does_not_depend_on_how_the_batch_is_cut():
     data = questions()
-    # plain descent, so that weights differ as gradients do: Adam blows rounding up to a step where a gradient is nearly 0
+    # plain descent, so that weights differ as gradients do: Adam blows rounding up to a step
+    # where a gradient is nearly 0
     common = ['--dataset_path', data, '--max_steps=3', '--optimizer=sgd', '--learning_rate=0.1', '--eval_strategy=no']
     sft(*common, '--output_dir=a', '--per_device_train_batch_size=8', '--gradient_accumulation_steps=1')
     sft(*common, '--output_dir=b', '--per_device_train_batch_size=1', '--gradient_accumulation_steps=8')
@@ -243,7 +245,7 @@ def test_weights_of_data_sets_and_drop_last():
         epochs_of('--batch-size=64', '--dataloader_drop_last')
 
 
-# ---- the hold-out -----------------------------------------------------------------------------------------------------------
+# ---- the hold-out ------------------------------------------------------------------------------------------
 
 def held_out_by(*args):
     """The held-out ones among 200 questions and 200 plain texts, by a run that learns them."""
@@ -281,7 +283,7 @@ def test_a_run_of_an_earlier_version_keeps_its_split():
     assert [line['run']['rows'] for line in lines if 'run' in line][-1] == 60 - held_out
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('mask, max_length, max_prompt, kept, targets, lost', [
     ('0011', 9, None, 'abcd', '0011', ''), ('00110', 9, None, 'abcd', '0011', ''), ('0000', 9, None, '', '', 'fully masked rows'),
@@ -338,7 +340,7 @@ def test_a_mistake_is_one_line_and_exit_status_2():
     assert not os.path.exists('models')
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 def wait_for(path, words, process):
     deadline = time.monotonic() + 60
@@ -441,7 +443,8 @@ def test_early_stopping_freeze_and_nothing_overwritten(capsys):
 
 
 def test_without_held_out_rows_nothing_is_judged(capsys):
-    """Patience does not stop the run, and the plateau does not lower its rate, for evaluations that see no row."""
+    """Patience does not stop the run, and the plateau does not lower its rate,
+    for evaluations that see no row."""
     result = sft('--dataset_path', questions(8, 0), '--eval_fraction=0', '--output_dir=o', '--batch-size=4', '--grad-accum=1', '--max_steps=8',
                  '--eval_steps=1', '--patience=2', '--lr_scheduler_type=plateau', '--warmup_steps=0', '--learning_rate=1e-4')
     assert result['step'] == 8 and 'have nothing to judge by' in capsys.readouterr().out
@@ -485,7 +488,7 @@ def test_older_launchers():
     assert '2 processes' in done.stdout and os.path.exists('o/model.safetensors')
 
 
-# ---- what is said -----------------------------------------------------------------------------------------------------------
+# ---- what is said ------------------------------------------------------------------------------------------
 
 class Ear:
     def __init__(self):

@@ -1,4 +1,5 @@
-"""Mathematics and programming for teams: problems against another way to work them out, rewards by hand, and no reward for less."""
+"""Mathematics and programming for teams: problems against another way to work them out, rewards by hand,
+and no reward for less."""
 import argparse
 import copy
 import importlib
@@ -129,8 +130,8 @@ def test_splits_share_nothing():
 
 
 def test_trivial_programs_solve_nothing():
-    """One constant, one number of the line, the sum of all, the example by heart: none passes the hidden tests of a problem whose
-    condition or value it leaves out; constants and the example none at all."""
+    """One constant, one number of the line, the sum of all, the example by heart: none passes the hidden
+    tests of a problem whose condition or value it leaves out; constants and the example none at all."""
     problems = code.problems('eval', 300, 3)
     solvers = [lambda line, p: '0', lambda line, p: line[0], lambda line, p: line[-1], lambda line, p: sum(line), lambda line, p: max(line),
                lambda line, p: min(line), lambda line, p: len(line), lambda line, p: dict(p['examples']).get(' '.join(map(str, line)), 0)]
@@ -328,7 +329,8 @@ def test_no_text_breaks_a_task(task):
             env.step(role, outcome)
             for other in task.ROLES:
                 ids = prompt_ids(tokenizer, env.prompt(other))
-                assert ids.count(tokenizer.id_of('<|im_start|>')) == 2 and len(ids) < 5000      # one turn, and the reply's start
+                # one turn, and the reply's start
+                assert ids.count(tokenizer.id_of('<|im_start|>')) == 2 and len(ids) < 5000
         json.dumps([outcome.action, env.view()])
         assert not env.success
 
@@ -477,7 +479,7 @@ def test_code_rows_of_the_hub(load, capsys):
     assert 'interview: 2 problems dropped (no test on standard input and output), 1 without a solution' in capsys.readouterr().out
     problem, = code.problems('eval', 1, 0)
     assert problem['solution'] == add and problem['examples'] == [['5 5\n', '10\n']]
-    with pytest.raises(UserError, match='no problem is left'):      # here the hub has the same rows to train on
+    with pytest.raises(UserError, match='no problem is left'):  # here the hub has the same rows to train on
         code.problems('train', 1, 0)
     assert code.Env(problem).score('tester', test('5 5', '10')).valid is False
     assert len(code.problems('eval', 9, 0, dataset='interview')) == 2

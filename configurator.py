@@ -31,6 +31,7 @@ class Accepted(typing.NamedTuple):
     default: typing.Any
     why: str
     refused: bool = False  # any other value than the default is an error that says why
+    also: tuple = ()  # other spellings
 
 
 def setting(default, path=None, also=None, choices=None, positional=None, open=None,
@@ -100,8 +101,8 @@ def accepted_key(cls, key):
     """The documented path of a key that `cls` takes without effect, named by the path or its end; else
     None."""
     key = key.replace('-', '_')
-    for path in getattr(cls, 'accepted', {}):
-        if key in (path, path.rpartition('.')[2]):
+    for path, known in getattr(cls, 'accepted', {}).items():
+        if key in (path, path.rpartition('.')[2], *known.also):
             return path
 
 

@@ -7,7 +7,8 @@
 
 At each turn of a trajectory the agents act in order. The acting one answers its prompt K times, and every
 candidate is scored from the same state: r = alpha * team + local. The best is executed, and the next agent
-sees the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al. 2025
+sees the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al. 2025,
+AT-GRPO):
 
     A = (r - mean) / (std + 1e-4) among the K candidates, std unbiased; rho = p(token) / p(token) when drawn
     loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A if A < 0: token mean
@@ -72,10 +73,11 @@ class TeamFlags(Flags):
     filter_method: str = setting('none', choices=('none', 'dapo', 'std', 'mean'))  # drop groups: without
         # variance; the filter_ratio of lowest deviation; of lowest mean
     filter_ratio: float = setting(0.0, min=0, below=1)  # share of the groups that std and mean drop
-    clip_low: float = 0.2  # the probability ratio is clipped to 1 - clip_low
-    clip_high: float = 0.2  # ... and 1 + clip_high
-    dual_clip: float | None = 3.0  # bound of the loss where A < 0, as a multiple of -A; none = off
-    entropy_coef: float = 0.0  # bonus for entropy per token
+    clip_low: float = setting(0.2, min=0)  # the probability ratio is clipped to 1 - clip_low
+    clip_high: float = setting(0.2, min=0)  # ... and 1 + clip_high
+    dual_clip: float | None = setting(3.0, above=1)  # bound of the loss where A < 0, as a multiple of -A;
+        # none = off
+    entropy_coef: float = setting(0.0, min=0)  # bonus for entropy per token
     ppo_epochs: int = setting(1, min=1)  # passes over the candidates of a step
     # demonstrations
     demo_steps: int = setting(0, path='demonstrations.steps', min=0)  # optimizer steps on noisy
@@ -115,9 +117,10 @@ class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     val_before_train: bool = True  # validate before the first iteration, too
     validate_episodes: int = setting(100, min=1)  # held-out problems, each played greedily and sampled
     micro_batch_tokens: int = setting(8192, min=1)  # of a pass on a rank: lower it when memory is short
-    lr_scheduler: str = setting('constant', choices=SCHEDULES)  # over iterations
+    lr_scheduler: str = setting('constant', choices=tuple(s for s in SCHEDULES if s != 'plateau'))  # over
+        # iterations
     lr_warmup_steps: int = setting(0, min=0)  # iterations of linear warm-up
-    min_lr_ratio: float = 0.1  # where the schedule ends, as a share of learning_rate
+    min_lr_ratio: float = setting(0.1, min=0, max=1)  # where the schedule ends, as a share of learning_rate
     weight_decay: float = setting(0.01, min=0)  # of matrices
     log_episodes: int = setting(2, min=0)  # trajectories of an iteration that are written out, trees and all
 
@@ -664,7 +667,8 @@ def warm_up(cfg, policies, task, run):
         for policy in policies:
             rows = [messages for agent, messages in chats if agent in policy.agents]
             if rows:
-                losses.append(supervised_step(cfg, policy, optimizers[policy.name], rows, step, run))
+                with run.flags_to_lower('--demo_learning_rate', '--demo_batch_size'):
+                    losses.append(supervised_step(cfg, policy, optimizers[policy.name], rows, step, run))
         if (step + 1) % max(1, cfg.demo_steps // 10) == 0:
             seconds, loss = time.perf_counter() - began, statistics.fmean(losses[-50:])
             left = seconds / (step + 1) * (cfg.demo_steps - step - 1)

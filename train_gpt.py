@@ -100,7 +100,7 @@ def main(cfg):
         run.checkpoints.limit = None                        # not the newest two and the best alone: all
     if run.resumed:
         cfg.init_from = run.saved['config']['init_from']    # the architecture is that of the first start
-    resolve_defaults(cfg)
+    resolve_defaults(cfg, run)
     corpora = open_data(cfg, run)
     model, tokenizer = build_model(cfg, corpora, run)       # new, pretrained, or as the checkpoint has it
     check_batch(cfg, corpora, run)
@@ -362,11 +362,12 @@ def build_optimizer(cfg, model, run):
                           ns_dtype=ns_dtype)
 
 
-def resolve_defaults(cfg):
+def resolve_defaults(cfg, run):
     """Settles lr_scheduler and ema, in cfg, where the flags leave them open."""
     if cfg.lr_scheduler == 'none' and cfg.decay_lr:
         cfg.lr_scheduler = 'cosine'
-    if 'decay_lr' in cfg.typed and not cfg.decay_lr:        # --no-decay_lr
+    if 'decay_lr' in cfg.typed and not cfg.decay_lr and cfg.lr_scheduler != 'none':
+        run.print0(f'--no-decay_lr overrules lr_scheduler={cfg.lr_scheduler}')
         cfg.lr_scheduler = 'none'
     # A rate that stays high leaves the last step's weights noisy, and their mean is better. One that falls
     # settles them by itself, and the weights of a pretrained model do not move far.

@@ -489,9 +489,8 @@ def policy_loss(logp, old_logp, advantages, mask, ratio='token', surrogate='clip
     mean       'token': over all tokens; 'sequence': within each sequence first; 'constant': the sum over a
                given constant
     normaliser what the sum is divided by, counted over the whole optimizer step, micro-batches and ranks:
-    tokens,
-               sequences that have tokens, or the constant (Dr. GRPO: completions times the longest length
-               allowed). None: counted here, the constant being B * T. Without a token the loss is a
+               tokens, sequences that have tokens, or the constant (Dr. GRPO: completions times the longest
+               length allowed). None: counted here, the constant being B * T. Without a token the loss is a
                differentiable 0.
     weights    (B, T), of each token's loss: a correction for what the sampler computed otherwise
 
@@ -825,7 +824,8 @@ def advantages_by_critic(cfg, rollout, steps, beta, run):
     kl='reward' beta times k1 off each, and what the critic expects behind a completion that was cut off.
     Advantages are whitened over the whole rollout, of all ranks. Returns metrics."""
     batches = list(chain.from_iterable(steps))
-    mine = []                                           # (3, tokens) of each: advantages, returns, values
+    # over all tokens: count; advantage, its square; return, its square; the square of the critic's error
+    moments = torch.zeros(6, dtype=torch.float64)
     for mb in batches:
         rewards = torch.zeros_like(mb.values)
         if beta and cfg.kl == 'reward':
@@ -836,16 +836,18 @@ def advantages_by_critic(cfg, rollout, steps, beta, run):
         # what was cut off would have gone on: its return ends with the critic's opinion, not with 0
         bootstrap = torch.where(rollout.stopped[mb.rows].to(run.device), 0.0, mb.bootstrap)
         mb.advantages, mb.returns = gae(rewards, mb.values, mb.mask, cfg.gamma, cfg.lam, bootstrap)
-        mine.append(torch.stack((mb.advantages, mb.returns, mb.values))[:, mb.mask].double().cpu())
-    A, R, V = torch.cat(run.gather(mine), 1)
+        A, R, V = (x[mb.mask].double().cpu() for x in (mb.advantages, mb.returns, mb.values))
+        columns = torch.stack((torch.ones_like(A), A, A.square(), R, R.square(), (R - V).square()))
+        moments += columns.sum(1)
+    count, a, a2, r, r2, e2 = run.sum(moments).tolist()
     rollout.advantage = torch.zeros(len(rollout.reward))
     for mb in batches:
-        mb.advantages = whiten(mb.advantages, mb.mask, len(A), A.sum(), A.square().sum())
+        mb.advantages = whiten(mb.advantages, mb.mask, count, a, a2)
         rollout.advantage[mb.rows] = (mb.advantages.sum(1) / mb.mask.sum(1)).cpu()
     # 1: the critic foresees every return; 0: no better than their mean
-    variance = R.var(unbiased=False)
-    explained = 1 - (R - V).square().mean() / variance if variance > 1e-12 else 0.0
-    return {'explained_variance': float(explained), 'returns': float(R.mean())}
+    variance = r2 / count - (r / count) ** 2
+    explained = 1 - e2 / count / variance if variance > 1e-12 else 0.0
+    return {'explained_variance': explained, 'returns': r / count}
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -993,8 +995,9 @@ def train_own_reward_model(cfg, problems, tokenizer, run):
     """A reward model trained from the pairs, and saved in output_dir/reward_model."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
     model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
-    train_reward_model(model, problems.pairs, [], run, cfg.reward_epochs, cfg.reward_batch_size,
-                       cfg.reward_learning_rate, cfg.seed)
+    with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
+        train_reward_model(model, problems.pairs, [], run, cfg.reward_epochs, cfg.reward_batch_size,
+                           cfg.reward_learning_rate, cfg.seed)
     run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
     say_accuracy(model, problems.held_out_pairs, run)
     return model.requires_grad_(False).eval()       # from here on it only judges

@@ -88,7 +88,7 @@ def ours(args):
     from nanoforge.run import setup
     cfg = parse(script.Config, args)
     run = setup(cfg.device, cfg.autocast_dtype(), cfg.matmul)
-    script.resolve_defaults(cfg)
+    script.resolve_defaults(cfg, run)
     corpora = script.open_data(cfg, run)
     model, _ = script.build_model(cfg, corpora, run)
     model.train()

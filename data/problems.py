@@ -15,7 +15,7 @@ from data.chat import prompt_ids
 from data.preferences import encode_pairs, read_pairs
 from data.formats import read_rows, split_of_row, text_of
 from data.rewards import extract_answer
-from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_rl
+from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_pairs, legacy_rl
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
@@ -211,8 +211,7 @@ def split_pairs(cfg, pairs, print0):
     if cfg.split_rule == 'legacy':
         if held_out:
             return [pair for pair in pairs if pair.split == 'train'], held_out
-        rows = [{'question': str(pair.prompt), 'pair': pair} for pair in pairs]
-        return [[row['pair'] for row in side] for side in legacy_rl(rows, 500, cfg.seed)]
+        return legacy_pairs(pairs, 500, cfg.seed)
     if not held_out:
         held_out = [pair for pair in pairs if is_held_out(pair.prompt, cfg.eval_fraction)]
     asked = {json.dumps(pair.prompt) for pair in held_out}

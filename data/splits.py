@@ -52,3 +52,12 @@ def legacy_rl(problems, count, seed):
     held_out = [problems[i] for i in order[:min(count, len(problems) // 10)]]
     questions = {problem['question'] for problem in held_out}
     return [problem for problem in problems if problem['question'] not in questions], held_out
+
+
+def legacy_pairs(pairs, count, seed):
+    """train_rl.py's preference pairs: as legacy_rl, but pair by pair, whatever their prompts."""
+    order = list(range(len(pairs)))
+    random.Random(seed).shuffle(order)
+    drawn = set(order[:min(count, len(pairs) // 10)])
+    train = [pair for i, pair in enumerate(pairs) if i not in drawn]
+    return train, [pairs[i] for i in sorted(drawn)]

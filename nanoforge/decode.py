@@ -270,6 +270,8 @@ def linear_function(weight, bias, dtype, rows):
     is_float32, converts = weight.dtype == torch.float32, weight.dtype != dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     can_pack = weight.device.type == 'cpu' and is_float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    if dtype == torch.bfloat16:         # an older processor has no such layout for it
+        can_pack = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if rows >= PACK_ROWS and can_pack:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)      # oneDNN's own layout: made once
 

@@ -27,7 +27,7 @@ ACCEPTED = {
     'training.dataloader_pin_memory': Accepted(False, 'batches are made of what was just sampled'),
     'training.deepspeed_config': Accepted(
         None, 'DeepSpeed is not used here; leave it out: --num_gpus=N is data parallel, and load_in_4bit '
-        'with use_lora or gradient_checkpointing save memory', refused=True),
+        'with use_lora or gradient_checkpointing save memory', refused=True, also=('deepspeed',)),
     'distributed': Accepted(False, "the launcher's environment says how many processes there are"),
 }
 
@@ -48,8 +48,8 @@ class RunFlags(Flags):
     resume: bool | str = setting(False, choices=('auto',))  # go on with the run in the output
         # folder; auto: if there is one
     # logging
-    report_to: list[str] = setting([], choices=('tensorboard', 'wandb', 'none', 'all'))  # Hugging Face's way
-        # to say the next two; where they count if empty
+    report_to: list[str] = setting([], choices=('tensorboard', 'wandb', 'none', 'all'))  # where to log, as
+        # Hugging Face says it; if empty, tensorboard and wandb.enabled decide
     tensorboard: bool = True  # events under logs/<run>/
     wandb_enabled: bool = setting(False, path='wandb.enabled', also=('wandb_log',))  # also log to
         # Weights & Biases
@@ -169,13 +169,15 @@ class DataFlags(Flags):
     max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
         # and answer; the model's context if not set
     max_prompt_length: int | None = setting(None, min=1)  # tokens of the prompt
-    eval_fraction: float = setting(0.1, min=0, below=1, also=('val_fraction',))  # of rows without metadata
+    eval_fraction: float | None = setting(0.1, min=0, below=1, also=('val_fraction',))  # of rows without metadata
         # held out, by a hash of the prompt
     split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
         # held rows out
 
     def check(self):
         super().check()
+        if self.eval_fraction is None:              # null, as earlier recipes have it
+            self.eval_fraction = 0.1
         named = [name for name in COLUMNS if getattr(self, name)]
         if named and not self.dataset_path:
             if not self.datasets:
@@ -244,10 +246,10 @@ class TrainFlags(OptimizerFlags, StepFlags):
     max_steps: int = setting(-1, min=-1)  # optimizer steps in place of epochs; -1 = by epochs
     per_device_train_batch_size: int = setting(4, min=1, also=('batch_size', 'train_batch_size'))  # rows of a
         # micro-batch in each process
-    lr_scheduler_type: str = setting(  # shape of its decay
+    lr_scheduler_type: str = setting(  # how the learning rate decays
         'linear', choices=tuple(SCHEDULER_NAMES),
         also=('lr_scheduler', 'scheduler_type', 'training.lr_scheduler'))
-    warmup_steps: int | None = setting(None, min=0)  # optimizer steps in which it rises
+    warmup_steps: int | None = setting(None, min=0)  # optimizer steps in which the rate rises
     logging_steps: int = setting(10, min=1)  # steps between log lines
     eval_steps: int = setting(50, min=1)  # steps between evaluations
     save_steps: int = setting(500, min=1)  # steps between checkpoints

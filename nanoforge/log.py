@@ -1,10 +1,8 @@
 """The log of a run: a line on the console, in log.jsonl, in TensorBoard and wandb for each write().
 
     log = run.start(...)
-    log.train(step, tokens, loss=loss, learning_rate=lr, grad_norm=norm)   # each step; a line every
-                                                                           `interval`
-    with log.pause():                                                      # not training, so no speed counts
-                                                                           it
+    log.train(step, tokens, loss=loss, learning_rate=lr, grad_norm=norm)    # a line every `interval` steps
+    with log.pause():                                                       # no training: no speed counts it
         log.write(step, {'eval_loss': eval_loss})
 """
 import contextlib
@@ -223,7 +221,9 @@ def new_window():
 
 
 def mean(values):
-    return values[0] if len(values) == 1 else sum(values) / len(values)      # one count stays a whole number
+    """Of those that are finite: a step that was skipped says nothing. A single count stays a whole number."""
+    finite = [value for value in values if math.isfinite(value)] or values
+    return finite[0] if len(finite) == 1 else sum(finite) / len(finite)
 
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture

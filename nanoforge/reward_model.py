@@ -22,7 +22,7 @@ from nanoforge.hf import (
     config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights, read_safetensors, to_hf_weights)
 from nanoforge.lora import merge_lora
 from nanoforge.optim import learning_rate, make_optimizer
-from nanoforge.run import explain_out_of_memory, seed_for
+from nanoforge.run import seed_for
 
 
 def hidden_states(backbone, batch):
@@ -182,7 +182,7 @@ def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=
         torch.manual_seed(seed_for(seed, 'reward dropout', step, run.rank))
         local, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
         if local:
-            with explain_out_of_memory('--reward_batch_size', '--max_length'), run.autocast():
+            with run.autocast():
                 margin = margins(model, local)
             loss = -F.logsigmoid(margin).sum() / len(batch)
             run.backward(loss)

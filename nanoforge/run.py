@@ -81,6 +81,7 @@ class Run:
     stop            whether SIGINT or SIGTERM came (Stop)
     resume_flag     how the command line says that a run goes on
     memory_flags    the flags to lower, which an out-of-memory names
+    rate_flag       the one to lower where gradients are not finite
     scaler          the loss scale of float16 (LossScale)
     bad_steps       optimizer steps in a row that were skipped
     window          of the resumed checkpoint: the log line that was being gathered (Log.window_to_save)
@@ -98,7 +99,7 @@ class Run:
 
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
-        self.resume_flag, self.memory_flags = '--resume', ('--batch_size',)
+        self.resume_flag, self.rate_flag, self.memory_flags = '--resume', '--learning_rate', ('--batch_size',)
         self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
 
     # ---- the beginning
@@ -151,7 +152,6 @@ class Run:
         prefixes = sorted([*optimizers, *parameters], key=len, reverse=True)
         parts = {prefix: {} for prefix in prefixes}
         for key, tensor in tensors.items():
-            key = key.replace('/trunk.', '/backbone.')      # a critic's, as earlier versions called it
             prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
             if prefix:
                 key = key.replace('/trunk.', '/backbone.')      # as earlier versions called it in a critic
@@ -240,7 +240,7 @@ class Run:
             if zero_grad:
                 optimizer.zero_grad()
         overflowed = self.scaler.update(finite)     # the scale was too high, and the model is well
-        self.count_bad_step(finite or overflowed, pairs[0][1])
+        self.count_bad_step(finite or overflowed)
         return norms if several else norms[0]
 
     # A Run whose ranks share a model (parallel.py) does these three in its own way.
@@ -254,14 +254,27 @@ class Run:
     def load_optimizer_state(self, optimizer, tensors):
         optimizer.load_state_dict(tensors)
 
-    def count_bad_step(self, good, lr):
+    def count_bad_step(self, good):
         """Says that a step was skipped; UserError after MAX_BAD_STEPS in a row."""
         self.bad_steps = 0 if good else self.bad_steps + 1
         if not good:
-            self.print0(f'the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
+            where = f'step {self.log.last_step + 1}: ' if self.log else ''
+            self.print0(f'{where}the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
         if self.bad_steps == MAX_BAD_STEPS:
-            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower '
-                            f'--learning_rate={lr:g}; the checkpoints in {self.checkpoints.out_dir} are good')
+            value = getattr(self.cfg, self.rate_flag[2:], None)
+            shown = self.rate_flag if value is None else f'{self.rate_flag}={value:g}'
+            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower {shown}; the '
+                            f'checkpoints that {self.checkpoints.out_dir} may hold are good')
+
+    @contextlib.contextmanager
+    def flags_to_lower(self, rate_flag, *memory_flags):
+        """Inside trains something beside the script's own loop: what an error there says to lower."""
+        before = self.rate_flag, self.memory_flags
+        self.rate_flag, self.memory_flags = rate_flag, memory_flags
+        try:
+            yield
+        finally:
+            self.rate_flag, self.memory_flags = before
 
     # ---- saving, and the end
 

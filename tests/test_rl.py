@@ -361,7 +361,7 @@ def test_statistics_of_a_step_are_of_all_its_micro_batches():
 
     class Ranks:            # three: this one, one without a micro-batch, and another
         def gather(self, mine):
-            return [mine, [], parts[1:]]
+            return [*mine, *parts[1:]]
 
     assert train_rl.merge_stats(tensors, setup('cpu')) == want
     assert train_rl.merge_stats(tensors[:1], Ranks()) == want

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from data.splits import EVAL_FRACTION, is_held_out, legacy_dpo, legacy_rl, legacy_sft
+from data.splits import EVAL_FRACTION, is_held_out, legacy_dpo, legacy_pairs, legacy_rl, legacy_sft
 from data.tasks.world import split_of
 from data.tokenized import digest
 from nanoforge.run import seed_for
@@ -68,3 +68,11 @@ def test_legacy_rules_by_hand():
     assert held_out == [problems[i] for i in order[:3]]
     questions = {problem['question'] for problem in held_out}
     assert train == [problem for problem in problems if problem['question'] not in questions] != []
+
+
+def test_legacy_pairs_are_held_out_one_by_one():
+    """A tenth of the pairs, drawn by the seed; another pair of the same prompt stays in training."""
+    pairs = [f'pair {i // 2}' for i in range(40)]
+    train, held_out = legacy_pairs(pairs, 500, seed=3)
+    assert len(held_out) == 4 and sorted(train + held_out) == sorted(pairs)
+    assert legacy_pairs(pairs, 2, seed=3)[1] != held_out and len(legacy_pairs(pairs, 2, seed=3)[1]) == 2

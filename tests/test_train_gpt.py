@@ -58,7 +58,7 @@ def config(data, out_dir='out', **changes):
 def set_up(data, **changes):
     """(cfg, run, corpora, model) as main has them before its loop."""
     cfg, run = config(data, **changes), setup('cpu', matmul='float32')
-    train_gpt.resolve_defaults(cfg)
+    train_gpt.resolve_defaults(cfg, run)
     corpora = train_gpt.open_data(cfg, run)
     model, _ = train_gpt.build_model(cfg, corpora, run)
     return cfg, run, corpora, model
@@ -308,12 +308,12 @@ def test_schedule_that_the_flags_ask_for():
                            (['--lr_scheduler=wsd', '--no-decay_lr'], 'none'),
                            (['--lr_scheduler=linear', '--decay_lr'], 'linear')):
         cfg = parse(Config, argv)
-        train_gpt.resolve_defaults(cfg)
+        train_gpt.resolve_defaults(cfg, setup('cpu'))
         assert cfg.lr_scheduler == expected and cfg.ema == (0.998 if expected == 'none' else 0)
-        train_gpt.resolve_defaults(cfg)             # a resumed run comes here again with what it saved
+        train_gpt.resolve_defaults(cfg, setup('cpu'))             # a resumed run comes here again with what it saved
         assert cfg.lr_scheduler == expected
     typed = parse(Config, ['--ema=0', '--lr_scheduler=plateau', '--min_lr=4e-4', '--warmup_iters=0'])
-    train_gpt.resolve_defaults(typed)
+    train_gpt.resolve_defaults(typed, setup('cpu'))
     assert typed.ema == 0
     assert [train_gpt.get_lr(typed, 5, scale) for scale in (1.0, 0.5, 0.25)] == [1e-3, 5e-4, 4e-4]
 

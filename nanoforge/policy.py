@@ -4,10 +4,11 @@ import os
 import torch
 
 from configurator import UserError
+from data.tokenizer import read_json
 from model import load_model
 from nanoforge.flags import SMALL_MODEL
 from nanoforge.hf import find_model
-from nanoforge.lora import add_lora, read_adapter_config
+from nanoforge.lora import add_lora
 from nanoforge.quantize import check_trainable
 from nanoforge.run import seed_for
 
@@ -48,7 +49,7 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
         torch.manual_seed(seed_for(cfg.seed, 'adapter'))
         targets = cfg.lora_target_modules or 'all-linear'
         if run.resumed and is_adapter(run.resumed):     # a critic beside the policy has adapters where that has
-            targets = read_adapter_config(run.resumed)['target_modules']
+            targets = read_json(os.path.join(run.resumed, 'adapter_config.json'))['target_modules']
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.lora_bias)
     if trainable:
         check_trainable(model)

@@ -725,9 +725,10 @@ def test_steps_without_a_finite_gradient_are_skipped_and_at_last_given_up(folder
     assert toy.run.bad_steps == 0
     for _ in range(4):
         toy.step(bad, 1.0)
+    toy.run.cfg.learning_rate = 0.25                        # what was typed, not what a schedule made of it
     with pytest.raises(UserError, match=r'5 steps in a row without a finite gradient: lower '
                                         r'--learning_rate=0.25'):
-        toy.step(bad, 1.0, lr=0.25)
+        toy.step(bad, 1.0, lr=0.125)
 
 
 def test_a_float16_scale_is_undone_and_halves_where_it_overflows(folder):

@@ -7,8 +7,8 @@
 
 At each turn of a trajectory the agents act in order. The acting one answers its prompt K times, and every
 candidate is scored from the same state: r = alpha * team + local. The best is executed, and the next agent
-sees the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al. 2025,
-AT-GRPO):
+sees the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al.
+2025, AT-GRPO):
 
     A = (r - mean) / (std + 1e-4) among the K candidates, std unbiased; rho = p(token) / p(token) when drawn
     loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A if A < 0: token mean
@@ -117,8 +117,8 @@ class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     val_before_train: bool = True  # validate before the first iteration, too
     validate_episodes: int = setting(100, min=1)  # held-out problems, each played greedily and sampled
     micro_batch_tokens: int = setting(8192, min=1)  # of a pass on a rank: lower it when memory is short
-    lr_scheduler: str = setting('constant', choices=tuple(s for s in SCHEDULES if s != 'plateau'))  # over
-        # iterations
+    lr_scheduler: str = setting('constant', choices=tuple(s for s in SCHEDULES if s != 'plateau'))
+        # over iterations
     lr_warmup_steps: int = setting(0, min=0)  # iterations of linear warm-up
     min_lr_ratio: float = setting(0.1, min=0, max=1)  # where the schedule ends, as a share of learning_rate
     weight_decay: float = setting(0.01, min=0)  # of matrices

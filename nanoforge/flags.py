@@ -169,8 +169,8 @@ class DataFlags(Flags):
     max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
         # and answer; the model's context if not set
     max_prompt_length: int | None = setting(None, min=1)  # tokens of the prompt
-    eval_fraction: float | None = setting(0.1, min=0, below=1, also=('val_fraction',))  # of rows without metadata
-        # held out, by a hash of the prompt
+    eval_fraction: float | None = setting(0.1, min=0, below=1, also=('val_fraction',))
+        # of rows without metadata held out, by a hash of the prompt
     split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
         # held rows out
 

@@ -48,7 +48,7 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
     if trainable and cfg.use_lora and not getattr(model, 'adapters', None):
         torch.manual_seed(seed_for(cfg.seed, 'adapter'))
         targets = cfg.lora_target_modules or 'all-linear'
-        if run.resumed and is_adapter(run.resumed):     # a critic beside the policy has adapters where that has
+        if run.resumed and is_adapter(run.resumed):     # a critic has adapters where the policy has them
             targets = read_json(os.path.join(run.resumed, 'adapter_config.json'))['target_modules']
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.lora_bias)
     if trainable:

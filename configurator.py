@@ -1,11 +1,11 @@
 """One dataclass per script is its whole configuration; this file reads files and the command line into it.
 
-Both become (key, value) pairs; assign() finds the field that a key names, converts the value to the field's type and
-sets it. Files come first, then the command line, each from left to right. Nothing that is read is ever executed.
+Both become (key, value) pairs; assign() finds the field that a key names, converts the value to the field's
+type and sets it. Files come first, then the command line, left to right. Nothing that is read is executed.
 
-    --batch_size=32  --batch-size 32  --names a b  --bf16  --no-bf16  --bf16=false     flags, in any of their spellings
-    seed=1  training.learning_rate=3e-4  data.datasets[0].name=x                       the same by documented path
-    recipe.yaml  recipe.py  --recipe recipe.yaml                                       files
+    --batch_size=32  --batch-size 32  --names a b  --bf16  --no-bf16  --bf16=false      flags, in any spelling
+    seed=1  training.learning_rate=3e-4  data.datasets[0].name=x                        the same by path
+    recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
 import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
 import signal, socket, subprocess, sys, time, types, typing
@@ -13,23 +13,72 @@ import signal, socket, subprocess, sys, time, types, typing
 # Whose recipe it is: one for another script is named as such, not as a heap of unknown keys.
 SCRIPTS = {'sft': 'train_sft.py', 'dpo': 'train_dpo.py', 'ppo': 'train_rl.py', 'grpo': 'train_rl.py',
            'gspo': 'train_rl.py', 'at_grpo': 'train_agents.py'}
-BOOLS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
+BOOLS = {'true': True, 'yes': True, 'on': True, '1': True,
+         'false': False, 'no': False, 'off': False, '0': False}
 FILES = ('.py', '.yaml', '.yml')
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ROLE = 'NANOFORGE_ROLE'  # tells a process that launch() starts what it is: 'detached' or 'worker'
+BOUNDS = {'min': (operator.ge, '{} or more'), 'max': (operator.le, '{} or less'),
+          'above': (operator.gt, 'above {}'), 'below': (operator.lt, 'below {}')}
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what, where, what was meant and how to fix it."""
 
 
-def setting(default, path=None, also=(), choices=None, positional=False):
-    """A dataclass field with its documented dotted path, other spellings and allowed values (None is always allowed).
+class Accepted(typing.NamedTuple):
+    """A documented key that changes nothing here: it is taken, stored, printed, and said when it is set."""
+    default: typing.Any
+    why: str
+    refused: bool = False  # any other value than the default is an error that says why
+    also: tuple = ()  # other spellings
 
-    A list or dict default is copied for each instance. positional: a word without a flag is its value.
+
+def setting(default, path=None, also=None, choices=None, positional=None, open=None,
+            min=None, max=None, above=None, below=None):
+    """A field of a config class: what the documents call it, and the values that it may have.
+
+    path        its documented dotted path
+    also        other spellings
+    choices     its values; min and max are inclusive bounds, above and below exclusive ones. None is allowed
+                besides where the annotation allows it.
+    positional  a word without a flag is its value
+    open        a dict field that takes any key of the section `path` that names no other field. cfg.check()
+                judges them; open() gives what --help shows: (key, default, text)
+    A list or dict default is copied for each instance.
     """
-    return dataclasses.field(default_factory=lambda: copy.deepcopy(default),
-                             metadata=dict(path=path, also=also, choices=choices, positional=positional))
+    facts = dict(path=path, also=also, choices=choices, positional=positional, open=open,
+                 min=min, max=max, above=above, below=below)
+    metadata = {key: fact for key, fact in facts.items() if fact is not None}
+    return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+
+
+def configclass(cls):
+    """@dataclass for a script's Config and for the flags that scripts share, which a Config inherits.
+
+    section   a class attribute: where the documented paths of its fields begin, unless a field names its own.
+              Fields of a base class without a section stand in that of the class that inherits them.
+    defaults  `name = value`, without an annotation, changes the default of an inherited field, nothing else.
+    """
+    section = cls.__dict__.get('section')
+    annotations = dict(cls.__dict__.get('__annotations__', {}))
+    inherited, hints = {}, {}
+    for base in reversed(cls.__mro__[1:]):
+        inherited.update(getattr(base, '__dataclass_fields__', {}))
+        hints.update(base.__dict__.get('__annotations__', {}))
+    for name in [*inherited, *annotations]:
+        field = cls.__dict__.get(name, inherited.get(name))
+        if not isinstance(field, dataclasses.Field):
+            field = setting(field)
+        facts = dict(field.metadata)
+        if name in inherited:
+            facts = {**inherited[name].metadata, **facts}
+        if section is not None:
+            facts.setdefault('path', f'{section}.{name}'.strip('.'))
+        setattr(cls, name, dataclasses.field(default_factory=field.default_factory, metadata=facts))
+        annotations.setdefault(name, hints.get(name))
+    cls.__annotations__ = annotations
+    return dataclasses.dataclass(cls)
 
 
 def path_of(field):
@@ -37,15 +86,31 @@ def path_of(field):
 
 
 def spellings(cls):
-    """{every key that names a field of the dataclass `cls`: the field}"""
-    return {key.replace('-', '_'): field for field in dataclasses.fields(cls)
-            for key in (field.name, path_of(field), *field.metadata.get('also', ()))}
+    """{key: field of `cls` that it names}. A field without a section answers to training.NAME, too."""
+    table = {}
+    for field in dataclasses.fields(cls):
+        path = path_of(field)
+        for key in (field.name, path, *field.metadata.get('also', ())):
+            table[key.replace('-', '_')] = field
+        if path == field.name:
+            table.setdefault(f'training.{path}', field)
+    return table
+
+
+def accepted_key(cls, key):
+    """The documented path of a key that `cls` takes without effect, named by the path or its end; else
+    None."""
+    key = key.replace('-', '_')
+    for path, known in getattr(cls, 'accepted', {}).items():
+        if key in (path, path.rpartition('.')[2], *known.also):
+            return path
 
 
 def kinds(hint):
-    """The types that an annotation allows, without None: (int,) for Optional[int], (bool, str) for bool | str."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return tuple(kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not type(None))
+    """The types that an annotation allows, but None: (int,) for int | None, (bool, str) for bool | str."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    allowed = typing.get_args(hint) if is_union else (hint,)
+    return tuple(kind for kind in allowed if kind is not type(None))
 
 
 def entry_type(hint):
@@ -54,12 +119,19 @@ def entry_type(hint):
 
 
 def describe(hint):
-    words = {list: 'list of ', dict: 'names of '}
-    return ' or '.join(words[typing.get_origin(kind)] + describe(entry_type(kind)) if entry_type(kind)
-                       else kind.__name__ for kind in kinds(hint))
+    """An annotation in words: 'int', 'list of str', 'bool or str'."""
+    words = []
+    for kind in kinds(hint):
+        if entry_type(kind):
+            plural = {list: 'list of ', dict: 'names of '}[typing.get_origin(kind)]
+            words.append(plural + describe(entry_type(kind)))
+        else:
+            words.append(kind.__name__)
+    return ' or '.join(words)
 
 
 def closest(word, known):
+    """What was meant, for the end of a message."""
     known = list(known)
     near = difflib.get_close_matches(word, known, 1) or [key for key in known if key.startswith(word)]
     return f"; did you mean '{near[0]}'?" if near else ''
@@ -92,13 +164,16 @@ def convert(value, hint):
 
 
 def assign(owner, key, value, where=''):
-    """Set what `key` names in the dataclass instance `owner`; return the name of the field of `owner` that it lies in.
+    """Sets what `key` names in the dataclass instance `owner`; returns the name of its field of `owner`.
 
-    A key is a spelling of a field, then for nested ones an index or a name: data.datasets[0].name, data.datasets.name
-    (of every entry), base_models.policy_0.path. The next entry of a list, or a new name of a dict, makes a new entry.
-    `where` ('recipe.yaml: ') stands before the message of an error.
+    A key is a spelling of a field, then for nested ones an index or a name: data.datasets[0].name,
+    data.datasets.name (of every entry), base_models.policy_0.path. The next entry of a list, or a new name of
+    a dict, makes a new entry. `where` ('recipe.yaml: ') stands before the message of an error.
     """
+    key = getattr(type(owner), 'aliases', {}).get(key, key)
     table, parts = spellings(type(owner)), key.split('.')
+    if key.replace('-', '_') not in table and (path := accepted_key(type(owner), key)):
+        return accept(owner, path, key, value, where)
     for n in range(len(parts), 0, -1):  # the longest beginning that names a field
         head, index = re.fullmatch(r'(.*?)(?:\[(\d+)\])?', '.'.join(parts[:n]), re.S).groups()
         if head.replace('-', '_') in table:
@@ -106,7 +181,8 @@ def assign(owner, key, value, where=''):
     else:
         raise UserError(f"{where}there is no setting '{key}'{closest(key, table)}")
     field, tail = table[head.replace('-', '_')], '.'.join(parts[n:])
-    hint, held = typing.get_type_hints(type(owner))[field.name], getattr(owner, field.name)
+    hint = typing.get_type_hints(type(owner))[field.name]
+    held = getattr(owner, field.name)
     if not tail and index is None:
         setattr(owner, field.name, checked(field, hint, key, value, where))
     elif tail and isinstance(held, list) and dataclasses.is_dataclass(entry_type(hint)):
@@ -117,13 +193,64 @@ def assign(owner, key, value, where=''):
             held.append(entry_type(hint)())
         for item in held if index is None else [held[place]]:
             assign(item, tail, value, where)
-    elif len(parts) > n + 1 and isinstance(held, dict) and index is None:
+    elif tail and field.metadata.get('open') and '.' not in tail:
+        held[tail.replace('-', '_')] = value
+    elif len(parts) > n + 1 and entry_type(hint) and isinstance(held, dict) and index is None:
         assign(held.setdefault(parts[n], entry_type(hint)()), '.'.join(parts[n + 1:]), value, where)
     elif tail and dataclasses.is_dataclass(held) and index is None:
         assign(held, tail, value, where)
     else:
         raise UserError(f"{where}there is no setting '{key}': {head} is {describe(hint)}")
     return field.name
+
+
+def accept(owner, path, key, value, where):
+    """Stores the value of a key that changes nothing (see Accepted); returns its name."""
+    known = type(owner).accepted[path]
+    kind = type(known.default) if known.default is not None else str | None
+    try:
+        value = convert(value, kind)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}{key}: '{value}' is not {describe(kind)}") from None
+    if known.refused and value != known.default:
+        raise UserError(f'{where}{key}={value}: {known.why}')
+    owner.__dict__.setdefault('accepted_values', {})[path] = value
+    return path.rpartition('.')[2]
+
+
+def without_effect(cfg):
+    """A line for each key that was set and changes nothing, with the reason."""
+    for path, value in getattr(cfg, 'accepted_values', {}).items():
+        known = type(cfg).accepted[path]
+        if value != known.default:
+            yield f'{path.rpartition(".")[2]}={json.dumps(value)} changes nothing here: {known.why}'
+
+
+def check_settings(cfg):
+    """UserError where a value is out of its field's range, or cfg.check() finds a contradiction."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        for bound, (is_inside, words) in BOUNDS.items():
+            limit = field.metadata.get(bound)
+            if None not in (value, limit) and not (is_inside(value, limit) and math.isfinite(value)):
+                raise UserError(f'{field.name} must be {words.format(limit)}, not {value}')
+    if hasattr(cfg, 'check'):
+        cfg.check()
+
+
+def fill_in(cfg, **values):
+    """Sets those of the fields that are None or empty, in place; returns what was chosen, as text."""
+    chosen = {name: value for name, value in values.items() if getattr(cfg, name) in (None, [])}
+    for name, value in chosen.items():
+        setattr(cfg, name, value)
+    return ', '.join(f'{name}={as_text(value)}' for name, value in chosen.items())
+
+
+def as_text(value):
+    """As it would be typed: a list with spaces, 1e-05 for 0.00001."""
+    if isinstance(value, list):
+        return ' '.join(map(str, value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def checked(field, hint, key, value, where):
@@ -136,14 +263,15 @@ def checked(field, hint, key, value, where):
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices and not isinstance(item, (bool, type(None))):
             if field.name == 'algorithm' and item in SCRIPTS:
-                raise UserError(f"{where}'{item}' is trained by {SCRIPTS[item]}, not {os.path.basename(sys.argv[0])}")
+                raise UserError(f"{where}'{item}' is trained by {SCRIPTS[item]}, not "
+                                f"{os.path.basename(sys.argv[0])}")
             near = closest(str(item), map(str, choices))
             raise UserError(f"{where}{key}: '{item}' is none of {', '.join(map(str, choices))}{near}")
     return value
 
 
 def flatten(tree, key=''):
-    """(key, value) of every leaf of nested dicts and lists of dicts; such a list replaces the one before it."""
+    """(key, value) of every leaf of nested dicts and lists of dicts; such a list replaces an earlier one."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield from flatten(value, f'{key}.{name}' if key else name)
@@ -170,16 +298,20 @@ def read_python(path, text):
             return str(time.time())
         return ast.literal_eval(node)
 
+    def is_docstring(node):
+        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
     node = None
     try:
         for node in ast.parse(text).body:
             if isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
                 names.update({target.id: constant(node.value) for target in node.targets})
-            elif not isinstance(node, ast.Import) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            elif not isinstance(node, ast.Import) and not is_docstring(node):
                 raise ValueError
     except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:
-        line = error.lineno if isinstance(error, SyntaxError) else node.lineno if node else 1
-        raise UserError(f'{path} line {line}: only NAME = VALUE of constants and + - * / is read here') from None
+        line = getattr(error if isinstance(error, SyntaxError) else node, 'lineno', 1)
+        reason = 'only NAME = VALUE of constants and + - * / is read here'
+        raise UserError(f'{path} line {line}: {reason}') from None
     return names
 
 
@@ -202,11 +334,13 @@ def read_file(cls, path):
         raise UserError(f'{path}: a recipe is made of `section:` and `key: value` lines')
     sections = {key.rpartition('.')[0] for key in spellings(cls)}
     found = [(key, value, f'{path}: ') for key, value in flatten(tree) if value != '' or key not in sections]
-    return sorted(found, key=lambda pair: pair[0] != 'training.algorithm')  # is it a recipe for this script at all?
+    # is it a recipe for this script at all?
+    return sorted(found, key=lambda pair: pair[0] != 'training.algorithm')
 
 
 @dataclasses.dataclass
 class Always:
+    """Flags of every script that are no settings."""
     recipe: str = ''  # a YAML or Python file of settings; its name without the flag does the same
     print_config: bool = False  # print the resolved configuration as JSON and stop
     help: bool = False  # print this page and stop
@@ -216,62 +350,93 @@ class Always:
 def command_line(cls, argv):
     """[[key, value]] in the order of the words, a list's value being its words with spaces between them.
 
-    argparse lays out --help but cannot do this: end a list or a switch before key=value or a file, keep words in order.
+    argparse lays out --help but cannot do this: keep the order, end a list before key=value or a file.
     """
-    table, found, takes = {**spellings(Always), **spellings(cls)}, [], ''
+    table = {**spellings(Always), **spellings(cls)}
     hints = {**typing.get_type_hints(Always), **typing.get_type_hints(cls)}
     positional = [field.name for field in dataclasses.fields(cls) if field.metadata.get('positional')]
-    for word in argv:  # `takes`: what the last flag may still take, a 'value', a 'bool' or a 'list'
-        name, equals, value = ('--help' if word == '-h' else word).partition('=')
+    aliases = getattr(cls, 'aliases', {})
+    words = []  # what is returned
+    takes, choices = '', ()  # what the last flag may still take: a 'value', a 'bool', a 'list' or nothing
+    for word in argv:
+        name, equals, value = word.partition('=')
+        if word == '-h':
+            name = '--help'
         key = name[2:].replace('-', '_')
         if name.startswith('--'):
-            if key.startswith('no_') and key not in table and key[3:] in table and not equals:
-                key, equals, value = key[3:], '=', 'false'
-            if key not in table and not re.search(r'[.[]', key):  # assign() judges dotted keys
-                raise UserError(f'there is no flag {name}{closest(key, table)}')
-            hint = hints[table[key].name] if key in table else str
-            choices = key in table and table[key].metadata.get('choices')
-            takes = '' if equals else 'bool' if bool in kinds(hint) else 'list' if entry_type(hint) else 'value'
-            value = value if equals else 'true' if takes == 'bool' else None
-            found.append([key if key in table else name[2:], value])
-        elif takes == 'value' or takes == 'bool' and word.lower() in {**BOOLS, **dict.fromkeys(choices or ())}:
-            found[-1][1], takes = word, ''
-        elif re.match(r'[A-Za-z_][\w.[\]-]*=', word) or word.endswith(FILES):
-            found.append(['recipe', word] if not re.match(r'[\w.[\]-]*=', word) else [name, value])
+            if key.startswith('no_') and key not in table and not equals:
+                if key[3:] in table or accepted_key(cls, key[3:]):
+                    key, equals, value = key[3:], '=', 'false'
+            hint, choices = str, ()
+            if key in table:
+                hint, choices = hints[table[key].name], table[key].metadata.get('choices', ())
+            elif path := accepted_key(cls, key):
+                hint = type(cls.accepted[path].default)
+            elif key not in aliases:
+                if not re.search(r'[.[]', key):  # assign() judges dotted keys
+                    raise UserError(f'there is no flag {name}{closest(key, table)}')
+                key = name[2:]
+            takes = '' if equals else takes_of(hint)
+            if takes == 'bool':
+                value = 'true'
+            words.append([key, value if equals or takes == 'bool' else None])
+        elif takes == 'value' or takes == 'bool' and word.lower() in (*BOOLS, *choices):
+            words[-1][1], takes = word, ''
+        elif re.match(r'[A-Za-z_][\w.[\]-]*=', word):
+            words.append([name, value])
+            takes = ''
+        elif word.endswith(FILES):
+            words.append(['recipe', word])
             takes = ''
         elif takes == 'list':
-            found[-1][1] = f'{found[-1][1] or ""} {word}'.strip()
+            words[-1][1] = f'{words[-1][1] or ""} {word}'.strip()
         elif positional:
-            found.append([positional.pop(0), word])
-            takes = 'list' if entry_type(hints[found[-1][0]]) else ''
+            words.append([positional.pop(0), word])
+            takes = takes_of(hints[words[-1][0]]).replace('value', '')
         else:
-            raise UserError(f"'{word}' belongs to no flag: write --name=value, name=value or a {'|'.join(FILES)} file")
-    for key, value in found:
+            raise UserError(f"'{word}' belongs to no flag: write --name=value, name=value or a "
+                            f"{'|'.join(FILES)} file")
+    for key, value in words:
         if value is None:
             raise UserError(f'--{key} needs a value')
-    return found
+    return words
+
+
+def takes_of(hint):
+    """What may follow a flag of this type: 'bool' (if anything), 'list' (several words) or 'value'."""
+    if bool in kinds(hint):
+        return 'bool'
+    return 'list' if entry_type(hint) else 'value'
 
 
 def comments(cls):
-    """{field: (heading, comment)} from the source. A comment beside a field or above it explains it; where a field has
-    both, the one above is the heading of a group."""
-    found, heading, above, name = {}, '', [], None
-    for line in inspect.getsource(cls).splitlines():
-        code, _, note = line.partition('  # ')
-        indent, note = len(line) - len(line.lstrip()), note.strip('- ')
-        if indent == 4 and not code.strip():
-            above.append(note)
-        elif indent == 4:
-            name = re.match(r'\w*', line.strip())[0]
-            heading = ' '.join(above) if above and note else heading
-            found[name], above = [heading, note or ' '.join(above)], []
-        elif name and note:
-            found[name][1] = f'{found[name][1]} {note}'.strip()
-    return found
+    """{field: (heading, comment)} from the source of `cls` and of the flags that it inherits.
+
+    A comment beside a field, or above it, explains it, and goes on in comment lines indented further; where a
+    field has both, the one above is the heading of a group.
+    """
+    headings, notes = {}, {}
+    for base in reversed(cls.__mro__[:-1]):  # a field that is declared again may leave its comment as it is
+        heading, above, name = '', [], None
+        for line in inspect.getsource(base).splitlines():
+            code, _, note = line.partition('  # ')
+            indent, note = len(line) - len(line.lstrip()), note.strip('- ')
+            if indent == 4 and not code.strip():
+                above.append(note)
+            elif indent == 4:
+                name = re.match(r'\w*', line.strip())[0]
+                if above and note:
+                    heading = ' '.join(above)
+                headings[name] = heading or headings.get(name, '')
+                notes[name] = note or ' '.join(above) or notes.get(name, '')
+                above = []
+            elif name and note:
+                notes[name] = f'{notes[name]} {note}'.strip()
+    return {name: (headings[name], notes[name]) for name in notes}
 
 
 def help_page(cls):
-    """The text of --help, laid out by argparse: a group for each heading in the source, else section of the paths."""
+    """The text of --help, laid out by argparse: a group for each heading in the source, else each section."""
     parser = argparse.ArgumentParser(
         usage='%(prog)s [--setting=value] [section.setting=value] [file.yaml | file.py] ...', add_help=False,
         description=(sys.modules[cls.__module__].__doc__ or '').split('\n\n')[0].replace('%', '%%'),
@@ -282,20 +447,31 @@ def help_page(cls):
         notes, hints = comments(cls), typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             heading, text = notes.get(field.name, ('', ''))
-            path, hint, choices = path_of(field), hints[field.name], field.metadata.get('choices')
+            path, hint = path_of(field), hints[field.name]
             group = title or heading or path.rpartition('.')[0] or 'settings'
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            if field.metadata.get('open'):
+                for key, default, text in field.metadata['open']():
+                    text += '' if default is None else f' (default {json.dumps(default)})'
+                    groups[group].add_argument(f'{path}.{key}', nargs='?', help=text.replace('%', '%%'))
+                continue
             entry = entry_type(hint) or hint
             if dataclasses.is_dataclass(entry):
                 add(entry, path + {list: '[0].', dict: '.NAME.'}.get(typing.get_origin(hint), '.'), group)
                 continue
+            facts = ['--' + key for key in field.metadata.get('also', ())]
+            if path != field.name:
+                facts.insert(0, path)
+            if 'choices' in field.metadata:
+                facts.append(', '.join(map(str, field.metadata['choices'])))
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            facts = [path] * (path != field.name) + ['--' + key for key in field.metadata.get('also', ())]
-            facts += [', '.join(map(str, choices or ())), '' if default is None else f'default {json.dumps(default)}']
-            text += f" ({'; '.join(filter(None, facts))})" if any(facts) else ''
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
-            groups[group].add_argument('--' + prefix + field.name, help=text.replace('%', '%%'),
-                                       metavar='' if hint is bool else describe(hint).upper().replace(' ', '_'))
+            if default is not None:
+                facts.append(f'default {json.dumps(default)}')
+            if facts:
+                text += f" ({'; '.join(facts)})"
+            kind = '' if hint is bool else describe(hint).upper().replace(' ', '_')
+            groups[group].add_argument('--' + prefix + field.name, help=text.replace('%', '%%'), metavar=kind)
 
     add(cls)
     add(Always, title='always')
@@ -303,11 +479,12 @@ def help_page(cls):
 
 
 def parse(cls, argv=None):
-    """The configuration of this run: an instance of the dataclass `cls`, with the names of the fields that were set as
-    cfg.typed, and of those that the command line itself set, not a file, as cfg.flags.
+    """The configuration of this run: an instance of the dataclass `cls`, with the names of the fields that
+    were set as cfg.typed, and of those that the command line itself set, not a file, as cfg.flags.
 
-    Calls cls.check() if there is one: it raises UserError where settings contradict each other, and prints nothing, as
-    launched processes come here again. Exits 0 after --help and --print_config, 2 after a mistake. Then launch().
+    Calls cls.check() if there is one: it raises UserError where settings contradict each other, and prints
+    nothing, as launched processes come here again. Exits 0 after --help and --print_config, 2 after a
+    mistake. Then launch().
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -322,8 +499,7 @@ def parse(cls, argv=None):
         origins = [(assign(cfg, *setting), setting[2]) for setting in found]
         cfg.typed = frozenset(name for name, _ in origins)
         cfg.flags = frozenset(name for name, file in origins if not file)
-        if hasattr(cfg, 'check'):
-            cfg.check()
+        check_settings(cfg)
         if BOOLS.get(always.get('print_config')):
             print(json.dumps(as_dict(cfg), indent=2))
             sys.exit(0)
@@ -350,34 +526,51 @@ def fail(error):
 
 
 def as_dict(cfg):
-    """The configuration as nested JSON-able dicts, each setting at its documented path; from_dict() reads it back."""
+    """The configuration as nested dicts for JSON, each setting at its documented path; see from_dict()."""
     tree, values = {}, dataclasses.asdict(cfg)
+    leaves = {path_of(field): values[field.name] for field in dataclasses.fields(cfg)}
     for field in dataclasses.fields(cfg):
-        *sections, name = path_of(field).split('.')
-        place = tree
+        if field.metadata.get('open'):      # its keys stand among the section's fields
+            section = path_of(field)
+            leaves.update((f'{section}.{key}', value) for key, value in leaves.pop(section).items())
+    for path, known in getattr(cfg, 'accepted', {}).items():
+        leaves.setdefault(path, getattr(cfg, 'accepted_values', {}).get(path, known.default))
+    for path, value in leaves.items():
+        *sections, name = path.split('.')
+        branch = tree
         for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = values[field.name]
+            branch = branch.setdefault(section, {})
+        branch[name] = value
     return tree
 
 
 def from_dict(cls, saved, cfg=None):
-    """The configuration that as_dict() wrote. To resume: fields typed in `cfg`, the one just parsed, are kept."""
-    result = cls()
+    """The configuration that as_dict() gave; but fields typed in `cfg`, the one just parsed, are kept."""
+    result, hints = cls(), typing.get_type_hints(cls)
     for key, value in flatten(saved):
+        known = spellings(cls).get(key)
+        if value is None and known and type(None) not in typing.get_args(hints[known.name]):
+            continue            # an earlier version had no default there
         assign(result, key, value, 'saved configuration: ')
     result.typed, result.flags = getattr(cfg, 'typed', frozenset()), getattr(cfg, 'flags', frozenset())
-    for name in result.typed:
-        setattr(result, name, getattr(cfg, name))
+    for name in result.typed & {field.name for field in dataclasses.fields(cls)}:
+        value, saved_value = getattr(cfg, name), getattr(result, name)
+        # of a dict only the typed entries change
+        setattr(result, name, {**saved_value, **value} if isinstance(value, dict) else value)
+    if getattr(cfg, 'accepted_values', None):
+        result.__dict__.setdefault('accepted_values', {}).update(cfg.accepted_values)
     return result
 
 
 def launch(cfg, argv):
-    """Start this command line again as the settings num_gpus and nohup say, where cfg has them, and exit; or return.
+    """Start this command line again as the settings num_gpus and nohup say, where cfg has them, and exit; or
+    return.
 
-    num_gpus  a process per GPU with torchrun's environment variables. Not through torchrun, where every failure is
-              exit status 1 and a traceback: here it is that of the first to fail, and stop signals are passed on.
-    nohup     a detached process writes to logs/training_<date>_<time>.log, whose last line is the exit status.
+    num_gpus  a process per GPU with torchrun's environment variables. Not through torchrun, where every
+              failure is exit status 1 and a traceback: here it is that of the first to fail, and stop signals
+              are passed on.
+    nohup     a detached process writes to logs/training_<date>_<time>.log, whose last line is the exit
+              status.
     """
     role, ranks = os.environ.pop(ROLE, None), getattr(cfg, 'num_gpus', None) or 1
     command = [sys.executable, sys.argv[0], *argv]
@@ -391,7 +584,8 @@ def launch(cfg, argv):
                 log = open(time.strftime('logs/training_%Y%m%d_%H%M%S.log'), 'x')
             except FileExistsError:
                 time.sleep(0.1)
-        process = subprocess.Popen(command, env={**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1'}, stdout=log,
+        process = subprocess.Popen(command, env={**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1'},
+                                   stdout=log,
                                    stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         print(f'started as PID {process.pid}; follow it: tail -f {log.name}')
         sys.exit(0)
@@ -400,12 +594,12 @@ def launch(cfg, argv):
         if role == 'detached':
             print(f'exit status {status}', flush=True)
         sys.exit(status)
-    if getattr(cfg, 'distributed', False):
+    if getattr(cfg, 'accepted_values', {}).get('distributed'):
         print('--distributed without a launcher is one process: --num_gpus=N starts N', file=sys.stderr)
 
 
 def supervise(command, ranks):
-    """The exit status of `command` in `ranks` processes: 0, or the first to fail's (128 + signal, if killed)."""
+    """The exit status of `command` in `ranks` processes: 0, or the first failure's (128 + signal)."""
     env, workers, stopped = {**os.environ, ROLE: 'worker'}, [], []
 
     def stop(signum, frame):
@@ -420,14 +614,16 @@ def supervise(command, ranks):
             free.bind(('127.0.0.1', 0))
             env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
         env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // ranks)))
-    for rank in range(ranks):  # in sessions of their own: Ctrl-C reaches this process only, which passes it on once
+    # in sessions of their own: Ctrl-C reaches this process only, which passes it on once
+    for rank in range(ranks):
         place = {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if ranks > 1 else {}
         workers.append(subprocess.Popen(command, env={**env, **place}, start_new_session=True))
     status, deadline = 0, math.inf
     while None in (codes := [worker.poll() for worker in workers]) or not status and any(codes):
         if any(codes) and not status:
             status, deadline = next(filter(None, codes)), time.monotonic() + 10
-        if time.monotonic() > deadline and not stopped:  # they wait for the one that failed; stopped ones are saving
+        # they wait for the one that failed; stopped ones are saving
+        if time.monotonic() > deadline and not stopped:
             for worker in workers:
                 worker.kill()
         time.sleep(0.05)

@@ -1,13 +1,17 @@
-"""Preference optimisation against TRL's DPOTrainer, in pairs on the same machine, the same weights and the same pairs.
+"""Preference optimisation against TRL's DPOTrainer, in pairs on the same machine, the same weights and the
+same pairs.
 
-    python bench/dpo.py --trl PYTHON    pairs per second and peak memory, products in float32 and, where the processor has it, in bf16
+    python bench/dpo.py --trl PYTHON    pairs per second and peak memory, products in float32 and, where the
+                                        processor has it, in bf16
 
-PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the pairs are
-texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two different continuations of as many, 8 pairs a step, sigmoid
-DPO of all weights with AdamW. `cache`: reference log-probabilities computed before training, on either side. Each side runs in a
-process of its own, in turn; ratios are taken round by round, of the clock and of processor time, which counts where others compute
-on the same machine (with --threads 1). Times are medians over training steps, the first left out. floor: the seconds that the matrix
-products of a step of ours take alone at the machine's measured rates, attention not counted. The last line is JSON.
+PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels,
+vocabulary 1,024), the pairs are texts of the embedded model's corpus: a prompt of 30 to 80 tokens and two
+different continuations of as many, 8 pairs a step, sigmoid DPO of all weights with AdamW. `cache`: reference
+log-probabilities computed before training, on either side. Each side runs in a process of its own, in turn;
+ratios are taken round by round, of the clock and of processor time, which counts where others compute on the
+same machine (with --threads 1). Times are medians over training steps, the first left out. floor: the seconds
+that the matrix products of a step of ours take alone at the machine's measured rates, attention not counted.
+The last line is JSON.
 """
 import argparse
 import itertools
@@ -18,28 +22,58 @@ import statistics
 import sys
 import tempfile
 
-from shared import child, llama_with_words, memory, now, product_seconds, read, resident, trl_clock
+from shared import (TRL_SETTINGS, child, llama_with_words, memory, now, product_seconds, read, resident,
+                    trl_clock)
 
 BATCH = 8
 SIDES = ('trl', 'trl_cache', 'ours', 'ours_cache', 'ours_bf16', 'ours_bf16_cache')
+CLOCKS = ('seconds_per_step', 'cpu_seconds_per_step')
+
+
+# ---- the inputs, the same for all sides ----------------------------------------------------------------
+
+def model_in(directory):
+    return os.path.join(directory, 'model')
+
+
+def pairs_in(directory):
+    return os.path.join(directory, 'pairs.jsonl')
 
 
 def write_inputs(directory, steps):
     """model/ and pairs.jsonl, whose texts join without a token across the seam."""
     from data.tiny.corpus import documents
-    tokenizer, rng = llama_with_words(directory), random.Random(0)
-    plain = (tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) for text in documents('bench'))
-    stream = itertools.chain.from_iterable(map(tokenizer.encode, plain))
-    with open(os.path.join(directory, 'pairs.jsonl'), 'w') as file:
-        for _ in range(BATCH * steps):
-            prompt, chosen, rejected = (tokenizer.decode(list(itertools.islice(stream, rng.randint(30, 80)))) for _ in range(3))
-            file.write(json.dumps({'prompt': prompt + ':', 'chosen': '\n' + chosen, 'rejected': '\n' + rejected}) + '\n')
+    tokenizer = llama_with_words(directory)
+    draw = random.Random(0)
 
+    def corpus():
+        for text in documents('bench'):
+            plain = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)
+            yield from tokenizer.encode(plain)
+
+    def next_text():
+        return tokenizer.decode(list(itertools.islice(stream, draw.randint(30, 80))))
+
+    stream = corpus()
+    with open(pairs_in(directory), 'w') as file:
+        for _ in range(BATCH * steps):
+            prompt, chosen, rejected = next_text(), next_text(), next_text()
+            pair = {'prompt': prompt + ':', 'chosen': '\n' + chosen, 'rejected': '\n' + rejected}
+            file.write(json.dumps(pair) + '\n')
+
+
+# ---- the sides -----------------------------------------------------------------------------------------
 
 def result(times, start, loss):
     """times: now() before the first step and after each."""
-    seconds, cpu = (statistics.median(b[clock] - a[clock] for a, b in zip(times[1:], times[2:])) for clock in (0, 1))
-    return {'seconds_per_step': seconds, 'cpu_seconds_per_step': cpu, 'pairs_per_second': BATCH / seconds, **memory(start), 'mean_loss': loss}
+    def median(clock):
+        return statistics.median(end[clock] - begin[clock] for begin, end in zip(times[1:], times[2:]))
+
+    return {'seconds_per_step': median(0),
+            'cpu_seconds_per_step': median(1),
+            'pairs_per_second': BATCH / median(0),
+            **memory(start),
+            'mean_loss': loss}
 
 
 def trl(directory, options):
@@ -48,19 +82,49 @@ def trl(directory, options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
     torch.set_num_threads(options.threads)
-    path = os.path.join(directory, 'model')
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
-    config = DPOConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
-                       max_length=384, learning_rate=1e-4, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False,
-                       gradient_checkpointing=False, report_to='none', save_strategy='no', dataloader_pin_memory=False,
-                       disable_tqdm=True, logging_steps=options.steps, precompute_ref_log_probs=options.child == 'trl_cache', beta=0.1)
+    model = AutoModelForCausalLM.from_pretrained(model_in(directory), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_in(directory))
+    config = DPOConfig(
+        output_dir=os.path.join(directory, 'out'),
+        per_device_train_batch_size=BATCH,
+        max_steps=options.steps,
+        logging_steps=options.steps,
+        max_length=384,
+        learning_rate=1e-4,
+        beta=0.1,
+        precompute_ref_log_probs=options.child == 'trl_cache',
+        dataloader_pin_memory=False,
+        **TRL_SETTINGS)
     times, logged = [], []
-
-    trainer = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(read(os.path.join(directory, 'pairs.jsonl'))),
-                         processing_class=tokenizer, callbacks=[trl_clock(times, logged)])
+    pairs = Dataset.from_list(read(pairs_in(directory)))
+    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer,
+                         callbacks=[trl_clock(times, logged)])
     start = resident()
     trainer.train()
     return result(times, start, logged[0])
+
+
+def our_flags(directory, options):
+    reference = 'cache' if options.child.endswith('cache') else 'copy'
+    matmul = 'bf16' if 'bf16' in options.child else 'float32'
+    return [f'--base_model_name={model_in(directory)}',
+            f'--output_dir={os.path.join(directory, options.child)}',
+            f'data.datasets[0].name={pairs_in(directory)}',
+            '--apply_chat_template=false',
+            '--eval_fraction=0',
+            f'--per_device_train_batch_size={BATCH}',
+            '--learning_rate=1e-4',
+            '--lr_scheduler_type=constant',
+            '--warmup_steps=0',
+            '--rpo_alpha=0',
+            f'--max_steps={options.steps}',
+            f'--logging_steps={options.steps}',
+            f'--matmul={matmul}',
+            '--device=cpu',
+            '--max_length=384',
+            f'--reference={reference}',
+            f'--reference_cache={os.path.join(directory, "cache")}',
+            '--tensorboard=false']
 
 
 def ours(directory, options):
@@ -69,53 +133,95 @@ def ours(directory, options):
     import train_dpo as script
     from configurator import parse
     torch.set_num_threads(options.threads)
-    cfg = parse(script.Config, [
-        f'--base_model_name={os.path.join(directory, "model")}', f'data.datasets[0].name={os.path.join(directory, "pairs.jsonl")}',
-        '--apply_chat_template=false', '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--learning_rate=1e-4',
-        '--rpo_alpha=0', f'--max_steps={options.steps}', f'--matmul={"bf16" if "bf16" in options.child else "float32"}', '--device=cpu', '--max_length=384'])
-    run = script.setup(cfg.device, 'float32', cfg.matmul)
-    cfg.reference_cache = os.path.join(directory, 'cache')
-    model, tokenizer = script.build_policy(cfg, None, run)
-    pairs, train, _ = script.load_data(cfg, tokenizer, 512, run)
-    feed = script.Feed(cfg, train, 1)
-    start = resident()
-    kind = 'cache' if options.child.endswith('cache') else 'copy'
-    reference = script.Reference(cfg, kind, model, True, True, pairs, train[0], run)
-    optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (0.9, 0.999))
-    loader, scaler = script.Loader(cfg, feed, pairs, run), script.LossScale(run.dtype)
-    losses, times = [], [now()]
-    for step in range(options.steps):
-        optimizer.set_lr(cfg.learning_rate)
-        indices, batches = loader(step)
-        means, *_ = script.train_step(cfg, model, reference, optimizer, batches, len(indices), scaler, step, run)
-        losses.append(float(means[0]))
+    cfg = parse(script.Config, our_flags(directory, options))
+    open_reference, step = script.open_reference, script.Run.step
+    start, times, used = [], [now()], {}
+
+    def open_timed(*given):
+        """The reference is memory of the training's own, as in TRL; policy and data are not."""
+        start.append(resident())
+        return open_reference(*given)
+
+    def step_timed(run, *given):
+        """The last thing that a step does."""
+        grad_norm = step(run, *given)
         times.append(now())
-    return result(times, start, statistics.mean(losses))
+        used.update(memory(start[0]))       # before the final checkpoint is written
+        return grad_norm
+
+    script.open_reference, script.Run.step = open_timed, step_timed
+    script.main(cfg)
+    log = read(os.path.join(cfg.output_dir, 'log.jsonl'))
+    loss = next(line['loss'] for line in log if 'loss' in line)
+    return {**result(times, start[0], loss), **used}
 
 
 def floor(directory, options):
-    """{side: seconds that the products of a step of ours take alone}, prompts shared, each token once through policy and reference."""
+    """{side: seconds that the products of a step of ours take alone}, prompts shared, each token once through
+    policy and reference."""
     import torch
 
     from data.tokenizer import load_tokenizer
     torch.set_num_threads(options.threads)
-    tokenizer = load_tokenizer(os.path.join(directory, 'model'))
-    size = lambda key: BATCH * statistics.mean(len(tokenizer.encode(row[key])) for row in read(os.path.join(directory, 'pairs.jsonl')))
-    answers = size('chosen') + size('rejected')
-    tokens = size('prompt') + answers
-    times = {'': 4, '_cache': 3}            # forward and backward of the policy, and the reference
-    return {**{f'ours{kind}{cache}': product_seconds([(times[cache], tokens, answers)], kind[1:] or 'float32')
-               for kind in ('', '_bf16') for cache in times if f'ours{kind}' in options.sides}, 'tokens': tokens, 'answers': answers}
+    tokenizer = load_tokenizer(model_in(directory))
+    pairs = read(pairs_in(directory))
 
+    def tokens_of(key):
+        return BATCH * statistics.mean(len(tokenizer.encode(pair[key])) for pair in pairs)
+
+    answers = tokens_of('chosen') + tokens_of('rejected')
+    tokens = tokens_of('prompt') + answers
+    seconds = {}
+    for kind, matmul in (('ours', 'float32'), ('ours_bf16', 'bf16')):
+        if kind in options.sides:
+            # forward and backward of the policy, and the reference
+            seconds[kind] = product_seconds([(4, tokens, answers)], matmul)
+            seconds[f'{kind}_cache'] = product_seconds([(3, tokens, answers)], matmul)
+    return {**seconds, 'tokens': tokens, 'answers': answers}
+
+
+# ---- the rounds ----------------------------------------------------------------------------------------
 
 def measure(side, directory, options):
-    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--threads={options.threads}', '--sides', *options.sides]
+    """What the side prints, in a process of its own."""
+    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}',
+             f'--threads={options.threads}', '--sides', *options.sides]
     python = options.trl if side.startswith('trl') else sys.executable
     return child(__file__, *flags, python=python, OMP_NUM_THREADS=str(options.threads))
 
 
+def run_child(options):
+    if options.child == 'floor':
+        return floor(options.directory, options)
+    side = trl if options.child.startswith('trl') else ours
+    return side(options.directory, options)
+
+
+def sides_of_this_machine():
+    from nanoforge.run import setup
+    has_bf16 = setup('cpu').matmul == 'bf16'
+    return [side for side in SIDES if has_bf16 or 'bf16' not in side]
+
+
+def times_trl(found):
+    """{side and clock: TRL's seconds over the side's, of every round, in order of size}"""
+    ratios = {}
+    for side in found:
+        if side == 'trl' or 'trl' not in found:
+            continue
+        for clock in CLOCKS:
+            values = [theirs[clock] / run[clock] for run, theirs in zip(found[side], found['trl'])]
+            ratios[f'{side} {clock}'] = [round(ratio, 2) for ratio in sorted(values)]
+    return ratios
+
+
+def median_run(runs):
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--trl', help='a Python interpreter with TRL')
     parser.add_argument('--rounds', type=int, default=3, help='of one run of every side')
     parser.add_argument('--steps', type=int, default=12, help='steps a run')
@@ -125,24 +231,20 @@ def main():
     parser.add_argument('--directory', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        run = {'trl': trl, 'floor': floor}.get(options.child.partition('_')[0], ours)
-        print(json.dumps(run(options.directory, options)))
+        print(json.dumps(run_child(options)))
         return
-    if not options.sides:
-        from nanoforge.run import setup
-        options.sides = [side for side in SIDES if 'bf16' not in side or setup('cpu').matmul == 'bf16']
+    options.sides = options.sides or sides_of_this_machine()
+    found = {}
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(directory, options.steps)
-        found = {}
         for _ in range(options.rounds):
             for side in options.sides:
-                found.setdefault(side, []).append(measure(side, directory, options))
-                print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
-        ratios = {f'{side} {clock}': [t[clock] / o[clock] for o, t in zip(found[side], found['trl'])]
-                  for side in found if side != 'trl' and 'trl' in found for clock in ('seconds_per_step', 'cpu_seconds_per_step')}
-        medians = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
-        print(json.dumps({'times_trl': {side: [round(r, 2) for r in sorted(values)] for side, values in ratios.items()},
-                          'floor': measure('floor', directory, options), 'median': medians}))
+                run = measure(side, directory, options)
+                found.setdefault(side, []).append(run)
+                print(side, {key: round(value, 3) for key, value in run.items()}, flush=True)
+        lowest = measure('floor', directory, options)
+    medians = {side: median_run(runs) for side, runs in found.items()}
+    print(json.dumps({'times_trl': times_trl(found), 'floor': lowest, 'median': medians}))
 
 
 if __name__ == '__main__':

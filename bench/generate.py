@@ -2,10 +2,11 @@
 
     python bench/generate.py [--threads 2] [--pairs 7]
 
-A Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), prompts of 16 tokens, 64 new tokens, float32, sampling at
-temperature 1 without top-k and top-p, no stop token: at batch 64 and at batch 1. Each pair runs both, one after the other, the
-first of them alternating; the ratio is the median over the pairs. Ours returns log-probabilities besides. A third line is ours
-with bf16 matrix products at batch 64, against transformers in float32. The last line of output is one JSON object.
+A Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), prompts of 16 tokens, 64 new tokens,
+float32, sampling at temperature 1 without top-k and top-p, no stop token: at batch 64 and at batch 1. Each
+pair runs both, one after the other, the first of them alternating; the ratio is the median over the pairs.
+Ours returns log-probabilities besides. A third line is ours with bf16 matrix products at batch 64, against
+transformers in float32. The last line of output is one JSON object.
 """
 import argparse
 import json
@@ -49,26 +50,37 @@ def main():
     parser.add_argument('--prompt', type=int, default=16, help='tokens of a prompt')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    theirs = llama(num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, initializer_range=0.1).eval()
+    theirs = llama(num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, initializer_range=0.1)
+    theirs.eval()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        with open(os.path.join(directory, 'tokenizer.json'), 'w') as file:      # a model directory has one; it is not used here
-            json.dump({'version': '1.0', 'model': {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}}, file)
+        # a model directory has one; it is not used here
+        with open(os.path.join(directory, 'tokenizer.json'), 'w') as file:
+            vocabulary = {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}
+            json.dump({'version': '1.0', 'model': vocabulary}, file)
         ours, _ = load_model(directory)
     result = {'parameters': ours.num_params(), 'threads': args.threads, 'pairs': args.pairs}
-    for name, batch, matmul in (('batch_64', 64, 'float32'), ('batch_1', 1, 'float32'), ('batch_64_bf16', 64, 'bf16')):
+    for name, batch, matmul in (('batch_64', 64, 'float32'), ('batch_1', 1, 'float32'),
+                                ('batch_64_bf16', 64, 'bf16')):
         ours.set_matmul(matmul)
         prompts = torch.randint(1, 1024, (batch, args.prompt))
-        run_ours = lambda: generate(ours, prompts.tolist(), NEW)
-        run_theirs = lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, do_sample=True,
-                                             temperature=1.0, top_k=0, top_p=1.0)
+
+        def run_ours():
+            return generate(ours, prompts.tolist(), NEW)
+
+        def run_theirs():
+            return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW,
+                                   do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
         a, b, ratio = pairs(run_ours, run_theirs, args.pairs)
+        ours_ms, theirs_ms = 1000 * a / NEW, 1000 * b / NEW
         gap = logp_gap(ours, prompts.tolist(), run_ours())[0]
-        result[name] = {'ours_tokens_per_second': round(batch * NEW / a), 'transformers_tokens_per_second': round(batch * NEW / b),
-                        'ratio': round(ratio, 2), 'ours_ms_per_step': round(1000 * a / NEW, 2),
-                        'transformers_ms_per_step': round(1000 * b / NEW, 2), 'max_logp_gap': gap}
-        print(f'{name:14} ours {1000 * a / NEW:6.2f} ms/step   transformers {1000 * b / NEW:6.2f} ms/step   {ratio:.2f} times   '
-              f'log-prob gap {gap:.1e}', flush=True)
+        result[name] = {'ours_tokens_per_second': round(batch * NEW / a),
+                        'transformers_tokens_per_second': round(batch * NEW / b),
+                        'ratio': round(ratio, 2), 'ours_ms_per_step': round(ours_ms, 2),
+                        'transformers_ms_per_step': round(theirs_ms, 2), 'max_logp_gap': gap}
+        print(f'{name:14} ours {ours_ms:6.2f} ms/step   transformers {theirs_ms:6.2f} ms/step   '
+              f'{ratio:.2f} times   log-prob gap {gap:.1e}', flush=True)
     print(json.dumps(result))
 
 

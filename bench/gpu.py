@@ -1,13 +1,14 @@
-"""What to run first on a card that one gets for half an hour: every script's default for some steps, and the tests.
+"""What to run first on a card that one gets for half an hour: every script's default for some steps, and the
+tests.
 
     python bench/gpu.py                       on the GPU: all rows
     python bench/gpu.py --device=cpu          the same rows where there is none
     python bench/gpu.py --only=gpt,rl         rows whose name holds one of these words
     python bench/gpu.py --tests               the tests, too (side by side where pytest-xdist is installed)
 
-A row is one run in a process of its own: exit status, wall seconds, first and last loss, tokens a second (the median of the
-log's lines, without the first) and memory: of the card as nvidia-smi sees it, of the process on a CPU. What a run that failed
-printed last is shown. The last line is JSON.
+A row is one run in a process of its own: exit status, wall seconds, first and last loss, tokens a second (the
+median of the log's lines, without the first) and memory: of the card as nvidia-smi sees it, of the process on
+a CPU. What a run that failed printed last is shown. The last line is JSON.
 """
 import argparse
 import glob
@@ -23,20 +24,26 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RL = ['train_rl.py', 'training.output_dir={out}', 'training.logging_steps=1', '--max_steps=20']
-TEAM = ['train_agents.py', 'training.experiment_name={name}', 'training.total_training_steps=4', 'training.val_freq=4']
+TEAM = ['train_agents.py', 'training.experiment_name={name}', 'training.total_training_steps=4',
+        'training.val_freq=4']
 ROWS = {
     'gpt': ['train_gpt.py', '--out_dir={out}', '--max_iters=600', '--eval_iters=20'],
     'gpt compiled': ['train_gpt.py', '--out_dir={out}', '--max_iters=600', '--eval_iters=20', '--compile'],
-    'gpt 124M': ['train_gpt.py', '--out_dir={out}', '--arch=gpt2', '--n_layer=12', '--n_head=12', '--n_embd=768',
-                 '--block_size=1024', '--batch_size=32', '--max_iters=60', '--eval_interval=60', '--eval_iters=2',
+    'gpt 124M': ['train_gpt.py', '--out_dir={out}', '--arch=gpt2', '--n_layer=12', '--n_head=12',
+                 '--n_embd=768',
+                 '--block_size=1024', '--batch_size=32', '--max_iters=60', '--eval_interval=60',
+                 '--eval_iters=2',
                  '--sample_tokens=0'],
-    'gpt 124M compiled': ['train_gpt.py', '--out_dir={out}', '--arch=gpt2', '--n_layer=12', '--n_head=12', '--n_embd=768',
+    'gpt 124M compiled': ['train_gpt.py', '--out_dir={out}', '--arch=gpt2', '--n_layer=12', '--n_head=12',
+                          '--n_embd=768',
                           '--block_size=1024', '--batch_size=32', '--max_iters=120', '--eval_interval=120',
                           '--eval_iters=2', '--sample_tokens=0', '--compile'],
-    'gpt float16': ['train_gpt.py', '--out_dir={out}', '--max_iters=200', '--eval_iters=20', '--dtype=float16'],
+    'gpt float16': ['train_gpt.py', '--out_dir={out}', '--max_iters=200', '--eval_iters=20',
+                    '--dtype=float16'],
     'gpt muon': ['train_gpt.py', '--out_dir={out}', '--max_iters=200', '--eval_iters=20', '--optimizer=muon'],
     'sft': ['train_sft.py', '--output_dir={out}', '--logging_steps=5', '--max_steps=100'],
-    'sft lora': ['train_sft.py', '--output_dir={out}', '--logging_steps=5', '--max_steps=50', 'model.use_lora=true'],
+    'sft lora': ['train_sft.py', '--output_dir={out}', '--logging_steps=5', '--max_steps=50',
+                 'model.use_lora=true'],
     'sft packed': ['train_sft.py', '--output_dir={out}', '--logging_steps=5', '--max_steps=50', '--packing',
                    '--max_length=512'],
     'dpo': ['train_dpo.py', '--output_dir={out}', 'training.logging_steps=5', '--max_steps=50'],
@@ -89,8 +96,12 @@ def run_row(name, argv, device, scratch):
         memory = card.stop() if card else usage.ru_maxrss / 1024
         console.seek(0)
         tail = console.read()[-1500:]
-    logs = [os.path.join(out, 'log.jsonl'), *glob.glob(os.path.join(ROOT, 'logs', experiment, '*', '*', 'log.jsonl'))]
-    rows = [json.loads(line) for path in logs if os.path.exists(path) for line in open(path, encoding='utf-8')]
+    rows = []
+    for path in (os.path.join(out, 'log.jsonl'),
+                 *glob.glob(os.path.join(ROOT, 'logs', experiment, '*', '*', 'log.jsonl'))):
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as file:
+                rows += map(json.loads, file)
     losses = [row['loss'] for row in rows if 'loss' in row]
     speeds = [row['tokens_per_second'] for row in rows if 'tokens_per_second' in row]
     exit_status = os.waitstatus_to_exitcode(status)
@@ -101,7 +112,8 @@ def run_row(name, argv, device, scratch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda')
     parser.add_argument('--only', default='')
     parser.add_argument('--tests', action='store_true')
@@ -113,14 +125,15 @@ def main():
             if not any(word in name for word in words):
                 continue
             result = results[name] = run_row(name, argv, args.device, scratch)
-            shown = '  '.join(f'{key} {value}' for key, value in result.items() if key != 'tail' and value is not None)
-            print(f'{name:20} {shown}', flush=True)
+            shown = [f'{key} {value}' for key, value in result.items() if key != 'tail' and value is not None]
+            print(f'{name:20} {"  ".join(shown)}', flush=True)
             if result['tail']:
                 print(result['tail'], flush=True)
     if args.tests:
         side_by_side = ['-n', str(os.cpu_count())] if importlib.util.find_spec('xdist') else []
         started = time.perf_counter()
-        code = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--no-header', '--tb=short', *side_by_side], cwd=ROOT).returncode
+        code = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--no-header', '--tb=short',
+                               *side_by_side], cwd=ROOT).returncode
         results['tests'] = dict(exit=code, seconds=round(time.perf_counter() - started, 1))
     for result in results.values():
         result.pop('tail', None)

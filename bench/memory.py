@@ -1,11 +1,12 @@
-"""Peak memory and time of one forward and backward over a large vocabulary: ours against transformers' with `labels`.
+"""Peak memory and time of one forward and backward over a large vocabulary: ours against transformers' with
+`labels`.
 
-    python bench/memory.py                          # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2 layers
+    python bench/memory.py                  # vocabulary 131,072, 4 x 1,024 tokens, 512 channels, 2 layers
     python bench/memory.py --vocab 32000 --pairs 5
 
-The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of the
-process above what it holds once the weights are loaded (gradients included), time the quickest of `--steps` steps after
-a warm-up.
+The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of
+the process above what it holds once the weights are loaded (gradients included), time the quickest of
+`--steps` steps after a warm-up.
 """
 import argparse
 import json
@@ -49,8 +50,10 @@ def measure(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(vocab=131072, batch=4, block=1024, channels=512, layers=2, steps=1, pairs=3).items():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(vocab=131072, batch=4, block=1024, channels=512, layers=2, steps=1, pairs=3)
+    for name, default in sizes.items():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--measure', choices=('ours', 'transformers'), help=argparse.SUPPRESS)
     parser.add_argument('--model', help=argparse.SUPPRESS)

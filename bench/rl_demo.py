@@ -1,13 +1,14 @@
 """GRPO, GSPO and PPO on the embedded sums, three seeds each: curves, and accuracy on held-out problems.
 
-    python bench/rl_demo.py [--algorithms grpo gspo ppo] [--seeds 0 1 2] [--out DIR]      trains what DIR does not hold yet
-    python bench/rl_demo.py --draw [--out DIR]                                            bench/rl_demo.png and .json from what is there
+    python bench/rl_demo.py [--algorithms grpo gspo ppo] [--seeds 0 1 2] [--out DIR]    trains what DIR lacks
+    python bench/rl_demo.py --draw [--out DIR]                  bench/rl_demo.png and .json from what is there
 
-Every run is `python train_rl.py` with its defaults, but for the algorithm, the seed and evaluations every 10 steps. The start is the
-embedded model, a careless pupil who drops carries. Curves are of the 200 held-out problems on which runs are watched; the table is of
-500 others, the weights of the last step (none is chosen by what is reported). No pair of operands and no wording of a held-out problem
-occurs in training. Beside it: the commonest training answer, and the answer of the training problem with the most words in common.
-Times are of training without evaluations, from the log's tokens and tokens per second.
+Every run is `python train_rl.py` with its defaults, but for the algorithm, the seed and evaluations every 10
+steps. The start is the embedded model, a careless pupil who drops carries. Curves are of the 200 held-out
+problems on which runs are watched; the table is of 500 others, the weights of the last step (none is chosen
+by what is reported). No pair of operands and no wording of a held-out problem occurs in training. Beside it:
+the commonest training answer, and the answer of the training problem with the most words in common. Times are
+of training without evaluations, from the log's tokens and tokens per second.
 """
 import argparse
 import collections
@@ -19,20 +20,26 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-FLAGS = {'grpo': [], 'gspo': ['training.algorithm=gspo'], 'ppo': ['training.algorithm=ppo', 'model.value_model_name=tiny']}
+FLAGS = {
+    'grpo': [],
+    'gspo': ['training.algorithm=gspo'],
+    'ppo': ['training.algorithm=ppo', 'model.value_model_name=tiny'],
+}
+COLOURS = {'grpo': '#3b6fb6', 'gspo': '#d9622b', 'ppo': '#4a9b6e'}
 TEST, TEST_SEED = 500, 1        # the runs watch seed 0
 
 
 def train(algorithm, seed, out):
     """Runs train_rl.py unless it has ended there already."""
     folder = os.path.join(out, f'{algorithm}-{seed}')
-    done = os.path.join(folder, 'test.json')
-    if not os.path.exists(done):
-        subprocess.run([sys.executable, os.path.join(ROOT, 'train_rl.py'), *FLAGS[algorithm], f'training.seed={seed}', 'training.eval_steps=10',
-                        f'training.output_dir={folder}', '--no-tensorboard', '--rollout_steps=10'], check=True)
-        with open(done, 'w') as file:
-            json.dump(test(os.path.join(folder, 'last')), file)
-    return folder
+    result = os.path.join(folder, 'test.json')
+    if os.path.exists(result):
+        return
+    words = [f'training.seed={seed}', f'training.output_dir={folder}', 'training.eval_steps=10',
+             '--no-tensorboard', '--rollout_steps=10']
+    subprocess.run([sys.executable, os.path.join(ROOT, 'train_rl.py'), *FLAGS[algorithm], *words], check=True)
+    with open(result, 'w') as file:
+        json.dump(test(os.path.join(folder, 'last')), file)
 
 
 def test(model_path, count=TEST):
@@ -47,20 +54,27 @@ def test(model_path, count=TEST):
     accuracy = {}
     for name, temperature in (('greedy', 0.0), ('sampled', 1.0)):
         samples = generate(model, prompts, 48, temperature, stop_ids=tokenizer.stop_ids, seed=2)
-        texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(samples.tokens, samples.lengths)]
-        accuracy[name] = statistics.mean(arithmetic.reward(problem, text) for problem, text in zip(problems, texts))
+        texts = [tokenizer.decode(tokens[:length].tolist())
+                 for tokens, length in zip(samples.tokens, samples.lengths)]
+        accuracy[name] = statistics.mean(map(arithmetic.reward, problems, texts))
     return accuracy
 
 
-def trivial():
-    """Accuracy of solvers that do not add."""
+def baselines():
+    """{name: accuracy} of solvers that do not add."""
     from data.tasks import arithmetic
-    known, asked = arithmetic.problems('train', 5000, 0), arithmetic.problems('eval', TEST, TEST_SEED)
+    known = arithmetic.problems('train', 5000, 0)
+    asked = arithmetic.problems('eval', TEST, TEST_SEED)
     commonest = collections.Counter(problem['answer'] for problem in known).most_common(1)[0][0]
-    words = [(set(problem['question'].split()), problem['answer']) for problem in known]
-    nearest = [max(words, key=lambda entry: len(entry[0] & set(problem['question'].split())))[1] for problem in asked]
-    return {'commonest answer': statistics.mean(problem['answer'] == commonest for problem in asked),
-            'nearest question': statistics.mean(problem['answer'] == answer for problem, answer in zip(asked, nearest))}
+    known_words = [set(problem['question'].split()) for problem in known]
+    hits = {'commonest answer': [], 'nearest question': []}
+    for problem in asked:
+        words = set(problem['question'].split())
+        common = [len(others & words) for others in known_words]
+        nearest = known[common.index(max(common))]
+        hits['commonest answer'].append(problem['answer'] == commonest)
+        hits['nearest question'].append(problem['answer'] == nearest['answer'])
+    return {name: statistics.mean(of_solver) for name, of_solver in hits.items()}
 
 
 def curve(folder):
@@ -77,31 +91,36 @@ def curve(folder):
 
 
 def draw(out):
-    from matplotlib.figure import Figure
-    colours = {'grpo': '#3b6fb6', 'gspo': '#d9622b', 'ppo': '#4a9b6e'}
-    figure = Figure(figsize=(10, 4.2), dpi=120, layout='constrained')
-    result, panels = {'start': test('tiny'), **trivial(), 'runs': {}}, figure.subplots(1, 2, sharey=True)
+    """bench/rl_demo.png, and bench/rl_demo.json, which is also printed."""
+    from nanoforge.plots import new_figure, plain_style
+    figure = new_figure(10, 4.2, dpi=120)
+    panels = figure.subplots(1, 2, sharey=True)
+    runs = {}
     for name in sorted(os.listdir(out)):
         folder, algorithm = os.path.join(out, name), name.split('-')[0]
-        if algorithm not in colours or not os.path.exists(os.path.join(folder, 'test.json')):
+        result = os.path.join(folder, 'test.json')
+        if algorithm not in FLAGS or not os.path.exists(result):
             continue
-        steps, seconds, *columns = curve(folder)
-        with open(os.path.join(folder, 'test.json')) as file:
-            result['runs'][name] = {**json.load(file), 'seconds': round(seconds[-1]),
-                                    'steps_to_90': next((step for step, greedy in zip(steps, columns[0]) if greedy >= 0.9), None)}
-        for panel, values in zip(panels, columns):
-            first = algorithm not in [line.get_label() for line in panel.lines]
-            panel.plot(steps, values, color=colours[algorithm], linewidth=1.8, label=algorithm if first else '_')
+        steps, seconds, greedy, sampled = curve(folder)
+        good = [step for step, accuracy in zip(steps, greedy) if accuracy >= 0.9]
+        first = not any(other.startswith(algorithm) for other in runs)
+        for panel, accuracy in zip(panels, (greedy, sampled)):
+            panel.plot(steps, accuracy, color=COLOURS[algorithm], linewidth=1.8,
+                       label=algorithm if first else '_')       # _: not in the legend
+        with open(result) as file:
+            runs[name] = {**json.load(file), 'seconds': round(seconds[-1]),
+                          'steps_to_90': min(good, default=None)}
+
     for panel, title, goal in zip(panels, ('greedy', 'sampled at temperature 1'), (0.9, 0.85)):
         panel.axhline(goal, color='#bbbbbb', linewidth=1, linestyle='--')
         panel.set_title(title, loc='left')
         panel.set_xlabel('optimizer step')
         panel.set_ylim(0, 1)
-        panel.spines[['top', 'right']].set_visible(False)
-        panel.grid(axis='y', color='#e6e6e6')
+        plain_style(panel)
     panels[0].set_ylabel('accuracy on 200 held-out sums')
     panels[0].legend(frameon=False, loc='lower right')
     figure.savefig(os.path.join(ROOT, 'bench', 'rl_demo.png'))
+    result = {'start': test('tiny'), **baselines(), 'runs': runs}
     with open(os.path.join(ROOT, 'bench', 'rl_demo.json'), 'w') as file:
         json.dump(result, file, indent=1)
     print(json.dumps(result, indent=1))

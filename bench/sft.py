@@ -1,13 +1,16 @@
-"""Fine-tuning speed against TRL's SFTTrainer, in pairs on the same machine, the same weights and the same rows.
+"""Fine-tuning speed against TRL's SFTTrainer, in pairs on the same machine, the same weights and the same
+rows.
 
-    python bench/sft.py --trl PYTHON                    supervised tokens per second and peak memory: float32, then bf16 products
+    python bench/sft.py --trl PYTHON                    supervised tokens per second and peak memory: float32,
+                                                        then bf16 products
     python bench/sft.py --trl PYTHON --tokenise 100000  seconds to render and encode so many rows
 
-PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels, vocabulary 1,024), the rows are
-half tool calls and half questions (about 1,800 tokens in 16 of them), loss on completions, batch 16, AdamW, rows in random order. Each
-side runs in a process of its own, in turn; ratios are taken pair by pair. Times are of an epoch of training steps, the first included;
-processor seconds, of all threads, are steadier on a machine that others use. floor is the time of the float32 matrix products of a step
-of real tokens at the machine's measured rate. The last line is JSON.
+PYTHON is an interpreter with TRL in it. The model is a Llama of 3M parameters (4 layers, 256 channels,
+vocabulary 1,024), the rows are half tool calls and half questions (about 1,800 tokens in 16 of them), loss
+on completions, batch 16, AdamW, rows in random order. Each side runs in a process of its own, in turn;
+ratios are taken pair by pair. Times are of an epoch of training steps, the first included; processor
+seconds, of all threads, are steadier on a machine that others use. floor is the time of the float32 matrix
+products of a step of real tokens at the machine's measured rate. The last line is JSON.
 """
 import argparse
 import json
@@ -17,36 +20,72 @@ import sys
 import tempfile
 import time
 
-from shared import child, llama_with_words, memory, now, product_seconds, read, resident, trl_clock
+from shared import (TRL_SETTINGS, child, llama_with_words, memory, now, product_seconds, read, resident,
+                    trl_clock)
 
 BATCH = 16
+RATES = ('supervised_tokens_per_second', 'supervised_tokens_per_processor_second')
+
+
+# ---- the inputs, the same for both sides ---------------------------------------------------------------
+
+def model_in(directory):
+    return os.path.join(directory, 'model')
+
+
+def rows_in(directory):
+    return os.path.join(directory, 'rows.jsonl')
+
+
+def chats_in(directory):
+    return os.path.join(directory, 'chats.jsonl')
+
+
+def chats(count):
+    """TRL's form of `count` tool calls, which are still to be rendered."""
+    from data.tasks import toolcalls
+    for row in toolcalls.rows('train', count, 'bench'):
+        *prompt, reply = row['messages']
+        yield {'prompt': prompt, 'completion': [reply], 'tools': row['tools']}
+
+
+def conversations(count):
+    """(messages, tools) of `count` tool calls and as many questions, in turn."""
+    from data.tasks import facts, toolcalls
+    calls = toolcalls.rows('train', count, 'bench')
+    questions = facts.problems('train', count, 'bench')
+    for call, question in zip(calls, questions):
+        yield call['messages'], call['tools']
+        yield [*facts.prompt(question), {'role': 'assistant', 'content': question['answer']}], None
 
 
 def write_inputs(directory, steps, count):
     """model/, rows.jsonl (texts, rendered once for both sides) and, to be tokenised, chats.jsonl."""
     from data import chat
-    from data.tasks import facts, toolcalls
     tokenizer = llama_with_words(directory)
     if count:
-        with open(os.path.join(directory, 'chats.jsonl'), 'w') as file:
-            for row in toolcalls.rows('train', count, 'bench'):
-                messages = row['messages']
-                file.write(json.dumps({'prompt': messages[:-1], 'completion': messages[-1:], 'tools': row['tools']}) + '\n')
-    rows = []
-    for calls, question in zip(toolcalls.rows('train', steps * BATCH // 2, 'bench'), facts.problems('train', steps * BATCH // 2, 'bench')):
-        answer = {'role': 'assistant', 'content': question['answer']}
-        rows += [(calls['messages'], calls['tools']), ([*facts.prompt(question), answer], None)]
-    with open(os.path.join(directory, 'rows.jsonl'), 'w') as file:
-        for messages, tools in rows:
+        with open(chats_in(directory), 'w') as file:
+            for row in chats(count):
+                file.write(json.dumps(row) + '\n')
+    with open(rows_in(directory), 'w') as file:
+        for messages, tools in conversations(steps * BATCH // 2):
             (prompt, _), (completion, _), *_ = chat.segments(tokenizer, messages, tools)[0]
-            file.write(json.dumps({'prompt': prompt, 'completion': completion.rstrip('\n')}) + '\n')
+            row = {'prompt': prompt, 'completion': completion.rstrip('\n')}
+            file.write(json.dumps(row) + '\n')
 
 
-def result(times, counts, start, losses):
-    (seconds, processor), targets = (last - first for first, last in zip(times[0], times[-1])), sum(counts)
-    return {'seconds_per_step': seconds / (len(times) - 1), 'processor_seconds_per_step': processor / (len(times) - 1),
-            'supervised_tokens_per_second': targets / seconds, 'supervised_tokens_per_processor_second': targets / processor,
-            **memory(start), 'last_loss': losses}
+# ---- the sides -----------------------------------------------------------------------------------------
+
+def result(times, targets, start, loss):
+    """times: now() before the first step and after each; targets: supervised tokens of each."""
+    seconds, processor = (last - first for first, last in zip(times[0], times[-1]))
+    steps = len(times) - 1
+    return {'seconds_per_step': seconds / steps,
+            'processor_seconds_per_step': processor / steps,
+            'supervised_tokens_per_second': sum(targets) / seconds,
+            'supervised_tokens_per_processor_second': sum(targets) / processor,
+            **memory(start),
+            'last_loss': loss}
 
 
 def trl(directory, options):
@@ -55,34 +94,70 @@ def trl(directory, options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
     torch.set_num_threads(options.threads)
-    path = os.path.join(directory, 'model')
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
-    config = SFTConfig(output_dir=os.path.join(directory, 'out'), per_device_train_batch_size=BATCH, max_steps=options.steps,
-                       max_length=384, learning_rate=1e-3, lr_scheduler_type='constant', use_cpu=True, bf16=False, fp16=False,
-                       gradient_checkpointing=False, report_to='none', save_strategy='no', dataloader_pin_memory=False,
-                       disable_tqdm=True, logging_steps=options.steps)
-    if options.tokenise:
-        def prepare(count):
-            begun = time.perf_counter()
-            SFTTrainer(model, args=config, train_dataset=Dataset.from_list(chats[:count]), processing_class=tokenizer)
-            return time.perf_counter() - begun
-        chats = read(os.path.join(directory, 'chats.jsonl'))
-        some = prepare(16)
-        return {'seconds': prepare(len(chats)) - some}
-    times, counts, logged = [], [], []
+    model = AutoModelForCausalLM.from_pretrained(model_in(directory), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_in(directory))
+    config = SFTConfig(
+        output_dir=os.path.join(directory, 'out'),
+        per_device_train_batch_size=BATCH,
+        max_steps=options.steps,
+        logging_steps=options.steps,
+        max_length=384,
+        learning_rate=1e-3,
+        dataloader_pin_memory=False,
+        **TRL_SETTINGS)
 
-    trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(read(os.path.join(directory, 'rows.jsonl'))),
-                         processing_class=tokenizer, callbacks=[trl_clock(times, logged)])
+    def trainer_of(rows, callbacks=None):
+        return SFTTrainer(model, args=config, train_dataset=Dataset.from_list(rows),
+                          processing_class=tokenizer, callbacks=callbacks)
+
+    def seconds_to_prepare(rows):
+        begun = time.perf_counter()
+        trainer_of(rows)
+        return time.perf_counter() - begun
+
+    if options.tokenise:
+        rows = read(chats_in(directory))
+        some = seconds_to_prepare(rows[:16])        # what a trainer takes for any rows
+        return {'seconds': seconds_to_prepare(rows) - some}
+    times, targets, logged = [], [], []
+    trainer = trainer_of(read(rows_in(directory)), [trl_clock(times, logged)])
     collate = trainer.data_collator
 
     def counted(rows):
         batch = collate(rows)
-        counts.append(int((batch['labels'] >= 0).sum()))
+        targets.append(int((batch['labels'] >= 0).sum()))
         return batch
 
-    trainer.data_collator, start = counted, resident()
+    trainer.data_collator = counted
+    start = resident()
     trainer.train()
-    return result(times, counts[:options.steps], start, logged[0])
+    return result(times, targets[:options.steps], start, logged[0])
+
+
+def our_flags(directory, options):
+    matmul = 'bf16' if options.child == 'ours_bf16' else 'float32'
+    return [f'--base_model_name={model_in(directory)}',
+            f'--output_dir={os.path.join(directory, "ours")}',
+            f'--dataset_path={rows_in(directory)}',
+            '--eval_fraction=0',
+            f'--per_device_train_batch_size={BATCH}',
+            '--gradient_accumulation_steps=1',
+            '--learning_rate=1e-3',
+            f'--max_steps={options.steps}',
+            f'--matmul={matmul}',
+            '--device=cpu']
+
+
+def seconds_to_tokenise(path, tokenizer):
+    """From the file to encoded rows, as train_sft.py does it."""
+    from data.formats import read_rows, to_record
+    from data.tokenized import TokenizedRows, encode_records
+    from nanoforge.data_checks import DataIssues
+    begun = time.perf_counter()
+    rows = TokenizedRows()
+    records = ((0, to_record(row, where)) for where, row in read_rows(path))
+    encode_records(records, tokenizer, rows, DataIssues())
+    return {'seconds': time.perf_counter() - begun, 'rows': len(rows.close())}
 
 
 def ours(directory, options):
@@ -90,32 +165,34 @@ def ours(directory, options):
 
     import train_sft as script
     from configurator import parse
-    from data.tokenized import TokenizedRows, encode_records
-    from data.formats import read_rows, to_record
-    from nanoforge.data_checks import DataIssues
     torch.set_num_threads(options.threads)
-    flags = [f'--base_model_name={os.path.join(directory, "model")}', f'--dataset_path={os.path.join(directory, "rows.jsonl")}',
-             '--eval_fraction=0', f'--per_device_train_batch_size={BATCH}', '--gradient_accumulation_steps=1', '--learning_rate=1e-3',
-             f'--max_steps={options.steps}', f'--matmul={"bf16" if options.child == "ours_bf16" else "float32"}', '--device=cpu']
-    cfg = parse(script.Config, flags)
-    run = script.setup(cfg.device, 'float32', cfg.matmul)
-    model, tokenizer = script.build_model(cfg, None, run)
+    run, cfg = script.open_run(parse(script.Config, our_flags(directory, options)))
+    model, tokenizer = script.build_model(cfg, run)
     if options.tokenise:
-        path, begun = os.path.join(directory, 'chats.jsonl'), time.perf_counter()
-        rows = TokenizedRows()
-        encode_records(((0, to_record(row, where)) for where, row in read_rows(path)), tokenizer, rows, DataIssues())
-        return {'seconds': time.perf_counter() - begun, 'rows': len(rows.close())}
-    rows, _, _ = script.load_data(cfg, model, tokenizer, run)
-    batches = script.Batches(cfg, rows, [1.0], 1)
-    optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, (cfg.adam_beta1, cfg.adam_beta2))
-    loader, scaler = script.Loader(cfg, batches, options.steps, run), script.LossScale(run.dtype)
-    counts, losses, start, times = [], [], resident(), [now()]
-    for step in range(options.steps):
-        optimizer.set_lr(cfg.learning_rate)
-        micro_batches, count, _ = loader(step)
-        losses.append(script.train_step(cfg, model, optimizer, micro_batches, count, step, scaler, False, run)[0])
+        return seconds_to_tokenise(chats_in(directory), tokenizer)
+    sources = script.find_sources(cfg, run)
+    rows, _ = script.load_rows(cfg, sources, model, tokenizer, run)
+    epochs = script.make_epochs(cfg, rows, sources, run)
+    optimizer = script.make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay,
+                                      (cfg.adam_beta1, cfg.adam_beta2))
+    counts, losses = [], []
+    start, times = resident(), [now()]
+    for step in range(options.steps):           # as the loop of train_sft.py, on one rank, without its log
+        batches, targets, _ = script.get_batch(cfg, rows, epochs, run, step)
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for i, batch in enumerate(batches):
+            torch.manual_seed(script.seed_for(cfg.seed, 'noise', step, i, run.rank))
+            with run.autocast():
+                hidden = model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions)
+                logp = model.token_stats(hidden, batch.targets, extras=False)['logp']
+                nll = -logp.sum() / targets
+            run.backward(nll)
+            loss += nll.detach()
+        run.step(optimizer, cfg.learning_rate, cfg.max_grad_norm, zero_grad=False)
+        losses.append(loss)
         times.append(now())
-        counts.append(count)
+        counts.append(targets)
     return result(times, counts, start, float(torch.stack(losses).mean()))
 
 
@@ -125,21 +202,53 @@ def floor(directory, options):
 
     from data.tokenizer import load_tokenizer
     torch.set_num_threads(options.threads)
-    tokenizer, rows = load_tokenizer(os.path.join(directory, 'model')), read(os.path.join(directory, 'rows.jsonl'))
-    size = lambda text: BATCH * statistics.mean(len(tokenizer.encode(text(row))) for row in rows)
-    tokens, supervised = size(lambda row: row['prompt'] + row['completion']), size(lambda row: row['completion'])
-    return {'seconds': product_seconds([(3, tokens, supervised)]), 'tokens_of_a_step': tokens, 'supervised': supervised}
+    tokenizer = load_tokenizer(model_in(directory))
+    rows = read(rows_in(directory))
 
+    def tokens_of(texts):
+        """In a step, on average."""
+        return BATCH * statistics.mean(len(tokenizer.encode(text)) for text in texts)
+
+    tokens = tokens_of(row['prompt'] + row['completion'] for row in rows)
+    supervised = tokens_of(row['completion'] for row in rows)
+    seconds = product_seconds([(3, tokens, supervised)])
+    return {'seconds': seconds, 'tokens_of_a_step': tokens, 'supervised': supervised}
+
+
+# ---- the pairs -----------------------------------------------------------------------------------------
 
 def measure(side, directory, options):
-    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}', f'--tokenise={options.tokenise}',
-             f'--threads={options.threads}']
+    """What the side prints, in a process of its own."""
+    flags = [f'--child={side}', f'--directory={directory}', f'--steps={options.steps}',
+             f'--tokenise={options.tokenise}', f'--threads={options.threads}']
     python = options.trl if side == 'trl' else sys.executable
-    return child(__file__, *flags, python=python, OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM='true')
+    return child(__file__, *flags, python=python, OMP_NUM_THREADS=str(options.threads),
+                 TOKENIZERS_PARALLELISM='true')
+
+
+def sides_of(options):
+    from nanoforge.run import setup
+    if not options.tokenise and setup('cpu').matmul == 'bf16':
+        return ['trl', 'ours', 'ours_bf16']
+    return ['trl', 'ours']
+
+
+def ratios_of(found):
+    """{what: ours against TRL, above 1 where ours is faster, of every pair}"""
+    if 'floor' not in found:
+        pairs = zip(found['trl'], found['ours'])
+        return {'tokenise': [theirs['seconds'] / own['seconds'] for theirs, own in pairs]}
+    ratios = {}
+    for side in ('ours', 'ours_bf16'):
+        for rate in RATES if side in found else ():
+            pairs = zip(found['trl'], found[side])
+            ratios[f'{side}/{rate}'] = [own[rate] / theirs[rate] for theirs, own in pairs]
+    return ratios
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--trl', help='a Python interpreter with TRL')
     parser.add_argument('--rounds', type=int, default=3, help='pairs of runs')
     parser.add_argument('--steps', type=int, default=48, help='steps a run')
@@ -149,25 +258,21 @@ def main():
     parser.add_argument('--directory', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps({'trl': trl, 'floor': floor}.get(options.child, ours)(options.directory, options)))
+        run = {'trl': trl, 'floor': floor}.get(options.child, ours)
+        print(json.dumps(run(options.directory, options)))
         return
-    from nanoforge.run import setup
-    has_bf16 = setup('cpu').matmul == 'bf16'
+    sides, found = sides_of(options), {}
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(directory, options.steps, options.tokenise)
-        found = {}
         for _ in range(options.rounds):
-            for side in ('trl', 'ours') if options.tokenise else ('trl', 'ours', *['ours_bf16'] * has_bf16):
-                found.setdefault(side, []).append(measure(side, directory, options))
-                print(side, {key: round(value, 3) for key, value in found[side][-1].items()}, flush=True)
-        if options.tokenise:
-            ratios = {'tokenise': [t['seconds'] / o['seconds'] for t, o in zip(found['trl'], found['ours'])]}
-        else:
+            for side in sides:
+                run = measure(side, directory, options)
+                found.setdefault(side, []).append(run)
+                print(side, {key: round(value, 3) for key, value in run.items()}, flush=True)
+        if not options.tokenise:
             found['floor'] = [measure('floor', directory, options)]
-            ratios = {f'{side}/{rate}': [o[rate] / t[rate] for t, o in zip(found['trl'], found[side])]
-                      for side in ('ours', 'ours_bf16') if side in found
-                      for rate in ('supervised_tokens_per_second', 'supervised_tokens_per_processor_second')}
-        print(json.dumps({'ratios': {side: round(statistics.median(values), 2) for side, values in ratios.items()}, 'runs': found}))
+    ratios = {name: round(statistics.median(values), 2) for name, values in ratios_of(found).items()}
+    print(json.dumps({'ratios': ratios, 'runs': found}))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-"""What the benchmarks share: the model, a side in a process of its own, its clocks and memory, the machine's rate of multiplication."""
+"""What the benchmarks share: the model, a side in a process of its own, its clocks and memory, the machine's
+rate of multiplication."""
 import json
 import os
 import resource
@@ -9,6 +10,9 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 WEIGHTS = 4 * (4 * 256 * 256 + 3 * 256 * 512)       # of llama() that are multiplied, without the head
+# of TRL's trainers: float32 on the CPU, nothing written on the way, a constant rate
+TRL_SETTINGS = dict(use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to='none',
+                    save_strategy='no', disable_tqdm=True, lr_scheduler_type='constant')
 
 
 def llama(**more):
@@ -17,7 +21,8 @@ def llama(**more):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{
-        **dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        **dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+               num_attention_heads=4,
                max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0), **more}))
 
 
@@ -37,7 +42,8 @@ def read(path):
 
 def child(script, *flags, python=sys.executable, **environment):
     """What `script`, started with these flags, prints in its last line, as JSON."""
-    done = subprocess.run([python, os.path.abspath(script), *flags], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    done = subprocess.run([python, os.path.abspath(script), *flags], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, **environment})
     if done.returncode:
         sys.exit(f'{" ".join(flags)}: exit {done.returncode}')
     return json.loads(done.stdout.splitlines()[-1])
@@ -61,7 +67,8 @@ def memory(start):
 
 
 def trl_clock(times, losses):
-    """A callback for TRL's trainers: now() before the first step and after each, and the losses that are logged."""
+    """A callback for TRL's trainers: now() before the first step and after each, and the losses that are
+    logged."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -89,7 +96,10 @@ def multiplication_rate(dtype='float32'):
 
 
 def product_seconds(passes, matmul='float32'):
-    """Seconds that the products of llama()'s layers and head take alone: passes [(times, tokens through the layers, tokens through the
-    head)], a backward pass counting as two. The head is multiplied in float32; attention is not counted."""
-    layers, head = (sum(times * 2 * weights * tokens[kind] for times, *tokens in passes) for kind, weights in enumerate((WEIGHTS, 1024 * 256)))
-    return layers / multiplication_rate('bfloat16' if matmul == 'bf16' else matmul) + head / multiplication_rate()
+    """Seconds that the products of llama()'s layers and head take alone: passes [(times, tokens through the
+    layers, tokens through the head)], a backward pass counting as two. The head is multiplied in float32;
+    attention is not counted."""
+    layers = sum(times * 2 * WEIGHTS * in_layers for times, in_layers, _ in passes)
+    head = sum(times * 2 * 1024 * 256 * in_head for times, _, in_head in passes)
+    precision = 'bfloat16' if matmul == 'bf16' else matmul
+    return layers / multiplication_rate(precision) + head / multiplication_rate()

@@ -1,8 +1,9 @@
 """Messages -> token ids and a loss mask, once, for every script; and tool calls read back from text.
 
-A chat is a list of {'role', 'content', ...} with roles system, developer, user, assistant, tool; an assistant may
-have 'tool_calls', arguments as an object or as a JSON string. The model's own template renders it, ours (CHAT_TEMPLATE)
-where it has none. What an assistant said is found by rendering the chat up to there: that text must begin the whole.
+A chat is a list of {'role', 'content', ...} with roles system, developer, user, assistant, tool; an assistant
+may have 'tool_calls', arguments as an object or as a JSON string. The model's own template renders it, ours
+(CHAT_TEMPLATE) where it has none. What an assistant said is found by rendering the chat up to there: that
+text must begin the whole.
 """
 import datetime
 import functools
@@ -18,7 +19,8 @@ from configurator import UserError
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 
-# ChatML: roles between <|im_start|> and <|im_end|>, tools as JSON schemas in the system turn, one <tool_call> per call.
+# ChatML: roles between <|im_start|> and <|im_end|>, tools as JSON schemas in the system turn, one <tool_call>
+# per call.
 CHAT_TEMPLATE = '''\
 {%- set first = messages[0] if messages else {} %}
 {%- set rest = messages[1:] if first.role in ['system', 'developer'] else messages %}
@@ -41,7 +43,8 @@ CHAT_TEMPLATE = '''\
         {%- for call in message.tool_calls or [] %}
             {{- '\\n' if message.content or not loop.first }}
             {{- '<tool_call>{"name": ' + call.function.name | tojson + ', "arguments": ' }}
-            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+            {{- call.function.arguments if call.function.arguments is string else \
+call.function.arguments | tojson }}
             {{- '}</tool_call>' }}
         {%- endfor %}
     {%- endif %}
@@ -53,9 +56,9 @@ CHAT_TEMPLATE = '''\
 
 @dataclass
 class Rendered:
-    """ids of one chat and, for each, whether it is a target. `skipped`: assistant turns that are context only because
-    the template rewrites them later in the chat. `stop_added`: the template ends its turns without a stop token, so the
-    tokenizer's was put at the end."""
+    """ids of one chat and, for each, whether it is a target. `skipped`: assistant turns that are context only
+    because the template rewrites them later in the chat. `stop_added`: the template ends its turns without a
+    stop token, so the tokenizer's was put at the end."""
     ids: list
     mask: list
     skipped: int = 0
@@ -63,11 +66,13 @@ class Rendered:
 
 
 def render(tokenizer, messages, tools=None, loss_on='completion', add_generation_prompt=False, **variables):
-    """One chat -> Rendered. loss_on: 'completion' (the last message, an assistant's), 'assistant' (all of its turns) or
-    'all'; the stop token is a target, what a template writes behind it is not. add_generation_prompt ends the chat
-    where the model is to speak: then no message is a completion. variables go to the template (enable_thinking=False).
-    UserError: a chat or a template that cannot be rendered so."""
-    return encode(tokenizer, [segments(tokenizer, messages, tools, loss_on, add_generation_prompt, **variables)])[0]
+    """One chat -> Rendered. loss_on: 'completion' (the last message, an assistant's), 'assistant' (all of its
+    turns) or 'all'; the stop token is a target, what a template writes after it is not.
+    add_generation_prompt ends the chat where the model is to speak: then no message is a completion.
+    variables go to the template (enable_thinking=False). UserError: a chat or a template that cannot be
+    rendered so."""
+    chat = segments(tokenizer, messages, tools, loss_on, add_generation_prompt, **variables)
+    return encode(tokenizer, [chat])[0]
 
 
 def prompt_ids(tokenizer, messages, tools=None, **variables):
@@ -76,8 +81,8 @@ def prompt_ids(tokenizer, messages, tools=None, **variables):
 
 
 def render_rows(tokenizer, messages, tools=None, loss_on='completion', **variables):
-    """The training rows of one chat: one; but with loss_on='assistant' and a template that rewrites earlier turns
-    (drops their <think>, say) a row for every turn, each as the model sees it when it speaks."""
+    """The training rows of one chat: one; but with loss_on='assistant' and a template that rewrites earlier
+    turns (drops their <think>, say) a row for every turn, each as the model sees it when it speaks."""
     whole = render(tokenizer, messages, tools, loss_on, **variables)
     if not whole.skipped:
         return [whole]
@@ -86,61 +91,83 @@ def render_rows(tokenizer, messages, tools=None, loss_on='completion', **variabl
 
 
 def segments(tokenizer, messages, tools=None, loss_on='completion', add_generation_prompt=False, **variables):
-    """The text of a chat cut where the loss mask changes: ([(text, is_target), ...], skipped turns). Apart from
-    `encode`, so that a data set is encoded in large batches."""
+    """The text of a chat cut where the loss mask changes: ([(text, is_target), ...], skipped turns).
+
+    Apart from `encode`, so that a data set is encoded in large batches.
+    """
     template = template_of(tokenizer, tools)
-    messages, tools = normal_messages(messages, 'developer' in template), normal_tools(tools)
+    messages = normal_messages(messages, 'developer' in template)
+    tools = normal_tools(tools)
 
     def text_until(end, prompt):
         return apply(tokenizer, template, messages[:end], tools, prompt, variables)
 
     full = text_until(len(messages), add_generation_prompt)
     if loss_on == 'all':
-        said = text_until(len(messages), False)
-        return [(said, True), (full[len(said):], False)], 0
-    turns = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
-    if loss_on == 'completion':
-        if not add_generation_prompt and turns[-1:] != [len(messages) - 1]:
-            raise UserError(f'messages: the last one is from {messages[-1]["role"]!r}, but what is to be learned is an '
-                            "assistant's message at the end")
-        turns = [] if add_generation_prompt else turns[-1:]
-    elif loss_on != 'assistant':
-        raise UserError(f'loss_on={loss_on!r}: one of completion, assistant, all')
+        chat = text_until(len(messages), False)
+        return [(chat, True), (full[len(chat):], False)], 0
+    turns = target_turns(messages, loss_on, add_generation_prompt)
     if (add_generation_prompt or turns) and lacks_generation_prompt(tokenizer, template):
-        raise UserError('chat template: it has no generation prompt, the model would have to begin its own turn; end '
-                        'the template with {% if add_generation_prompt %} and the words that open a reply')
-    pieces, at, skipped = [], 0, 0
+        raise UserError('chat template: it has no generation prompt, the model would have to begin its own '
+                        'turn; end the template with '
+                        '{% if add_generation_prompt %} and the words that open a reply')
+    pieces, position, skipped = [], 0, 0
     for i in turns:
-        start, end = text_until(i, True), text_until(i + 1, False) if i + 1 < len(messages) else full
-        if not (full.startswith(end) and end.startswith(start) and at <= len(start) < len(end)):
+        before = text_until(i, True)
+        after = text_until(i + 1, False) if i + 1 < len(messages) else full
+        start, end = len(before), len(after)
+        if not (full.startswith(after) and after.startswith(before) and position <= start < end):
             skipped += 1
             continue
-        pieces += [(full[at:len(start)], False), (full[len(start):len(end)], True)]
-        at = len(end)
+        pieces.append((full[position:start], False))
+        pieces.append((full[start:end], True))
+        position = end
     if turns and skipped == len(turns):
-        raise UserError('chat template: the prompt is not the beginning of the whole chat, so the completion cannot be '
-                        f'told apart (one has {start[-40:]!r} where the other has {full[:len(start)][-40:]!r}); use a '
-                        'template that writes a turn in the same way before and after it is answered')
-    return pieces + [(full[at:], False)], skipped
+        raise UserError(f'chat template: the prompt is not the beginning of the whole chat, so the '
+                        f'completion cannot be told apart (one has {before[-40:]!r} where the other has '
+                        f'{full[:start][-40:]!r}); use a template that writes a turn in the same way before '
+                        'and after it is answered')
+    pieces.append((full[position:], False))
+    return pieces, skipped
+
+
+def target_turns(messages, loss_on, add_generation_prompt):
+    """The indices of the messages that are learned with loss_on='completion' or 'assistant'."""
+    turns = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
+    if loss_on == 'assistant':
+        return turns
+    if loss_on != 'completion':
+        raise UserError(f'loss_on={loss_on!r}: one of completion, assistant, all')
+    if add_generation_prompt:
+        return []
+    if messages[-1]['role'] != 'assistant':
+        raise UserError(f'messages: the last one is from {messages[-1]["role"]!r}, '
+                        'but what is to be learned is an assistant\'s message at the end')
+    return turns[-1:]
 
 
 def encode(tokenizer, chats):
-    """What `segments` returns for some chats -> list of Rendered. Every segment is encoded on its own and the ids are
-    joined: the prompt's ids are those that the sampler will see."""
-    first = iter(tokenizer.encode_batch([pieces[0][0] for pieces, _ in chats]))
-    later = iter(tokenizer.encode_batch([text for pieces, _ in chats for text, _ in pieces[1:]], continued=True))
+    """What `segments` returns for some chats -> list of Rendered.
+
+    Every segment is encoded on its own and the ids are joined: the prompt's ids are those that the sampler
+    will see.
+    """
+    first, later = [], []           # texts that begin a chat, and those that continue one
+    for pieces, _ in chats:
+        texts = [text for text, _ in pieces]
+        first.append(texts[0])
+        later += texts[1:]
+    first = iter(tokenizer.encode_batch(first))
+    later = iter(tokenizer.encode_batch(later, continued=True))
     rows = []
     for pieces, skipped in chats:
         row = Rendered([], [], skipped)
         for i, (_, is_target) in enumerate(pieces):
             ids = next(later if i else first)
-            targets = [is_target] * len(ids)
-            stops = [at for at, token in enumerate(ids) if token in tokenizer.stop_ids] if is_target else []
-            if stops and not tokenizer.decode(ids[stops[-1] + 1:]).strip():     # the line end behind <|im_end|>
-                targets[stops[-1] + 1:] = [False] * (len(ids) - stops[-1] - 1)
             row.ids += ids
-            row.mask += targets
-        if row.mask and row.mask[-1] and row.ids[-1] not in tokenizer.stop_ids and tokenizer.eos_id is not None:
+            row.mask += target_mask(tokenizer, ids) if is_target else [False] * len(ids)
+        ends_in_target = row.mask and row.mask[-1]
+        if ends_in_target and row.ids[-1] not in tokenizer.stop_ids and tokenizer.eos_id is not None:
             row.ids.append(tokenizer.eos_id)
             row.mask.append(True)
             row.stop_added = True
@@ -148,12 +175,22 @@ def encode(tokenizer, chats):
     return rows
 
 
+def target_mask(tokenizer, ids):
+    """All of a turn is learned but what a template writes after its stop token: a line end, say."""
+    stops = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    end = stops[-1] + 1 if stops else len(ids)
+    if tokenizer.decode(ids[end:]).strip():
+        end = len(ids)
+    return [i < end for i in range(len(ids))]
+
+
 def template_of(tokenizer, tools=None):
-    """The tokenizer's chat template. One that has none gets ours, to be saved with it; where there is no <|im_end|>,
-    turns end with its end-of-text token."""
+    """The tokenizer's chat template. One that has none gets ours, to be saved with it; where there is no
+    <|im_end|>, turns end with its end-of-text token."""
     if tokenizer.chat_template is None:
-        end = '<|im_end|>' if tokenizer.id_of('<|im_end|>') is not None else tokenizer.special.get('eos_token')
-        tokenizer.chat_template = CHAT_TEMPLATE.replace('<|im_end|>', end or '<|im_end|>')
+        tokenizer.chat_template = CHAT_TEMPLATE
+        if tokenizer.id_of('<|im_end|>') is None and tokenizer.special.get('eos_token'):
+            tokenizer.chat_template = CHAT_TEMPLATE.replace('<|im_end|>', tokenizer.special['eos_token'])
     if isinstance(tokenizer.chat_template, dict):
         named = tokenizer.chat_template
         name = 'tool_use' if tools and 'tool_use' in named else 'default'
@@ -164,16 +201,18 @@ def template_of(tokenizer, tools=None):
 def apply(tokenizer, template, messages, tools, add_generation_prompt, variables):
     """The text of a chat by a jinja template, with the variables that transformers gives to templates."""
     try:
-        return compiled(template).render(messages=messages, tools=tools, documents=None,
-                                         add_generation_prompt=add_generation_prompt, **tokenizer.special, **variables)
+        return compiled(template).render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
+            **tokenizer.special, **variables)
     except (jinja2.TemplateError, TypeError, LookupError, ValueError) as error:
         roles = ', '.join(message['role'] for message in messages) or 'nobody'
-        raise UserError(f'chat template: {type(error).__name__}: {str(error).partition(chr(10))[0]} (roles: {roles}); '
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'chat template: {type(error).__name__}: {reason} (roles: {roles}); '
                         'give it the roles that it knows, or the model another template') from None
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks what the assistant says in some templates: rendered as it is."""
+    """{% generation %} ... {% endgeneration %} marks the assistant's text in some templates: it stays."""
     tags = {'generation'}
 
     def parse(self, parser):
@@ -182,7 +221,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """namespace() without names that begin with an underscore: a template from a hub is nobody's trusted code."""
+    """namespace() without names that begin with an underscore: a template of the hub is not trusted."""
 
     def __init__(*arguments, **names):
         self, given = arguments[0], dict(*arguments[1:], **names)
@@ -207,33 +246,45 @@ def compiled(template):
         raise jinja2.TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
+    def new_dict(*arguments, **named):      # instead of the type, which has more to get hold of
+        return dict(*arguments, **named)
+
+    def strftime_now(format):
+        return datetime.datetime.now().strftime(format)
+
+    extensions = [Generation, jinja2.ext.loopcontrols]
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=[Generation, jinja2.ext.loopcontrols])
+                                                           extensions=extensions)
     sandbox.filters['tojson'] = tojson
-    sandbox.globals.update(raise_exception=fail, namespace=Namespace,
-                           dict=lambda *given, **named: dict(*given, **named),      # the type itself has more to grab
-                           strftime_now=lambda form: datetime.datetime.now().strftime(form))
+    sandbox.globals.update(raise_exception=fail, namespace=Namespace, dict=new_dict,
+                           strftime_now=strftime_now)
     return sandbox.from_string(template)
 
 
 @functools.lru_cache(maxsize=16)
 def lacks_generation_prompt(tokenizer, template):
-    """Whether a reply begins with words of the template (a role) that add_generation_prompt does not write, so that a
-    model would have to sample them. Where replies follow the question directly ([INST] ... [/INST]) all is well."""
+    """Whether a reply begins with words of the template (a role) that add_generation_prompt does not write,
+    so that a model would have to sample them. Where replies follow the question directly ([INST] ... [/INST])
+    all is well."""
     user, reply = {'role': 'user', 'content': 'ping'}, {'role': 'assistant', 'content': 'pong'}
     try:
-        prompt, plain, full = (apply(tokenizer, template, messages, None, prompted, {})
-                               for messages, prompted in (([user], True), ([user], False), ([user, reply], False)))
+        prompt = apply(tokenizer, template, [user], None, True, {})
+        plain = apply(tokenizer, template, [user], None, False, {})
+        full = apply(tokenizer, template, [user, reply], None, False, {})
     except UserError:
-        return False                                    # too particular for this probe: the prefix check remains
-    return prompt == plain and full.startswith(plain) and bool(full[len(plain):].partition('pong')[0].strip())
+        return False        # too particular for this probe: the prefix check remains
+    if prompt != plain or not full.startswith(plain):
+        return False
+    opening = full[len(plain):].partition('pong')[0]
+    return bool(opening.strip())
 
 
 def normal_messages(messages, knows_developer):
-    """Checked copies: content is text, tool calls are {'type', 'function': {'name', 'arguments': object}}; a developer
-    is a system to a template that does not know the role (many would drop it without a word)."""
+    """Checked copies: content is text, tool calls are {'type', 'function': {'name', 'arguments': object}}; a
+    developer is a system to a template that does not know the role (many would drop it without a word)."""
     if not isinstance(messages, list) or not messages:
         raise UserError('messages: expected a list of at least one {"role": ..., "content": ...}')
     normal = []
@@ -252,16 +303,17 @@ def normal_messages(messages, knows_developer):
 
 
 def plain_text(content, where):
-    """A string of what may be missing (where an assistant only calls tools) or a list of {'type': 'text'} parts."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get('type') == 'text' for part in content):
-        content = ''.join(part['text'] for part in content)
+    """A string of a content that may be missing or a list of {'type': 'text'} parts."""
+    if isinstance(content, list):
+        if all(isinstance(part, dict) and part.get('type') == 'text' for part in content):
+            content = ''.join(part['text'] for part in content)
     if content is not None and not isinstance(content, str):
         raise UserError(f'{where}.content: expected text, got {str(content)[:60]}')
     return content or ''
 
 
 def normal_call(call, where):
-    """A tool call, its function inside or bare -> {'type': 'function', 'function': {'name', 'arguments': dict}}."""
+    """A tool call, bare or with its function inside -> {'type', 'function': {'name', 'arguments': dict}}."""
     function = call.get('function', call) if isinstance(call, dict) else {}
     name, arguments = function.get('name'), function.get('arguments', {})
     if isinstance(arguments, str):
@@ -271,12 +323,12 @@ def normal_call(call, where):
             raise UserError(f'{where}: arguments are not a JSON object: {arguments[:60]!r}') from None
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise UserError(f'{where}: expected a name and arguments (an object), got {str(call)[:80]}')
-    kept = {'id': call['id']} if call.get('id') else {}
-    return {**kept, 'type': 'function', 'function': {'name': name, 'arguments': arguments}}
+    normal = {'type': 'function', 'function': {'name': name, 'arguments': arguments}}
+    return {'id': call['id'], **normal} if call.get('id') else normal
 
 
 def normal_tools(tools):
-    """A list of JSON schemas, or one as a string -> [{'type': 'function', 'function': {...}}]; None for no tools."""
+    """JSON schemas, as a list or as text -> [{'type': 'function', 'function': {...}}]; None for no tools."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -292,33 +344,41 @@ def normal_tools(tools):
 
 
 def parse_tool_calls(text):
-    """What a model wrote -> [{'name': str, 'arguments': dict}, ...], [] where it calls nothing. Reads <tool_call>{json}
-    </tool_call> (ours, Hermes, Qwen), [TOOL_CALLS] (Mistral), a bare JSON object with "parameters" (Llama), and
-    call:name{key:<escape>text<escape>} (FunctionGemma). ValueError says what is wrong; nothing is evaluated."""
+    """What a model wrote -> [{'name': str, 'arguments': dict}, ...], [] where it calls nothing.
+
+    Reads <tool_call>{json}</tool_call> (ours, Hermes, Qwen), [TOOL_CALLS] (Mistral), a bare JSON object with
+    "parameters" (Llama), and call:name{key:<escape>text<escape>} (FunctionGemma). ValueError says what is
+    wrong; nothing is evaluated.
+    """
     if '<tool_call>' in text or '</tool_call>' in text:
         blocks = re.findall(r'<tool_call>(.*?)</tool_call>', text, re.DOTALL)
         if not len(blocks) == text.count('<tool_call>') == text.count('</tool_call>'):
             raise ValueError('a <tool_call> without its </tool_call>, or the reverse')
-        found = [json_value(block) for block in blocks]
+        values = [json_value(block) for block in blocks]
     elif '<start_function_call>' in text:
-        found = [gemma_call(block) for block in re.split('<start_function_call>', text)[1:]]
+        values = [gemma_call(block) for block in text.split('<start_function_call>')[1:]]
     elif '[TOOL_CALLS]' in text:
-        found = json_value(re.sub('</s>$', '', text.partition('[TOOL_CALLS]')[2].strip()))
-        found = found if isinstance(found, list) else [found]
+        value = json_value(text.partition('[TOOL_CALLS]')[2].strip().removesuffix('</s>'))
+        values = value if isinstance(value, list) else [value]
     elif re.match(r'\s*(<\|python_tag\|>)?\s*\{\s*"(name|type)"', text):
-        found = [json_value(re.sub(r'<\|\w+\|>', '', text))]
+        values = [json_value(re.sub(r'<\|\w+\|>', '', text))]
     else:
         return []
-    calls = []
-    for call in found:
-        call = call.get('function', call) if isinstance(call, dict) else {}
-        call = call if isinstance(call, dict) else {}
-        name, arguments = call.get('name'), call.get('arguments', call.get('parameters'))
-        arguments = json_value(arguments) if isinstance(arguments, str) else arguments
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise ValueError('a call without a name, or whose arguments are not an object')
-        calls.append({'name': name, 'arguments': arguments})
-    return calls
+    return [parsed_call(value) for value in values]
+
+
+def parsed_call(call):
+    """A call as a model wrote it -> {'name': str, 'arguments': dict}; ValueError where it is none."""
+    function = call.get('function', call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        function = {}
+    name = function.get('name')
+    arguments = function.get('arguments', function.get('parameters'))
+    if isinstance(arguments, str):
+        arguments = json_value(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError('a call without a name, or whose arguments are not an object')
+    return {'name': name, 'arguments': arguments}
 
 
 def json_value(text):
@@ -330,7 +390,7 @@ def json_value(text):
 
 
 def gemma_call(block):
-    """call:name{key:<escape>text<escape>,n:1}<end_function_call>: texts stand between <escape>, keys are bare."""
+    """call:name{key:<escape>text<escape>,n:1}<end_function_call>: texts are between <escape>, keys bare."""
     match = re.match(r'call:([\w.-]+)(\{.*\})<end_function_call>', block, re.DOTALL)
     if not match:
         raise ValueError('expected call:name{...}<end_function_call>')

@@ -16,14 +16,18 @@ BLOCK = 1 << 16    # characters of a text file read at a time
 
 def read_files(paths, field='text', separator=None, label='reading'):
     """Pieces of every file in order, with a progress bar over the bytes of the files."""
-    with tqdm(total=sum(map(os.path.getsize, paths)), desc=label, unit='B', unit_scale=True, disable=None) as bar:
+    size = sum(map(os.path.getsize, paths))
+    with tqdm(total=size, desc=label, unit='B', unit_scale=True, disable=None) as bar:
         for path in paths:
             suffix = os.path.splitext(path)[1].lower()
-            yield from READERS[suffix](path, field, bar) if suffix in READERS else read_text(path, separator, bar)
+            if suffix in READERS:
+                yield from READERS[suffix](path, field, bar)
+            else:
+                yield from read_text(path, separator, bar)
 
 
 def read_text(path, separator, bar):
-    """Blocks of a text file, or its documents where a line `separator` stands between them (each held in memory)."""
+    """Blocks of a text file, or its documents (each in memory as a whole) between lines `separator`."""
     line = separator is not None and re.compile(rf'(?:^|\r?\n){re.escape(separator)}\r?\n')
     rest, new, position = '', True, 0
     with open(path, encoding='utf-8', newline='') as file:    # newline='': the text as it is
@@ -31,15 +35,19 @@ def read_text(path, separator, bar):
             try:
                 block = file.read(BLOCK)
             except UnicodeDecodeError as e:
-                raise UserError(f'{path}: not UTF-8 ({e.reason}, 0x{e.object[e.start]:02x}): convert it first')
-            position, before = file.buffer.tell(), position
-            bar.update(position - before)
+                raise UserError(f'{path}: not UTF-8 ({e.reason}, '
+                                f'0x{e.object[e.start]:02x}): convert it first')
+            bar.update(file.buffer.tell() - position)
+            position = file.buffer.tell()
             if '\0' in block:
                 raise UserError(f'{path}: not a text file, it holds zero bytes')
             if line:
                 *documents, rest = line.split(rest + (block or '\n'))
-                documents += [] if block else [rest]
-                yield from ((True, text.strip('\r\n')) for text in documents if text.strip())
+                if not block:
+                    documents.append(rest)
+                for document in documents:
+                    if document.strip():
+                        yield True, document.strip('\r\n')
             else:
                 rest += block
                 cut = word_end(rest) if block else len(rest)
@@ -51,20 +59,23 @@ def read_text(path, separator, bar):
 
 
 def word_end(text):
-    """Where to cut: before the last white space. Tokenizers start a word there anyway, so the ids stay the same."""
-    return len(text[:max(text.rfind(' '), text.rfind('\n'), 0)].rstrip()) or len(text)
+    """Where to cut: before the last white space, where tokenizers start a word, so the ids stay the same."""
+    end = max(text.rfind(' '), text.rfind('\n'), 0)
+    return len(text[:end].rstrip()) or len(text)
 
 
 def read_jsonl(path, field, bar):
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             bar.update(len(line))
+            where = f'{path}, line {number}'
             try:
                 row = json.loads(line) if line.strip() else None
             except ValueError as e:
-                raise UserError(f'{path}, line {number}: not JSON ({e})')
+                raise UserError(f'{where}: not JSON ({e})')
             if row is not None:
-                yield True, checked(row.get(field) if isinstance(row, dict) else None, field, f'{path}, line {number}')
+                text = row.get(field) if isinstance(row, dict) else None
+                yield True, checked(text, field, where)
 
 
 def read_parquet(path, field, bar):
@@ -87,8 +98,9 @@ def read_parquet(path, field, bar):
 
 def checked(text, field, where):
     if not isinstance(text, str):
-        raise UserError(f'{where}: {field!r} must be text, not {type(text).__name__}: name the field with --field')
-    if any('\ud800' <= character <= '\udfff' for character in ([] if text.isascii() else text)):
+        raise UserError(f'{where}: {field!r} must be text, not '
+                        f'{type(text).__name__}: name the field with --field')
+    if not text.isascii() and any('\ud800' <= character <= '\udfff' for character in text):
         raise UserError(f'{where}: {field!r} holds half a character (a lone surrogate): repair the text')
     return text
 
@@ -109,7 +121,7 @@ def split_at(pieces, border):
 
 
 def split_documents(pieces, fraction):
-    """Validation takes the given fraction of the documents, evenly spread: for a tenth the first, the eleventh, ..."""
+    """Validation takes that fraction of the documents, evenly spread: for a tenth the first, the 11th, ..."""
     count = 0
     for new, text in pieces:
         count += new

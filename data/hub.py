@@ -1,4 +1,4 @@
-"""Data sets of documents streamed from the Hugging Face hub: nothing but the token ids is written to this disk."""
+"""Data sets of documents streamed from the Hugging Face hub: only the token ids are written to the disk."""
 from itertools import islice
 
 from tqdm import tqdm
@@ -9,7 +9,7 @@ from data.documents import split_documents
 
 
 def prepare_hub(directory, dataset, subset=None, num_tokens=None, max_documents=None, val_fraction=0.005):
-    """Documents of a hub data set (its column 'text') in GPT-2's BPE, until num_tokens or max_documents is reached."""
+    """A hub data set (its column 'text') in GPT-2's BPE, up to num_tokens or max_documents."""
     def documents():
         from datasets import load_dataset
         try:
@@ -20,17 +20,22 @@ def prepare_hub(directory, dataset, subset=None, num_tokens=None, max_documents=
             raise UserError(f'{dataset}: the hub does not answer ({e}): prepare it where there is a network')
 
     def stream(label):
-        return split_documents(tqdm(documents(), label, max_documents, unit=' documents', disable=None), val_fraction)
+        bar = tqdm(documents(), label, max_documents, unit=' documents', disable=None)
+        return split_documents(bar, val_fraction)
 
-    limits = [f'the first {count:,} {what}'
-              for count, what in ((num_tokens, 'tokens'), (max_documents, 'documents')) if count]
-    source = ', '.join([f'{dataset}{f"/{subset}" if subset else ""} on the Hugging Face hub', *limits])
+    source = f'{dataset}/{subset}' if subset else dataset
+    source += ' on the Hugging Face hub'
+    if num_tokens:
+        source += f', the first {num_tokens:,} tokens'
+    if max_documents:
+        source += f', the first {max_documents:,} documents'
     print(f'{directory}: {source}: streaming')
     return prepare(directory, stream, 'gpt2', source, num_tokens=num_tokens)
 
 
 def parse(doc, argv=None):
     parser = Parser(doc)
-    parser.add_argument('--num_tokens', type=int, help='stop after the document that reaches it (default: all)')
+    parser.add_argument('--num_tokens', type=int,
+                        help='stop after the document that reaches it (default: all)')
     parser.add_argument('--max_documents', type=int, help='stop after so many documents (default: all)')
     return parser.parse_args(argv)

@@ -1,32 +1,34 @@
-"""Preference pairs: rows of any documented format -> Pair -> token ids. For train_dpo.py and the reward model of train_rl.py.
+"""Preference pairs, for train_dpo.py and the reward model of train_rl.py: rows -> Pair -> token ids.
 
-    prompt + chosen + rejected       texts; or messages, each side the assistant's answer alone or the dialogue up to it
-    chosen + rejected                whole dialogues, as messages or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic/hh-rlhf):
-                                     what both begin with is the prompt
+    prompt + chosen + rejected       texts; or messages, each side the assistant's answer alone or the
+                                     dialogue up to it
+    chosen + rejected                whole dialogues, as messages or, as in Anthropic/hh-rlhf, as a text
+                                     "\\n\\nHuman: ...\\n\\nAssistant: ..."; what both begin with is the
+                                     prompt
 
-A mistake in a row's form is a UserError that names file, row and field. A pair of which nothing can be learned (an empty or the same
-answer on both sides, dialogues that part early) is dropped, counted by its reason and said.
+A mistake in a row's form is a UserError that names file, row and field. A pair of which nothing can be
+learned (an empty or the same answer on both sides, dialogues that part early) is dropped, counted by its
+reason and said.
 """
-import concurrent.futures
-import contextlib
 import functools
-import multiprocessing
 import re
 from dataclasses import dataclass
 
 from configurator import UserError, closest
 from data.chat import encode, segments
-from data.formats import checked_messages, checked_tools, fill, from_values, parsed, read_rows, split_of_row, uses_values
+from data.formats import as_messages, checked_messages, checked_tools, columns_in, fill, parsed, read_rows
+from data.formats import split_of_row, with_system
+from data.parallel_map import map_chunks
 
-PROMPT_COLUMNS = ('prompt', 'question', 'instruction', 'input')     # looked for in this order where none is named
-CHUNK = 1000                                                        # pairs that are encoded together
+# looked for in this order where none is named
+PROMPT_COLUMNS = ('prompt', 'question', 'instruction', 'input')
+CHUNK = 1000            # pairs that are encoded together
 
 
 @dataclass
 class Pair:
-    """prompt: messages; chosen, rejected: the assistant's message after it. Without a chat template all three are texts."""
-    prompt: list | str
-    chosen: dict | str
+    prompt: list | str      # messages; without a chat template a text
+    chosen: dict | str      # the assistant's message after it, or a text
     rejected: dict | str
     tools: list | None
     split: str      # 'train' or 'eval'
@@ -40,6 +42,7 @@ class TokenPair:
     chosen: list
     rejected: list
     where: str
+    ref_logp: tuple | None = None       # log-probability of either answer under a reference, where known
 
 
 class Dropped(Exception):
@@ -53,13 +56,13 @@ class Drops(dict):
         self.setdefault(str(reason), []).append(where)
 
     def __str__(self):
-        return '; '.join(f'{len(places):,} {reason} (first: {places[0]})' for reason, places in self.items())
+        return '; '.join(f'{len(rows):,} {reason} (first: {rows[0]})' for reason, rows in self.items())
 
 
-# ---- rows -> pairs ----------------------------------------------------------------------------------------------------------
+# ---- rows -> pairs
 
 def read_pairs(source, system_prompt=None, chat=True):
-    """A records.Source -> ([Pair], Drops).
+    """A formats.Source -> ([Pair], Drops).
 
     system_prompt  a template over the row's columns: the system message of every prompt
     chat           False: prompt, chosen and rejected are texts that no chat template is put around
@@ -82,7 +85,8 @@ def to_pair(row, where, source, system_prompt=None, chat=True):
 
 
 def read_pair(row, where, source, system_prompt, chat):
-    split, tools = split_of_row(row), checked_tools(row.get('tools'))
+    split = split_of_row(row)
+    tools = checked_tools(row.get('tools'))
     prompt = find_prompt(row, source)
     chosen = read_side(row, source.chosen_column or 'chosen', 'chosen_column')
     rejected = read_side(row, source.rejected_column or 'rejected', 'rejected_column')
@@ -90,42 +94,58 @@ def read_pair(row, where, source, system_prompt, chat):
         raise UserError('chosen and rejected: one is a text, the other messages; make both the same')
     if not chat:
         if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-            raise UserError('without a chat template prompt, chosen and rejected must be texts; leave out apply_chat_template=false')
+            raise UserError('without a chat template prompt, chosen and rejected must be texts; leave out '
+                            'apply_chat_template=false')
         check_answers(prompt, chosen, rejected)
         return Pair(prompt, chosen, rejected, None, split, where)
-    if isinstance(chosen, str) and prompt is None:
-        chosen, rejected = read_dialogue(chosen, 'chosen'), read_dialogue(rejected, 'rejected')
+    messages, chosen, rejected = pair_of_chats(prompt, chosen, rejected)
+    if messages[-1]['role'] == 'assistant':
+        raise UserError('prompt: its last message is from the assistant; what is '
+                        'answered must be somebody else\'s')
+    check_answers(messages[-1]['content'], chosen, rejected)
+    if system_prompt is not None:
+        messages = with_system(messages, fill(system_prompt, row, source))
+    return Pair(messages, chosen, rejected, tools, split, where)
+
+
+def pair_of_chats(prompt, chosen, rejected):
+    """What the columns hold -> (messages of the prompt, the chosen message after it, the rejected one)."""
     if isinstance(chosen, str):
-        chosen, rejected = ([{'role': 'assistant', 'content': text}] for text in (chosen, rejected))
-    if chosen[0]['role'] == 'assistant' and rejected[0]['role'] == 'assistant':
         if prompt is None:
-            raise UserError('there is no prompt: name its column (data.datasets[0].prompt_column=...), or give chosen and rejected as '
-                            'whole dialogues that begin with what the user asks')
-        messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+            chosen = read_dialogue(chosen, 'chosen')
+            rejected = read_dialogue(rejected, 'rejected')
+        else:
+            chosen = [message_of('assistant', chosen)]
+            rejected = [message_of('assistant', rejected)]
+    if chosen[0]['role'] == rejected[0]['role'] == 'assistant':
+        if prompt is None:
+            raise UserError('there is no prompt: name its column (data.datasets[0].prompt_column=...), or '
+                            'give chosen and rejected as whole dialogues that begin with what the user asks')
+        messages = [message_of('user', prompt)] if isinstance(prompt, str) else prompt
     else:
         messages, chosen, rejected = split_dialogues(prompt, chosen, rejected)
     if len(chosen) > 1 or len(rejected) > 1:
         raise Dropped('part before the last answer')
-    if messages[-1]['role'] == 'assistant':
-        raise UserError('prompt: its last message is from the assistant; what is answered must be somebody else\'s')
-    check_answers(messages[-1]['content'], chosen[0], rejected[0])
-    if system_prompt is not None:
-        messages = [{'role': 'system', 'content': fill(system_prompt, row, source)},
-                    *(message for message in messages if message['role'] not in ('system', 'developer'))]
-    return Pair(messages, chosen[0], rejected[0], tools, split, where)
+    return messages, chosen[0], rejected[0]
+
+
+def message_of(role, text):
+    return {'role': role, 'content': text}
 
 
 def find_prompt(row, source):
     """The prompt as text or messages; None where the row has no column for it."""
-    column = source.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), None)
+    column = source.prompt_column
+    if not column:
+        column = next((name for name in PROMPT_COLUMNS if name in row), None)
     return None if column is None else read_side(row, column, 'prompt_column')
 
 
 def read_side(row, column, setting):
-    """What stands in a column, which is a text or messages, as text or checked messages. Dropped where it is empty."""
+    """A column of a text or messages, as text or checked messages. Dropped where it is empty."""
     if column not in row:
-        raise UserError(f'there is no column {column!r}{closest(column, map(str, row))} (columns: {", ".join(map(str, list(row)[:8]))}); '
-                        f'name yours: data.datasets[0].{setting}=...')
+        raise UserError(f'there is no column {column!r}{closest(column, map(str, row))} (columns: '
+                        f'{columns_in(row)}); name yours: data.datasets[0].{setting}=...')
     value = parsed(row[column], column)
     if value is None or value == [] or isinstance(value, str) and not value.strip():
         raise Dropped(f'with an empty {setting.partition("_")[0]}')
@@ -133,10 +153,9 @@ def read_side(row, column, setting):
         return value
     if not isinstance(value, (list, dict)):
         raise UserError(f'{column}: expected a text or messages, got {value!r:.60}')
-    value = [value] if isinstance(value, dict) else value
-    value = from_values(value, column) if uses_values(value) else value
+    messages = as_messages([value] if isinstance(value, dict) else value, column)
     try:
-        return checked_messages(value)
+        return checked_messages(messages)
     except UserError as error:
         raise UserError(f'{column}: {error}') from None
 
@@ -145,10 +164,15 @@ def read_dialogue(text, field):
     """'\\n\\nHuman: ...\\n\\nAssistant: ...' -> messages."""
     before, *parts = re.split(r'(?:^|\n\n)(Human|Assistant):', text)
     if not parts or before.strip():
-        raise UserError(f'{field}: there is no prompt: the row has no column {", ".join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]} '
-                        '(name yours: data.datasets[0].prompt_column=...), and the text is no dialogue that begins with "Human:"')
-    return [{'role': 'user' if speaker == 'Human' else 'assistant', 'content': said.strip()}
-            for speaker, said in zip(parts[0::2], parts[1::2])]
+        raise UserError(f'{field}: there is no prompt: the row has no column '
+                        f'{", ".join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]} (name yours: '
+                        'data.datasets[0].prompt_column=...), and the text is no dialogue that begins with '
+                        '"Human:"')
+    messages = []
+    for speaker, content in zip(parts[0::2], parts[1::2]):
+        role = 'user' if speaker == 'Human' else 'assistant'
+        messages.append(message_of(role, content.strip()))
+    return messages
 
 
 def split_dialogues(prompt, chosen, rejected):
@@ -165,44 +189,50 @@ def split_dialogues(prompt, chosen, rejected):
         raise Dropped('whose prompts differ')
     if isinstance(prompt, list) and messages[:len(prompt)] != prompt:
         raise UserError('prompt: chosen and rejected are whole dialogues, but they do not begin with it')
-    if isinstance(prompt, str) and prompt.strip() not in [message['content'].strip() for message in messages]:
+    contents = [message['content'].strip() for message in messages]
+    if isinstance(prompt, str) and prompt.strip() not in contents:
         raise UserError(f'prompt: {prompt[:40]!r} is said nowhere in the dialogues chosen and rejected')
     return messages, chosen, rejected
 
 
 def check_answers(prompt, chosen, rejected):
     """Dropped where one is empty or both are the same."""
-    for name, said in (('prompt', prompt), ('chosen', chosen), ('rejected', rejected)):
-        if not (said if isinstance(said, str) else said['content'] or said.get('tool_calls') and '-' or '').strip():
+    for name, value in (('prompt', prompt), ('chosen', chosen), ('rejected', rejected)):
+        if is_empty(value):
             raise Dropped(f'with an empty {name}')
     if chosen == rejected:
         raise Dropped('with the same answer on both sides')
 
 
-# ---- pairs -> ids -----------------------------------------------------------------------------------------------------------
+def is_empty(value):
+    """Of a text or a message; one that calls tools needs no text."""
+    if isinstance(value, str):
+        return not value.strip()
+    if not value['content']:
+        return not value.get('tool_calls')
+    return not value['content'].strip()
+
+
+# ---- pairs -> ids
 
 def encode_pairs(tokenizer, pairs, max_length, max_prompt_length=None, num_proc=1):
-    """[Pair] -> ([TokenPair], Drops, cuts). The model's chat template is applied once; texts get the end token.
+    """[Pair] -> ([TokenPair], Drops, cuts). The chat template is applied once; texts get the end token.
 
-    A prompt longer than max_prompt_length loses its beginning, an answer that then exceeds max_length its end, but never all of
-    it; cuts counts both: {'prompts': n, 'answers': n}. num_proc: processes that render.
+    A prompt longer than max_prompt_length loses its beginning, an answer that then exceeds max_length its
+    end, but never all of it; cuts counts both: {'prompts': n, 'answers': n}. num_proc: processes that render.
     """
-    found, drops, cuts = [], Drops(), {'prompts': 0, 'answers': 0}
-    chunks = [pairs[at:at + CHUNK] for at in range(0, len(pairs), CHUNK)]
-    with contextlib.ExitStack() as stack:
-        over = map
-        if num_proc > 1 and len(chunks) > 1:
-            spawn = multiprocessing.get_context('spawn')
-            over = stack.enter_context(concurrent.futures.ProcessPoolExecutor(min(num_proc, len(chunks)), spawn)).map
-        for chunk, rows in zip(chunks, over(functools.partial(encode_chunk, tokenizer), chunks)):
-            for pair, row in zip(chunk, rows):
-                try:
-                    if isinstance(row, Dropped):
-                        raise row
-                    found.append(fit(pair, *row, max_length, max_prompt_length, cuts))
-                except Dropped as reason:
-                    drops.add(reason, pair.where)
-    return found, drops, cuts
+    token_pairs, drops, cuts = [], Drops(), {'prompts': 0, 'answers': 0}
+    chunks = [pairs[start:start + CHUNK] for start in range(0, len(pairs), CHUNK)]
+    render = functools.partial(encode_chunk, tokenizer)
+    for chunk, rows in map_chunks(render, chunks, min(num_proc, len(chunks))):
+        for pair, row in zip(chunk, rows):
+            try:
+                if isinstance(row, Dropped):
+                    raise row
+                token_pairs.append(truncate(pair, *row, max_length, max_prompt_length, cuts))
+            except Dropped as reason:
+                drops.add(reason, pair.where)
+    return token_pairs, drops, cuts
 
 
 def encode_chunk(tokenizer, pairs):
@@ -210,7 +240,7 @@ def encode_chunk(tokenizer, pairs):
     chats, rows = [], []
     for pair in pairs:
         try:
-            chats += [cut_in_pieces(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
+            chats += [pieces_of(tokenizer, pair, side) for side in (pair.chosen, pair.rejected)]
             rows.append(None)
         except Dropped as reason:
             rows.append(reason)
@@ -218,24 +248,25 @@ def encode_chunk(tokenizer, pairs):
     return [row or (next(encoded), next(encoded)) for row in rows]
 
 
-def cut_in_pieces(tokenizer, pair, side):
-    """One side of a pair as chat.encode takes it."""
+def pieces_of(tokenizer, pair, side):
+    """The prompt and one side of a pair as chat.encode takes them."""
     if isinstance(side, str):
         return [(pair.prompt, False), (side, True)], 0
+    messages = [*pair.prompt, side]
     stops = [tokenizer.decode([token]) for token in sorted(tokenizer.stop_ids)]
-    for message in [*pair.prompt, side]:
+    for message in messages:
         if any(stop in message['content'] for stop in stops):
             raise Dropped('with a stop token in a text: was a chat template applied to it before?')
     try:
-        return segments(tokenizer, [*pair.prompt, side], pair.tools, 'completion')
+        return segments(tokenizer, messages, pair.tools, 'completion')
     except UserError as error:
         raise Dropped(f'that the chat template refuses ({error})') from None
 
 
-def fit(pair, chosen, rejected, max_length, max_prompt_length, cuts):
+def truncate(pair, chosen, rejected, max_length, max_prompt_length, cuts):
     """Two chat.Rendered -> TokenPair within the lengths; cuts is counted up."""
-    prompt, rejected_prompt = (row.ids[:row.mask.index(True)] if True in row.mask else row.ids for row in (chosen, rejected))
-    chosen, rejected = ([token for token, target in zip(row.ids, row.mask) if target] for row in (chosen, rejected))
+    prompt, chosen = prompt_and_answer(chosen)
+    rejected_prompt, rejected = prompt_and_answer(rejected)
     if prompt != rejected_prompt:
         raise Dropped('whose prompt the chat template writes in two ways')
     if max_prompt_length and len(prompt) > max_prompt_length:
@@ -251,3 +282,10 @@ def fit(pair, chosen, rejected, max_length, max_prompt_length, cuts):
     if chosen == rejected:
         raise Dropped(f'that are the same within max_length={max_length} tokens')
     return TokenPair(prompt, chosen, rejected, pair.where)
+
+
+def prompt_and_answer(row):
+    """The ids of a chat.Rendered before its first target, and its targets."""
+    start = row.mask.index(True) if True in row.mask else len(row.ids)
+    answer = [token for token, is_target in zip(row.ids, row.mask) if is_target]
+    return row.ids[:start], answer

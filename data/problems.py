@@ -1,7 +1,7 @@
-"""Problems with answers that can be checked, from an embedded task or from any data set with a question and an answer column.
+"""Problems with answers that can be checked, from an embedded task or any data set of questions and answers.
 
-A problem is a dict: the row as it is, with 'question' and 'answer' as texts and, where the data set has one, the system message that
-says in which form to answer.
+A problem is a dict: the row as it is, with 'question' and 'answer' as texts and, where the data set has one,
+the system message that says in which form to answer.
 """
 import importlib
 import json
@@ -15,15 +15,19 @@ from data.chat import prompt_ids
 from data.preferences import encode_pairs, read_pairs
 from data.formats import read_rows, split_of_row, text_of
 from data.rewards import extract_answer
+from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_pairs, legacy_rl
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
-FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and nothing else, between '
-        '<answer> and </answer>.')
+FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
+        'nothing else, between <answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
-TEMPLATES = {'openai/gsm8k': dict(prompt_column='question', answer_column='answer', system=FORM + ' The answer is one number.'),
-             'nvidia/OpenMathInstruct-2': dict(prompt_column='problem', answer_column='expected_answer', system=FORM)}
+TEMPLATES = {
+    'openai/gsm8k': dict(prompt_column='question', answer_column='answer',
+                         system=FORM + ' The answer is one number.'),
+    'nvidia/OpenMathInstruct-2': dict(prompt_column='problem', answer_column='expected_answer', system=FORM),
+}
 
 
 def load_task(name):
@@ -32,7 +36,8 @@ def load_task(name):
 
 
 def read_problems(sources, system_prompt=None, with_answers=True):
-    """[Source] -> (problems for training, problems held out by their metadata). UserError names file, row and column.
+    """[Source] -> (problems for training, problems held out by their metadata). UserError names file, row,
+    column.
 
     with_answers: False where no reward needs one; then a row may lack it."""
     train, held_out = [], []
@@ -62,20 +67,23 @@ def read_problems(sources, system_prompt=None, with_answers=True):
 
 def columns_of(source, template, row, where, with_answers):
     """(question column, answer column) of a data set, by its source, its template or the usual names."""
-    found = []
-    for typed, known, kind in ((source.prompt_column, QUESTION_COLUMNS, 'prompt'), (source.answer_column, ANSWER_COLUMNS, 'answer')):
-        column = typed or template.get(f'{kind}_column') or next((name for name in known if name in row), None)
+    columns = []
+    for typed, known, kind in ((source.prompt_column, QUESTION_COLUMNS, 'prompt'),
+                               (source.answer_column, ANSWER_COLUMNS, 'answer')):
+        usual = next((name for name in known if name in row), None)
+        column = typed or template.get(f'{kind}_column') or usual
         if column is None and (kind == 'prompt' or with_answers):
-            raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of {", ".join(known)}: name it with '
-                            f'data.datasets[0].{kind}_column=...')
-        found.append(column)
-    return found
+            raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of '
+                            f'{", ".join(known)}: name it with data.datasets[0].{kind}_column=...')
+        columns.append(column)
+    return columns
 
 
 def copies(source, place):
     """How often row `place` of a source is seen in an epoch: its weight, spread evenly over the rows."""
     if not 0 < source.weight < 1000:
-        raise UserError(f'{source.name}: weight={source.weight:g} must be above 0: 2 = every row twice, 0.5 = every other row')
+        raise UserError(f'{source.name}: weight={source.weight:g} must be above 0: 2 = every row twice, 0.5 '
+                        '= every other row')
     return math.floor((place + 1) * source.weight) - math.floor(place * source.weight)
 
 
@@ -87,83 +95,132 @@ def prompt(problem):
     return [*system, {'role': 'user', 'content': problem['question']}]
 
 
-def hold_out(problems, count, seed):
-    """(training, held out): `count` problems, at most a tenth, drawn by the seed; a question that is held out is in no training row."""
-    order = list(range(len(problems)))
-    random.Random(seed).shuffle(order)
-    held_out = [problems[i] for i in order[:min(count, len(problems) // 10)]]
-    questions = {problem['question'] for problem in held_out}
-    return [problem for problem in problems if problem['question'] not in questions], held_out
+def hold_out(problems, fraction, count):
+    """(training, held out): of the problems that data.splits.is_held_out puts aside, `count` at most, each
+    question once. Which ones depends neither on a seed nor on the order of the rows."""
+    held_out = {}
+    for problem in problems:
+        if is_held_out(prompt(problem), fraction):
+            held_out.setdefault(problem['question'], problem)
+    chosen = sorted(held_out, key=hash64)[:count]
+    return without(problems, held_out), [held_out[question] for question in chosen]
 
 
-# ---- what a run asks --------------------------------------------------------------------------------------------------------
+def without(problems, questions):
+    """The problems that ask none of the questions."""
+    return [problem for problem in problems if problem['question'] not in questions]
+
+
+# ---- what a run asks ---------------------------------------------------------------------------------------
 
 @dataclass
 class Problems:
-    """task: a module with prompt(problem) (and reward); train and held_out: problems, 'prompt_ids' among their fields."""
+    """task: a module with prompt(problem) (and reward); train and held_out: problems, 'prompt_ids' among
+    their fields."""
     task: object
     train: list
     held_out: list
-    pairs: list = field(default_factory=list)           # of token ids, for a reward model that is trained here
+    pairs: list = field(default_factory=list)       # of token ids, for a reward model that is trained here
     held_out_pairs: list = field(default_factory=list)
 
 
 def uses_pairs(cfg):
-    return any(source.chosen_column or source.rejected_column for source in cfg.datasets)
+    return any(source.chosen_column or source.rejected_column for source in cfg.sources())
 
 
-def open_problems(cfg, tokenizer, say):
-    """The problems that a Config of train_rl.py describes, as token ids; say(text) hears what is left out."""
-    pairs = [[], []]
-    if not cfg.datasets:
+def open_problems(cfg, tokenizer, print0):
+    """The Problems that a Config of train_rl.py describes, as token ids; print0 is told what is left out."""
+    pairs, task = [[], []], sys.modules[__name__]
+    if not cfg.sources():
         task = load_task(cfg.task)
-        train, held_out = task.problems('train', cfg.num_problems, cfg.seed), task.problems('eval', cfg.eval_problems, 0)
+        train = task.problems('train', cfg.num_problems, cfg.seed)
+        held_out = task.problems('eval', cfg.eval_problems, 0)
     elif uses_pairs(cfg):
-        task, (train, held_out, pairs) = sys.modules[__name__], pair_problems(cfg, tokenizer, say)
+        train, held_out, pairs = pair_problems(cfg, tokenizer, print0)
     else:
-        task = sys.modules[__name__]
-        train, held_out = read_problems(cfg.datasets, cfg.system_prompt, with_answers='exact' in cfg.rewards or 'number' in cfg.rewards)
-    if cfg.datasets and not held_out:
-        train, held_out = hold_out(train, cfg.eval_problems, cfg.seed)
-    parts = []
-    for name, problems in (('training', train), ('held-out', held_out[:cfg.eval_problems])):
-        for problem in problems:
-            problem['prompt_ids'] = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
-        kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
-        if len(kept) < len(problems):
-            longest = max(len(problem['prompt_ids']) for problem in problems)
-            say(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their prompts exceed '
-                        f'max_prompt_length={cfg.max_prompt_length} tokens (the longest has {longest})')
-        parts.append(kept)
-    if not parts[0]:
-        raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length={cfg.max_prompt_length}')
-    return Problems(task, *parts, *pairs)
+        train, held_out = split_problems(cfg, print0)
+    train = fitting(cfg, tokenizer, task, train, 'training', print0)
+    held_out = fitting(cfg, tokenizer, task, held_out[:cfg.eval_problems], 'held-out', print0)
+    problems = Problems(task, train, held_out, *pairs)
+    if not problems.train:
+        raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length='
+                        f'{cfg.max_prompt_length}, or is held out')
+    return problems
 
 
-def pair_problems(cfg, tokenizer, say):
+def split_problems(cfg, print0):
+    """(problems for training, held-out ones) of the data sets: as their metadata says, else by hold_out."""
+    with_answers = 'exact' in cfg.rewards or 'number' in cfg.rewards
+    rows, held_out = read_problems(cfg.sources(), cfg.system_prompt, with_answers)
+    if cfg.split_rule == 'legacy':
+        return (rows, held_out) if held_out else legacy_rl(rows, cfg.eval_problems, cfg.seed)
+    if held_out:
+        train = without(rows, {problem['question'] for problem in held_out})
+        dropped = len(rows) - len(train)
+    else:
+        train, held_out = hold_out(rows, cfg.eval_fraction, cfg.eval_problems)
+        dropped = len(rows) - len(train) - len(held_out)
+    if dropped:
+        print0(f'{dropped:,} of {len(rows):,} rows are left out: their questions are held out, and the rows '
+               f'of an evaluation are at most eval_problems={cfg.eval_problems}, each question once')
+    return train, held_out
+
+
+def fitting(cfg, tokenizer, task, problems, name, print0):
+    """The problems whose prompts are short enough, with their prompt_ids."""
+    for problem in problems:
+        problem['prompt_ids'] = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
+    kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
+    if len(kept) < len(problems):
+        longest = max(len(problem['prompt_ids']) for problem in problems)
+        print0(f'{name} problems: {len(problems) - len(kept):,} of {len(problems):,} are left out, their '
+            f'prompts exceed max_prompt_length={cfg.max_prompt_length} tokens (the longest has {longest})')
+    return kept
+
+
+def pair_problems(cfg, tokenizer, print0):
     """Preference data -> (prompts for training, held-out prompts, [pairs for training, held-out pairs])."""
     pairs = []
-    for source in cfg.datasets:
-        found, drops = read_pairs(source, cfg.system_prompt)
-        pairs += [pair for place, pair in enumerate(found) for _ in range(copies(source, place))]
+    for source in cfg.sources():
+        of_source, drops = read_pairs(source, cfg.system_prompt)
+        for place, pair in enumerate(of_source):
+            pairs += [pair] * copies(source, place)
         if drops:
-            say(f'{source.name}: pairs left out: {drops}')
-    if not any(pair.split == 'eval' for pair in pairs):
-        _, held_out = hold_out([{'question': str(pair.prompt), 'pair': pair} for pair in pairs], 500, cfg.seed)
-        held_out = {id(problem['pair']) for problem in held_out}
-        for pair in pairs:
-            pair.split = 'eval' if id(pair) in held_out else 'train'
-    found = {}
-    for split in ('train', 'eval'):
-        own = [pair for pair in pairs if pair.split == split]
-        ids, drops, cuts = encode_pairs(tokenizer, own, min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length))
-        for what in [f'left out: {drops}'] * bool(drops) + [f'cut: {cuts}'] * any(cuts.values()):
-            say(f'{split} pairs {what}')
-        prompts = {json.dumps(pair.prompt): {'messages': pair.prompt, 'question': pair.prompt[-1]['content']} for pair in own}
-        found[split] = ids, prompts
-    if len(found['train'][0]) < 2:
+            print0(f'{source.name}: pairs left out: {drops}')
+    encoded, prompts = [], []
+    for split, members in zip(('train', 'eval'), split_pairs(cfg, pairs, print0)):
+        longest = min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length)
+        ids, drops, cuts = encode_pairs(tokenizer, members, longest)
+        if drops:
+            print0(f'{split} pairs left out: {drops}')
+        if any(cuts.values()):
+            print0(f'{split} pairs cut: {cuts}')
+        asked = {json.dumps(pair.prompt): {'messages': pair.prompt, 'question': pair.prompt[-1]['content']}
+                 for pair in members}
+        encoded.append(ids)
+        prompts.append(list(asked.values()))
+    if len(encoded[0]) < 2:
         raise UserError('a reward model needs two preference pairs or more to be trained on')
-    return list(found['train'][1].values()), list(found['eval'][1].values()), [found['train'][0], found['eval'][0]]
+    return (*prompts, encoded)
+
+
+def split_pairs(cfg, pairs, print0):
+    """(training, held out): as the metadata says, else by the prompt. All pairs of a prompt are on one side;
+    of the held-out ones MAX_EVAL_ROWS at most."""
+    held_out = [pair for pair in pairs if pair.split == 'eval']
+    if cfg.split_rule == 'legacy':
+        if held_out:
+            return [pair for pair in pairs if pair.split == 'train'], held_out
+        return legacy_pairs(pairs, 500, cfg.seed)
+    if not held_out:
+        held_out = [pair for pair in pairs if is_held_out(pair.prompt, cfg.eval_fraction)]
+    asked = {json.dumps(pair.prompt) for pair in held_out}
+    train = [pair for pair in pairs if json.dumps(pair.prompt) not in asked]
+    held_out = held_out[:MAX_EVAL_ROWS]
+    if dropped := len(pairs) - len(train) - len(held_out):
+        print0(f'{dropped:,} of {len(pairs):,} pairs are left out: their prompts are held out, and an '
+               f'evaluation looks at {MAX_EVAL_ROWS} pairs at most')
+    return train, held_out
 
 
 def draw_problems(problems, start, count, seed):

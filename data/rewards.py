@@ -1,15 +1,16 @@
-"""Rewards that can be verified: of a completion's text against the record of its problem, each by name and with a weight.
+"""Rewards that can be verified, by name and weight: of a completion's text against its problem's record.
 
-    exact               1 where the answer is the record's: as numbers where both are ("$1,080.00" is "1080", "0.5" is "1/2")
+    exact               1 where the answer is the record's: as numbers where both are ("$1,080.00" is "1080")
     number              1 where the answer is a number
-    tags                a quarter for each of <think> </think> <answer> </answer> that is there exactly once and in order
-    length              0 up to max_completion_length less a buffer, then down to -1 (DAPO, arXiv 2503.14476, eq. 13)
-    task                what the embedded task itself says, 1 or 0
-    model               a reward model's opinion, which the caller brings
+    tags                a quarter for each of <think> </think> <answer> </answer>, once and in order
+    length              0 up to max_completion_length less a buffer, then down to -1
+                        (DAPO, arXiv 2503.14476, eq. 13)
+    task                the reward of the embedded task itself, 1 or 0
+    model               the score of a reward model, which the caller brings
     path.py:function    yours: function(completions, records) -> a number each; None: this one has no score
 
-A function of yours runs in a process of its own: where it raises or hangs, that sample is unscored, which is not 0: it leaves the
-batch, and is counted. torch is not imported.
+A function of yours runs in a process of its own: where it raises or hangs, that sample is unscored, which is
+not 0: it leaves the batch, and is counted. torch is not imported.
 """
 import importlib.util
 import json
@@ -23,53 +24,72 @@ from fractions import Fraction
 
 from configurator import UserError, closest
 
-WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0}       # unless reward_weights says otherwise
+# unless reward_weights says otherwise
+WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0}
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 MAX_HANGS = 3                       # samples of one batch after whose time-outs the rest is left unscored
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# ---- answers ----------------------------------------------------------------------------------------------------------------
+# ---- answers
 
 def extract_answer(text):
-    """What a text gives as its answer: the last <answer>...</answer>, else the last \\boxed{...}, else what follows the last ####;
-    without any of these all of it."""
-    found = re.findall(r'<answer>((?:(?!<answer>).)*?)</answer>', text, re.DOTALL)
-    if found:
-        text = found[-1]
-    if '\\boxed{' in text:
-        inside, depth = text[text.rindex('\\boxed{') + 7:], 1
+    """The answer that a text gives: the last <answer>...</answer>, in it or else in the whole text the last
+    \\boxed{...}, else what follows the last ####; without any of these all of it."""
+    answers = re.findall(r'<answer>((?:(?!<answer>).)*?)</answer>', text, re.DOTALL)
+    if answers:
+        text = answers[-1]
+    _, boxed, inside = text.rpartition('\\boxed{')
+    if boxed:
+        depth = 1
         for end, character in enumerate(inside):
-            depth += (character == '{') - (character == '}')
+            depth += {'{': 1, '}': -1}.get(character, 0)
             if depth == 0:
                 return inside[:end].strip()
     return text.rpartition('####')[2].strip()
 
 
 def as_number(text):
-    """The number that a text writes, exactly (a Fraction), or None: signs, thousands' commas, decimals, exponents, a/b and \\frac{a}{b},
-    mixed 1 1/2, with or without currency, percent sign (left out, not divided by), full stop, $ and LaTeX spaces around it."""
+    """The number that a text writes, exactly (a Fraction), or None.
+
+    It may have a sign, thousands' commas, decimals, an exponent, be a/b, \\frac{a}{b} or mixed 1 1/2, with or
+    without currency, percent sign (left out, not divided by), full stop, $ and LaTeX spaces around it.
+    """
     text = plain(text)
     if len(text) > 100:
         return None
     text = re.sub(r'^([+-]?)[$€£¥]|[$€£¥%]$', r'\1', text).strip()
     text = re.sub(r'^([+-]?)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}$', r'\1\2/\3', text)
     digits = r'(?:\d{1,3}(?:,\d{3})+|\d+)'
-    if match := re.fullmatch(rf'([+-]?)({digits}) ({digits})/({digits})', text):
-        sign, whole, a, b = match[1], *(int(part.replace(',', '')) for part in match.groups()[1:])
-        return None if b == 0 else (-1 if sign == '-' else 1) * (whole + Fraction(a, b))
-    if match := re.fullmatch(rf'([+-]?{digits}) ?/ ?([+-]?{digits})', text):
-        a, b = (int(part.replace(',', '')) for part in match.groups())
-        return None if b == 0 else Fraction(a, b)
+    mixed = re.fullmatch(rf'([+-]?)({digits}) ({digits})/({digits})', text)
+    if mixed:
+        part = fraction(mixed[3], mixed[4])
+        if part is None:
+            return None
+        value = integer(mixed[2]) + part
+        return -value if mixed[1] == '-' else value
+    ratio = re.fullmatch(rf'([+-]?{digits}) ?/ ?([+-]?{digits})', text)
+    if ratio:
+        return fraction(ratio[1], ratio[2])
     if re.fullmatch(rf'[+-]?(?:{digits}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,2}})?', text):
         return Fraction(text.replace(',', ''))
     return None
 
 
+def integer(text):
+    return int(text.replace(',', ''))
+
+
+def fraction(a, b):
+    """a/b of two texts of integers, None where b is 0."""
+    return Fraction(integer(a), integer(b)) if integer(b) else None
+
+
 def plain(text):
-    """A short answer without what does not change it: case, spaces, a final full stop, LaTeX around it, typographic signs."""
-    text = text.strip().replace('\u2212', '-').replace('\u2013', '-').replace('\\$', '$').replace('\\%', '%').replace('{,}', ',')
-    text = re.sub(r'\\[,;!: ]|\u00a0', ' ', text)
+    """An answer without what does not change it: spaces, a final full stop, LaTeX, typographic signs."""
+    for sign, ascii in (('\u2212', '-'), ('\u2013', '-'), ('\\$', '$'), ('\\%', '%'), ('{,}', ',')):
+        text = text.replace(sign, ascii)
+    text = re.sub(r'\\[,;!: ]|\u00a0', ' ', text.strip())
     for opening, closing in (('\\(', '\\)'), ('\\[', '\\]'), ('$', '$')):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
             text = text[len(opening):-len(closing)].strip()
@@ -85,10 +105,13 @@ def same_answer(given, wanted):
     return plain(given).casefold() == plain(wanted).casefold() != ''
 
 
-# ---- rewards by name --------------------------------------------------------------------------------------------------------
+# ---- rewards by name: (completions, records) -> a number each
 
 def exact(completions, records):
-    return [float(same_answer(extract_answer(text), extract_answer(record['answer']))) for text, record in zip(completions, records)]
+    scores = []
+    for text, record in zip(completions, records):
+        scores.append(float(same_answer(extract_answer(text), extract_answer(record['answer']))))
+    return scores
 
 
 def number(completions, records):
@@ -96,13 +119,18 @@ def number(completions, records):
 
 
 def tags(completions, records):
-    scores = []
-    for text in completions:
-        places = [text.find(tag) for tag in TAGS]
-        once = [text.count(tag) == 1 and all(place < places[i] for place in places[:i]) for i, tag in enumerate(TAGS)]
-        behind = len(text) - places[3] - len(TAGS[3]) if once[3] else 0
-        scores.append(max(0.0, sum(once) / 4 - 0.002 * behind))
-    return scores
+    return [tag_score(text) for text in completions]
+
+
+def tag_score(text):
+    """A quarter for each tag that is there once and in order, less 0.002 a character after the last one."""
+    positions = [text.find(tag) for tag in TAGS]
+    good = []
+    for i, tag in enumerate(TAGS):
+        in_order = all(position < positions[i] for position in positions[:i])
+        good.append(in_order and text.count(tag) == 1)
+    after = len(text) - positions[-1] - len(TAGS[-1]) if good[-1] else 0
+    return max(0.0, sum(good) / 4 - 0.002 * after)
 
 
 def length_penalty(length, longest, buffer):
@@ -122,44 +150,55 @@ class Scorer:
     longest, buffer   tokens, for `length`
     timeout   seconds that a user's function may take for a batch
 
-    UserError at once: an unknown name, a file or function that is not there or does not load, weights that do not fit.
+    UserError at once: an unknown name, a file or function that is not there or does not load, weights that do
+    not fit.
     """
 
     def __init__(self, names, weights=(), task=None, longest=0, buffer=0, timeout=10.0):
-        if len(set(names)) < len(names):
-            raise UserError(f'rewards: {next(n for n in names if list(names).count(n) > 1)} is there twice; give it another weight instead')
+        for name in names:
+            if list(names).count(name) > 1:
+                raise UserError(f'rewards: {name} is there twice; give it another weight instead')
         if weights and len(weights) != len(names):
-            raise UserError(f'reward_weights has {len(weights)} values for the {len(names)} rewards {", ".join(names)}')
+            raise UserError(f'reward_weights has {len(weights)} values for the {len(names)} rewards '
+                            f'{", ".join(names)}')
         if weights and not any(weights):
             raise UserError('reward_weights are all 0: nothing would be rewarded')
-        self.names, self.task, self.longest, self.buffer, self.timeout = list(names), task, longest, buffer, timeout
+        self.names = list(names)
         self.weights = list(weights) or [WEIGHTS.get(name, 1.0) for name in names]
-        self.servers, self.last_error = {}, ''
+        self.task = task
+        self.longest, self.buffer = longest, buffer
+        self.servers = {}           # of users' functions, by name
+        self.last_error = ''
         for name in names:
             if ':' in name:
                 self.servers[name] = Server(name, timeout)
             elif name == 'task' and task is None:
-                raise UserError('rewards: task is the reward of an embedded task; for data sets use exact, number, tags, length or '
-                                'path.py:function')
+                raise UserError('rewards: task is the reward of an embedded task; for data sets use exact, '
+                                'number, tags, length or path.py:function')
             elif name not in WEIGHTS:
-                raise UserError(f'rewards: {name!r} is none of {", ".join(WEIGHTS)}{closest(name, WEIGHTS)}, nor path.py:function')
+                raise UserError(f'rewards: {name!r} is none of {", ".join(WEIGHTS)}{closest(name, WEIGHTS)}, '
+                                'nor path.py:function')
 
     def __call__(self, completions, records, lengths, columns=()):
-        """Lists of texts, problems (dicts) and numbers of tokens -> [{name: number or None}], None where a reward gave no score.
-        columns: {name: numbers} of rewards that were computed elsewhere."""
+        """Lists of texts, problems (dicts) and numbers of tokens -> [{name: number or None}], None where a
+        reward gave no score. columns: {name: numbers} of rewards that were computed elsewhere."""
         columns = dict(columns)
-        columns.update((name, self.column(name, completions, records, lengths)) for name in self.names if name not in columns)
+        for name in self.names:
+            if name not in columns:
+                columns[name] = self.column(name, completions, records, lengths)
         return [{name: columns[name][i] for name in self.names} for i in range(len(completions))]
 
     def column(self, name, completions, records, lengths):
+        """One reward for all completions."""
         if name == 'task':
-            return [self.task.reward(record, text) for text, record in zip(completions, records)]
+            return list(map(self.task.reward, records, completions))
         if name == 'length':
-            return [length_penalty(n, self.longest, self.buffer) for n in lengths]
+            return [length_penalty(length, self.longest, self.buffer) for length in lengths]
         if name in BUILT_IN:
             return BUILT_IN[name](completions, records)
-        values = self.servers[name](completions, records)
-        self.last_error = self.servers[name].last_error or self.last_error
+        server = self.servers[name]
+        values = server(completions, records)
+        self.last_error = server.last_error or self.last_error
         return values
 
     def total(self, scores):
@@ -173,14 +212,16 @@ class Scorer:
             server.stop()
 
 
-# ---- a user's function, in its own process ----------------------------------------------------------------------------------
+# ---- a user's function, in its own process
 
 class Server:
     """path.py:function in a process that is killed where it hangs. Lines of JSON go to it and come back."""
 
     def __init__(self, name, timeout):
+        self.name, self.timeout = name, timeout
         self.path, _, self.function = name.rpartition(':')
-        self.name, self.timeout, self.last_error, self.process = name, timeout, '', None
+        self.last_error = ''
+        self.process = None
         if not self.path.endswith('.py') or not self.function.isidentifier():
             raise UserError(f'rewards: {name!r}: write path.py:function')
         if not os.path.isfile(self.path):
@@ -188,14 +229,18 @@ class Server:
         self.start()
 
     def start(self):
+        program = 'import sys; from data.rewards import serve; serve(*sys.argv[1:])'
+        paths = [path for path in (ROOT, os.environ.get('PYTHONPATH')) if path]
         self.process = subprocess.Popen(
-            [sys.executable, '-c', 'import sys; from data.rewards import serve; serve(*sys.argv[1:])', self.path, self.function],
+            [sys.executable, '-c', program, self.path, self.function],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8',
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [ROOT, os.environ.get('PYTHONPATH')]))})
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
         hello = self.read(60)
-        if hello is None or 'error' in hello:
+        if hello is None:
+            hello = {'error': 'its file does not finish loading'}
+        if 'error' in hello:
             self.stop()
-            raise UserError(f'rewards: {self.name}: {hello["error"] if hello else "its file does not finish loading"}')
+            raise UserError(f'rewards: {self.name}: {hello["error"]}')
 
     def read(self, timeout):
         """The next line as an object; None where none came in time or the process ended."""
@@ -220,41 +265,49 @@ class Server:
         if answer is None:
             self.stop()
             self.last_error = f'no answer within {self.timeout:g} s (reward_timeout), or its process ended'
-        elif 'raised' in answer:
-            self.last_error = answer['raised']
-        elif 'error' in answer:
+            return None
+        if 'error' in answer:
             self.stop()
             raise UserError(f'rewards: {self.name}: {answer["error"]}')
-        else:
-            return answer['values']
-        return None
+        if 'raised' in answer:
+            self.last_error = answer['raised']
+            return None
+        return answer['values']
 
     def __call__(self, completions, records):
-        values = self.ask(completions, records) if completions else []
+        if not completions:
+            return []
+        values = self.ask(completions, records)
         if values is not None:
             return values
         values, hangs = [], 0           # one at a time, to lose only those at fault
         for text, record in zip(completions, records):
-            found = self.ask([text], [record]) if hangs < MAX_HANGS else None
-            hangs += found is None and self.process.poll() is not None
-            values.append(found[0] if found else None)
+            value = None
+            if hangs < MAX_HANGS:
+                answer = self.ask([text], [record])
+                if answer:
+                    value = answer[0]
+                elif self.process.poll() is not None:
+                    hangs += 1
+            values.append(value)
         return values
 
     def stop(self):
-        if self.process and self.process.poll() is None:
+        if self.process is None:
+            return
+        if self.process.poll() is None:
             self.process.kill()
-        if self.process:
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 def serve(path, name):
-    """The process of a Server: loads the function, then answers {'completions', 'records'} with {'values'}, {'raised'} or {'error'}."""
+    """A Server's process: answers {'completions', 'records'} with {'values'}, {'raised'} or {'error'}."""
     pipe = os.fdopen(os.dup(1), 'w', encoding='utf-8')
-    os.dup2(2, 1)                                   # what the function prints goes to the console, not into the pipe
+    os.dup2(2, 1)               # what the function prints goes to the console, not into the pipe
 
-    def answer(**fields):
+    def send(**fields):
         pipe.write(json.dumps(fields) + '\n')
         pipe.flush()
 
@@ -264,25 +317,29 @@ def serve(path, name):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except BaseException as error:
-        return answer(error=f'its file does not load ({type(error).__name__}: {error})')
+        return send(error=f'its file does not load ({type(error).__name__}: {error})')
     function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
-        return answer(error=f'{path} has no function {name}{closest(name, there)}')
-    answer(ready=True)
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
+        return send(error=f'{path} has no function {name}{closest(name, public)}')
+    send(ready=True)
     for line in sys.stdin:
         batch = json.loads(line)
-        try:
-            values = function(batch['completions'], batch['records'])
-        except BaseException as error:
-            answer(raised=f'{type(error).__name__}: {error}')
-            continue
-        try:
-            values = [None if value is None else float(value) for value in values]
-        except (TypeError, ValueError):
-            answer(error=f'{name} must return one number (or None) for each completion, in a list, not {str(values)[:60]}')
-            continue
-        if len(values) != len(batch['completions']):
-            answer(error=f'{name} returned {len(values)} values for {len(batch["completions"])} completions')
-            continue
-        answer(values=[value if value is None or math.isfinite(value) else None for value in values])
+        send(**call(function, name, batch['completions'], batch['records']))
+
+
+def call(function, name, completions, records):
+    """{'values': [number or None]}, {'raised': the function's error} or {'error': what it does wrong}."""
+    try:
+        values = function(completions, records)
+    except BaseException as error:
+        return {'raised': f'{type(error).__name__}: {error}'}
+    try:
+        values = [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError):
+        return {'error': f'{name} must return one number (or None) for each completion, in a list, not '
+                         f'{str(values)[:60]}'}
+    if len(values) != len(completions):
+        return {'error': f'{name} returned {len(values)} values for {len(completions)} completions'}
+    finite = [value is not None and math.isfinite(value) for value in values]
+    return {'values': [value if ok else None for value, ok in zip(values, finite)]}

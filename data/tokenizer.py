@@ -1,7 +1,8 @@
 """Text <-> token ids behind four calls: encode, decode, stop_ids, vocab_size.
 
-tokenizer.json files (ours: char, byte, BPE; everyone's fast ones) are read by the `tokenizers` library alone: importing
-transformers costs seconds. A directory without one (sentencepiece only) goes through transformers' AutoTokenizer.
+tokenizer.json files (ours: char, byte, BPE; everyone's fast ones) are read by the `tokenizers` library alone:
+importing transformers costs seconds. A directory without one (sentencepiece only) goes through transformers'
+AutoTokenizer.
 """
 import hashlib
 import json
@@ -9,35 +10,39 @@ import os
 
 from configurator import UserError
 
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')      # one of them makes a directory a tokenizer's
+# one of them makes a directory a tokenizer's
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 NAMED_TOKENS = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is no such file. A UserError names a file that does not parse."""
+    """The object in a JSON file; {} where there is no such file. UserError where it does not parse."""
     if not os.path.exists(path):
         return {}
     try:
         with open(path, encoding='utf-8') as file:
             return json.load(file)
     except (ValueError, OSError) as error:
-        raise UserError(f'{path}: not readable as JSON ({error}); copy the file again from its source') from None
+        raise UserError(f'{path}: not readable as JSON ({error}); '
+                        'copy the file again from its source') from None
 
 
 class Tokenizer:
     """A tokenizer.json and what stands beside it.
 
-    text: the content of tokenizer.json;  config: that of tokenizer_config.json;  stop_ids: more ids that end a turn.
-    `special` maps 'bos_token', 'eos_token', ... to strings; `chat_template` is a string, a dict by name, or None;
-    `sha256` is the hash of tokenizer.json, by which data and models recognise one another's ids.
+    text: the content of tokenizer.json;  config: that of tokenizer_config.json;  stop_ids: more ids that end
+    a turn. `special` maps 'bos_token', 'eos_token', ... to strings; `chat_template` is a string, a dict by
+    name, or None; `sha256` is the hash of tokenizer.json, by which data and models recognise one another's
+    ids.
     """
 
     def __init__(self, text, config=None, stop_ids=(), chat_template=None):
         import tokenizers
         try:
             self.backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:                                      # the library raises bare Exceptions
-            raise UserError(f'tokenizer.json: not a tokenizer of the `tokenizers` library ({error})') from None
+        except Exception as error:      # the library raises bare ones
+            raise UserError(f'tokenizer.json: not a tokenizer '
+                            f'of the `tokenizers` library ({error})') from None
         self.backend.no_truncation()
         self.backend.no_padding()
         self.text, self.config = text, dict(config or {})
@@ -46,16 +51,19 @@ class Tokenizer:
         named = {name: self.config.get(name) for name in NAMED_TOKENS}
         self.special = {name: token['content'] if isinstance(token, dict) else token
                         for name, token in named.items() if token}
-        self.bos_id, self.eos_id, self.pad_id = (self.id_of(self.special.get(name)) for name in NAMED_TOKENS[:3])
+        self.bos_id = self.id_of(self.special.get('bos_token'))
+        self.eos_id = self.id_of(self.special.get('eos_token'))
+        self.pad_id = self.id_of(self.special.get('pad_token'))
         ends = {self.eos_id, self.id_of('<|im_end|>'), *stop_ids}
         self.stop_ids = frozenset(ends - {None})
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        # A char tokenizer drops what it does not know, or turns it into <unk>: there every new character is tried once.
+        # A char tokenizer drops what it does not know, or turns it into <unk>: there every new character is
+        # tried once.
         plain = self.backend.get_vocab(with_added_tokens=False).keys() - self.special.values()
         self.tried = set() if all(len(token) == 1 for token in plain) else None
-        # Metaspace tokenizers put a space before every text: an anchor in front, cut off again, keeps it out of a
-        # text that continues another one.
+        # Metaspace tokenizers put a space before every text: an anchor in front, cut off again, keeps it out
+        # of a text that continues another one.
         adds_space = self.tried is None and self.decode(self.encode('0') * 2).strip() != '00'
         self.anchor = '\n' if adds_space else ''
 
@@ -73,7 +81,8 @@ class Tokenizer:
             self._refuse_unknown(texts)
         anchor = self.anchor if continued else ''
         cut = len(self.backend.encode(anchor, add_special_tokens=False).ids) if anchor else 0
-        encodings = self.backend.encode_batch_fast([anchor + text for text in texts], add_special_tokens=False)
+        texts = [anchor + text for text in texts]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids[cut:] for encoding in encodings]
 
     def decode(self, ids, skip_special_tokens=False):
@@ -85,13 +94,14 @@ class Tokenizer:
         unknown = sorted(character for character in fresh if not self._knows(character))
         if unknown:
             shown = ', '.join(repr(character) for character in unknown[:10])
-            raise UserError(f'the tokenizer has no token for {shown}: it knows only the characters of the text that it '
-                            'was made from; leave these out, or prepare the data with --tokenizer bpe')
+            raise UserError(f'the tokenizer has no token for {shown}: it knows only the characters of the '
+                            'text that it was made from; leave these '
+                            'out, or prepare the data with --tokenizer bpe')
 
     def _knows(self, character):
         try:
             ids = self.backend.encode(character, add_special_tokens=False).ids
-        except Exception:                                               # WordLevel without an <unk> raises a bare one
+        except Exception:           # WordLevel without an <unk> raises a bare one
             return False
         known = self.decode(ids) == character
         if known:
@@ -99,16 +109,22 @@ class Tokenizer:
         return known
 
     def save(self, directory):
-        """Writes what AutoTokenizer opens: tokenizer.json (byte for byte what was read), tokenizer_config.json and
-        chat_template.jinja."""
+        """Writes what AutoTokenizer opens: tokenizer.json (byte for byte what was read),
+        tokenizer_config.json and chat_template.jinja."""
         os.makedirs(directory, exist_ok=True)
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, **self.config}
+        config = {
+            'tokenizer_class': 'PreTrainedTokenizerFast',
+            'clean_up_tokenization_spaces': False,
+            **self.config,
+        }
         if isinstance(self.chat_template, dict):
-            config['chat_template'] = [{'name': k, 'template': v} for k, v in self.chat_template.items()]
+            templates = self.chat_template.items()
+            config['chat_template'] = [{'name': name, 'template': template} for name, template in templates]
         elif self.chat_template:
             write_text(directory, 'chat_template.jinja', self.chat_template)
         write_text(directory, 'tokenizer.json', self.text)
-        write_text(directory, 'tokenizer_config.json', json.dumps(config, indent=2, ensure_ascii=False) + '\n')
+        config = json.dumps(config, indent=2, ensure_ascii=False)
+        write_text(directory, 'tokenizer_config.json', config + '\n')
 
 
 def write_text(directory, name, text):
@@ -118,8 +134,8 @@ def write_text(directory, name, text):
 
 
 def load_tokenizer(name):
-    """A Hugging Face model directory, or a data directory that holds a tokenizer.json, -> Tokenizer. What has no
-    tokenizer.json (sentencepiece, vocab.json + merges.txt, a hub name) is converted by transformers."""
+    """A Hugging Face model directory, or a data directory that holds a tokenizer.json, -> Tokenizer. What has
+    no tokenizer.json (sentencepiece, vocab.json + merges.txt, a hub name) is converted by transformers."""
     path = os.path.join(name, 'tokenizer.json')
     config = read_json(os.path.join(name, 'tokenizer_config.json'))
     if os.path.exists(path):
@@ -144,13 +160,16 @@ def load_tokenizer(name):
 
 
 def convert(name):
-    """Any other form of tokenizer that transformers opens -> the text of its tokenizer.json, config, chat template."""
+    """Another form of tokenizer that transformers opens -> (text of its tokenizer.json, config, template)."""
     from transformers import AutoTokenizer
     try:
         theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         text = theirs.backend_tokenizer.to_str()
-    except Exception as error:                  # whatever the cause, it is this directory or name that cannot be used
+    except Exception as error:      # whatever the cause, this directory or name cannot be used
         reason = str(error).strip().partition('\n')[0] or type(error).__name__
-        raise UserError(f'{name}: no tokenizer.json, and transformers cannot make one ({reason}); name a directory '
-                        'with a tokenizer.json, or save one there with AutoTokenizer(...).save_pretrained') from None
-    return text, {key: getattr(theirs, key) for key in NAMED_TOKENS if getattr(theirs, key)}, theirs.chat_template
+        raise UserError(f'{name}: no tokenizer.json, and transformers cannot make one ({reason}); name a '
+                        'directory with a tokenizer.json, or save one there with '
+                        'AutoTokenizer(...).save_pretrained') from None
+    named = {key: getattr(theirs, key) for key in NAMED_TOKENS}
+    config = {key: token for key, token in named.items() if token}
+    return text, config, theirs.chat_template

@@ -23,17 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, from_dict
+from configurator import UserError, check_settings, from_dict
 
 TEMPORARY = '.nanoforge-tmp-'
-STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')               # of a checkpoint; the others are the model
-RUN_FILES = ('log.jsonl', 'loss.png', 'reward.png', 'margins.png', 'samples.txt', 'rollouts.jsonl', 'rollouts.html', 'reward_model',
-             'manifest.json', 'last', 'best')       # of the root, beside the model's
+VERSION = 2         # of run_config.json; 1 had no version, and every script its own rule of what is held out
+# of a checkpoint; its other files are the model
+STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')
+# of the root of the output folder, beside the model
+RUN_FILES = ('log.jsonl', 'loss.png', 'reward.png', 'margins.png', 'samples.txt', 'rollouts.jsonl',
+             'rollouts.html', 'reward_model', 'manifest.json', 'last', 'best')
 
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk, or a folder that cannot be written, as one line. (safetensors has its own error for OSError.)"""
+    """A full disk, or a folder that cannot be written, as one line; safetensors has an error of its own."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -49,7 +52,7 @@ def fsync(path):
 
 
 def atomic_write(path, write):
-    """write(a temporary path), then rename: who reads `path`, whenever the power fails, finds the old or the new."""
+    """write(a temporary path), then rename: whenever the power fails, `path` is the old file or the new."""
     temporary = path.with_name(TEMPORARY + path.name)
     temporary.unlink(missing_ok=True)
     write(temporary)
@@ -61,6 +64,11 @@ def write_text(path, text):
         temporary.write_text(text, encoding='utf-8')
         fsync(temporary)
     atomic_write(Path(path), write)
+
+
+def append_text(path, text):
+    with writing(path), open(path, 'a', encoding='utf-8', errors='replace') as file:
+        file.write(text)
 
 
 def write_json(path, value):
@@ -83,13 +91,14 @@ def hardlink(source, target):
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-    if not (target.exists() and source.samefile(target)):   # between two names of one file, a rename does nothing
+    # between two names of one file, a rename does nothing
+    if not (target.exists() and source.samefile(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, write)
 
 
 def symlink(path, name):
-    """`path` becomes a symlink to its neighbour `name`; where there are none, a text file that holds the name."""
+    """`path` becomes a symlink to its neighbour `name`, or where there are none a text file with the name."""
     def write(temporary):
         try:
             temporary.symlink_to(name)
@@ -107,7 +116,8 @@ def resolve_link(path):
 
 def move_aside(out_dir, paths):
     """Move `paths` to a new folder earlier-K in out_dir, which is returned."""
-    earlier = next(path for path in (out_dir / f'earlier-{k}' for k in itertools.count(1)) if not os.path.lexists(path))
+    numbered = (out_dir / f'earlier-{k}' for k in itertools.count(1))
+    earlier = next(path for path in numbered if not os.path.lexists(path))
     for path in paths:
         target = earlier / path.relative_to(out_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,68 +127,85 @@ def move_aside(out_dir, paths):
 
 def checkpoint_folders(out_dir):
     """[(path, manifest)] of all checkpoints in out_dir, oldest step first, whichever run wrote them."""
-    found = [(path, read_manifest(path / 'manifest.json')) for path in (out_dir.iterdir() if out_dir.is_dir() else ())
-             if path.is_dir() and not path.is_symlink() and not path.name.startswith((TEMPORARY, 'earlier-'))]
-    return sorted((pair for pair in found if pair[1]), key=lambda pair: pair[1]['step'])
+    folders = []
+    for path in out_dir.iterdir() if out_dir.is_dir() else ():
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith((TEMPORARY, 'earlier-')):
+            if manifest := read_manifest(path / 'manifest.json'):
+                folders.append((path, manifest))
+    return sorted(folders, key=lambda folder: folder[1]['step'])
 
 
 def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
-    """(the configuration of the run of `script` in out_dir, of which only what was typed again in cfg changes anything; what its
-    run_config.json says). Where no run with a checkpoint is there: (cfg, None) if cfg.resume is 'auto', else a UserError.
+    """(configuration, what run_config.json says) of the run of `script` in out_dir.
 
-    It is asked before setup(): a run goes on with the device and the precision that it had. from_start: no checkpoint is needed.
+    The configuration is the saved one, but for the fields that were typed again in cfg. It is asked for
+    before setup(): a run goes on with the device and the precision that it had. Where there is no run with a
+    checkpoint (from_start: none is needed) it is a UserError; with cfg.resume == 'auto' the result is (cfg,
+    None).
     """
     saved = read_manifest(Path(out_dir) / 'run_config.json')
-    found = saved.get('script') == script and (
-        from_start or any(manifest['run'] == saved['run'] for _, manifest in checkpoint_folders(Path(out_dir))))
-    if not found and getattr(cfg, 'resume', None) == 'auto':
+    is_there = saved.get('script') == script
+    if is_there and not from_start:
+        is_there = any(manifest['run'] == saved['run'] for _, manifest in checkpoint_folders(Path(out_dir)))
+    if not is_there and getattr(cfg, 'resume', None) == 'auto':
         return cfg, None
-    if not found:
-        raise UserError(f'{flag}: {out_dir} holds no run of {script} with a checkpoint; start one without {flag}')
+    if not is_there:
+        raise UserError(f'{flag}: {out_dir} holds no run of {script} with a checkpoint; start one without '
+                        f'{flag}')
     merged = from_dict(type(cfg), saved['config'], cfg)
-    merged.check()
+    if saved.get('version', 1) < VERSION and hasattr(merged, 'split_rule'):
+        merged.split_rule = 'legacy'        # it goes on with the rows held out that it began with
+    check_settings(merged)
     return merged, saved
 
 
 def start_fresh(run, out_dir, config, keep=None, script=None):
-    """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config': config}.
+    """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config'}.
 
-    What an earlier run of ours left moves to out_dir/earlier-K; nothing else is touched, and a folder with somebody
-    else's model is refused. `keep`: the checkpoint that the new run loads, if it lies in there; it stays where it is.
+    What an earlier run of ours left moves to out_dir/earlier-K; nothing else is touched, and a folder with
+    somebody else's model is refused. `keep`: the checkpoint that the new run loads, if it lies in there; it
+    stays where it is.
     """
     out_dir, keep = Path(out_dir), os.path.realpath(keep) + os.sep if keep else ''
     settings = out_dir / 'run_config.json'
 
     def move_earlier_run():
         folders = [path for path, _ in checkpoint_folders(out_dir)]
-        model = {name for path in (out_dir, *folders) for name in read_manifest(path / 'manifest.json').get('files', ())}
+        model = set()
+        for path in (out_dir, *folders):
+            model.update(read_manifest(path / 'manifest.json').get('files', ()))
         paths = [*folders, *(out_dir / name for name in (*RUN_FILES, *model))]
         paths = [path for path in paths
                  if os.path.lexists(path) and not keep.startswith(os.path.realpath(path) + os.sep)]
-        earlier = move_aside(out_dir, [*paths, settings])      # settings last: till then the folder is known as ours
+        # settings last: till then the folder is known as ours
+        earlier = move_aside(out_dir, [*paths, settings])
         for path in paths:
             if keep == os.path.realpath(out_dir) + os.sep and path.relative_to(out_dir).as_posix() in model:
-                hardlink(earlier / path.relative_to(out_dir), path)     # the new run loads the model of the root
+                # the new run loads the model of the root
+                hardlink(earlier / path.relative_to(out_dir), path)
         run.print0(f'{out_dir} held an earlier run: its files are now in {earlier}')
 
-    def work():
+    def make_ready():
         with writing(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
+            present = [name for name in ('config.json', 'model.safetensors', settings.name)
+                       if (out_dir / name).exists()]
             if read_manifest(settings):
                 move_earlier_run()
-            elif foreign := [name for name in ('config.json', 'model.safetensors', settings.name)
-                             if (out_dir / name).exists()]:
-                raise UserError(f'{out_dir} holds a {foreign[0]} that nanoforge did not write: choose another folder')
-            write_json(settings, {'written_by': 'nanoforge', 'run': secrets.token_hex(8),
+            elif present:
+                raise UserError(f'{out_dir} holds a {present[0]} that nanoforge did not write: choose '
+                                'another folder')
+            write_json(settings, {'written_by': 'nanoforge', 'version': VERSION, 'run': secrets.token_hex(8),
                                   'script': script or os.path.basename(sys.argv[0]), 'config': config})
-    run.on_main(work)
+    run.on_main(make_ready)
 
 
 class Checkpoints:
     """The checkpoints of the run in out_dir. Only the main rank writes; all ranks call every method.
 
-    A checkpoint is written under a temporary name, synced, given a manifest with sizes and SHA-256, and renamed: its
-    final name means that it is whole. `last`, `best` and the model in the root follow from the manifests.
+    A checkpoint is written under a temporary name, synced, given a manifest with sizes and SHA-256, and
+    renamed: its final name means that it is whole. `last`, `best` and the model in the root follow from the
+    manifests.
 
     limit            so many of the newest are kept, and the best; None keeps all
     save_only_model  all but the newest lose their optimizer state: for use, not for resuming
@@ -191,16 +218,18 @@ class Checkpoints:
         return read_manifest(self.out_dir / 'run_config.json').get('run')
 
     def own(self):
-        """[(path, manifest)] of this run's checkpoints, oldest first; one of another run may lie beside them."""
+        """[(path, manifest)] of this run's checkpoints, oldest first; those of another run may lie beside."""
         run_id = self.run_id()
         return [pair for pair in checkpoint_folders(self.out_dir) if pair[1]['run'] == run_id]
 
     def latest(self):
         """The newest whole checkpoint, or None. Damaged ones are skipped, and said."""
         def find():
-            own = [(path, manifest['step']) for path, manifest in self.own()]
-            lost = [(path, -1) for path in self.out_dir.glob('checkpoint-*') if not read_manifest(path / 'manifest.json')]
-            for path, step in reversed(own + lost):
+            candidates = [(path, manifest['step']) for path, manifest in self.own()]
+            for path in self.out_dir.glob('checkpoint-*'):
+                if not read_manifest(path / 'manifest.json'):
+                    candidates.append((path, -1))       # looked at first, to be said
+            for path, step in reversed(candidates):
                 if not (reason := damage(path)):
                     return step
                 self.run.print0(f'{path} is skipped: {reason}')
@@ -209,22 +238,26 @@ class Checkpoints:
         return next((str(path) for path, manifest in self.own() if manifest['step'] == step), None)
 
     def say_processes(self, path):
-        """Where batches are counted per process: says it if checkpoint `path` is of another number of them."""
-        then, now = read_manifest(Path(path) / 'manifest.json').get('processes', self.run.world_size), self.run.world_size
+        """Says it if checkpoint `path` is of another number of processes, which scales the batch."""
+        now = self.run.world_size
+        then = read_manifest(Path(path) / 'manifest.json').get('processes', now)
         if then != now:
-            self.run.print0(f'note      the checkpoint is of {then} processes, this is {now}: from here on an optimizer step has {now / then:g} times '
-                         'as many rows, and the rest of the run is not what it would have been; gradient_accumulation_steps can make up for it')
+            self.run.print0(f'note      the checkpoint is of {then} processes, this is {now}: from here on '
+                            f'an optimizer step has {now / then:g} times as many rows, and the rest of the '
+                            'run is not what it would have been; gradient_accumulation_steps can make up for '
+                            'it')
 
     def discard_later(self, path):
-        """Go on from checkpoint `path`: later ones of this run, a future that will not be, move to earlier-K."""
-        def work():
+        """Go on from checkpoint `path`: later ones of this run move to earlier-K."""
+        def move_later():
             step = read_manifest(Path(path) / 'manifest.json')['step']
             with writing(self.out_dir):
                 if later := [other for other, manifest in self.own() if manifest['step'] > step]:
                     earlier = move_aside(self.out_dir, later)
-                    self.run.print0(f'{", ".join(map(str, later))}: later than step {step}, moved to {earlier}')
+                    self.run.print0(f'{", ".join(map(str, later))}: later than step {step}, moved to '
+                                    f'{earlier}')
                 self._tidy()
-        self.run.on_main(work)
+        self.run.on_main(move_later)
 
     def save(self, step, write_model, optimizer, state, best=False, name=None):
         """Save checkpoint-`step` (or `name`).
@@ -236,7 +269,7 @@ class Checkpoints:
 
         UserError: the disk is full, or a tensor holds NaN or inf. What was saved before is intact.
         """
-        def work():
+        def write():
             path = self.out_dir / (name or f'checkpoint-{step}')
             try:
                 with writing(path):
@@ -245,15 +278,17 @@ class Checkpoints:
                     self._tidy()
             finally:
                 self._clean()
-        self.run.on_main(work)
+        self.run.on_main(write)
 
     def _write(self, path, step, write_model, optimizer, state, best):
-        manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best, 'processes': self.run.world_size, 'files': {}}
-        while os.path.lexists(path):    # saved at this step already; or another run's, that we loaded; or not ours
+        manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best,
+                    'processes': self.run.world_size, 'files': {}}
+        while os.path.lexists(path):    # of this step already; or of another run, that we loaded; or not ours
             saved = read_manifest(path / 'manifest.json')
             if saved and (saved['run'], saved['step']) == (manifest['run'], step):
                 return write_json(path / 'manifest.json', {**saved, 'best': best or saved['best']})
-            self.run.print0(f'{path} is there already and not of this run: saving beside it, as {path.name}-new')
+            self.run.print0(f'{path} is there already and not of this run: saving beside it, as '
+                            f'{path.name}-new')
             path = path.with_name(path.name + '-new')
         folder = path.with_name(TEMPORARY + path.name)
         folder.mkdir()
@@ -273,23 +308,24 @@ class Checkpoints:
         fsync(self.out_dir)
 
     def _tidy(self):
-        """Links, root and pruning follow from the manifests alone: what a kill interrupts, the next call does."""
-        own = self.own()
-        last, best = own[-1], next((pair for pair in reversed(own) if pair[1]['best']), None)
+        """Links, root, pruning: all follow from the manifests, so the next call does what a kill
+        interrupts."""
+        saved = self.own()
+        last, best = saved[-1], next((pair for pair in reversed(saved) if pair[1]['best']), None)
         symlink(self.out_dir / 'last', last[0].name)
         if best:
             symlink(self.out_dir / 'best', best[0].name)
         path, manifest = best or last
         for name in {*manifest['files'], 'manifest.json'} - {*STATE_FILES}:
             hardlink(path / name, self.out_dir / name)
-        keep = own if self.limit is None else [best, *own[-self.limit:]]
-        for pair in own[:-1]:
-            if pair not in keep:
-                doomed = pair[0].with_name(TEMPORARY + pair[0].name)
-                os.replace(pair[0], doomed)     # out of sight first: a folder half deleted is no checkpoint
+        keep = saved if self.limit is None else [best, *saved[-self.limit:]]
+        for folder, manifest in saved[:-1]:
+            if (folder, manifest) not in keep:
+                doomed = folder.with_name(TEMPORARY + folder.name)
+                os.replace(folder, doomed)     # out of sight first: a folder half deleted is no checkpoint
                 shutil.rmtree(doomed)
             elif self.save_only_model:
-                (pair[0] / 'optimizer.safetensors').unlink(missing_ok=True)
+                (folder / 'optimizer.safetensors').unlink(missing_ok=True)
 
     def _clean(self):
         """Remove what a killed process, or a failed save, left under temporary names."""
@@ -302,8 +338,8 @@ def check_finite(path, step):
         for name in file.keys():
             tensor = file.get_tensor(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise UserError(f'step {step}: {name} holds NaN or inf, so no checkpoint is written; earlier ones are '
-                                f'intact: resume with a lower learning rate')
+                raise UserError(f'step {step}: {name} holds NaN or inf, so no checkpoint is written; earlier '
+                                f'ones are intact: resume with a lower learning rate')
 
 
 def sha256(path):
@@ -331,7 +367,7 @@ def damage(path):
 
 
 def read_checkpoint(path):
-    """(optimizer {str: Tensor} on the CPU, state) as save() was given them. UserError where a file is damaged."""
+    """(optimizer {str: Tensor} on the CPU, state) as save() was given them; UserError if damaged."""
     path = resolve_link(path)
     if reason := damage(path):
         raise UserError(f'cannot resume from {path}: {reason}')

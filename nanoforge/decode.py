@@ -1,230 +1,306 @@
-"""How generate() gets the next token's logits: a static KV cache for our GPT, plain recomputation for models without one.
+"""How generate() gets the next token's logits: with a KV cache for our GPT, by plain recomputation for models
+without one.
 
-    decoder = Decoder(model, prompts, num_samples, room)    # or Recomputer, the same calls
-    logits = decoder.start()                                # (R, V) after the prompts, R = prompts * num_samples
-    logits = decoder.step(token)                            # (n, V): token (n,) was drawn for the first n rows
+    decoder = make_decoder(model, prompts, num_samples, max_new_tokens)
+    logits = decoder.start()        # (R, V) after the prompts, R = prompts * num_samples
+    logits = decoder.step(token)    # (n, V): token (n,) was drawn for the first n rows
 
-decoder.state lists tensors with R rows. To take a row out of the batch, copy the last row of each over it and go on with one row
-less. Everything here computes what model.hidden and model.logits do, up to rounding: logp_gap in sample.py measures it.
+decoder.state lists tensors with R rows. To take a row out of the batch, copy the last row of each over it and
+go on with one row less. Everything here computes what model.hidden and model.logits do, up to rounding:
+logp_gap in sample.py measures it.
 """
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 
-from nanoforge import kernels
-from nanoforge.lora import dense_weight
-from model import Linear
+from nanoforge.kernels import Linear, concat
 
-FUSE_LIMIT = 2 ** 28        # parameters up to which stacked copies of the weights are made: beyond, memory counts more
+# parameters up to which stacked copies of the weights are made: beyond, memory counts more
+FUSE_LIMIT = 2 ** 28
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
-GROW = 16                   # slots that the cache grows by at least; by an eighth of what it has where that is more
+GROW = 16             # slots that the cache grows by at least; by an eighth of what it has where that is more
 
 
-class Decoder:
+def make_decoder(model, prompts, num_samples, max_new_tokens):
+    """prompts: lists of ids; a model of transformers, which has no layers of ours, is run again for every
+    token."""
+    cls = CachedDecoder if hasattr(model, 'layers') else NoCacheDecoder
+    return cls(model, prompts, num_samples, max_new_tokens)
+
+
+class CachedDecoder:
     """The forward pass of our GPT for one new token a row, from weights fetched and stacked once.
 
-    At small sizes a step is bound by the number of calls, so that what can be done once is not done per step or per layer.
-    Prompts are shifted right in the cache so that all end at the same slot: every row writes slot `self.slot` and attends to the
-    slots up to it, and one mask hides what lies before a shorter prompt, and the slots that are empty yet. Keys and values lie in
-    one piece, which grows when it is full, and all of it is read: on a CPU that is twice as fast as the filled part of a larger
-    piece. Channels j and j + D/2 of a head of q and k, which rotary positions turn together, are stored side by side: the
-    rotation is then one complex product.
+    At small sizes a step is bound by the number of calls, so what can be done once is not done per step or
+    per layer. Prompts are shifted right in the cache so that all end at the same slot: every row writes slot
+    `cache_pos` and attends to the slots up to it; one mask hides what lies before a shorter prompt, and the
+    slots that are still empty. Keys and values lie in one piece, which grows when it is full, and all of it
+    is read: on a CPU that is twice as fast as the filled part of a larger piece. Channels j and j + D/2 of a
+    head of q and k, which rotary positions rotate together, are stored side by side: the rotation is then one
+    complex product.
     """
 
-    def __init__(self, model, prompts, num_samples, room):
+    def __init__(self, model, prompts, num_samples, max_new_tokens):
         cfg, device = model.config, model.device
         self.model, self.prompts, self.num_samples = model, prompts, num_samples
-        self.rows = 0                                                   # the first rows of the state that `views` are of
-        self.slot, self.wide = max(map(len, prompts)), torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
-        self.end = self.slot + room                                     # one behind the last slot there can be
-        self.slots = min(self.end, self.slot + GROW)                    # how many there are
-        self.amp = torch.get_autocast_dtype(device.type) if device.type != 'cpu' and torch.is_autocast_enabled(device.type) else None
-        self.pairs = torch.arange(cfg.head_size, device=device)
-        self.turns = {}
+        self.acc_dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
+        self.cache_pos = max(map(len, prompts))
+        self.max_slots = self.cache_pos + max_new_tokens
+        self.slots = min(self.max_slots, self.cache_pos + GROW)         # how many there are
+        self.view_rows = 0                                         # `views` are of so many rows of the caches
+        self.rope_order, self.rope = torch.arange(cfg.head_size, device=device), {}
         if cfg.position == 'rope':
-            self.pairs = self.pairs.view(2, -1).t().flatten()                                   # 0, D/2, 1, D/2 + 1, ...
-            for name in set(cfg.layer_types):
-                angle = torch.arange(self.end, device=device)[:, None].float() * model.inv_freq(name).to(device)
-                self.turns[name] = torch.polar(torch.ones_like(angle), angle)                   # (end, D/2) complex
-        self.layers = [self.prepare(layer) for layer in model.layers]
-        self.windows, self.norm = {layer.window for layer in self.layers}, norm_of(model.norm)
-        head, rows = dense_weight(model.lm_head), len(prompts) * num_samples
-        plain = self.amp is None and head.dtype == self.wide and not cfg.logit_softcap      # model.logits without its conversions
-        self.logits = product(head, None, head.dtype, rows if model.num_params() <= FUSE_LIMIT else 0) if plain else model.logits
+            self.rope_order = self.rope_order.view(2, -1).t().flatten()              # 0, D/2, 1, D/2 + 1, ...
+            position = torch.arange(self.max_slots, device=device)[:, None].float()
+            for layer_type, inv_freq in model.inv_freq.items():
+                angle = position * inv_freq.to(device)
+                self.rope[layer_type] = torch.polar(torch.ones_like(angle), angle)  # (max_slots, D/2) complex
 
-    def prepare(self, layer):
-        """One layer as functions."""
-        cfg, attention, mlp = self.model.config, layer.self_attn, layer.mlp
-        fuse = self.model.num_params() <= FUSE_LIMIT
-        H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
-        heads = torch.arange((H + 2 * G) * D, device=self.pairs.device).view(-1, D)
-        heads[:H + G] = heads[:H + G, self.pairs]
-        qk_norm = None
-        if cfg.qk_norm:
-            weight = torch.cat((attention.q_norm.gain.expand(H, D), attention.k_norm.gain.expand(G, D)))[:, self.pairs]
-            qk_norm = lambda x: F.rms_norm(x, (D,), None, cfg.norm_eps).mul_(weight)
-        fused = lambda modules, order=None: product_of(modules, fuse, self.amp, len(self.prompts) * self.num_samples, order)
-        return SimpleNamespace(
-            kind=attention.layer_type, window=attention.window, qk_norm=qk_norm,
-            qkv=fused([attention.q_proj, attention.k_proj, attention.v_proj], heads.flatten()), out=fused([attention.o_proj]),
-            up=fused([mlp.gate_proj, mlp.up_proj] if cfg.gated else [mlp.up_proj]), act=mlp.act, down=fused([mlp.down_proj]),
-            norms=[norm_of(module) for name, module in layer.named_children() if name.endswith('layernorm')])
+        rows, small = len(prompts) * num_samples, model.num_params() <= FUSE_LIMIT
+        self.layers = [DecoderLayer(model, layer, self.rope_order, rows, small) for layer in model.layers]
+        self.windows = {layer.window for layer in self.layers}
+        self.norm, self.logits = fuse_norm(model.norm), model.logits
+        head = model.lm_head.weight_matrix()
+        if head.dtype == self.acc_dtype and not cfg.logit_softcap and autocast_dtype(model) is None:
+            self.logits = linear_function(head, None, head.dtype, rows if small else 0)  # without conversions
 
     def start(self):
-        """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the prompts."""
-        model, cfg, device, W = self.model, self.model.config, self.model.device, self.slot
-        rows = torch.arange(len(self.prompts), device=device)
+        """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the
+        prompts."""
+        cfg, device, longest = self.model.config, self.model.device, self.cache_pos
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
-        idx = torch.tensor([prompt + [0] * (W - len(prompt)) for prompt in self.prompts], device=device)
-        # with bf16 products the cache is float32, too: so log-probabilities are those of the training forward
-        caches = model.new_caches(len(rows), W, self.amp)
-        hidden = model.hidden(idx, None, caches)[rows, lengths - 1]     # causal: the padding on the right changes nothing
-        empty = W - lengths                                             # slots before each prompt
-        source = (torch.arange(W, device=device) - empty[:, None]).clamp_(min=0)                # (N, W)
-        repeat = lambda x: x.repeat_interleave(self.num_samples, 0)
-        self.caches = []                                                # a layer's keys and values (2, R, G, slots, D)
-        for cache in caches:
-            self.caches.append(cache.k.new_zeros(2, len(rows) * self.num_samples, cfg.n_kv_head, self.slots, cfg.head_size))
-            for part, stored in zip((cache.k[..., self.pairs], cache.v), self.caches[-1]):
-                stored[:, :, :W] = repeat(part.gather(2, source[:, None, :, None].expand_as(part)))
-        self.position = repeat(lengths)                                                         # (R,), of the next token
-        place = torch.arange(self.slots, device=device)
-        hidden_slots = (place >= W)[None, None, None]                                           # empty yet
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in self.prompts]
+        idx = torch.tensor(padded, device=device)                       # (prompts, longest)
+        keys_values = []
+        hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
+        hidden = hidden[torch.arange(len(idx), device=device), lengths - 1]
+
+        empty = longest - lengths                                       # slots before each prompt
+        source = torch.arange(longest, device=device) - empty[:, None]  # (prompts, longest): shifted right
+        source = source.clamp_(min=0)[:, None, :, None].expand(-1, cfg.n_kv_head, -1, cfg.head_size)
+        R = len(idx) * self.num_samples
+        self.caches = []                          # of each layer: keys and values (2, R, n_kv_head, slots, D)
+        for k, v in keys_values:
+            cache = k.new_zeros(2, R, cfg.n_kv_head, self.slots, cfg.head_size)
+            k = k[..., self.rope_order]
+            cache[0, :, :, :longest] = self.for_samples(k.gather(2, source))
+            cache[1, :, :, :longest] = self.for_samples(v.gather(2, source))
+            self.caches.append(cache)
+        self.position = self.for_samples(lengths)                                    # (R,), of the next token
+        slot = torch.arange(self.slots, device=device)
+        hide = (slot >= longest)[None, None, None]                                          # (1, 1, 1, slots)
         if empty.any():
-            hidden_slots = (hidden_slots | (place < repeat(empty)[:, None, None, None])).expand(-1, cfg.n_kv_head, -1, -1)
-        self.mask = torch.zeros(hidden_slots.shape, dtype=caches[0].k.dtype, device=device).masked_fill(hidden_slots, float('-inf'))
-        return repeat(model.logits(hidden))
+            before = slot < self.for_samples(empty)[:, None, None, None]
+            hide = (hide | before).expand(-1, cfg.n_kv_head, -1, -1)                # (R, n_kv_head, 1, slots)
+        self.mask = torch.zeros(hide.shape, dtype=keys_values[0][0].dtype, device=device)
+        self.mask.masked_fill_(hide, float('-inf'))
+        return self.for_samples(self.model.logits(hidden))
+
+    def for_samples(self, x):
+        """x (prompts, ...) -> (R, ...)."""
+        return x.repeat_interleave(self.num_samples, 0)
 
     @property
     def state(self):
-        own = [self.position] + [part for cache in self.caches for part in cache]
-        return own if len(self.mask) == 1 else own + [self.mask]
+        tensors = [self.position]
+        for cache in self.caches:
+            tensors += [cache[0], cache[1]]
+        return tensors if len(self.mask) == 1 else [*tensors, self.mask]
 
     def grow(self, n):
         """More slots for the first n rows, which are all that are left."""
-        more = min(max(GROW, self.slots // 8), self.end - self.slots)
-        self.views = None                                               # no layer's old cache outlives its new one
+        more = min(max(GROW, self.slots // 8), self.max_slots - self.slots)
+        self.views = None                                          # no layer's old cache outlives its new one
         for i, cache in enumerate(self.caches):
             self.caches[i] = F.pad(cache[:, :n], (0, 0, 0, more))
         self.mask = F.pad(self.mask[:n], (0, more), value=float('-inf'))
-        self.slots, self.rows = self.slots + more, 0
+        self.slots, self.view_rows = self.slots + more, 0
+
+    def make_views(self, n):
+        """What the layers write to and read from while n rows are left."""
+        self.view_rows = n
+        self.row_mask = self.mask[:n].flatten(0, 1)             # (n * n_kv_head, 1, slots), or 1 for all rows
+        self.views = []
+        for cache in self.caches:
+            keys, values = cache[:, :n].flatten(1, 2)                   # (n * n_kv_head, slots, D) each
+            self.views.append((cache[:, :n], keys.transpose(1, 2), values))
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        model, cfg, n = self.model, self.model.config, len(token)
-        if self.slot == self.slots:
+        cfg, n = self.model.config, len(token)
+        if self.cache_pos == self.slots:
             self.grow(n)
-        if n != self.rows:
-            views = lambda part: part[:n].view(-1, *part.shape[2:])                             # (n * G, ...)
-            self.rows, self.row_mask = n, views(self.mask)
-            self.views = [(cache[:, :n], views(cache[0]).transpose(1, 2), views(cache[1])) for cache in self.caches]
+        if n != self.view_rows:
+            self.make_views(n)
         position = self.position[:n]
-        x = F.embedding(token, model.embed_tokens.weight)                                       # (n, C)
-        if cfg.embed_scale:
-            x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
-        if cfg.position == 'learned':
-            x = x + F.embedding(position, model.embed_positions.weight)
-        turns = {name: turn.index_select(0, position).unsqueeze(1) for name, turn in self.turns.items()}    # (n, 1, D/2)
-        self.mask[..., self.slot] = 0
-        seen = {}                                                       # window -> first slot, number of slots, their mask
-        for window in self.windows:
-            begin = max(0, self.slot + 1 - window) if window else 0
-            end = self.slot + 1 if begin else self.slots
-            seen[window] = begin, end - begin, self.row_mask[..., begin:end]
+        x = self.model.embed(token, position)                                                   # (n, C)
+        rope = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
+        self.mask[..., self.cache_pos] = 0
+        visible = {window: self.visible_slots(window) for window in self.windows}
         for layer, views in zip(self.layers, self.views):
+            angles = rope.get(layer.layer_type)
+            attended = self.attend(layer, layer.norms[0](x), views, angles, *visible[layer.window])
             if cfg.post_norms:
-                before, after, before_mlp, after_mlp = layer.norms
-                x = x + after(layer.out(self.attend(layer, before(x), views, turns.get(layer.kind), *seen[layer.window])).to(x.dtype))
-                x = x + after_mlp(layer.down(self.inner(layer, before_mlp(x))).to(x.dtype))
+                _, after_attention, before_mlp, after_mlp = layer.norms
+                x = x + after_attention(layer.o_proj(attended).to(x.dtype))
+                y = layer.down_proj(layer.inner(before_mlp(x)))
+                x = x + after_mlp(y.to(x.dtype))
             else:
-                before, before_mlp = layer.norms
-                x = layer.out(self.attend(layer, before(x), views, turns.get(layer.kind), *seen[layer.window]), x)
-                x = layer.down(self.inner(layer, before_mlp(x)), x)
+                x = layer.o_proj(attended, x)
+                x = layer.down_proj(layer.inner(layer.norms[1](x)), x)
         position += 1
-        self.slot += 1
+        self.cache_pos += 1
         return self.logits(self.norm(x))
 
-    def attend(self, layer, x, views, turn, begin, count, mask):
+    def visible_slots(self, window):
+        """(first slot, number of slots, their mask) that a layer of this window reads."""
+        begin = max(0, self.cache_pos + 1 - window) if window else 0
+        end = self.cache_pos + 1 if begin else self.slots
+        return begin, end - begin, self.row_mask[..., begin:end]
+
+    def attend(self, layer, x, views, rope, begin, count, mask):
         """x (n, C) -> (n, H * D), before o_proj: attention of a new position to the cached ones.
 
-        views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots) and values (n * G, slots, D) to read."""
+        views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots), its values (n * G,
+        slots, D).
+        """
         cfg, n, (cache, keys, values) = self.model.config, len(x), views
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
-        qkv = layer.qkv(x).to(self.wide).view(n, H + 2 * G, D)
+        qkv = layer.qkv_proj(x).to(self.acc_dtype).view(n, H + 2 * G, D)
         if cfg.qk_norm:
-            qkv[:, :H + G] = layer.qk_norm(qkv[:, :H + G])
-        if turn is not None:
-            torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))[:, :H + G].mul_(turn)
+            normed = F.rms_norm(qkv[:, :H + G], (D,), None, cfg.norm_eps)
+            qkv[:, :H + G] = normed.mul_(layer.qk_weight)
+        if rope is not None:
+            pairs = torch.view_as_complex(qkv.view(n, H + 2 * G, D // 2, 2))
+            pairs[:, :H + G].mul_(rope)
         q, kv = qkv.split((H, 2 * G), 1)
-        cache.select(3, self.slot).copy_(kv.unflatten(1, (2, G)).transpose(0, 1))
-        q = q.to(values.dtype).reshape(n * G, H // G, D)                # the heads that share keys are the rows of one product
+        kv = kv.unflatten(1, (2, G)).transpose(0, 1)                    # (2, n, G, D)
+        cache.select(3, self.cache_pos).copy_(kv)
+        q = q.to(values.dtype).reshape(n * G, H // G, D)   # the heads that share keys are rows of one product
         keys, values = keys.narrow(2, begin, count), values.narrow(1, begin, count)
         if cfg.attn_softcap:
-            scores = cfg.attn_softcap * torch.tanh(torch.bmm(q, keys) * (cfg.attn_scale / cfg.attn_softcap)) + mask
+            scores = torch.tanh(torch.bmm(q, keys) * (cfg.attn_scale / cfg.attn_softcap))
+            scores = cfg.attn_softcap * scores + mask
         else:
-            scores = torch.baddbmm(mask, q, keys, alpha=cfg.attn_scale)                         # (n * G, H / G, count)
-        return torch.bmm(scores.softmax(-1, dtype=self.wide).to(values.dtype), values).view(n, H * D)
+            scores = torch.baddbmm(mask, q, keys, alpha=cfg.attn_scale)                # (n * G, H / G, count)
+        p = scores.softmax(-1, dtype=self.acc_dtype).to(values.dtype)
+        return torch.bmm(p, values).view(n, H * D)
 
-    def inner(self, layer, x):
+
+class DecoderLayer:
+    """One Block as functions of the rows of a step, its projections stacked where that makes it faster."""
+
+    def __init__(self, model, layer, rope_order, rows, small):
+        cfg, attention, mlp = model.config, layer.self_attn, layer.mlp
+        self.cfg, self.layer_type, self.act = cfg, attention.layer_type, mlp.act
+        self.window = cfg.window(self.layer_type)
+        norms = [module for name, module in layer.named_children() if name.endswith('layernorm')]
+        self.norms = list(map(fuse_norm, norms))                    # in the order in which they are used
+        H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
+        if cfg.qk_norm:
+            q_weight = attention.q_norm.effective_weight.expand(H, D)
+            k_weight = attention.k_norm.effective_weight.expand(G, D)
+            self.qk_weight = torch.cat((q_weight, k_weight))[:, rope_order]                     # (H + G, D)
+        channels = torch.arange((H + 2 * G) * D, device=model.device).view(-1, D)
+        channels[:H + G] = channels[:H + G, rope_order]
+
+        amp = autocast_dtype(model)
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
+        up = (mlp.gate_proj, mlp.up_proj) if cfg.gated else (mlp.up_proj,)
+        self.qkv_proj = fuse_linears(qkv, small, amp, rows, channels.flatten())
+        self.o_proj = fuse_linears((attention.o_proj,), small, amp, rows)
+        self.up_proj = fuse_linears(up, small, amp, rows)
+        self.down_proj = fuse_linears((mlp.down_proj,), small, amp, rows)
+
+    def inner(self, x):
         """x (n, C) -> (n, n_inner), before down_proj."""
-        if not self.model.config.gated:
-            return layer.act(layer.up(x))
-        gate, up = layer.up(x).chunk(2, -1)
-        return layer.act(gate) * up
+        if not self.cfg.gated:
+            return self.act(self.up_proj(x))
+        gate, up = self.up_proj(x).chunk(2, -1)
+        return self.act(gate) * up
 
 
-def norm_of(module):
+def autocast_dtype(model):
+    """Autocast's dtype on a GPU, None where it is off and on a CPU."""
+    device = model.device.type
+    if device != 'cpu' and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+
+
+def fuse_norm(module):
     """A Norm as a function without autograd's bookkeeping."""
-    weight, bias, eps, size = module.gain, module.bias, module.eps, module.gain.numel()
+    weight, bias, eps, size = module.effective_weight, module.bias, module.eps, module.weight.numel()
     if module.layer_norm:
-        return lambda x: F.layer_norm(x, (size,), weight, bias, eps)
-    if weight.device.type != 'cpu' or weight.dtype in (torch.bfloat16, torch.float16):
-        return lambda x: F.rms_norm(x, (size,), weight, eps)
-    eps = torch.tensor(eps, dtype=weight.dtype)
-
-    def rms_norm(x):        # fewer passes than F.rms_norm's on a CPU
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(eps, length, length, value=1 / size).rsqrt_()).mul_(weight)
-    return rms_norm
-
-
-def product_of(modules, fuse, amp, rows, order=None):
-    """Linear layers that read the same input, as one function: x (n, K) -> their outputs side by side, in the given order of
-    channels, added to `onto` where it is given. Adapters and quantised layers are called as they are."""
-    if not fuse or not all(type(module) is Linear for module in modules):
-        outputs = lambda x: torch.cat([module(x) for module in modules], -1) if len(modules) > 1 else modules[0](x)
-        return lambda x, onto=None: (outputs(x) if order is None else outputs(x)[:, order]) + (0 if onto is None else onto)
-    dtype = torch.bfloat16 if modules[0].bf16 else amp or modules[0].weight.dtype
-    weight, bias = (None if parts[0] is None else (torch.cat(parts) if len(parts) > 1 else parts[0])
-                    for parts in ([module.weight for module in modules], [module.bias for module in modules]))
-    return product(weight if order is None else weight[order], bias if order is None or bias is None else bias[order], dtype, rows)
-
-
-def product(weight, bias, dtype, rows):
-    """x (n, K) -> x times weight (N, K) transposed, plus bias, added to `onto` where it is given; n is `rows` at first."""
-    own, weight, bias = weight.dtype, weight.to(dtype), None if bias is None else bias.to(dtype)
-    if weight.device.type == 'cpu' and rows >= PACK_ROWS and own == torch.float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise'):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)      # oneDNN's own layout: made once, not at every product
-        linear = lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, 'none', [], '')
-    elif bias is None and dtype == own:
-        transposed = weight.t()
-        return lambda x, onto=None: x @ transposed if onto is None else torch.addmm(onto, x, transposed)
+        def norm(x):
+            return F.layer_norm(x, (size,), weight, bias, eps)
+    elif weight.device.type != 'cpu' or weight.dtype.itemsize == 2:
+        def norm(x):
+            return F.rms_norm(x, (size,), weight, eps)
     else:
-        linear = lambda x: F.linear(x.to(dtype), weight, bias)
-    return lambda x, onto=None: linear(x) if onto is None else onto + linear(x)
+        eps = torch.tensor(eps, dtype=weight.dtype)
+
+        def norm(x):        # fewer passes than F.rms_norm's on a CPU
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale = torch.addcmul(eps, length, length, value=1 / size).rsqrt_()
+            return (x * scale).mul_(weight)
+    return norm
 
 
-class Recomputer:
-    """The same three calls for a model without caches: every step runs the whole sequences again."""
+def fuse_linears(modules, fuse, amp, rows, order=None):
+    """Linear layers that read the same input, as one function of x (n, K): their outputs side by side, in the
+    given order of channels, added to `residual` where it is given. Adapters and quantised layers are called
+    as they are."""
+    if fuse and all(type(module) is Linear for module in modules):
+        weight = concat([module.weight for module in modules])
+        bias = concat([module.bias for module in modules if module.bias is not None])
+        if order is not None:
+            weight, bias = weight[order], None if bias is None else bias[order]
+        dtype = torch.bfloat16 if modules[0].bf16 else amp or weight.dtype
+        return linear_function(weight, bias, dtype, rows)
 
-    def __init__(self, model, prompts, num_samples, room):
+    def call(x, residual=None):
+        y = concat([module(x) for module in modules], -1)
+        y = y if order is None else y[:, order]
+        return y if residual is None else residual + y
+    return call
+
+
+def linear_function(weight, bias, dtype, rows):
+    """x (n, K) -> x times weight (N, K) transposed, plus bias, in `dtype`, added to `residual` where it is
+    given; n is `rows` at first."""
+    is_float32, converts = weight.dtype == torch.float32, weight.dtype != dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    can_pack = weight.device.type == 'cpu' and is_float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    if dtype == torch.bfloat16:         # an older processor has no such layout for it
+        can_pack = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if rows >= PACK_ROWS and can_pack:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)      # oneDNN's own layout: made once
+
+        def multiply(x, residual=None):
+            y = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, 'none', [], '')
+            return y if residual is None else residual + y
+    elif bias is None and not converts:
+        transposed = weight.t()
+
+        def multiply(x, residual=None):
+            return x @ transposed if residual is None else torch.addmm(residual, x, transposed)
+    else:
+        def multiply(x, residual=None):
+            y = F.linear(x.to(dtype), weight, bias)
+            return y if residual is None else residual + y
+    return multiply
+
+
+class NoCacheDecoder:
+    """The same calls for a model without caches: every step runs the whole sequences again."""
+
+    def __init__(self, model, prompts, num_samples, max_new_tokens):
         self.model = model
-        lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
-        self.length = torch.tensor(lengths, device=model.device)
-        self.idx = torch.zeros(len(lengths), max(lengths) + room, dtype=torch.long, device=model.device)
-        for row, length in enumerate(lengths):
-            self.idx[row, :length] = torch.tensor(prompts[row // num_samples])
+        rows = [prompt for prompt in prompts for _ in range(num_samples)]
+        self.length = torch.tensor([len(row) for row in rows], device=model.device)
+        width = max(map(len, rows)) + max_new_tokens
+        self.idx = torch.zeros(len(rows), width, dtype=torch.long, device=model.device)
+        for row, prompt in enumerate(rows):
+            self.idx[row, :len(prompt)] = torch.tensor(prompt)
         self.state = [self.idx, self.length]
 
     def start(self):

@@ -1,10 +1,17 @@
-"""What makes each family itself: GPT's configuration, and Hugging Face's config.json and weights to and from it."""
+"""Hugging Face's side of a model: what makes each family itself, config.json and weights to and from ours,
+reading a model directory, and causal language models outside the families (HFModel)."""
+import os
 import re
 from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
+import torch.nn as nn
 
 from configurator import UserError
+from data.tokenizer import read_json
+from nanoforge import kernels
+from nanoforge.quantize import base_state
 
 
 @dataclass
@@ -26,19 +33,19 @@ class GPTConfig:
     norm_eps: float = 1e-6
     norm_offset: bool = False           # Gemma stores each gain less one
     position: str = 'rope'              # rope, learned
-    rope: dict = field(default_factory=dict)   # layer type -> its rope_parameters, as in Hugging Face's config.json
+    rope: dict = field(default_factory=dict)    # layer type -> its rope_parameters, as in config.json
     activation: str = 'silu'            # silu, gelu (exact), gelu_tanh
     gated: bool = True                  # act(gate(x)) * up(x), else act(up(x))
     qk_norm: bool = False               # RMS norm of each head of q and k
     post_norms: bool = False            # Gemma: norms after attention and MLP too
     tied: bool = True                   # head and embedding share one matrix
     sliding_window: int = 0             # keys that a 'sliding_attention' layer sees; 0 = all
-    layer_types: list = field(default_factory=list)     # per layer: full_attention or sliding_attention; empty = full
+    layer_types: list = field(default_factory=list)     # full_attention, sliding_attention; empty = full
     attn_scale: float = 0.0             # 0 = head_size ** -0.5
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
     embed_scale: bool = False           # Gemma multiplies embeddings by sqrt(n_embd)
-    extra: dict = field(default_factory=dict)   # other keys of a loaded config.json, kept for saving (token ids, ...)
+    extra: dict = field(default_factory=dict)   # other keys of a loaded config.json, kept for saving
 
     def __post_init__(self):
         if not self.head_size and self.n_embd % self.n_head:
@@ -48,7 +55,8 @@ class GPTConfig:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         self.head_size = self.head_size or self.n_embd // self.n_head
         if self.position == 'rope' and self.head_size % 2:
-            raise UserError(f'rotary positions need an even head size, not {self.head_size} (n_embd / n_head)')
+            raise UserError(f'rotary positions need an even head size, not {self.head_size} (n_embd / '
+                            'n_head)')
         # Llama's rule for a gated MLP: two thirds of 4 * n_embd, rounded up to a multiple of 32
         self.n_inner = self.n_inner or (-(-8 * self.n_embd // 96) * 32 if self.gated else 4 * self.n_embd)
         self.attn_scale = self.attn_scale or self.head_size ** -0.5
@@ -58,33 +66,42 @@ class GPTConfig:
         self.rope = {kind: {'rope_type': 'default', 'rope_theta': 10000.0, **self.rope.get(kind, {})}
                      for kind in sorted(set(self.layer_types)) if self.position == 'rope'}
 
+    def window(self, layer_type):
+        """How many keys a layer of this type sees; 0: all."""
+        return self.sliding_window if layer_type == 'sliding_attention' else 0
+
 
 # What makes each family itself; sizes come from the flags or from the config.json that is loaded.
 FAMILIES = {
-    'gpt2': dict(norm='layernorm', norm_eps=1e-5, position='learned', activation='gelu_tanh', gated=False, bias=True),
+    'gpt2': dict(norm='layernorm', norm_eps=1e-5, position='learned', activation='gelu_tanh', gated=False,
+                 bias=True),
     'llama': dict(norm_eps=1e-5, tied=False),
     'mistral': dict(norm_eps=1e-5, tied=False),
     'qwen2': dict(qkv_bias=True),
     'qwen3': dict(qk_norm=True),
-    'gemma2': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, attn_softcap=50.0,
-                   logit_softcap=30.0),
-    'gemma3_text': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True, qk_norm=True),
+    'gemma2': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True,
+                   attn_softcap=50.0, logit_softcap=30.0),
+    'gemma3_text': dict(activation='gelu_tanh', post_norms=True, norm_offset=True, embed_scale=True,
+                        qk_norm=True),
 }
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
            'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM', 'gemma2': 'Gemma2ForCausalLM',
            'gemma3_text': 'Gemma3ForCausalLM'}
 # our field -> key of config.json, in GPT-2's words and in everyone else's
-GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_head': 'n_head',
-             'n_embd': 'n_embd', 'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner', 'tied': 'tie_word_embeddings'}
-LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+GPT2_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer',
+             'n_head': 'n_head', 'n_embd': 'n_embd', 'norm_eps': 'layer_norm_epsilon', 'n_inner': 'n_inner',
+             'tied': 'tie_word_embeddings'}
+LLAMA_KEYS = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings',
+              'n_layer': 'num_hidden_layers',
               'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size',
               'n_inner': 'intermediate_size', 'head_size': 'head_dim', 'norm_eps': 'rms_norm_eps',
               'tied': 'tie_word_embeddings'}
 WINDOW_KEYS = {'sliding_window': 'sliding_window'}
-GEMMA_KEYS = {**WINDOW_KEYS, 'attn_softcap': 'attn_logit_softcapping', 'logit_softcap': 'final_logit_softcapping'}
+GEMMA_KEYS = {**WINDOW_KEYS, 'attn_softcap': 'attn_logit_softcapping',
+              'logit_softcap': 'final_logit_softcapping'}
 KEYS = {'gpt2': GPT2_KEYS, 'llama': LLAMA_KEYS,
         **{arch: LLAMA_KEYS | WINDOW_KEYS for arch in ('mistral', 'qwen2', 'qwen3')},
         **{arch: LLAMA_KEYS | GEMMA_KEYS for arch in ('gemma2', 'gemma3_text')}}
@@ -93,13 +110,14 @@ ROPE_TYPES = {'default': (), 'linear': ('factor',),
               'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 # What transformers takes where config.json says nothing (published files leave much out).
 _QWEN = dict(hidden_act='silu', max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
-_GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-              sliding_window=4096, query_pre_attn_scalar=256, tie_word_embeddings=True)
+_GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4,
+              head_dim=256, sliding_window=4096, query_pre_attn_scalar=256, tie_word_embeddings=True)
 UNSAID = {
-    'gpt2': dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, layer_norm_epsilon=1e-5,
-                 activation_function='gelu_new', tie_word_embeddings=True),
+    'gpt2': dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
+                 layer_norm_epsilon=1e-5, activation_function='gelu_new', tie_word_embeddings=True),
     'llama': dict(hidden_act='silu', max_position_embeddings=2048),
-    'mistral': dict(hidden_act='silu', num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+    'mistral': dict(hidden_act='silu', num_key_value_heads=8, max_position_embeddings=131072,
+                    sliding_window=4096),
     'qwen2': _QWEN, 'qwen3': dict(_QWEN, head_dim=128),
     'gemma2': dict(_GEMMA, vocab_size=256000, max_position_embeddings=8192, attn_logit_softcapping=50.0,
                    final_logit_softcapping=30.0),
@@ -119,7 +137,9 @@ def config_from_hf(hf):
     if arch not in FAMILIES:
         return None
     hf = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_activation': None, **UNSAID[arch], **hf}
-    values = dict(FAMILIES[arch], arch=arch, **{ours: hf.get(theirs) or 0 for ours, theirs in KEYS[arch].items()})
+    values = {**FAMILIES[arch], 'arch': arch}
+    for ours, theirs in KEYS[arch].items():
+        values[ours] = hf.get(theirs) or 0
     values['tied'] = bool(values['tied'])
     name = hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act']
     values['activation'] = ACTIVATIONS.get(name)
@@ -140,12 +160,15 @@ def config_from_hf(hf):
         outside += [rope['rope_type'] not in ROPE_TYPES or rope.get('partial_rotary_factor', 1.0) != 1.0
                     for rope in values['rope'].values()]
     kept = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range')
-    return None if any(outside) else GPTConfig(**values, extra={k: hf[k] for k in kept if hf.get(k) is not None})
+    if any(outside):
+        return None
+    return GPTConfig(**values, extra={key: hf[key] for key in kept if hf.get(key) is not None})
 
 
 def _layer_types(hf, arch):
     n = hf['num_hidden_layers']
-    if arch == 'llama' or not hf['sliding_window'] or arch.startswith('qwen') and not hf.get('use_sliding_window'):
+    qwen_is_full = arch.startswith('qwen') and not hf.get('use_sliding_window')
+    if arch == 'llama' or not hf['sliding_window'] or qwen_is_full:
         return ['full_attention'] * n
     if arch == 'mistral':
         return ['sliding_attention'] * n
@@ -158,7 +181,8 @@ def _layer_types(hf, arch):
 
 
 def _rope(hf, layer_type):
-    """{rope_theta, rope_type, ...} of one layer type, from transformers 5's rope_parameters or the keys before it."""
+    """{rope_theta, rope_type, ...} of one layer type, from transformers 5's rope_parameters or the keys
+    before it."""
     local = layer_type == 'sliding_attention' and hf['model_type'] == 'gemma3_text'
     rope = (hf.get('rope_scaling') if not local else None) or hf.get('rope_parameters') or {}
     rope = rope.get(layer_type, rope)
@@ -173,16 +197,17 @@ def _rope(hf, layer_type):
 def config_to_hf(cfg, dtype='float32'):
     """GPTConfig -> the config.json that transformers opens.
 
-    A combination that none of its classes computes (GPT-2 with a gated MLP, say) is called a nanoforge model there, so
-    that nothing opens it wrongly; load_model does.
+    A combination that none of its classes computes (GPT-2 with a gated MLP, say) is called a nanoforge model
+    there, so that nothing opens it wrongly; load_model does.
     """
     arch = cfg.arch
     hf = {'architectures': [CLASSES[arch]], 'model_type': arch, 'dtype': dtype, 'use_cache': True,
-          'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None,         # else the class's own would stand
+          # else the class's own would stand
+          'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None,
           **{theirs: getattr(cfg, ours) or None for ours, theirs in KEYS[arch].items()},
           'tie_word_embeddings': cfg.tied}
     name = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
-    name = 'gelu_new' if arch == 'gpt2' and name == 'gelu_pytorch_tanh' else name       # its own word for the same
+    name = 'gelu_new' if arch == 'gpt2' and name == 'gelu_pytorch_tanh' else name  # its own word for the same
     if arch == 'gpt2':
         hf.update(activation_function=name, nanoforge={'bias': cfg.bias}, resid_pdrop=cfg.dropout,
                   embd_pdrop=cfg.dropout, attn_pdrop=0.0)
@@ -198,10 +223,10 @@ def config_to_hf(cfg, dtype='float32'):
             hf['use_sliding_window'] = 'sliding_attention' in cfg.layer_types
         if arch.startswith('gemma'):
             hf['query_pre_attn_scalar'] = round(cfg.attn_scale ** -2)
-            hf['sliding_window'] = cfg.sliding_window or cfg.block_size     # a number even where no layer slides
+            hf['sliding_window'] = cfg.sliding_window or cfg.block_size  # a number even where no layer slides
         full = cfg.rope.get('full_attention') or next(iter(cfg.rope.values()), {})
         hf['rope_parameters'] = cfg.rope if arch == 'gemma3_text' else full
-        hf['rope_theta'] = full.get('rope_theta')                       # where tools of the older generation look
+        hf['rope_theta'] = full.get('rope_theta')                   # where tools of the older generation look
         if full.get('rope_type', 'default') != 'default':
             hf['rope_scaling'] = full
         if arch == 'gemma3_text':
@@ -212,25 +237,28 @@ def config_to_hf(cfg, dtype='float32'):
     return {**hf, **cfg.extra}
 
 
-# ---- names of weights ------------------------------------------------------------------------------------------------
+# ---- names of weights --------------------------------------------------------------------------------------
 
 # our name -> GPT-2's; '^T' marks matrices that GPT-2 stores transposed (its Conv1D)
 GPT2_NAMES = {
     'embed_tokens': 'wte', 'embed_positions': 'wpe', 'norm': 'ln_f', 'input_layernorm': 'ln_1',
-    'post_attention_layernorm': 'ln_2', 'self_attn.c_attn': 'attn.c_attn^T', 'self_attn.o_proj': 'attn.c_proj^T',
-    'mlp.up_proj': 'mlp.c_fc^T', 'mlp.down_proj': 'mlp.c_proj^T'}
+    'post_attention_layernorm': 'ln_2', 'self_attn.c_attn': 'attn.c_attn^T',
+    'self_attn.o_proj': 'attn.c_proj^T', 'mlp.up_proj': 'mlp.c_fc^T', 'mlp.down_proj': 'mlp.c_proj^T'}
 
 
 def to_hf_weights(model, kind):
-    """Our state as {name in a model of `kind` (its model_type): tensor}, without copies where the layout is the
-    same."""
+    """Our state as {name in a model of `kind` (its model_type): tensor}, without copies where the layout is
+    the same."""
     cfg, state = model.config, model.state_dict()
     if cfg.tied:
         state.pop('lm_head.weight')
     if kind == 'gpt2':
         return {name: tensor.contiguous() for name, tensor in _to_gpt2(cfg, state)}
-    prefix = '' if kind == 'nanoforge' else 'model.'
-    return {('' if name.startswith('lm_head') else prefix) + name: w.contiguous() for name, w in state.items()}
+    weights = {}
+    for name, tensor in state.items():
+        has_prefix = kind != 'nanoforge' and not name.startswith('lm_head')
+        weights['model.' + name if has_prefix else name] = tensor.contiguous()
+    return weights
 
 
 def _to_gpt2(cfg, state):
@@ -251,12 +279,13 @@ def _to_gpt2(cfg, state):
 
 
 def from_hf_weights(cfg, weights):
-    """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of to_hf_weights. An unknown name stays as it
-    is."""
+    """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of to_hf_weights. An unknown name stays
+    as it is."""
     state = {}
     for name, tensor in weights.items():
         name = re.sub(r'^(language_model\.)?((model|transformer)\.)?(language_model\.)?', '', name)
-        if name.endswith(('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')):     # what old files carry besides
+        # what old files carry besides
+        if name.endswith(('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')):
             continue
         if cfg.arch == 'gpt2':
             state.update(_from_gpt2(name, tensor))
@@ -278,3 +307,215 @@ def _from_gpt2(name, tensor):
                 return {f'{ours}.{match[3]}': tensor}
             return {f'{ours[:-6]}{name}_proj.{match[3]}': part for name, part in zip('qkv', tensor.chunk(3))}
     return {name: tensor}
+
+
+# ---- reading a model directory -----------------------------------------------------------------------------
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read_safetensors(directory):
+    """{name: tensor} of a single or sharded model, mapped from disk; the pages are private: what is written
+    to one never reaches the file."""
+    from safetensors import SafetensorError, safe_open
+    index = os.path.join(directory, 'model.safetensors.index.json')
+    files = ['model.safetensors']
+    if os.path.exists(index) and not os.path.exists(os.path.join(directory, files[0])):
+        files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        if not files:
+            raise UserError(f'{index} names no file of weights; copy or download it again')
+    weights = {}
+    for file in files:
+        path = os.path.join(directory, file)
+        if not os.path.exists(path) and len(files) > 1:
+            raise UserError(f'{directory}: no {file} (a shard named in model.safetensors.index.json)')
+        if not os.path.exists(path):
+            raise UserError(f'{directory}: no {file}; weights are read from safetensors only: convert older '
+                            'ones with transformers\' save_pretrained')
+        try:
+            with safe_open(path, framework='pt') as f:
+                weights.update({name: f.get_tensor(name) for name in f.keys()})
+        except SafetensorError as e:
+            raise UserError(f'{path} is not a whole safetensors file ({e}); copy or download it '
+                            'again') from None
+    return weights
+
+
+def load_weights(model, state, where, dtype=None, device=None):
+    """Makes a state of ours the model's parameters; a UserError names a key without a home, a missing one, a
+    wrong shape.
+
+    Where dtype and device fit, the tensors themselves become the parameters: mapped from disk, nothing is
+    copied.
+    """
+    expected = base_state(model)
+    if model.config.tied:
+        expected.pop('lm_head.weight')
+    problems = [f'{name} is missing' for name in expected if name not in state]
+    problems += [f'{name} has no home' for name in state if name not in expected]
+    problems += [f'{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}'
+                 for name, tensor in expected.items() if name in state and state[name].shape != tensor.shape]
+    if problems:
+        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+        raise UserError(f'{where} does not fit its config.json: ' + '; '.join(problems[:3]) + more)
+    for name, old in expected.items():
+        parent, _, leaf = name.rpartition('.')
+        tensor = state.pop(name).to(device or old.device, dtype or old.dtype).contiguous()
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))
+    if model.config.tied:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def find_model(name_or_path):
+    """A local directory, the embedded model `tiny`, or a hub name -> a directory with config.json."""
+    if name_or_path == 'tiny':
+        return os.path.join(ROOT, 'data', 'tiny')
+    if os.path.isdir(name_or_path):
+        configs = [os.path.join(name_or_path, file) for file in ('config.json', 'adapter_config.json')]
+        if not any(map(os.path.exists, configs)):
+            raise UserError(f'{name_or_path} has no config.json: not a model directory')
+        return name_or_path
+    is_hub_name = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', name_or_path)
+    if not is_hub_name or os.path.isdir(os.path.dirname(name_or_path)):
+        raise UserError(f'no model directory {name_or_path}')
+    from huggingface_hub import snapshot_download
+    wanted = ['*.json', 'model*.safetensors', 'adapter*.safetensors', '*.jinja', 'tokenizer.model', '*.txt']
+    try:
+        return snapshot_download(name_or_path, allow_patterns=wanted)
+    except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
+        raise UserError(f'no model {name_or_path!r}: not a local directory, and hub and local cache do not '
+                        f'provide it ({type(e).__name__}); download it where there is a network, give its '
+                        'directory') from None
+
+
+# ---- other architectures -----------------------------------------------------------------------------------
+
+class HFModel(nn.Module):
+    """Any other causal language model of transformers, behind the calls of model.GPT (without its speed).
+
+    model: a transformers model with a language modelling head; it stays as it is and saves itself.
+    Right-padded rows, packed documents, token_stats and sampling work as in GPT; packed documents are run
+    side by side, and sampling runs the whole sequence at every step, so that nothing is asked of an
+    architecture but that it is causal.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config()
+        self.config = SimpleNamespace(
+            arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, dropout=0.0,
+            block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
+            tied=bool(config.tie_word_embeddings),
+            logit_softcap=getattr(config, 'final_logit_softcapping', None) or 0.0)
+        self.scale = 1.0
+        self.scale = self.logit_scale()
+
+    @staticmethod
+    def load(directory, device, dtype):
+        """A Hugging Face directory -> HFModel. Code that comes with a model is never run."""
+        from transformers import AutoModelForCausalLM
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                output_loading_info=True)
+        except Exception as e:    # whatever its loading code raises, it is this directory that cannot be used
+            reason = (str(e).strip() or type(e).__name__).partition('\n')[0]
+            raise UserError(f'{directory}: outside our families, and transformers does not open it '
+                            f'({reason})') from None
+        problems = []
+        for key, problem in (('missing_keys', 'is missing'), ('unexpected_keys', 'has no home'),
+                             ('mismatched_keys', 'has another shape')):
+            problems += [f'{name} {problem}' for name in sorted(info[key], key=str)]
+        if problems:
+            raise UserError(f'{directory} does not fit its config.json: ' + '; '.join(problems[:3]))
+        return HFModel(model.to(device)).eval()
+
+    @property
+    def lm_head(self):
+        return self.model.get_output_embeddings()
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def gradient_checkpointing(self):
+        return self.model.is_gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        if on:
+            self.model.gradient_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def set_matmul(self, mode):
+        """Its products stay in the precision of its weights (or of autocast)."""
+        return self
+
+    @torch.no_grad()
+    def logit_scale(self):
+        """The factor between head and logits (Granite and Cohere have one), found by comparing; UserError if
+        it is not one."""
+        idx = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        training = self.model.training
+        theirs = self.model.eval()(idx, use_cache=False).logits.float()
+        if self.config.logit_softcap:
+            theirs = self.config.logit_softcap * torch.atanh(theirs / self.config.logit_softcap)
+        ours = kernels.head(*self.head(self.hidden(idx)))
+        self.model.train(training)
+        scale = ((theirs * ours).sum() / ours.square().sum()).item()
+        if not (theirs - scale * ours).abs().max() <= 0.02 * theirs.abs().max():
+            raise UserError(f'{self.config.arch} is not supported: its logits are not last hidden state '
+                            'times head')
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+    def hidden(self, idx, positions=None, embeddings=None, logit_positions=None):
+        """idx (B, T) -> (B, T, C), after the last norm. positions (B, T), logit_positions: as for
+        GPT.hidden, whose embeddings such a model does not take."""
+        assert embeddings is None
+        if logit_positions is not None:
+            return self.hidden(idx, positions).flatten(0, 1)[logit_positions]
+        B, T = idx.size()
+        if T > self.config.block_size and (positions is None or positions.max() >= self.config.block_size):
+            raise UserError(f'a row of {T} tokens does not fit the model\'s context of '
+                            f'{self.config.block_size}: shorten it')
+        if positions is None:
+            return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
+        segments, tokens = kernels.continuations(positions.expand(B, T)), idx.flatten()
+        rows = [torch.cat([tokens[begin:begin + shared], tokens[start:end]])
+                for begin, shared, start, end in segments]
+        hidden = self.hidden(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        parts = [row[shared:shared + end - start] for row, (_, shared, start, end) in zip(hidden, segments)]
+        return torch.cat(parts).view(B, T, -1)
+
+    def head(self, hidden):
+        """(hidden, weight) whose product the logits are: a bias is one more column."""
+        head, hidden = self.lm_head, hidden * self.scale
+        weight = kernels.weight_matrix(head)                # with its adapter, where the head has one
+        if getattr(head, 'bias', None) is None:
+            return hidden, weight
+        one = hidden.new_full((*hidden.shape[:-1], 1), self.scale)
+        return torch.cat([hidden, one], -1), torch.cat([weight, head.bias[:, None]], 1)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V) in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernels.head(*self.head(hidden), self.config.logit_softcap)
+
+    def token_stats(self, hidden, targets, temperature=1.0, extras=True):
+        """As GPT.token_stats."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernels.token_stats(*self.head(hidden), targets, temperature, self.config.logit_softcap,
+                                       extras)
+
+    def forward(self, idx, targets=None, positions=None):
+        """As GPT.forward."""
+        hidden = self.hidden(idx, positions)
+        if targets is None:
+            return self.logits(hidden)
+        return self.token_stats(hidden, targets, extras=False)['logp']

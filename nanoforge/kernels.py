@@ -1,50 +1,119 @@
-"""The few operations for which torch's own form is slow or large, each beside its plain meaning.
+"""The operations of model.py, each in the form that its device runs fastest.
 
-Everything here computes what its docstring says, in float32 unless `bf16` is asked for, and is checked against the
-plain formula in tests/test_ops.py. On a GPU torch's own kernels are used (model.py chooses).
+On a GPU they are torch's own. On a CPU torch's attention has a slow backward and none for packed rows, its
+RMS norm is composed of a dozen passes, and the logits of a large vocabulary do not fit. The forms here
+compute the same, in float32 unless bf16 is asked for; tests/test_kernels.py holds each and its derivatives
+against the plain formula.
 """
 import functools
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+SHORT_BLOCK = 192       # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
+SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
+BUCKET = 16             # segments whose lengths differ by less than this are computed side by side,
+SCORES = 2 ** 18        # up to so many scores at a time, which stay in cache
+ALIGN = 64              # rows of bf16 products are padded to a multiple: oneDNN compiles a kernel a size
+
+
+def on_cpu(x):
+    """Whether x takes the forms made for a CPU; torch.compile makes its own of the plain ones."""
+    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+# ---- linear layers -----------------------------------------------------------------------------------------
 
 def linear(x, weights, biases=(), bf16=False):
     """x (..., K) times the stacked `weights`, each (N_i, K) -> (..., sum of N_i).
 
-    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the processor has
-    it); the result stays bfloat16, gradients reach the float32 weights as float32.
+    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the
+    processor has it); the result stays bfloat16, gradients reach the float32 weights as float32.
     """
-    weight = torch.cat([w.bfloat16() if bf16 else w for w in weights]) if len(weights) > 1 else weights[0]
-    bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
-    if not bf16:
-        return F.linear(x, weight, bias)
-    return F.linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
+    if bf16:
+        x, weights, biases = x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]
+    return F.linear(x, concat(weights), concat(biases))
 
+
+def concat(tensors, dim=0):
+    """One tensor, without a copy if there is but one; None of none."""
+    if len(tensors) > 1:
+        return torch.cat(tensors, dim)
+    return tensors[0] if tensors else None
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose products run in bfloat16 on a CPU where `bf16` is set (see GPT.set_matmul).
+
+    A layer with an adapter (lora.py) is a subclass of it.
+    """
+    bf16 = False
+
+    def forward(self, x):
+        return Linear.stacked(x, [self])
+
+    def weight_matrix(self):
+        """The matrix (out, in) that the layer multiplies by."""
+        return self.weight
+
+    @staticmethod
+    def stacked(x, layers):
+        """Several of these as one product, their outputs side by side."""
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return linear(x, [layer.weight for layer in layers], biases, layers[0].bf16)
+
+
+def stacked_linear(x, layers):
+    """x (..., K) through layers that read the same input -> their outputs side by side (..., sum of N_i).
+
+    One product on a CPU, if all are of class Linear; the subclass that carries adapters has a form of its
+    own.
+    """
+    if x.device.type != 'cpu' or not all(isinstance(layer, Linear) for layer in layers):
+        return torch.cat([layer(x) for layer in layers], -1)
+    special = [layer for layer in layers if type(layer) is not Linear]
+    return (special or layers)[0].stacked(x, layers)
+
+
+def weight_matrix(layer):
+    """The matrix (out, in) of any linear layer, one of transformers' included."""
+    return layer.weight_matrix() if hasattr(layer, 'weight_matrix') else layer.weight
+
+
+# ---- RMS norm, rotary positions ----------------------------------------------------------------------------
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
-    if x.dtype != weight.dtype or x.dtype.itemsize == 2 and x.device.type == 'cpu':         # rounded once, at the end
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-    return RMSNorm.apply(x, weight, eps) if x.device.type == 'cpu' else F.rms_norm(x, x.shape[-1:], weight, eps)
+    half_on_cpu = x.device.type == 'cpu' and x.dtype.itemsize == 2
+    if half_on_cpu or x.dtype != weight.dtype:          # rounded once, at the end
+        y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+        return y.to(x.dtype)
+    if on_cpu(x):
+        return RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _rms_forward(x, weight, eps):
-    scale = torch.linalg.vecdot(x, x).div_(x.size(-1)).add_(eps).rsqrt_().unsqueeze(-1)     # (..., 1)
+    mean_square = torch.linalg.vecdot(x, x).div_(x.size(-1))
+    scale = mean_square.add_(eps).rsqrt_().unsqueeze(-1)                # (..., 1)
     return (x * scale).mul_(weight), scale
 
 
 def _rms_backward(grad, x, scale, weight):
-    # Layer norm's fused backward with mean 0 differs from RMS norm's only by the term that it subtracts for the mean.
+    # Layer norm's fused backward with mean 0 differs from RMS norm's only by the term that it subtracts for
+    # the mean.
     zero = torch.zeros_like(scale)
     dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, [x.size(-1)], zero, scale, weight, None, [True, True, False])
-    return dx.add_((grad @ weight).div_(x.size(-1)).unsqueeze(-1).mul_(scale)), dweight
+    missing = (grad @ weight).div_(x.size(-1)).unsqueeze(-1).mul_(scale)
+    return dx.add_(missing), dweight
 
 
 class RMSNorm(torch.autograd.Function):
-    """rms_norm with one fused backward (torch composes it of a dozen passes on a CPU)."""
+    """rms_norm with one fused backward."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -61,9 +130,13 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos and sin (..., T,
-    D/2)."""
-    return Rotate.apply(x, cos, sin)
+    """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos, sin (...,
+    T, D/2)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if on_cpu(x):
+        return Rotate.apply(x, cos, sin)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def _rotate(x, cos, sin, out):
@@ -75,308 +148,542 @@ def _rotate(x, cos, sin, out):
 
 
 class Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing but the angles is kept."""
+    """A rotation's gradient is the rotation back, so nothing but the angles is kept; written where it
+    belongs, without a concatenation."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos.to(x.dtype), sin.to(x.dtype), torch.empty_like(x))
+        return _rotate(x, cos, sin, torch.empty_like(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos.to(grad.dtype), -sin.to(grad.dtype), torch.empty_like(grad)), None, None
+        return _rotate(grad, cos, -sin, torch.empty_like(grad)), None, None
 
 
-@functools.lru_cache(maxsize=16)
-def future(T, dtype):
-    """(T, T), -inf where the key comes after the query: what is added to scores."""
-    return torch.full((T, T), float('-inf'), dtype=dtype).triu_(1)
+# ---- packed rows -------------------------------------------------------------------------------------------
 
-
-class ShortAttention(torch.autograd.Function):
-    """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched products.
-
-    qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred positions the
-    batched products beat torch's blockwise attention, whose backward is slow on a CPU, and one node saves a dozen
-    copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T, D/2) or (B, 1, T, D/2) or None:
-    rotary positions; mask (T, T) or (B * H, T, T): what is added to scores, as `future`.
-    Products run in the dtype of qkv; norm, rotation and softmax in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv, n_head, scale, q_weight, k_weight, eps, cos, sin, mask):
-        B, T, C = qkv.shape
-        H, D = n_head, C // n_head // 3
-        split = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)              # (3, B, H, T, D)
-        norms, x = None, split
-        if q_weight is not None or cos is not None:                         # at least float32 for norm and rotation
-            qk = raw = split[:2].to(torch.promote_types(qkv.dtype, torch.float32), memory_format=torch.contiguous_format)
-            if q_weight is not None:
-                qk, rms = _rms_forward(raw, torch.stack((q_weight, k_weight)).view(2, 1, 1, 1, D), eps)
-                norms = raw, rms
-            if cos is not None:
-                qk = _rotate(qk, cos, sin, torch.empty_like(qk))
-            x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
-            x[:2].copy_(qk)
-            x[2].copy_(split[2])
-        x = x.reshape(3, B * H, T, D)
-        q, k, v = x.unbind(0)                                               # (B * H, T, D) each
-        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)        # (B * H, T, T)
-        ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *(norms or ()))
-        ctx.sizes, ctx.scale = (B, T, H, D), scale
-        return torch.bmm(p, v).view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, p, q_weight, k_weight, cos, sin, *norms = ctx.saved_tensors
-        (B, T, H, D), (q, k, v) = ctx.sizes, x.unbind(0)
-        grad = grad.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
-        dx = torch.empty_like(x)
-        torch.bmm(p.transpose(1, 2), grad, out=dx[2])
-        dscores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
-        torch.baddbmm(dx[0], dscores, k, beta=0, alpha=ctx.scale, out=dx[0])
-        torch.baddbmm(dx[1], dscores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=dx[1])
-        out = torch.empty(B, T, 3, H, D, dtype=grad.dtype)
-        split, dx = out.permute(2, 0, 3, 1, 4), dx.view(3, B, H, T, D)
-        dq_weight = dk_weight = None
-        if q_weight is None and cos is None:
-            split.copy_(dx)
-        else:
-            dqk = dx[:2].to(torch.promote_types(dx.dtype, torch.float32))
-            if cos is not None:
-                dqk = _rotate(dqk, cos, -sin, torch.empty_like(dqk))
-            if norms:
-                raw, rms = norms
-                dq, dq_weight = _rms_backward(dqk[0], raw[0], rms[0], q_weight)
-                dk, dk_weight = _rms_backward(dqk[1], raw[1], rms[1], k_weight)
-                dqk = (dq, dk)
-            split[0].copy_(dqk[0])
-            split[1].copy_(dqk[1])
-            split[2].copy_(dx[2])
-        return out.view(B, T, 3 * H * D), None, None, dq_weight, dk_weight, None, None, None, None
-
-
-def pick(x, places):
-    """x (..., C), places (M,) in the rows laid end to end -> (M, C)."""
-    return F.embedding(places, x.flatten(0, -2))        # whose backward is quicker than indexing's
+def gather_rows(x, indices):
+    """x (..., C), indices (M,) into the rows laid end to end -> (M, C)."""
+    return F.embedding(indices, x.flatten(0, -2))       # whose backward is quicker than indexing's
 
 
 def document_lengths(positions):
-    """positions (B, T), where each 0 begins a packed document, as a row does -> lengths of all documents, row after
-    row."""
+    """positions (B, T), where each 0 begins a packed document, as a row does -> lengths of all documents, row
+    after row."""
     begins = positions == 0
     begins[:, 0] = True
     begins = begins.flatten().nonzero().squeeze(1)
     return begins.diff(append=begins.new_tensor([positions.numel()]))
 
 
-def visible(positions, window=0):
+def continuations(positions):
+    """positions (B, T) of packed rows -> segments [(begin, shared, start, end)], counted over the rows laid
+    end to end.
+
+    The tokens start..end follow the first `shared` ones of the document that begins at `begin`; shared is 0
+    for the document itself, which comes first.
+    """
+    begins = [0, *document_lengths(positions).cumsum(0).tolist()]
+    position = positions.flatten().tolist()
+    segments = []
+    for begin, stop in zip(begins, begins[1:]):
+        jumps = [i for i in range(begin + 1, stop) if position[i] != position[i - 1] + 1]
+        starts = [begin, *jumps]
+        for start, end in zip(starts, [*jumps, stop]):
+            shared = 0 if start == begin else position[start]
+            segments.append((begin, shared, start, end))
+    return segments
+
+
+def packed_mask(positions, window=0):
     """positions (..., T) of packed rows -> (..., T, T) bool, True where a query (row) sees a key (column).
 
-    Each 0 begins a document. A jump back to p > 0 begins another branch of it, which sees the first p positions of the
-    document and itself, not the branches beside it: one prompt with several completions, its keys computed once.
-    window: only keys fewer than so many positions back; 0 = all.
+    Each 0 begins a document. A jump back to p > 0 begins another branch of it, which sees the first p
+    positions of the document and itself, not the branches beside it: one prompt with several completions, its
+    keys computed once. window: only keys fewer than so many positions back; 0 = all.
     """
-    place = torch.arange(positions.size(-1), device=positions.device)
+    index = torch.arange(positions.size(-1), device=positions.device)
     jump = F.pad(positions[..., 1:] != positions[..., :-1] + 1, (1, 0), value=True)
-    branch, document = jump.cumsum(-1), (positions == 0).cumsum(-1)                                     # (..., T)
-    start = positions.gather(-1, torch.where(jump, place, 0).cummax(-1).values)     # where the branch of each begins
+    branch, document = jump.cumsum(-1), (positions == 0).cumsum(-1)                                 # (..., T)
+    # where the branch of each begins
+    start = positions.gather(-1, torch.where(jump, index, 0).cummax(-1).values)
     trunk = (start[..., None, :] == 0) & (positions[..., None, :] < start[..., :, None])
-    seen = (branch[..., :, None] == branch[..., None, :]) | (document[..., :, None] == document[..., None, :]) & trunk
-    seen &= place[:, None] >= place
+    same_branch = branch[..., :, None] == branch[..., None, :]
+    same_document = document[..., :, None] == document[..., None, :]
+    mask = (same_branch | same_document & trunk) & (index[:, None] >= index)
     if window:
-        seen &= positions[..., :, None] - positions[..., None, :] < window
-    return seen
+        mask &= positions[..., :, None] - positions[..., None, :] < window
+    return mask
 
 
-def continuations(positions):
-    """positions (B, T) of packed rows -> [(begin, shared, at, end)], places in the rows laid end to end: the tokens
-    at..end follow the first `shared` of the document that begins at `begin`; shared is 0 for the document itself."""
-    begins = [0, *(document_lengths(positions).cumsum(0).tolist())]
-    places = positions.flatten().tolist()
-    spans = []
-    for begin, stop in zip(begins, begins[1:]):
-        cuts = [begin, *(i for i in range(begin + 1, stop) if places[i] != places[i - 1] + 1), stop]
-        spans += [(begin, places[at] if at > begin else 0, at, end) for at, end in zip(cuts, cuts[1:])]
-    return spans
+@functools.lru_cache(maxsize=16)
+def causal_mask(T, dtype):
+    """(T, T) to add to scores: -inf where the key comes after the query."""
+    return torch.full((T, T), float('-inf'), dtype=dtype).triu_(1)
 
 
-SPAN = 16           # spans whose lengths differ by less are computed side by side,
-SCORES = 2 ** 18    # up to so many scores at a time, which stay in cache
+# ---- attention ---------------------------------------------------------------------------------------------
+
+def attention(q, k, v, mask, scale, softcap=0.0):
+    """q (B, H, T, D), k and v (B, G, S, D), G dividing H -> softmax(scale q k^T) v (B, H, T, D).
+
+    mask: bool, True where a query sees a key; None: causal. softcap: Gemma 2 caps the scores with tanh first.
+    """
+    grouped = q.size(1) != k.size(1)
+    causal = mask is None and q.size(2) > 1
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+    if grouped:
+        sharing = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(sharing, 1), v.repeat_interleave(sharing, 1)
+    scores = (q @ k.transpose(2, 3)).float()
+    scores = softcap * torch.tanh(scores * (scale / softcap))
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril_()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float('-inf'))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
-class Spans:
-    """Packed rows (see `visible`) for SpanAttention: each prompt, continuation and plain document is a span, which attends to the tokens
-    that it continues and to itself; spans of about the same lengths are a batch, padded to the longest of them.
+class AttentionContext:
+    """What the layers of one forward pass share: positions, rotary angles, and the form in which attention is
+    computed.
 
-    The heads of queries, keys and values are rows of a table, head after head, N tokens each; behind them a row of zeros, for padding.
+    A GPU takes torch's scaled_dot_product_attention, with a mask where rows are packed. A CPU has four forms
+    besides:
+
+        short           an unpacked block of up to SHORT_BLOCK tokens: ShortAttention
+        varlen          packed rows of short documents: VarlenAttention
+        shared_prefix   packed rows where continuations of long prompts are worth it: SharedPrefixAttention
+        documents       other packed rows: torch's attention, one document after the other
+
+    The first two begin before QK norm and rotary positions (see `fused`), the others take q, k and v.
     """
 
-    def __init__(self, positions, spans, heads, groups):
-        """positions (B, T), spans: their `continuations`; `heads` of queries, `groups` of keys and of values."""
-        self.sizes = N, H, G = positions.numel(), heads, groups
-        none, flat = (H + 2 * G) * N, torch.cat((positions.flatten(), positions.new_tensor([2 ** 30])))
-        of_heads = lambda first, count, place: torch.where(place < N, torch.arange(first, first + count).view(-1, 1, 1) * N + place, none)
-        self.batches, self.masks = [], {}
-        for part in self.alike(spans, SCORES // H):
-            begin, shared, at, end = torch.tensor(part).t()[:, :, None]                             # (n, 1) each
-            run = lambda start, count: torch.where((step := torch.arange(int(count.max()))) < count, start + step, N)     # (n, longest)
-            query = run(at, end - at)                                                               # (n, Q); N where padded
-            key = torch.cat((run(begin, shared), query), 1)                                         # (n, K)
-            q = of_heads(0, H, query).view(G, H // G, *query.shape).transpose(1, 2).flatten()       # heads that share keys: one product
-            rows = torch.cat((q, of_heads(H, G, key).flatten(), of_heads(H + G, G, key).flatten()))
-            grads = torch.where(q < none, q % N * H + q // N, H * N)                                # the same rows of (N, H)
-            self.batches.append((query.size(1), key.size(1), rows, grads, flat[query][:, :, None], flat[key][:, None]))
-        rows, outputs = (torch.cat(parts) for parts in zip(*((rows, rows[:len(grads)]) for _, _, rows, grads, _, _ in self.batches)))
-        place = torch.empty(none + 1, dtype=torch.long)
-        place[outputs] = torch.arange(len(outputs))
-        self.outputs = place[:H * N].view(H, N).t().flatten()                                       # of (N, H), in the batches' outputs
-        counts = torch.bincount(rows, minlength=none + 1)[:none]
-        self.sources = rows.argsort(stable=True)[:int(counts.sum())]        # of each row of the table: its copies in the batches,
-        self.begins = counts.cumsum(0) - counts                             # from here on
+    def __init__(self, cfg, inv_freq, idx, positions, keep_kv=None):
+        """cfg: GPTConfig; inv_freq: {layer type: rotary frequencies (D/2,)}; idx (B, T); positions (B, T) of
+        packed rows (see packed_mask) or None; keep_kv: a list to which each layer adds its (keys, values),
+        (B, G, T, D) each."""
+        (B, T), device = idx.shape, idx.device
+        packed = positions is not None
+        self.cfg, self.keep_kv = cfg, keep_kv
+        self.positions = positions if packed else torch.arange(T, device=device)[None]           # (1 or B, T)
+        self.short, self.varlen, self.shared_prefix, self.documents = False, None, None, None
+        if packed and on_cpu(idx):
+            self.choose_packed_form(positions.expand(B, T))
+        elif on_cpu(idx) and T <= SHORT_BLOCK and keep_kv is None:
+            self.short = not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head
 
-    @staticmethod
-    def alike(spans, limit):
-        """[(begin, shared, at, end)] of `continuations` -> batches of them, each of at most `limit` scores if it can; a prompt
-        becomes a span of its own."""
-        prompts, kinds = {}, {}
-        for begin, shared, _, _ in spans:
-            prompts[begin] = max(prompts.get(begin, 0), shared)
-        for begin, shared, at, end in spans:
-            middle = begin + prompts[begin] if at == begin and prompts[begin] < end - at else at
-            for span in ((begin, 0, at, middle), (begin, shared or middle - at, middle, end)):
-                if span[2] < span[3]:
-                    kinds.setdefault((-(-span[1] // SPAN), -(-(span[3] - span[2]) // SPAN)), []).append(span)
-        for (few, many), members in kinds.items():
-            size = max(1, limit // (many * (few + many) * SPAN ** 2))
-            yield from (members[i:i + size] for i in range(0, len(members), size))
+        self.windows, self.rope, self.masks = {}, {}, {}                # each by layer type
+        for layer_type in set(cfg.layer_types):
+            window = cfg.window(layer_type)
+            self.windows[layer_type] = window if T > window else 0      # 0: all of the row is seen
+            if layer_type in inv_freq:
+                angle = self.positions[:, None, :, None].float() * inv_freq[layer_type].to(device)
+                self.rope[layer_type] = angle.cos(), angle.sin()        # (1 or B, 1, T, D/2)
+            self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed)
 
-    def added(self, window, dtype):
-        """For each batch (n, 1, Q, K): what is added to its scores; a padded query sees padding alone."""
-        if (window, dtype) not in self.masks:
-            seen = lambda query, key: (key <= query) & (query - key < window) if window else key <= query
-            self.masks[window, dtype] = [torch.zeros((), dtype=dtype).masked_fill(~seen(query, key), float('-inf')).unsqueeze(1)
-                                         for *_, query, key in self.batches]
-        return self.masks[window, dtype]
+    def choose_packed_form(self, positions):
+        """For packed rows (B, T) on a CPU."""
+        cfg, segments = self.cfg, continuations(positions)
+        self.documents = positions.flatten().split(document_lengths(positions).tolist())
+        if cfg.attn_softcap:
+            return
+        if max(shared + end - start for _, shared, start, end in segments) <= SHORT_DOCUMENT:
+            self.varlen = VarlenBatches(positions, segments, cfg.n_head, cfg.n_kv_head)
+        elif any(shared for _, shared, _, _ in segments):
+            shared_prefix = SharedPrefixAttention(positions, segments)
+            if shared_prefix.cost < sum(len(document) ** 2 for document in self.documents):
+                self.shared_prefix = shared_prefix
+
+    def make_mask(self, window, packed):
+        """(1 or B, 1, T, T) bool; a list of (n, n), one for each document; None where no mask is needed: a
+        causal block."""
+        if self.varlen or self.shared_prefix and not window:
+            return None
+        if not self.documents:
+            return packed_mask(self.positions, window)[:, None] if packed or window else None
+        masks = []
+        for document in self.documents:
+            n = len(document)
+            one_branch = n == document[-1] - document[0] + 1
+            masks.append(None if one_branch and n <= (window or n) else packed_mask(document, window))
+        return masks
+
+    def fused(self, layer_type):
+        """Whether fused_attention computes this type of layer."""
+        if self.short:
+            return not self.windows[layer_type] and not torch.compiler.is_compiling()
+        return self.varlen is not None
+
+    def fused_attention(self, qkv, layer_type, q_norm, k_norm):
+        """qkv (B, T, (H + 2 G) * D), heads of q, of k, of v -> (B, T, H * D): QK norm, if its weights (D,)
+        are given, rotary positions and attention as one node of the graph."""
+        cfg = self.cfg
+        weights = [norm and norm.effective_weight for norm in (q_norm, k_norm)]
+        for_qk = *weights, cfg.norm_eps, *self.rope.get(layer_type, (None, None))
+        if self.varlen:
+            return VarlenAttention.apply(qkv, self.varlen, self.windows[layer_type], cfg.attn_scale, *for_qk)
+        mask = causal_mask(qkv.size(1), qkv.dtype)
+        return ShortAttention.apply(qkv, cfg.n_head, cfg.attn_scale, *for_qk, mask)
+
+    def attention(self, q, k, v, layer_type):
+        """q (B, H, T, D), k and v (B, G, T, D), G dividing H -> (B, H, T, D)."""
+        cfg, (B, H, T, D) = self.cfg, q.shape
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if self.keep_kv is not None:
+            self.keep_kv.append((k, v))
+        if self.shared_prefix and not self.windows[layer_type]:
+            return self.shared_prefix.attend(q, k, v, cfg.attn_scale)
+        if not self.documents:
+            return attention(q, k, v, self.masks[layer_type], cfg.attn_scale, cfg.attn_softcap)
+        lengths = list(map(len, self.documents))
+        by_document = [h.transpose(1, 2).flatten(0, 1).split(lengths) for h in (q, k, v)]
+        outputs = []
+        for *qkv, mask in zip(*by_document, self.masks[layer_type]):            # (n, heads, D) each
+            qkv = [h.transpose(0, 1)[None] for h in qkv]                        # (1, heads, n, D)
+            outputs.append(attention(*qkv, mask, cfg.attn_scale, cfg.attn_softcap))
+        y = torch.cat(outputs, 2)                                               # (1, H, B * T, D)
+        return y.view(H, B, T, D).transpose(0, 1)
 
 
-class SpanAttention(torch.autograd.Function):
-    """QK norm, rotary positions and attention of packed rows of short documents on a CPU, as one node of batched products.
+def _norm_and_rotate(qk, n_head, q_weight, k_weight, eps, cos, sin, out):
+    """QK norm (where there are weights) and rotary positions (where there are angles) of qk (heads, ..., D),
+    the first n_head of them queries, written to `out` -> what the backward of the norm needs."""
+    saved = ()
+    if q_weight is not None:
+        raw = qk.contiguous()
+        weight = torch.stack([q_weight] * n_head + [k_weight] * (len(qk) - n_head))
+        qk, scale = _rms_forward(raw, weight.view(len(qk), *[1] * (qk.dim() - 2), -1), eps)
+        saved = raw, scale
+    if cos is not None:
+        qk = _rotate(qk, cos, sin, out if out.dtype == qk.dtype else torch.empty_like(qk))
+    if qk is not out:
+        out.copy_(qk)
+    return saved
 
-    qkv (B, T, (H + 2 G) * D), heads of q, then of k, then of v -> (B, T, H * D); the rest as in ShortAttention, with cos, sin
-    (1 or B, 1, T, D/2) and the Spans of the rows. At least float32 throughout: products this small are no faster in bf16.
+
+def _norm_and_rotate_backward(grad, n_head, saved, q_weight, k_weight, cos, sin, out):
+    """grad (heads, ..., D), the first n_head of them queries; writes the gradient of qk to `out` -> those of
+    the weights."""
+    if cos is not None:
+        grad = _rotate(grad, cos, -sin, torch.empty_like(grad))
+    if not saved:
+        out.copy_(grad)
+        return None, None
+    dweights, (raw, scale) = [], saved
+    for heads, weight in ((slice(n_head), q_weight), (slice(n_head, None), k_weight)):
+        dqk, dweight = _rms_backward(grad[heads].contiguous(), raw[heads], scale[heads], weight)
+        out[heads].copy_(dqk)
+        dweights.append(dweight)
+    return dweights
+
+
+def _softmax_backward(grad, p):
+    return torch.ops.aten._softmax_backward_data(grad, p, -1, p.dtype)
+
+
+class ShortAttention(torch.autograd.Function):
+    """QK norm, rotary positions and causal attention of a short block on a CPU, as one node of batched
+    products.
+
+    qkv (B, T, 3 * H * D), heads of q, then of k, then of v -> (B, T, H * D). Below about two hundred
+    positions the batched products beat torch's blockwise attention, whose backward is slow on a CPU, and one
+    node saves a dozen copies a layer. q_weight, k_weight (D,) or None: RMS norm of each head; cos, sin (T,
+    D/2) or (1 or B, 1, T, D/2) or None: rotary positions; mask (T, T) or (B * H, T, T): added to scores, as
+    causal_mask. Products run in the dtype of qkv; norm, rotation and softmax in float32.
     """
 
     @staticmethod
-    def forward(ctx, qkv, spans, window, scale, q_weight, k_weight, eps, cos, sin):
-        (B, T, C), (N, H, G) = qkv.shape, spans.sizes
-        D, wide = C // (H + 2 * G), torch.promote_types(qkv.dtype, torch.float32)
-        raw = qkv.view(N, H + 2 * G, D).to(wide).transpose(0, 1)                                    # (H + 2 G, N, D)
-        x, norms, qk = raw.new_empty((H + 2 * G) * N + 1, D), (), raw[:H + G]
-        x[-1] = 0
-        heads = x[:-1].view(H + 2 * G, N, D)
-        if q_weight is not None:
-            raw = qk.contiguous()
-            qk, rms = _rms_forward(raw, torch.cat((q_weight.expand(H, 1, D), k_weight.expand(G, 1, D))), eps)
-            norms = raw, rms
-        if cos is not None:
-            cos, sin = (angle.expand(B, 1, T, D // 2).reshape(N, D // 2) for angle in (cos, sin))
-            _rotate(qk, cos, sin, heads[:H + G])
-        else:
-            heads[:H + G].copy_(qk)
-        heads[H + G:].copy_(qkv.view(N, H + 2 * G, D).transpose(0, 1)[H + G:])
-        saved, outputs = [], []
-        for (Q, K, rows, grads, *_), mask in zip(spans.batches, spans.added(window, wide)):
-            q, k, v = x.index_select(0, rows).split([len(grads), *[(len(rows) - len(grads)) // 2] * 2])
-            k, v = k.view(-1, K, D), v.view(-1, K, D)                                               # (G * n, K, D)
-            q = q.view(len(k), -1, D)                                                               # (G * n, H/G * Q, D)
-            scores = torch.bmm(q, k.transpose(1, 2)).view(G, -1, H // G, Q, K)
-            p = torch.add(mask, scores, alpha=scale).softmax(-1).view(len(k), -1, K)
-            outputs.append(torch.bmm(p, v).view(-1, D))
-            saved += (q, k, v, p)
-        ctx.save_for_backward(q_weight, k_weight, cos, sin, *norms, *saved)
-        ctx.spans, ctx.scale, ctx.shape = spans, scale, qkv.shape
-        return torch.cat(outputs).index_select(0, spans.outputs).view(B, T, H * D).to(qkv.dtype)
+    def forward(ctx, qkv, n_head, scale, q_weight, k_weight, eps, cos, sin, mask):
+        B, T, C = qkv.shape
+        H, D = n_head, C // n_head // 3
+        acc_dtype = torch.promote_types(qkv.dtype, torch.float32)
+        heads = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)              # (3, B, H, T, D)
+        x = torch.empty(3, B, H, T, D, dtype=qkv.dtype)
+        saved = _norm_and_rotate(heads[:2].to(acc_dtype), 1, q_weight, k_weight, eps, cos, sin, x[:2])
+        x[2].copy_(heads[2])
+        x = x.view(3, B * H, T, D)
+        q, k, v = x.unbind(0)                                               # (B * H, T, D) each
+        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)          # (B * H, T, T)
+        p = p.softmax(-1)
+        ctx.save_for_backward(x, p, q_weight, k_weight, cos, sin, *saved)
+        ctx.sizes, ctx.scale = (B, T, H, D), scale
+        y = torch.bmm(p, v).view(B, H, T, D)
+        return y.transpose(1, 2).reshape(B, T, H * D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q_weight, k_weight, cos, sin, *saved = ctx.saved_tensors
-        norms, saved = (saved[:2], saved[2:]) if q_weight is not None else ((), saved)
-        spans, ((N, H, G), (B, T, C)) = ctx.spans, (ctx.spans.sizes, ctx.shape)
+        x, p, q_weight, k_weight, cos, sin, *saved = ctx.saved_tensors
+        B, T, H, D = ctx.sizes
+        q, k, v = x.unbind(0)
+        grad = grad.view(B, T, H, D).transpose(1, 2)
+        grad = grad.reshape(B * H, T, D)
+        dx = torch.empty_like(x)
+        dq, dk, dv = dx.unbind(0)
+        torch.bmm(p.transpose(1, 2), grad, out=dv)
+        dscores = _softmax_backward(torch.bmm(grad, v.transpose(1, 2)), p)
+        torch.baddbmm(dq, dscores, k, beta=0, alpha=ctx.scale, out=dq)
+        torch.baddbmm(dk, dscores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=dk)
+
+        dx = dx.view(3, B, H, T, D)
+        dqkv = torch.empty(B, T, 3, H, D, dtype=grad.dtype)
+        dheads = dqkv.permute(2, 0, 3, 1, 4)
+        dqk = dx[:2].to(torch.promote_types(dx.dtype, torch.float32))
+        dweights = _norm_and_rotate_backward(dqk, 1, saved, q_weight, k_weight, cos, sin, dheads[:2])
+        dheads[2].copy_(dx[2])
+        return dqkv.view(B, T, 3 * H * D), None, None, *dweights, None, None, None, None
+
+
+class VarlenBatch(NamedTuple):
+    """n segments of about the same lengths, padded to Q queries and K keys; see VarlenBatches."""
+    Q: int
+    K: int
+    rows: torch.Tensor          # of the table: (H * n * Q + 2 * G * n * K,), for queries, keys and values
+    grad_rows: torch.Tensor     # the queries' rows in a table of outputs (N, H)
+    query_positions: torch.Tensor       # (n, Q, 1)
+    key_positions: torch.Tensor         # (n, 1, K)
+
+
+class VarlenBatches:
+    """Packed rows of N tokens (see packed_mask) for VarlenAttention, as batches of segments: prompts,
+    continuations, plain documents.
+
+    A segment attends to the tokens that it continues and to itself. The heads of queries, keys and values are
+    rows of a table, head after head, N tokens each; behind them a row of zeros, for padding.
+    """
+
+    def __init__(self, positions, segments, n_head, n_kv_head):
+        """positions (B, T), segments: their `continuations`; H = n_head, G = n_kv_head."""
+        N = positions.numel()
+        self.sizes = N, n_head, n_kv_head
+        self.masks = {}
+        self.batches = [self.batch(positions, part) for part in bucket(segments, SCORES // n_head)]
+
+        # Where each output (N, H) lies in the outputs of all batches, laid end to end.
+        outputs = torch.cat([batch.rows[:len(batch.grad_rows)] for batch in self.batches])
+        table_size = (n_head + 2 * n_kv_head) * N
+        place = torch.empty(table_size + 1, dtype=torch.long)
+        place[outputs] = torch.arange(len(outputs))
+        self.outputs = place[:n_head * N].view(n_head, N).t().flatten()
+
+        # A row of the table may have copies in several batches (a prompt's keys); its gradient is the sum of
+        # theirs: copies[copy_begins[i]:copy_begins[i + 1]] are those of row i.
+        rows = torch.cat([batch.rows for batch in self.batches])
+        counts = torch.bincount(rows, minlength=table_size + 1)[:table_size]
+        self.copies = rows.argsort(stable=True)[:int(counts.sum())]
+        self.copy_begins = counts.cumsum(0) - counts
+
+    def batch(self, positions, segments):
+        """segments [(begin, shared, start, end)] -> VarlenBatch."""
+        N, H, G = self.sizes
+        begin, shared, start, end = torch.tensor(segments).t()[:, :, None]      # (n, 1) each
+        query = self.ranges(start, end - start)                                # (n, Q) tokens; N where padded
+        key = torch.cat((self.ranges(begin, shared), query), 1)                 # (n, K)
+        q_rows = self.table_rows(query, 0, H)                                   # (H, n, Q)
+        # the heads that share keys lie side by side: their queries are one product
+        q_rows = q_rows.view(G, H // G, *query.shape).transpose(1, 2).flatten()
+        k_rows = self.table_rows(key, H, G).flatten()
+        v_rows = self.table_rows(key, H + G, G).flatten()
+        token, head = q_rows % N, q_rows // N
+        grad_rows = torch.where(q_rows < (H + 2 * G) * N, token * H + head, H * N)
+        # padding lies behind everything, so no query sees it but padding
+        position = torch.cat((positions.flatten(), positions.new_tensor([2 ** 30])))
+        rows = torch.cat((q_rows, k_rows, v_rows))
+        return VarlenBatch(query.size(1), key.size(1), rows, grad_rows,
+                           position[query][:, :, None], position[key][:, None])
+
+    def ranges(self, start, count):
+        """start, count (n, 1) -> (n, longest): start, start + 1, ... and N behind each end."""
+        step = torch.arange(int(count.max()))
+        return torch.where(step < count, start + step, self.sizes[0])
+
+    def table_rows(self, tokens, first, count):
+        """tokens (n, L) -> (count, n, L): their rows of the heads first, first + 1, ..."""
+        N, H, G = self.sizes
+        head = torch.arange(first, first + count).view(-1, 1, 1)
+        return torch.where(tokens < N, head * N + tokens, (H + 2 * G) * N)
+
+    def additive_masks(self, window, dtype):
+        """For each batch (n, 1, Q, K): what is added to its scores."""
+        if (window, dtype) not in self.masks:
+            masks = []
+            for batch in self.batches:
+                query, key = batch.query_positions, batch.key_positions
+                seen = key <= query
+                if window:
+                    seen = seen & (query - key < window)
+                mask = torch.zeros((), dtype=dtype).masked_fill(~seen, float('-inf'))
+                masks.append(mask.unsqueeze(1))
+            self.masks[window, dtype] = masks
+        return self.masks[window, dtype]
+
+    def split(self, x, batch):
+        """x (rows of a batch, D) -> q (G * n, H/G * Q, D), k and v (G * n, K, D)."""
+        n_query = len(batch.grad_rows)
+        n_key = (len(batch.rows) - n_query) // 2
+        q, k, v = x.split([n_query, n_key, n_key])
+        D = x.size(1)
+        k, v = k.view(-1, batch.K, D), v.view(-1, batch.K, D)
+        return q.view(len(k), -1, D), k, v
+
+
+def bucket(segments, limit):
+    """[(begin, shared, start, end)] -> lists of them of about the same lengths, each of at most `limit`
+    scores if it can; the prompt of continuations becomes a segment of its own, which the first of them
+    continues."""
+    prompts, buckets = {}, {}
+    for begin, shared, _, _ in segments:
+        prompts[begin] = max(prompts.get(begin, 0), shared)
+    for begin, shared, start, end in segments:
+        middle = start
+        if start == begin and prompts[begin] < end - start:
+            middle = begin + prompts[begin]
+        first, rest = (begin, 0, start, middle), (begin, shared or middle - start, middle, end)
+        for part in (first, rest):
+            length = part[3] - part[2]
+            if length:
+                key = -(-part[1] // BUCKET), -(-length // BUCKET)
+                buckets.setdefault(key, []).append(part)
+    for (shared, length), members in buckets.items():
+        size = max(1, limit // (length * (shared + length) * BUCKET ** 2))
+        for i in range(0, len(members), size):
+            yield members[i:i + size]
+
+
+class VarlenAttention(torch.autograd.Function):
+    """QK norm, rotary positions and attention of packed rows of short documents on a CPU, as one node.
+
+    qkv (B, T, (H + 2 G) * D), heads of q, then of k, then of v -> (B, T, H * D); the rest as in
+    ShortAttention, with the VarlenBatches of the rows. At least float32 throughout: products this small are
+    no faster in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, varlen, window, scale, q_weight, k_weight, eps, cos, sin):
+        (B, T, C), (N, H, G) = qkv.shape, varlen.sizes
+        D, acc_dtype = C // (H + 2 * G), torch.promote_types(qkv.dtype, torch.float32)
+        heads = qkv.view(N, H + 2 * G, D).to(acc_dtype).transpose(0, 1)                 # (H + 2 G, N, D)
+        if cos is not None:
+            cos, sin = (angle.expand(B, 1, T, D // 2).reshape(N, D // 2) for angle in (cos, sin))
+        table = heads.new_empty((H + 2 * G) * N + 1, D)
+        table[-1] = 0
+        x = table[:-1].view(H + 2 * G, N, D)
+        saved = _norm_and_rotate(heads[:H + G], H, q_weight, k_weight, eps, cos, sin, x[:H + G])
+        x[H + G:].copy_(heads[H + G:])
+
+        by_batch, outputs = [], []
+        for batch, mask in zip(varlen.batches, varlen.additive_masks(window, acc_dtype)):
+            q, k, v = varlen.split(table.index_select(0, batch.rows), batch)
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores = scores.view(G, -1, H // G, batch.Q, batch.K)
+            p = torch.add(mask, scores, alpha=scale).softmax(-1)
+            p = p.view(len(k), -1, batch.K)
+            outputs.append(torch.bmm(p, v).view(-1, D))
+            by_batch += (q, k, v, p)
+        ctx.save_for_backward(q_weight, k_weight, cos, sin, *saved, *by_batch)
+        ctx.varlen, ctx.scale = varlen, scale
+        ctx.shape, ctx.n_saved = qkv.shape, len(saved)
+        y = torch.cat(outputs).index_select(0, varlen.outputs)
+        return y.view(B, T, H * D).to(qkv.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q_weight, k_weight, cos, sin, *rest = ctx.saved_tensors
+        saved, by_batch = rest[:ctx.n_saved], rest[ctx.n_saved:]
+        varlen, (B, T, C) = ctx.varlen, ctx.shape
+        N, H, G = varlen.sizes
         D = C // (H + 2 * G)
-        g = saved[0].new_empty(N * H + 1, D)
-        g[:-1], g[-1] = grad.view(N * H, D), 0
-        parts = g.new_empty(sum(len(rows) for _, _, rows, *_ in spans.batches), D)
+        table = by_batch[0].new_empty(N * H + 1, D)                                  # of gradients of outputs
+        table[:-1] = grad.view(N * H, D)
+        table[-1] = 0
+        dparts = table.new_empty(sum(len(batch.rows) for batch in varlen.batches), D)
         begin = 0
-        for (_, _, rows, grads, *_), q, k, v, p in zip(spans.batches, saved[::4], saved[1::4], saved[2::4], saved[3::4]):
-            own = g.index_select(0, grads).view(q.shape)
-            dq, dk, dv = (part.view(x.shape) for part, x in
-                          zip(parts[begin:begin + len(rows)].split([len(grads), *[(len(rows) - len(grads)) // 2] * 2]), (q, k, v)))
-            begin += len(rows)
-            dscores = torch.ops.aten._softmax_backward_data(torch.bmm(own, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scale)
-            torch.bmm(p.transpose(1, 2), own, out=dv)
+        for i, batch in enumerate(varlen.batches):
+            q, k, v, p = by_batch[4 * i:4 * i + 4]
+            doutput = table.index_select(0, batch.grad_rows).view(q.shape)
+            dq, dk, dv = varlen.split(dparts[begin:begin + len(batch.rows)], batch)
+            begin += len(batch.rows)
+            dscores = _softmax_backward(torch.bmm(doutput, v.transpose(1, 2)), p).mul_(ctx.scale)
+            torch.bmm(p.transpose(1, 2), doutput, out=dv)
             torch.bmm(dscores, k, out=dq)
             torch.bmm(dscores.transpose(1, 2), q, out=dk)
-        dx = F.embedding_bag(spans.sources, parts, spans.begins, mode='sum').view(H + 2 * G, N, D)      # sums the copies' gradients
-        out = grad.new_empty(N, H + 2 * G, D)
-        split, dqk = out.transpose(0, 1), dx[:H + G]
-        dq_weight = dk_weight = None
-        if cos is not None:
-            dqk = _rotate(dqk, cos, -sin, torch.empty_like(dqk))
-        if norms:
-            dq, dq_weight = _rms_backward(dqk[:H].contiguous(), norms[0][:H], norms[1][:H], q_weight)
-            dk, dk_weight = _rms_backward(dqk[H:].contiguous(), norms[0][H:], norms[1][H:], k_weight)
-            dqk = torch.cat((dq, dk))
-        split[:H + G].copy_(dqk)
-        split[H + G:].copy_(dx[H + G:])
-        return out.view(B, T, C), None, None, None, dq_weight, dk_weight, None, None, None
+
+        dx = F.embedding_bag(varlen.copies, dparts, varlen.copy_begins, mode='sum')
+        dx = dx.view(H + 2 * G, N, D)
+        dqkv = grad.new_empty(N, H + 2 * G, D)
+        dheads = dqkv.transpose(0, 1)
+        dqk, out = dx[:H + G], dheads[:H + G]
+        dweights = _norm_and_rotate_backward(dqk, H, saved, q_weight, k_weight, cos, sin, out)
+        dheads[H + G:].copy_(dx[H + G:])
+        return dqkv.view(B, T, C), None, None, None, *dweights, None, None, None
 
 
-class Branches:
-    """Attention over packed rows in which prompts have several continuations (see `visible`), without the (T, T) scores of a document:
-    documents with their first continuation are one batch of causal rows, the other continuations another, each behind a copy of the
-    prompt's keys."""
+class SharedPrefixAttention:
+    """Attention over packed rows in which prompts have several continuations (see packed_mask), without the
+    (T, T) scores of a document.
 
-    def __init__(self, positions):
-        """positions (B, T)."""
-        device, spans = positions.device, continuations(positions)
-        trunks, others = [span for span in spans if not span[1]], [span for span in spans if span[1]]
-        column = lambda values: torch.tensor(values, device=device)[:, None]
-        begin, _, _, end = map(column, zip(*trunks))
-        width = int((end - begin).max())
-        self.trunk = torch.minimum(begin + torch.arange(width, device=device), end - 1)             # (D, width), the end repeated
-        begin, shared, at, stop = map(column, zip(*others))
-        prompt, length = int(shared.max()), int((stop - at).max())
-        own = at + torch.arange(length, device=device)
-        self.query = torch.minimum(own, stop - 1)                                                   # (N, length)
-        places = torch.arange(prompt, device=device)
-        self.key = torch.cat((begin + torch.minimum(places, shared - 1), self.query), 1)            # (N, prompt + length)
-        steps = torch.arange(length, device=device)
-        self.mask = torch.cat(((places < shared)[:, None].expand(-1, length, -1), (steps <= steps[:, None]).expand(len(others), -1, -1)), 2)[:, None]
-        whole = torch.arange(width, device=device) < column([end - begin for begin, _, _, end in trunks])
-        inside = torch.cat((whole.flatten(), (own < stop).flatten()))
-        self.order = torch.empty(positions.numel(), dtype=torch.long, device=device)                # place of each token in both outputs
-        self.order[torch.cat((self.trunk.flatten(), self.query.flatten()))[inside]] = inside.nonzero().squeeze(1)
-        self.cost = self.trunk.numel() * width + self.query.numel() * self.key.size(1)              # scores, padding included
+    Documents with their first continuation (trunks) are one batch of causal rows; the other continuations
+    (branches) are another, each behind a copy of the prompt's keys.
+    """
+
+    def __init__(self, positions, segments):
+        """positions (B, T), segments: their `continuations`."""
+        device = positions.device
+        trunks = torch.tensor([segment for segment in segments if not segment[1]], device=device)
+        branches = torch.tensor([segment for segment in segments if segment[1]], device=device)
+        begin, _, _, end = trunks.t()[:, :, None]                                               # (D, 1) each
+        step = torch.arange(int((end - begin).max()), device=device)
+        self.trunk = torch.minimum(begin + step, end - 1)         # (D, longest) tokens, the last one repeated
+        in_trunk = step < end - begin
+
+        begin, shared, start, end = branches.t()[:, :, None]                                    # (N, 1) each
+        step = torch.arange(int((end - start).max()), device=device)
+        prefix = torch.arange(int(shared.max()), device=device)
+        self.query = torch.minimum(start + step, end - 1)                                       # (N, longest)
+        shared_keys = begin + torch.minimum(prefix, shared - 1)
+        self.key = torch.cat((shared_keys, self.query), 1)
+        sees_prefix = (prefix < shared)[:, None].expand(-1, len(step), -1)
+        sees_itself = (step <= step[:, None]).expand(len(branches), -1, -1)
+        self.mask = torch.cat((sees_prefix, sees_itself), 2)[:, None]
+        in_branch = start + step < end
+
+        # the row of each token in the outputs of trunks and branches, laid end to end
+        real = torch.cat((in_trunk.flatten(), in_branch.flatten()))
+        tokens = torch.cat((self.trunk.flatten(), self.query.flatten()))
+        self.order = torch.empty(positions.numel(), dtype=torch.long, device=device)
+        self.order[tokens[real]] = real.nonzero().squeeze(1)
+        # scores that are computed, padding included
+        self.cost = self.trunk.numel() * self.trunk.size(1)
+        self.cost += self.query.numel() * self.key.size(1)
 
     def attend(self, q, k, v, scale):
         """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D)."""
         B, H, T, D = q.shape
-        rows = lambda x, index: F.embedding(index, x).unflatten(-1, (-1, D)).transpose(1, 2)        # (n, heads, length, D)
-        flat = [x.transpose(1, 2).reshape(B * T, -1) for x in (q, k, v)]
         grouped = H != k.size(1)
-        trunk = F.scaled_dot_product_attention(*(rows(x, self.trunk) for x in flat), is_causal=True, scale=scale, enable_gqa=grouped)
-        other = F.scaled_dot_product_attention(rows(flat[0], self.query), rows(flat[1], self.key), rows(flat[2], self.key), self.mask,
-                                               scale=scale, enable_gqa=grouped)
-        both = torch.cat([y.transpose(1, 2).reshape(-1, H * D) for y in (trunk, other)])
-        return F.embedding(self.order, both).view(B, T, H, D).transpose(1, 2)
+        flat_q, flat_k, flat_v = (x.transpose(1, 2).reshape(B * T, -1) for x in (q, k, v))
+
+        def rows(flat, tokens):         # -> (n, heads, length, D)
+            return F.embedding(tokens, flat).unflatten(-1, (-1, D)).transpose(1, 2)
+
+        trunk = F.scaled_dot_product_attention(
+            rows(flat_q, self.trunk), rows(flat_k, self.trunk), rows(flat_v, self.trunk),
+            is_causal=True, scale=scale, enable_gqa=grouped)
+        branch = F.scaled_dot_product_attention(
+            rows(flat_q, self.query), rows(flat_k, self.key), rows(flat_v, self.key), self.mask,
+            scale=scale, enable_gqa=grouped)
+        trunk = trunk.transpose(1, 2).reshape(-1, H * D)
+        branch = branch.transpose(1, 2).reshape(-1, H * D)
+        y = F.embedding(self.order, torch.cat((trunk, branch)))
+        return y.view(B, T, H, D).transpose(1, 2)
 
 
-# ---- the head and what is read off it --------------------------------------------------------------------------------
+# ---- the head and what is read off it ----------------------------------------------------------------------
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
 DIRECT = 2 ** 23    # up to so many logits all of them at once are quicker, if logp alone is asked for
@@ -384,71 +691,85 @@ KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1
 
 
 def head(hidden, weight, softcap=0.0):
-    """Logits (..., V): hidden (..., C) times weight (V, C), transposed, soft-capped (Gemma 2) where a cap is given;
-    float32 from any precision, float64 from float64."""
-    if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():   # no float32 copy of the weight
+    """Logits (..., V): hidden (..., C) times weight (V, C), transposed, soft-capped (Gemma 2) where a cap is
+    given; float32 from any precision, float64 from float64."""
+    # no float32 copy of the weight
+    if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():
         rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        z = torch.mm(rows, weight.t(), out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+        z = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+        z = z.view(*hidden.shape[:-1], -1)
     else:
-        kind = torch.promote_types(weight.dtype, torch.float32)
-        z = F.linear(hidden.to(kind), weight.to(kind))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        z = F.linear(hidden.to(dtype), weight.to(dtype))
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 class TargetLogp(torch.autograd.Function):
-    """Log-probability of each target where all logits fit: logits (N, V), targets (N,) -> (N,), 0 where the target is -1.
-    F.cross_entropy takes three more passes."""
+    """Log-probability of each target where all logits fit: logits (N, V), targets (N,) -> (N,), 0 where the
+    target is -1. F.cross_entropy takes three more passes."""
 
     @staticmethod
     def forward(ctx, logits, targets):
-        logp, mask = logits.log_softmax(-1), targets < 0
+        # Nothing that is returned or saved is changed in place: torch.compile on a GPU lost the gradient over
+        # it.
+        logp, unsupervised = logits.log_softmax(-1), targets < 0
         index = targets.clamp(min=0).unsqueeze(1)
-        ctx.save_for_backward(logp, index, mask)
-        return logp.gather(1, index).squeeze(1).masked_fill_(mask, 0.0)
+        ctx.save_for_backward(logp, index, unsupervised)
+        return logp.gather(1, index).squeeze(1).masked_fill(unsupervised, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logp, index, mask = ctx.saved_tensors
-        grad = grad.masked_fill(mask, 0.0).unsqueeze(1)
+        logp, index, unsupervised = ctx.saved_tensors
+        grad = grad.masked_fill(unsupervised, 0.0).unsqueeze(1)
         return logp.exp().mul_(-grad).scatter_add_(1, index, grad), None
 
 
 def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
-    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy, mean_logp,
-    correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
+    """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy,
+    mean_logp, correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
     if not extras and targets.numel() * len(weight) <= DIRECT:
-        z = head(hidden, weight, softcap) if temperature == 1.0 else head(hidden, weight, softcap) / temperature
-        return {'logp': TargetLogp.apply(z.view(-1, len(weight)), targets.flatten()).view(targets.shape)}
+        logits = head(hidden, weight, softcap)
+        if temperature != 1.0:
+            logits = logits / temperature
+        logp = TargetLogp.apply(logits.view(-1, len(weight)), targets.flatten())
+        return {'logp': logp.view(targets.shape)}
     mask = targets >= 0
     keep = KEEP if torch.is_grad_enabled() and not softcap else 0
     parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep)
-    return {name: torch.zeros(targets.shape, dtype=part.dtype, device=part.device).masked_scatter(mask, part)
-            for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts) if part is not None}
+    stats = {}
+    for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts):
+        if part is not None:
+            zeros = torch.zeros(targets.shape, dtype=part.dtype, device=part.device)
+            stats[name] = zeros.masked_scatter(mask, part)
+    return stats
 
 
 class TokenStats(torch.autograd.Function):
     """Log-probabilities and their kin from hidden states; (N, V) is never held.
 
-    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64) and
-    correct (N,) bool; the last three only with `extras`. With z the logits over temperature (soft-capped first) and p =
-    softmax(z): logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes its own incoming
-    gradient per row.
+    hidden (N, C), weight (V, C), targets (N,) -> logp, entropy, mean_logp (N,) float32 (float64 from float64)
+    and correct (N,) bool; the last three only with `extras`. With z the logits over temperature (soft-capped
+    first) and p = softmax(z): logp = z_y - lse, entropy = lse - sum p z, mean_logp = mean z - lse; each takes
+    its own incoming gradient per row.
 
-    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018, algorithm
-    3). Backward makes the logits again, but for the first `keep` of them, whose exponentials are kept: all of a small
-    vocabulary.
+    The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018,
+    algorithm 3). Backward makes the logits again, but for the first `keep` of them, whose exponentials are
+    kept: all of a small vocabulary.
     """
 
     @staticmethod
     def logits(ctx, x, weight, buffer):
-        """(N, n) for n rows of the head, in `buffer`; x is hidden times the scale that comes before the soft cap."""
-        z = torch.mm(x, weight.to(x.dtype).t(), out=buffer[:len(x) * len(weight)].view(len(x), len(weight)))
+        """(N, n) for n rows of the head, in `buffer`; x is hidden times the scale that comes before the soft
+        cap."""
+        out = buffer[:len(x) * len(weight)].view(len(x), len(weight))
+        z = torch.mm(x, weight.to(x.dtype).t(), out=out)
         return z.tanh_().mul_(ctx.cap) if ctx.softcap else z
 
     @staticmethod
-    def find(targets, tile):
-        """(N,) whether the target stands in the tile, and (N, 1) in which of its columns (any, where it does not)."""
+    def locate(targets, tile):
+        """(N,) whether the target stands in the tile, and (N, 1) in which of its columns (any, where it does
+        not)."""
         column = (targets - tile.start).clamp_(0, tile.stop - tile.start - 1)
         return (targets >= tile.start) & (targets < tile.stop), column[:, None]
 
@@ -459,26 +780,33 @@ class TokenStats(torch.autograd.Function):
         ctx.softcap, ctx.cap, ctx.scale = softcap, softcap / temperature, 1 / (softcap or temperature)
         width = min(max(TILE // max(N, 1), 256), V)
         ctx.tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
-        ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                     # so many tiles are kept
+        ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                   # so many tiles are kept
         x = hidden.to(torch.promote_types(weight.dtype, torch.float32)) * ctx.scale
-        top, (total, weighted, mean) = x.new_full((N,), float('-inf')), x.new_zeros(3, N)
-        best, chosen, kept, buffer = torch.zeros_like(targets), torch.zeros_like(top), [], x.new_empty(N * width)
+        buffer = x.new_empty(N * width)
+        kept = []
+        # running values (N,) over the tiles: the largest logit and its column, the target's logit, sums of
+        # exp(z - top), exp(z - top) z and z / V
+        top, best = x.new_full((N,), float('-inf')), torch.zeros_like(targets)
+        chosen, total, weighted, mean = x.new_zeros(4, N)
         for i, tile in enumerate(ctx.tiles):
-            z = TokenStats.logits(ctx, x, weight[tile], x.new_empty(N * width) if i < ctx.keep else buffer)
-            here, column = TokenStats.find(targets, tile)
+            keep_tile = i < ctx.keep
+            own_buffer = x.new_empty(N * width) if keep_tile else buffer
+            z = TokenStats.logits(ctx, x, weight[tile], own_buffer)
+            here, column = TokenStats.locate(targets, tile)
             chosen = torch.where(here, z.gather(1, column).squeeze(1), chosen)
-            peak, place = z.max(-1) if extras else (z.amax(-1), None)
-            last, top = top, torch.maximum(top, peak)
-            shrink = (last - top).exp_()
+            peak, argmax = z.max(-1) if extras else (z.amax(-1), None)
+            previous, top = top, torch.maximum(top, peak)
+            shrink = (previous - top).exp_()
             if extras:
-                best = torch.where(peak > last, place + tile.start, best)
+                best = torch.where(peak > previous, argmax + tile.start, best)
                 mean += z.sum(-1).div_(V)
                 e = (z - top[:, None]).exp_()
                 weighted = weighted * shrink + torch.linalg.vecdot(e, z)
             else:
                 e = z.sub_(top[:, None]).exp_()
             total = total * shrink + e.sum(-1)
-            kept += [e, top] if i < ctx.keep else []
+            if keep_tile:
+                kept += [e, top]
         lse = top + total.log()
         logp = chosen - lse
         entropy = lse - weighted / total if extras else None
@@ -495,30 +823,37 @@ class TokenStats(torch.autograd.Function):
         hidden, weight, targets, lse, entropy, *kept = ctx.saved_tensors
         x = hidden.to(lse.dtype) * ctx.scale
         dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
-        pull = -dlogp if dmean is None else -(dlogp + dmean)                     # each p's share: -sum of the gradients
-        dx, dweight = torch.zeros_like(x), torch.empty_like(weight, dtype=x.dtype) if ctx.needs_input_grad[1] else None
+        p_factor = -dlogp if dmean is None else -(dlogp + dmean)        # what each p is multiplied by
+        dx, dweight = torch.zeros_like(x), None
+        if ctx.needs_input_grad[1]:
+            dweight = torch.empty_like(weight, dtype=x.dtype)
         buffer = x.new_empty(len(x) * ctx.tiles[0].stop)
         for i, tile in enumerate(ctx.tiles):
             if i < ctx.keep and dentropy is None:
                 e, top = kept[2 * i:2 * i + 2]
-                dz = torch.mul(e, (pull * (top - lse).exp_())[:, None], out=buffer[:e.numel()].view(e.shape))
+                out = buffer[:e.numel()].view(e.shape)
+                factor = p_factor * (top - lse).exp_()
+                dz = torch.mul(e, factor[:, None], out=out)
             else:
                 z = TokenStats.logits(ctx, x, weight[tile], buffer)
-                slope = 1 - (z / ctx.cap).square_() if ctx.softcap else None        # of the soft cap, less its factor
+                # of the soft cap, less its factor
+                slope = 1 - (z / ctx.cap).square_() if ctx.softcap else None
                 log_p = z.sub_(lse[:, None])
-                if dentropy is not None:
-                    p = log_p.exp()
-                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None]).add_(pull[:, None]).mul_(p)
+                if dentropy is None:
+                    dz = log_p.exp_().mul_(p_factor[:, None])
                 else:
-                    dz = log_p.exp_().mul_(pull[:, None])
+                    p = log_p.exp()
+                    dz = log_p.add_(entropy[:, None]).mul_(-dentropy[:, None])
+                    dz = dz.add_(p_factor[:, None]).mul_(p)
             if dmean is not None:
                 dz += dmean[:, None] / len(weight)
-            here, column = TokenStats.find(targets, tile)
+            here, column = TokenStats.locate(targets, tile)
             dz.scatter_add_(1, column, torch.where(here, dlogp, 0)[:, None])
             if ctx.softcap:
                 dz.mul_(slope).mul_(ctx.cap)
             dx.addmm_(dz, weight[tile].to(dz.dtype))
             if dweight is not None:
                 torch.mm(dz.t(), x, out=dweight[tile])
-        dweight = None if dweight is None else dweight.to(weight.dtype)
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
         return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None, None

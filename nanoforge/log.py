@@ -1,15 +1,19 @@
 """The log of a run: a line on the console, in log.jsonl, in TensorBoard and wandb for each write().
 
-    log = Log(run, cfg.out_dir, header, cfg.max_iters)
-    log.write(step, {'loss': loss, 'grad_norm': norm})
+    log = run.start(...)
+    log.train(step, tokens, loss=loss, learning_rate=lr, grad_norm=norm)    # a line every `interval` steps
+    with log.pause():                                                       # no training: no speed counts it
+        log.write(step, {'eval_loss': eval_loss})
 """
 import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 from configurator import UserError
@@ -17,24 +21,36 @@ from nanoforge.checkpoint import write_text, writing
 
 FIRST = ('epoch', 'loss', 'eval_loss', 'learning_rate', 'grad_norm')     # then a script's own, in its order
 LAST = ('num_tokens', 'tokens_per_second', 'mfu')
+# What a line says of the steps since the last one: the mean, but of these
+REDUCED = {**dict.fromkeys(('epoch', 'learning_rate', 'num_tokens', 'beta'), lambda values: values[-1]),
+           **dict.fromkeys(('ratio_max', 'sampling/logp_gap_max'), max), 'ratio_min': min,
+           **dict.fromkeys(('unscored', 'groups_drawn'), sum)}
 
 
 class Log:
-    """One line per write() on the console and in out_dir/log.jsonl; scalars to TensorBoard (logs/<run>/) and wandb too.
+    """A line per write() on the console and in out_dir/log.jsonl; scalars to TensorBoard and wandb, too.
 
-    log.jsonl begins with {"run": header}; then come lines with "step". With `resume_step` the lines after it are cut,
-    as their steps come again, and the TensorBoard run is continued; what a line of that very step says already is not
-    written twice. Only the main rank writes.
+    log.jsonl begins with {"run": header}; then come lines with "step". With `resume_step` the lines after it
+    are cut, as their steps come again, and the TensorBoard run is continued; what a line of that very step
+    says already is not written twice. Only the main rank writes.
 
     header       what the run is: script, data set, whether it is a stand-in, device ...
     total_steps  for the ETA, in the progress bar on a terminal, else in the lines
     wandb        name of a project, or a dict of wandb.init's own settings (project, entity, name, tags)
     name         of the run, if not out_dir's with the time
+    interval     steps between the lines of train()
     """
 
-    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None, name=None):
-        self.run, self.total, self.first_step, self.began = run, total_steps, resume_step or 0, time.monotonic()
-        self.path, self.widths, self.board, self.wandb = os.path.join(out_dir, 'log.jsonl'), {}, None, None
+    def __init__(self, run, out_dir, header, total_steps, tensorboard=True, wandb=None, resume_step=None,
+                 name=None, interval=1):
+        self.run, self.total, self.interval, self.flops_per_token = run, total_steps, interval, 0
+        self.first_step = self.last_step = resume_step or 0
+        self.path = os.path.join(out_dir, 'log.jsonl')
+        self.board = self.wandb = None
+        self.is_open, self.began = True, time.monotonic()
+        # mark: up to where seconds are counted
+        self.window, self.mark = new_window(), time.perf_counter()
+        self.widths = {}    # of each key's widest number so far, which keeps the columns straight
         self.said = []      # the keys of each line of resume_step
         if not run.is_main:
             return
@@ -58,12 +74,81 @@ class Log:
             try:
                 import wandb as client
             except ImportError:
-                raise UserError('wandb is not installed: pip install wandb, or leave the wandb flag out') from None
+                raise UserError('wandb is not installed: pip install wandb, or leave the flag out') from None
             settings = wandb if isinstance(wandb, dict) else {'project': wandb}
             run_id = name.replace('/', '-')
-            self.wandb = client.init(**{'name': run_id, 'id': run_id, 'resume': 'allow', 'config': header, **settings})
-        self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty())
+            chosen = {'name': run_id, 'id': run_id, 'resume': 'allow', 'config': header}
+            self.wandb = client.init(**{**chosen, **settings})
+        self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True,
+                        leave=False, disable=not sys.stderr.isatty())
+
+    # ---- training steps, gathered into lines
+
+    def train(self, step, tokens=0, **values):
+        """`step` steps are done, the last on `tokens` tokens of all ranks. Writes a line every `interval`
+        steps.
+
+        A value that is a tensor () is this rank's part, summed over ranks when the line is written; a number
+        is the same on every rank.
+        """
+        now, window = time.perf_counter(), self.window
+        window['seconds'], self.mark = window['seconds'] + now - self.mark, now
+        window['tokens'] += tokens
+        for key, value in values.items():
+            window['values'].setdefault(key, []).append(value.detach() if hasattr(value, 'detach') else value)
+        self.last_step = step
+        if step % self.interval == 0 or step == self.total:
+            window, self.window = self.settled_window(), new_window()
+            line = {key: REDUCED.get(key, mean)(values) for key, values in window['values'].items() if values}
+            self.write(step, {**line, **self.speed(window)})
+        self.progress(step)
+
+    def speed(self, window):
+        """{'tokens_per_second', 'time/PART', 'mfu'} of a window, its own seconds of training only."""
+        rates = {f'time/{part}': seconds for part, seconds in window['parts'].items()}
+        if window['tokens']:
+            rates['tokens_per_second'] = round(window['tokens'] / max(window['seconds'], 1e-9))
+            if self.flops_per_token and (peak := device_peak_flops(self.run.device)):
+                rates['mfu'] = rates['tokens_per_second'] * self.flops_per_token / peak / self.run.world_size
+        return rates
+
+    def settled_window(self):
+        """What train() has gathered since the last line, summed over ranks; every rank calls it."""
+        window = self.window
+        tensors = [(key, i) for key, values in window['values'].items() for i, value in enumerate(values)
+                   if hasattr(value, 'detach')]
+        if tensors:
+            parts = torch.stack([window['values'][key][i].float() for key, i in tensors])
+            for (key, i), total in zip(tensors, self.run.sum(parts).tolist()):
+                window['values'][key][i] = total
+        return window
+
+    def window_to_save(self):
+        """The values gathered since the last line, for a checkpoint."""
+        finite = {}
+        for key, values in self.settled_window()['values'].items():
+            finite[key] = list(filter(math.isfinite, values))       # a step that was skipped has others
+        return {'values': finite}
+
+    def take_up(self, window):
+        """Goes on with what window_to_save() gave; its tokens and seconds are not counted again."""
+        self.window = {**new_window(), 'values': window['values']}
+
+    @contextlib.contextmanager
+    def timed(self, part):
+        """Adds the seconds inside to 'time/PART' of the next line."""
+        began = time.perf_counter()
+        yield
+        self.window['parts'][part] = self.window['parts'].get(part, 0.0) + time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What happens inside is no training: evaluation, a checkpoint, a picture."""
+        began = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - began
+
+    # ---- lines
 
     def progress(self, step):
         """`step` steps are done: moves the bar. Call it at every step; it costs a microsecond."""
@@ -76,9 +161,12 @@ class Log:
             return
         metrics = {key: value.item() if hasattr(value, 'item') else value for key, value in metrics.items()}
         order = [*(key for key in FIRST if key in metrics),
-                 *(key for key in metrics if key not in FIRST + LAST), *(key for key in LAST if key in metrics)]
+                 *(key for key in metrics if key not in FIRST + LAST),
+                 *(key for key in LAST if key in metrics)]
         metrics = {key: metrics[key] for key in order}
-        line = {'step': step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
+        # JSON has no NaN
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        line = {'step': step, **finite}
         again = step == self.first_step and line.keys() in self.said        # of a run that had ended before
         if not again:
             self._line(line)
@@ -113,7 +201,8 @@ class Log:
             self.board.add_histogram(name, tensor.detach().float().cpu(), step)
 
     def close(self):
-        if self.run.is_main:
+        self.is_open, was_open = False, self.is_open
+        if self.run.is_main and was_open:
             self.bar.close()
             os.close(self.file)
             if self.board:
@@ -126,8 +215,34 @@ class Log:
             os.write(self.file, (json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n').encode())
 
 
+def new_window():
+    """What train() gathers between two lines: values {name: list}, tokens, seconds, seconds of parts."""
+    return {'values': {}, 'tokens': 0, 'seconds': 0.0, 'parts': {}}
+
+
+def mean(values):
+    """Of those that are finite: a step that was skipped says nothing. A single count stays a whole number."""
+    finite = [value for value in values if math.isfinite(value)] or values
+    return finite[0] if len(finite) == 1 else sum(finite) / len(finite)
+
+
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture
+# papers; figures printed "with sparsity" are halved. The first name found in the card's name counts.
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+              'A100': 312e12,
+              'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 209.5e12,
+              'RTX 4090': 165.2e12, 'RTX 3090': 71e12}
+
+
+def device_peak_flops(device):
+    """Peak FLOP/s of a torch.device, or of a card by name, for MFU; None where it is not known."""
+    if isinstance(device, torch.device):
+        device = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device)), None)
+
+
 def cut_log(path, step):
-    """Drop the lines of log.jsonl after `step`, and one that a kill cut short; returns those that are kept."""
+    """Drops the lines of log.jsonl after `step`, and one that a kill cut short; returns the others."""
     kept = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as file:
         for text in file:

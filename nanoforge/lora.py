@@ -1,9 +1,9 @@
 """LoRA by hand (Hu et al. 2021), in PEFT's file format; over 4- and 8-bit layers (quantize.py) it is QLoRA.
 
 A layer with adapters is the same object with the same `.weight`, its class swapped for one whose forward adds
-scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the transformers
-model, as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of lora_B), and an adapter is
-described by the keys of PEFT's adapter_config.json, so that files go both ways.
+scale * dropout(x) A^T B^T: base checkpoints load unmapped. Modules are called what they are in the
+transformers model, as PEFT does (GPT-2's c_attn is our q_proj, k_proj and v_proj: one lora_A, slices of
+lora_B), and an adapter is described by the keys of PEFT's adapter_config.json, so that files go both ways.
 """
 import contextlib
 import functools
@@ -16,19 +16,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanoforge import kernels
 from configurator import UserError
-from nanoforge.quantize import dequantize, head_of, is_quantized
+from nanoforge.hf import GPT2_NAMES
+from nanoforge.kernels import Linear
+from nanoforge.quantize import head_of, is_quantized
 
-DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False, 'use_dora': False,
-            'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
+DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
+            'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
 # what PEFT can put into an adapter and these layers cannot hold: refused rather than dropped
-REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices', 'target_parameters',
-           'alora_invocation_tokens', 'use_bdlora', 'use_qalora')
+REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices',
+           'target_parameters', 'alora_invocation_tokens', 'use_bdlora', 'use_qalora')
 
 
 class Adapter(nn.Module):
-    """An adapter of one layer: lora_A (r, in), lora_B (out, r); with DoRA the magnitude (out,) of the weight's rows."""
+    """An adapter of one layer: lora_A (r, in), lora_B (out, r); with DoRA the magnitude (out,) of the
+    weight's rows."""
 
     def __init__(self, A, B, magnitude, scale, dropout):
         super().__init__()
@@ -37,19 +39,52 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """Mixed into the class of a linear layer: its output plus that of the active adapter."""
+    """Mixed into the class of a linear layer: its output plus that of the active adapter.
+
+    lora: ModuleDict of Adapter by name; active: the name in use, None for none.
+    """
+
+    @property
+    def adapter(self):
+        """The Adapter in use, or None."""
+        return self.lora[self.active] if self.active in self.lora else None
 
     def forward(self, x):
         flat = x.flatten(0, -2)                                             # (N, in)
         if getattr(self, 'bf16', False) and x.device.type == 'cpu':
             flat = flat.bfloat16()
-        adapter = active(self)
-        if adapter is not None and adapter.magnitude is not None:
-            y = F.linear(flat, dense_weight(self).to(flat.dtype))
+        if has_magnitude(self):
+            y = F.linear(flat, self.weight_matrix().to(flat.dtype))
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             y = add_adapters(super().forward(flat), flat, [self])
         return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def stacked(x, layers):
+        if any(has_magnitude(layer) for layer in layers):
+            return torch.cat([layer(x) for layer in layers], -1)
+        flat = x.flatten(0, -2)                                             # (N, in)
+        if layers[0].bf16:
+            flat = flat.bfloat16()
+        return add_adapters(Linear.stacked(flat, layers), flat, layers).view(*x.shape[:-1], -1)
+
+    def base_weight(self):
+        """The matrix (out, in) without adapters; dequantised, if the layer is quantised."""
+        base = super()
+        return base.weight_matrix() if hasattr(base, 'weight_matrix') else self.weight
+
+    def weight_matrix(self):
+        """The matrix (out, in) with the active adapter added, differentiably."""
+        weight, adapter = self.base_weight(), self.adapter
+        if adapter is None:
+            return weight
+        A, B = adapter.lora_A, adapter.lora_B
+        merged = torch.addmm(weight.to(A.dtype), B, A, alpha=adapter.scale)
+        # DoRA (Liu et al. 2024, eq. 5); no gradient through the norm, section 4.3
+        if adapter.magnitude is not None:
+            merged = merged * (adapter.magnitude / torch.linalg.norm(merged, dim=1).detach()).unsqueeze(1)
+        return merged.to(weight.dtype)
 
 
 @functools.cache
@@ -57,65 +92,56 @@ def lora_class(cls):
     return type('LoRA' + cls.__name__, (LoRALinear, cls), {})
 
 
-def active(layer):
-    """The adapter that `layer` uses now, or None."""
-    return layer.lora[layer.active] if isinstance(layer, LoRALinear) and layer.active in layer.lora else None
+def plain_class(layer):
+    """The class that a LoRALinear had before."""
+    return type(layer).__mro__[2]       # LoRA<name>, LoRALinear, <name>
+
+
+def active_adapter(layer):
+    return layer.adapter if isinstance(layer, LoRALinear) else None
+
+
+def has_magnitude(layer):
+    """Whether DoRA is active: it scales the rows of the whole matrix, which must be made."""
+    adapter = active_adapter(layer)
+    return adapter is not None and adapter.magnitude is not None
 
 
 def add_adapters(y, x, layers):
-    """To y (N, sum of out), the outputs of `layers` side by side for x (N, in), each one's adapter is added, in place.
+    """To y (N, sum of out), the outputs of `layers` side by side for x (N, in), each one's adapter is added,
+    in place.
 
     Two thin products whatever the number of layers: the A stacked, the scaled B on a block diagonal.
     """
-    adapters = [active(layer) for layer in layers]
-    found = [adapter for adapter in adapters if adapter is not None]
-    if not found:
+    adapters = [active_adapter(layer) for layer in layers]
+    present = [adapter for adapter in adapters if adapter is not None]
+    if not present:
         return y
-    if len(found) == len(layers) and all(adapter.lora_A is found[0].lora_A for adapter in found):
-        A, B = found[0].lora_A, torch.cat([adapter.lora_B for adapter in found]) * found[0].scale
+    first = present[0]
+    if all(adapter is not None and adapter.lora_A is first.lora_A for adapter in adapters):   # GPT-2's c_attn
+        A = first.lora_A
+        B = torch.cat([adapter.lora_B for adapter in adapters]) * first.scale
     else:
-        A = torch.cat([adapter.lora_A for adapter in found])
-        B = torch.block_diag(*(A.new_zeros(layer.out_features, 0) if adapter is None else adapter.lora_B * adapter.scale
-                               for layer, adapter in zip(layers, adapters)))
-    x = F.dropout(x.to(y.dtype), found[0].dropout, layers[0].training)
+        A = torch.cat([adapter.lora_A for adapter in present])
+        blocks = []
+        for layer, adapter in zip(layers, adapters):
+            nothing = A.new_zeros(layer.out_features, 0)
+            blocks.append(nothing if adapter is None else adapter.lora_B * adapter.scale)
+        B = torch.block_diag(*blocks)
+    x = F.dropout(x.to(y.dtype), first.dropout, layers[0].training)
     return y.addmm_(F.linear(x, A.to(y.dtype)), B.t().to(y.dtype))
 
 
-def stacked_linear(x, layers):
-    """x (..., in) through several of model.Linear's layers -> (..., sum of out), the base weights as one product."""
-    if any(adapter is not None and adapter.magnitude is not None for adapter in map(active, layers)):
-        return torch.cat([layer(x) for layer in layers], -1)
-    flat, bf16 = x.flatten(0, -2), layers[0].bf16
-    flat = flat.bfloat16() if bf16 else flat
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    y = kernels.linear(flat, [layer.weight for layer in layers], biases, bf16)
-    return add_adapters(y, flat, layers).view(*x.shape[:-1], -1)
-
-
-def base_weight(layer):
-    return dequantize(layer) if is_quantized(layer) else layer.weight
-
-
-def dense_weight(layer):
-    """The matrix (out, in) that any linear layer stands for: dequantised, its active adapter added (differentiably)."""
-    weight, adapter = base_weight(layer), active(layer)
-    if adapter is None:
-        return weight
-    dense = torch.addmm(weight.to(adapter.lora_A.dtype), adapter.lora_B, adapter.lora_A, alpha=adapter.scale)
-    if adapter.magnitude is not None:       # DoRA (Liu et al. 2024, eq. 5); no gradient through the norm, section 4.3
-        dense = dense * (adapter.magnitude / torch.linalg.norm(dense, dim=1).detach()).unsqueeze(1)
-    return dense.to(weight.dtype)
-
-
-# ---- which layers there are, under transformers' names -------------------------------------------------------------
+# ---- which layers there are, under transformers' names -----------------------------------------------------
 
 def hf_name(model, path):
     """Our module's path -> its path in the transformers model, which a wrapper holds as its one submodule."""
-    from model import GPT2_NAMES
     if not hasattr(model, 'embed_tokens'):
         return path.partition('.')[2]
-    if path == 'lm_head' or model.config.arch != 'gpt2':
-        return path if path == 'lm_head' else 'model.' + path
+    if path == 'lm_head':
+        return path
+    if model.config.arch != 'gpt2':
+        return 'model.' + path
     layer, name = re.match(r'(layers\.\d+\.)?(.+)', path).groups('')
     name = re.sub(r'self_attn\.[qkv]_proj', 'self_attn.c_attn', name)
     return 'transformer.' + layer.replace('layers', 'h') + GPT2_NAMES[name].split('^')[0]
@@ -131,40 +157,44 @@ def linear_groups(model):
 
 
 def find_targets(model, target_modules):
-    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression, or 'all-linear'."""
+    """PEFT's target_modules -> paths: a list of names or ends of paths, a regular expression, or
+    'all-linear'."""
     groups, named = linear_groups(model), target_modules
     if named is None:
         named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
     if named == 'all-linear' or list(named) == ['all-linear']:
         return [path for path, layers in groups.items() if head_of(model) not in layers]
-    ends_in = lambda path, name: ('.' + path).endswith('.' + name)
-    if isinstance(named, str):
-        named, matches = [named], lambda path, name: re.fullmatch(name, path) or ends_in(path, name)
-    else:
-        matches = ends_in
+    is_pattern = isinstance(named, str)
+    named = [named] if is_pattern else named
+
+    def matches(path, name):
+        return ('.' + path).endswith('.' + name) or is_pattern and re.fullmatch(name, path)
+
     unmatched = [name for name in named if not any(matches(path, name) for path in groups)]
     if unmatched or not named:
-        there = ', '.join(sorted({path.rpartition('.')[2] for path in groups}))
-        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; there are '
-                        f'{there} (or say all-linear: all but the head)')
+        ends = ', '.join(sorted({path.rpartition('.')[2] for path in groups}))
+        raise UserError(f'target_modules: no linear layer is called {", ".join(unmatched) or "nothing"}; '
+                        f'there are {ends} (or say all-linear: all but the head)')
     return [path for path in groups if any(matches(path, name) for name in named)]
 
 
-# ---- adding, choosing, switching off -------------------------------------------------------------------------------
+# ---- adding, choosing, switching off -----------------------------------------------------------------------
 
 def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=None, bias='none', rslora=False, dora=False,
              name='default'):
     """Gives `model` a fresh adapter, makes it the active one and freezes the base. Returns the model.
 
-    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023); A is random, B zero: no change yet.
-    dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see find_targets; None =
-    PEFT's choice for the family. bias: which biases train: 'none', 'all', 'lora_only' (those of adapted layers). dora:
-    Liu et al. 2024. name: to hold several, see set_adapter. UserError: a value out of range, no such target.
+    W becomes W + alpha / r * B A (rslora: alpha / sqrt(r), Kalajdzievski 2023); A is random, B zero: no
+    change yet. dropout: on the adapter's input (a head's adapter has none). target_modules: as in PEFT, see
+    find_targets; None = PEFT's choice for the family. bias: which biases train: 'none', 'all', 'lora_only'
+    (those of adapted layers). dora: Liu et al. 2024. name: to hold several, see set_adapter. UserError: a
+    value out of range, no such target.
     """
     if r < 1 or alpha <= 0 or not 0 <= dropout < 1 or bias not in ('none', 'all', 'lora_only'):
-        raise UserError(f'LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; not r={r}, '
-                        f'alpha={alpha}, dropout={dropout}, bias={bias}')
-    config = dict(DEFAULTS, r=r, lora_alpha=alpha, lora_dropout=dropout, bias=bias, use_rslora=rslora, use_dora=dora)
+        raise UserError('LoRA takes r >= 1, alpha > 0, 0 <= dropout < 1 and bias none, all or lora_only; '
+                        f'not r={r}, alpha={alpha}, dropout={dropout}, bias={bias}')
+    config = dict(DEFAULTS, r=r, lora_alpha=alpha, lora_dropout=dropout, bias=bias, use_rslora=rslora,
+                  use_dora=dora)
     attach(model, name, config, find_targets(model, target_modules), trainable=True)
     return model
 
@@ -174,28 +204,20 @@ def attach(model, name, config, paths, trainable):
     adapters = getattr(model, 'adapters', {})       # name -> config, in the order in which they came
     if getattr(model, 'merged', None):
         raise UserError('an adapter is merged into the weights: unmerge_lora before adding another')
-    if name in adapters or not re.fullmatch(r'\w+', name) or hasattr(nn.ModuleDict, name):
-        raise UserError(f'adapter name {name!r} is ' + ('taken' if name in adapters else 'not a plain word'))
+    if name in adapters:
+        raise UserError(f'adapter name {name!r} is taken')
+    if not re.fullmatch(r'\w+', name) or hasattr(nn.ModuleDict, name):
+        raise UserError(f'adapter name {name!r} is not a plain word')
     if adapters and any(c['bias'] != 'none' for c in (config, *adapters.values())):
         raise UserError("several adapters would share the model's biases: use bias=none for each of them")
     if config['use_dora'] and config['lora_dropout'] and trainable:
-        raise UserError('DoRA rescales the whole weight and is not built with dropout: set the LoRA dropout to 0')
+        raise UserError('DoRA rescales the whole weight and is not built with dropout: set the LoRA dropout '
+                        'to 0')
     if not adapters:
         model.requires_grad_(False)
     for path, layers in linear_groups(model).items():
-        if path not in paths:
-            continue
-        r, alpha = rank_alpha(config, path)
-        parameter = lambda tensor: nn.Parameter(tensor, requires_grad=trainable)
-        A = parameter(torch.empty(r, layers[0].in_features, device=layers[0].weight.device))
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))                         # as torch begins a linear layer
-        for layer in layers:
-            if not isinstance(layer, LoRALinear):
-                layer.__class__, layer.lora, layer.active = lora_class(type(layer)), nn.ModuleDict(), None
-            B = parameter(torch.zeros(layer.out_features, r, device=A.device))
-            magnitude = parameter(base_weight(layer).detach().float().norm(dim=1)) if config['use_dora'] else None
-            scale = alpha / (math.sqrt(r) if config['use_rslora'] else r)
-            layer.lora[name] = Adapter(A, B, magnitude, scale, config['lora_dropout'])
+        if path in paths:
+            attach_group(layers, name, config, path, trainable)
     model.adapters, model.merged, model.base_biases = {**adapters, name: config}, None, {}
     if config['bias'] != 'none':
         for path, module in model.named_modules():
@@ -206,11 +228,33 @@ def attach(model, name, config, paths, trainable):
     set_adapter(model, name)
 
 
-def rank_alpha(config, path):
-    """(r, alpha) at `path`; PEFT's patterns give single modules other values."""
-    here = lambda patterns, usual: next((value for pattern, value in config[patterns].items()
-                                         if re.fullmatch(rf'(.*\.)?({pattern})', path)), usual)
-    return here('rank_pattern', config['r']), here('alpha_pattern', config['lora_alpha'])
+def attach_group(layers, name, config, path, trainable):
+    """Adapter `name` for the layers that are one module of the transformers model, at `path`: one lora_A for
+    all."""
+    r = at_path(config['rank_pattern'], path, config['r'])
+    alpha = at_path(config['alpha_pattern'], path, config['lora_alpha'])
+    scale = alpha / (math.sqrt(r) if config['use_rslora'] else r)
+    device = layers[0].weight.device
+    A = nn.Parameter(torch.empty(r, layers[0].in_features, device=device), requires_grad=trainable)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))                             # as torch begins a linear layer
+    for layer in layers:
+        if not isinstance(layer, LoRALinear):
+            layer.__class__, layer.lora, layer.active = lora_class(type(layer)), nn.ModuleDict(), None
+        B = nn.Parameter(torch.zeros(layer.out_features, r, device=device), requires_grad=trainable)
+        magnitude = None
+        if config['use_dora']:
+            norms = layer.base_weight().detach().float().norm(dim=1)
+            magnitude = nn.Parameter(norms, requires_grad=trainable)
+        layer.lora[name] = Adapter(A, B, magnitude, scale, config['lora_dropout'])
+
+
+def at_path(patterns, path, default):
+    """PEFT's rank_pattern and alpha_pattern, {regular expression: value}, give single modules other
+    values."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf'(.*\.)?({pattern})', path):
+            return value
+    return default
 
 
 def lora_layers(model):
@@ -220,11 +264,13 @@ def lora_layers(model):
 def set_adapter(model, name):
     """Makes `name` the one adapter in use; the others are not in the graph and get no gradient.
 
-    Never between a forward pass and its backward: gradient checkpointing would recompute with another adapter. And an
-    optimizer that holds several adapters would let momentum and weight decay move the idle ones: one for each.
+    Never between a forward pass and its backward: gradient checkpointing would recompute with another
+    adapter. And an optimizer that holds several adapters would let momentum and weight decay move the idle
+    ones: one for each.
     """
     if name not in getattr(model, 'adapters', {}):
-        raise UserError(f'no adapter {name!r}; there are: {", ".join(getattr(model, "adapters", {})) or "none"}')
+        raise UserError(f'no adapter {name!r}; there are: '
+                        f'{", ".join(getattr(model, "adapters", {})) or "none"}')
     model.active_adapter = name
     for layer in lora_layers(model):
         layer.active = name
@@ -234,9 +280,10 @@ def remove_adapter(model, name):
     """Takes adapter `name` off. Without a last one the layers are plain again; the base stays frozen."""
     del model.adapters[name]
     for layer in lora_layers(model):
-        layer.lora.pop(name) if name in layer.lora else None
+        if name in layer.lora:
+            layer.lora.pop(name)
         if not layer.lora:
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = plain_class(layer)
             del layer.lora, layer.active
     if model.adapters and model.active_adapter == name:
         set_adapter(model, next(reversed(model.adapters)))
@@ -246,11 +293,12 @@ def remove_adapter(model, name):
 def adapters_off(model):
     """Inside, the model is its base: no adapter, and the biases as they were before training.
 
-    A reference model only if training began from the base: to train an adapter further, load it twice, one frozen.
+    A reference model only if training began from the base: to train an adapter further, load it twice, one
+    frozen.
     """
     if not lora_layers(model):
-        raise UserError('adapters_off: the model has no adapter' + (
-            ' (it is merged: unmerge_lora first)' if getattr(model, 'merged', None) else ''))
+        merged = ' (it is merged: unmerge_lora first)' if getattr(model, 'merged', None) else ''
+        raise UserError('adapters_off: the model has no adapter' + merged)
     biases = {path: model.get_submodule(path).bias for path in model.base_biases}
     trained = {path: bias.data for path, bias in biases.items()}
     try:
@@ -265,30 +313,32 @@ def adapters_off(model):
             bias.data = trained[path]
 
 
-# ---- folding into the weights and back -----------------------------------------------------------------------------
+# ---- folding into the weights and back ---------------------------------------------------------------------
 
 def merge_lora(model, keep=True):
-    """Folds the active adapter into the weights and returns the model, now plain: quantised layers are dequantised.
+    """Folds the active adapter into the weights and returns the model, now plain: quantised layers are
+    dequantised.
 
-    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees them and
-    makes every parameter trainable. A tied head with an adapter is untied, since the embedding must stay what it is.
+    keep: hold on to the layers as they were, so that unmerge_lora puts back the very same ones; False frees
+    them and makes every parameter trainable. A tied head with an adapter is untied, since the embedding must
+    stay what it is.
     """
-    found = [(path, layer) for path, layer in model.named_modules()
-             if isinstance(layer, LoRALinear) or is_quantized(layer)]
-    if not found:
-        raise UserError('merge_lora: the model has no adapter' + (
-            ': it is merged already' if getattr(model, 'merged', None) else ''))
-    tied = next((path for path, layer in found if any(
-        layer.weight is m.weight for m in model.modules() if isinstance(m, nn.Embedding))), None)
+    layers = [(path, layer) for path, layer in model.named_modules()
+              if isinstance(layer, LoRALinear) or is_quantized(layer)]
+    if not layers:
+        why = ': it is merged already' if getattr(model, 'merged', None) else ''
+        raise UserError('merge_lora: the model has no adapter' + why)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tied = next((path for path, layer in layers if id(layer.weight) in embeddings), None)
     if tied not in (None, 'lm_head'):
         raise UserError(f'{tied} shares its matrix with the embedding, so its adapter cannot be merged')
-    for path, layer in found:
-        plain_class = layer.plain_class if is_quantized(layer) else type(layer).__mro__[2]
-        plain = plain_class(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
-        plain.weight, plain.bias = nn.Parameter(dense_weight(layer).detach(), requires_grad=False), layer.bias
-        plain.bf16 = getattr(layer, 'bf16', False)
+    for path, layer in layers:
+        cls = layer.plain_class if is_quantized(layer) else plain_class(layer)
+        plain = cls(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
+        plain.weight = nn.Parameter(layer.weight_matrix().detach(), requires_grad=False)
+        plain.bias, plain.bf16 = layer.bias, getattr(layer, 'bf16', False)
         model.set_submodule(path, plain)
-    model.merged = found
+    model.merged = layers
     if tied:
         model.config.tied = False
     if not keep:
@@ -309,7 +359,7 @@ def unmerge_lora(model):
     return model
 
 
-# ---- PEFT's files --------------------------------------------------------------------------------------------------
+# ---- PEFT's files ------------------------------------------------------------------------------------------
 
 def file_layout(model, name):
     """{key in adapter_model.safetensors: [our parameters that make it up, stacked]} of adapter `name`."""
@@ -329,16 +379,19 @@ def file_layout(model, name):
 
 
 def adapted_paths(keys):
-    return [key[len('base_model.model.'):-len('.lora_A.weight')] for key in keys if key.endswith('.lora_A.weight')]
+    end = '.lora_A.weight'
+    return [key[len('base_model.model.'):-len(end)] for key in keys if key.endswith(end)]
 
 
 def save_adapter(model, directory, base_model_name=None, name=None):
-    """Writes adapter `name` (None: the active one) as PEFT does: adapter_config.json and adapter_model.safetensors.
+    """Writes adapter `name` (None: the active one) as PEFT does: adapter_config.json and
+    adapter_model.safetensors.
 
     base_model_name: what load_model and PEFT are to load underneath; None = what the model was loaded from.
     """
     from safetensors.torch import save_file
-    config, layout = model.adapters[name or model.active_adapter], file_layout(model, name or model.active_adapter)
+    name = name or model.active_adapter
+    config, layout = model.adapters[name], file_layout(model, name)
     paths = adapted_paths(layout)
     ends = sorted({path.rpartition('.')[2] for path in paths})
     config = {**config, 'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True,
@@ -346,8 +399,8 @@ def save_adapter(model, directory, base_model_name=None, name=None):
               'fan_in_fan_out': any(path.endswith('.c_attn') for path in linear_groups(model)),
               'target_modules': ends if set(find_targets(model, ends)) == set(paths) else paths}
     os.makedirs(directory, exist_ok=True)
-    save_file({key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()},
-              os.path.join(directory, 'adapter_model.safetensors'), metadata={'format': 'pt'})
+    weights = {key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()}
+    save_file(weights, os.path.join(directory, 'adapter_model.safetensors'), metadata={'format': 'pt'})
     with open(os.path.join(directory, 'adapter_config.json'), 'w') as f:
         json.dump(config, f, indent=2)
 
@@ -355,57 +408,68 @@ def save_adapter(model, directory, base_model_name=None, name=None):
 def load_adapter(model, directory, name='default', trainable=False, any_base=False):
     """Puts the PEFT adapter in `directory` on the model as `name` and makes it active; returns the model.
 
-    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as models are
-    moved; any_base=True waives this one) does not fit; or where it is not plain LoRA.
+    UserError where it is for another base: a module, a shape or base_model_name_or_path (its last part, as
+    models are moved; any_base=True waives this one) does not fit; or where it is not plain LoRA.
     """
     from safetensors.torch import load_file
     config = read_adapter_config(directory)
     theirs, ours = config['base_model_name_or_path'], getattr(model, 'name_or_path', None)
-    last = lambda path: os.path.basename(os.path.normpath(path)).lower()
-    if theirs and ours and last(theirs) != last(ours) and not any_base:
-        raise UserError(f'{directory} is an adapter for {theirs}, the model is {ours}; if they are the same, say so '
-                        'with any_base=True (load_model: give base)')
+    if theirs and ours and last_part(theirs) != last_part(ours) and not any_base:
+        raise UserError(f'{directory} is an adapter for {theirs}, the model is {ours}; if they are the same, '
+                        'say so with any_base=True (load_model: give base)')
     file = os.path.join(directory, 'adapter_model.safetensors')
     if not os.path.exists(file):
         raise UserError(f'{directory} has no adapter_model.safetensors: save the adapter with a current PEFT')
     weights = load_file(file)
     head = getattr(getattr(model, 'lm_head', None), 'weight', None)
-    for key in [key for key in weights if re.search(r'(lm_head(\.base_layer)?|embed_tokens)\.weight$', key)]:
-        if head is not None and weights[key].shape == head.shape and weights[key].to(head).equal(head):
-            del weights[key]                                    # PEFT adds an unchanged copy of an adapted head
+    for key in list(weights):                                 # PEFT adds an unchanged copy of an adapted head
+        if re.search(r'(lm_head(\.base_layer)?|embed_tokens)\.weight$', key) and head is not None:
+            if weights[key].shape == head.shape and weights[key].to(head).equal(head):
+                del weights[key]
     paths = adapted_paths(weights)
-    other = f'{directory} is an adapter for another base{f" ({theirs})" if theirs else ""}: '
-    absent = [path for path in paths if path not in linear_groups(model)]
-    if absent or not paths:
-        raise UserError(other + f'the model has no {absent[0]}' if paths else f'{file} holds no LoRA weights')
+    if not paths:
+        raise UserError(f'{file} holds no LoRA weights')
+    for_base = f' ({theirs})' if theirs else ''
+    mismatch = f'{directory} is an adapter for another base{for_base}: '
+    groups = linear_groups(model)
+    absent = [path for path in paths if path not in groups]
+    if absent:
+        raise UserError(mismatch + f'the model has no {absent[0]}')
     before = getattr(model, 'active_adapter', None)
     attach(model, name, config, paths, trainable)
     layout = file_layout(model, name)
-    shapes = {key: (sum(part.size(0) for part in parts), *parts[0].shape[1:]) for key, parts in layout.items()}
-    wrong = [f'{key} is {tuple(w.shape)}, not {shapes.get(key, "in this model")}' for key, w in weights.items()
-             if shapes.get(key) != tuple(w.shape)]
+    shapes = {key: (sum(map(len, parts)), *parts[0].shape[1:]) for key, parts in layout.items()}
+    wrong = [f'{key} is {tuple(w.shape)}, not {shapes.get(key, "in this model")}'
+             for key, w in weights.items() if shapes.get(key) != tuple(w.shape)]
     wrong += [f'{key} is missing' for key in shapes if '.lora_' in key and key not in weights]
     if wrong:
         remove_adapter(model, name)
         if before in model.adapters:
             set_adapter(model, before)
-        raise UserError(other + wrong[0].removeprefix('base_model.model.'))
+        raise UserError(mismatch + wrong[0].removeprefix('base_model.model.'))
     with torch.no_grad():
         for key, w in weights.items():
-            for part, piece in zip(layout[key], w.split([part.size(0) for part in layout[key]])):
+            for part, piece in zip(layout[key], w.split(list(map(len, layout[key])))):
                 part.copy_(piece)
     return model
 
 
+def last_part(path):
+    return os.path.basename(os.path.normpath(path)).lower()
+
+
 def read_adapter_config(directory):
-    """PEFT's adapter_config.json, with defaults where older ones lack keys; UserError for what is not plain LoRA."""
+    """PEFT's adapter_config.json, with defaults where older ones lack keys; UserError for what is not plain
+    LoRA."""
     path = os.path.join(directory, 'adapter_config.json')
     if not os.path.exists(path):
         raise UserError(f'{directory} has no adapter_config.json: not an adapter')
     with open(path) as f:
         config = json.load(f)
-    kind, refused = config.get('peft_type'), [key for key in REFUSED if config.get(key)]
-    if kind != 'LORA' or refused:
-        raise UserError(f'{path}: ' + (f'{refused[0]} is set' if kind == 'LORA' else f'peft_type is {kind}') +
-                        ', which only PEFT runs; merge it there (merge_and_unload), save and load the result')
+    refused = [f'{key} is set' for key in REFUSED if config.get(key)]
+    if config.get('peft_type') != 'LORA':
+        refused = [f'peft_type is {config.get("peft_type")}']
+    if refused:
+        raise UserError(f'{path}: {refused[0]}, which only PEFT runs; merge it there (merge_and_unload), '
+                        'save and load the result')
     return {key: config.get(key, default) for key, default in DEFAULTS.items()}

@@ -1,11 +1,11 @@
 """Optimizers and learning-rate schedules, written by hand.
 
-An optimizer keeps the parameters of a group in one flat tensor, of which the model's parameters become views; gradients
-and state likewise. A step is a handful of operations however many parameters there are, and clipping, zeroing and the
-all-reduce of data parallel are one call per buffer.
+An optimizer keeps the parameters of a group in one flat tensor, of which the model's parameters become views;
+gradients and state likewise. A step is a handful of operations however many parameters there are, and
+clipping, zeroing and the all-reduce of data parallel are one call per buffer.
 
-torch is not imported here: optimizers call the methods of the tensors they are given. So a script can read OPTIMIZERS
-and SCHEDULES, and draw its learning-rate curve, before it pays for that import.
+torch is not imported here: optimizers call the methods of the tensors they are given. So a script can read
+OPTIMIZERS and SCHEDULES, and draw its learning-rate curve, before it pays for that import.
 """
 import contextlib
 import inspect
@@ -13,10 +13,17 @@ import math
 
 from configurator import UserError
 
-# ours, then those of torch.optim that can take a plain step: LBFGS needs a closure, SparseAdam sparse gradients
-OPTIMIZERS = ('adamw', 'sgd', 'muon', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'asgd', 'nadam', 'radam',
-              'rmsprop', 'rprop')
+# ours, then those of torch.optim that take a plain step: LBFGS needs a closure, SparseAdam sparse gradients
+OPTIMIZERS = ('adamw', 'sgd', 'muon', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'asgd', 'nadam',
+              'radam', 'rmsprop', 'rprop')
 SCHEDULES = ('none', 'constant', 'cosine', 'exponential', 'linear', 'wsd', 'cosine_restarts', 'plateau')
+# what Hugging Face's and others' flags call them: ours
+SCHEDULER_NAMES = {
+    'constant_with_warmup': 'constant', 'cosine_with_restarts': 'cosine_restarts',
+    'cosine_hard_restarts': 'cosine_restarts', 'reduce_lr_on_plateau': 'plateau',
+    'warmup_stable_decay': 'wsd',
+    **{name: name for name in SCHEDULES},
+}
 ALIGN = 16       # elements: every parameter starts on a cache line
 CHUNK = 2 ** 19  # elements of a CPU update: what it rereads stays in cache, and threads wake seldom enough
 
@@ -24,14 +31,16 @@ CHUNK = 2 ** 19  # elements of a CPU update: what it rereads stays in cache, and
 def learning_rate(step, schedule, base_lr, min_lr, warmup_steps, decay_steps):
     """The learning rate of optimizer step `step` (from 0) under one of SCHEDULES, a float.
 
-    Linear warm-up first: (step + 1) / (warmup_steps + 1) of base_lr. Then 'none', 'constant' and 'plateau' (whose
-    factor is Plateau.scale) stay; the others go from base_lr at warmup_steps to min_lr at decay_steps and stay there:
+    Linear warm-up first: (step + 1) / (warmup_steps + 1) of base_lr. Then 'none', 'constant' and 'plateau'
+    (whose factor is Plateau.scale) stay; the others go from base_lr at warmup_steps to min_lr at decay_steps
+    and stay there:
       exponential      geometric, so min_lr must be positive
       wsd              base_lr, then 1 - sqrt over the last fifth (Haegele et al. 2024, arXiv 2405.18392)
       cosine_restarts  three cosine cycles, each twice as long as the one before (SGDR, arXiv 1608.03983)
     """
-    if schedule not in SCHEDULES:
+    if schedule not in SCHEDULER_NAMES:
         raise UserError(f'no learning-rate schedule {schedule!r}; there are {", ".join(SCHEDULES)}')
+    schedule = SCHEDULER_NAMES[schedule]
     if schedule == 'exponential' and min_lr <= 0:
         raise UserError(f'the exponential schedule is geometric: min_lr must be above 0, not {min_lr}')
     if step < warmup_steps:
@@ -54,21 +63,23 @@ def learning_rate(step, schedule, base_lr, min_lr, warmup_steps, decay_steps):
     return min_lr + share * (base_lr - min_lr)
 
 
-def warmup_within(steps, total, say):
-    """Steps of warm-up in a run of `total`: a tenth of them, and said so, where the highest rate would never come."""
+def warmup_within(steps, total, print0):
+    """Steps of warm-up in a run of `total`: a tenth of that, and said, where it would never end."""
     if steps < total or not steps:
         return steps
-    say(f'note      warm-up of {steps} steps in a run of {total}, whose highest rate would never come: clamped to {total // 10}')
+    print0(f'note      warm-up of {steps} steps in a run of {total}, whose highest rate would never come: '
+        f'clamped to {total // 10}')
     return total // 10
 
 
 class Plateau:
-    """`scale` for the learning rate: times `factor` when more than `patience` evaluations in a row bring no loss below
-    the best by a ten-thousandth of it (as torch's ReduceLROnPlateau). A loss that is not finite is no improvement."""
+    """`scale` for the learning rate: times `factor` when more than `patience` evaluations in a row bring no
+    loss below the best by a ten-thousandth of it (as torch's ReduceLROnPlateau). A loss that is not finite is
+    no improvement."""
 
-    def __init__(self, factor=0.5, patience=2):
+    def __init__(self, state=None, factor=0.5, patience=2):
         self.factor, self.patience = factor, patience
-        self.load_state_dict({'scale': 1.0, 'best': None, 'stalled': 0})
+        self.load_state_dict(state or {'scale': 1.0, 'best': None, 'stalled': 0})
 
     def update(self, loss):
         """Takes a validation loss, returns the scale from now on."""
@@ -87,8 +98,8 @@ class Plateau:
 
 
 class Flat:
-    """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into which
-    autograd accumulates), and for each name in `slots` a tensor of the same length."""
+    """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into
+    which autograd accumulates), and for each name in `slots` a tensor of the same length."""
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params, self.starts = group, names, params, []
@@ -102,7 +113,7 @@ class Flat:
         for p, view in zip(params, self.views(self.data)):
             view.copy_(p.detach())
             p.data = view
-        self.places = [p.data_ptr() for p in params]
+        self.addresses = [p.data_ptr() for p in params]
         size = CHUNK if self.data.device.type == 'cpu' else length
         self.chunks = list(zip(*(t.split(size) for t in (self.data, self.grad, *self.state.values()))))
         self.gather()
@@ -112,20 +123,22 @@ class Flat:
         return [flat[start:start + p.numel()].view(p.shape) for start, p in zip(self.starts, self.params)]
 
     def gather(self):
-        """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which is a
-        gradient of zero here, and the next backward then makes a new tensor."""
-        for p, grad, place in zip(self.params, self.grads, self.places):
+        """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which
+        is a gradient of zero here, and the next backward then makes a new tensor."""
+        for p, grad, address in zip(self.params, self.grads, self.addresses):
             if p.grad is not grad:
                 grad.zero_() if p.grad is None else grad.copy_(p.grad)
                 p.grad = grad
-            if p.data_ptr() != place:
-                raise RuntimeError('a parameter was moved or replaced after its optimizer was made: make it afterwards')
+            if p.data_ptr() != address:
+                raise RuntimeError('a parameter was moved or replaced after its optimizer was made: make it '
+                                   'afterwards')
 
 
 class FlatOptimizer:
-    """What the optimizers below share. `params`: parameters, (name, parameter) pairs, or dicts with either under
-    'params' and settings of their own, as in torch. Frozen parameters, and tied ones after the first, are left out.
-    The next step reads its settings from the dicts in param_groups; set_lr sets 'lr' in all of them."""
+    """What the optimizers below share. `params`: parameters, (name, parameter) pairs, or dicts with either
+    under 'params' and settings of their own, as in torch. Frozen parameters, and tied ones after the first,
+    are left out. The next step reads its settings from the dicts in param_groups; set_lr sets 'lr' in all of
+    them."""
 
     def __init__(self, params, **defaults):
         params = list(params)
@@ -168,10 +181,12 @@ class FlatOptimizer:
             group['lr'] = lr * group['lr_scale']
 
     def clip_grad_norm(self, max_norm):
-        """Scales the gradients so that their joint 2-norm is at most max_norm (0: never) and returns the norm before, a
-        tensor (). Where that is not finite the gradients stay as they are: the caller skips the step."""
+        """Scales the gradients so that their joint 2-norm is at most max_norm (0: never) and returns the norm
+        before, a tensor (). Where that is not finite the gradients stay as they are: the caller skips the
+        step."""
         grads = self.grads
-        norm = sum(part.dot(part).to(grads[0].device) for grad in grads for part in grad.split(2 ** 24)).sqrt()
+        squares = [part.dot(part) for grad in grads for part in grad.split(2 ** 24)]
+        norm = sum(square.to(grads[0].device) for square in squares).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
             if scale.device.type != 'cpu' or scale < 1:  # a GPU would have to be waited for
@@ -195,24 +210,26 @@ class FlatOptimizer:
 
     def load_state_dict(self, state):
         """Copies what state_dict gave. UserError, and nothing changed, where a name or a shape differs."""
-        own = self.state_dict()
-        for key in sorted(own.keys() | state.keys()):
-            shapes = [tuple(s[key].shape) if key in s else 'nothing' for s in (own, state)]
+        live = self.state_dict()
+        for key in sorted(live.keys() | state.keys()):
+            shapes = [tuple(s[key].shape) if key in s else 'nothing' for s in (live, state)]
             if shapes[0] != shapes[1]:
-                raise UserError(f'optimizer state {key}: needed is {shapes[0]}, the checkpoint holds {shapes[1]}')
-        for key in own.keys() - {'step'}:
-            own[key].copy_(state[key])
+                raise UserError(f'optimizer state {key}: needed is {shapes[0]}, the checkpoint holds '
+                                f'{shapes[1]}')
+        for key in live.keys() - {'step'}:
+            live[key].copy_(state[key])
         self.steps = int(state['step'])
 
 
 class WeightAverage:
-    """Exponential moving average of an optimizer's parameters (Polyak averaging), in float32 beside its flat buffers.
+    """Exponential moving average of an optimizer's parameters, in float32 beside its flat buffers.
 
     Within `with average.swapped()` the model holds the average, and this object the weights of the last step.
+    With decay 0 there is no average, and nothing here does anything.
     """
 
     def __init__(self, optimizer, decay):
-        self.flats, self.decay = optimizer.flats, decay
+        self.flats, self.decay = optimizer.flats if decay else [], decay      # decay 0: nothing is averaged
         self.means = [flat.data.clone() for flat in self.flats]
 
     def update(self, step):
@@ -233,6 +250,17 @@ class WeightAverage:
             yield
         finally:
             self.swap()
+
+    def restore(self, tensors):
+        """Takes the last step's weights ('weights/PARAMETER') out of a checkpoint's tensors; the model of the
+        checkpoint is the average, and goes where that belongs."""
+        last = {name: tensors.pop(name) for name in list(tensors) if name.startswith('weights/')}
+        for mean, flat in zip(self.means, self.flats):
+            mean.copy_(flat.data)
+        self.swap()
+        for name, held in self.state_dict().items():
+            held.copy_(last[name])
+        self.swap()
 
     def state_dict(self):
         """{'weights/PARAMETER': tensor}: what this object holds, live."""
@@ -263,8 +291,8 @@ class AdamW(FlatOptimizer):
 
 
 class SGD(FlatOptimizer):
-    """Gradient descent with torch's meaning of each setting: weight decay is added to the gradient g, the momentum
-    buffer is b = momentum * b + g, Nesterov's direction g + momentum * b."""
+    """Gradient descent with torch's meaning of each setting: weight decay is added to the gradient g, the
+    momentum buffer is b = momentum * b + g, Nesterov's direction g + momentum * b."""
 
     def __init__(self, params, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0):
         if nesterov and not momentum:
@@ -286,8 +314,8 @@ class SGD(FlatOptimizer):
 
 
 def newton_schulz(x, steps=5):
-    """Matrices x (N, rows, columns) with their singular values brought near 1 (0.68 to 1.15), by the quintic of
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon, on the shorter side."""
+    """Matrices x (N, rows, columns) with their singular values brought near 1 (0.68 to 1.15), by the quintic
+    of Jordan et al. 2024, kellerjordan.github.io/posts/muon, on the shorter side."""
     if x.size(1) > x.size(2):
         return newton_schulz(x.mT, steps).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -298,18 +326,19 @@ def newton_schulz(x, steps=5):
 
 
 class Muon(AdamW):
-    """Orthogonalised Nesterov momentum for matrices, AdamW for groups with muon=False (embeddings, heads, vectors).
+    """Orthogonalised Nesterov momentum for matrices, AdamW for groups with muon=False (embeddings, heads,
+    vectors).
 
-    Steps are scaled by 0.2 * sqrt(max(rows, columns)), which makes their size, hence learning rate and weight decay,
-    AdamW's (Moonlight, arXiv 2502.16982, section 2.2). adam_lr: the rate of the AdamW groups if another. A weight that
-    stacks projections says so, weight.splits = (rows of each): each is orthogonalised alone. ns_dtype: the precision of
-    the Newton-Schulz products if not the parameters'.
+    Steps are scaled by 0.2 * sqrt(max(rows, columns)), which makes their size, hence learning rate and weight
+    decay, AdamW's (Moonlight, arXiv 2502.16982, section 2.2). adam_lr: the rate of the AdamW groups if
+    another. A weight that stacks projections says so, weight.splits = (rows of each): each is orthogonalised
+    alone. ns_dtype: the precision of the Newton-Schulz products if not the parameters'.
     """
 
-    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1, adam_lr=None, betas=(0.9, 0.95), eps=1e-8,
-                 ns_dtype=None):
-        FlatOptimizer.__init__(self, params, lr=lr, momentum=momentum, weight_decay=weight_decay, betas=betas, eps=eps,
-                               muon=True)
+    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1, adam_lr=None, betas=(0.9, 0.95),
+                 eps=1e-8, ns_dtype=None):
+        FlatOptimizer.__init__(self, params, lr=lr, momentum=momentum, weight_decay=weight_decay, betas=betas,
+                               eps=eps, muon=True)
         self.ns_dtype = ns_dtype
         for flat in self.flats:
             if not flat.group['muon'] and adam_lr is not None:
@@ -355,7 +384,8 @@ class TorchOptimizer(FlatOptimizer):
     def state_dict(self):
         state = super().state_dict()
         for name, p in ((name, p) for flat in self.flats for name, p in zip(flat.names, flat.params)):
-            state.update((f'{slot}/{name}', t) for slot, t in self.inner.state.get(p, {}).items() if t is not None)
+            slots = self.inner.state.get(p, {})
+            state.update((f'{slot}/{name}', tensor) for slot, tensor in slots.items() if tensor is not None)
         return state
 
     def load_state_dict(self, state):
@@ -368,27 +398,31 @@ class TorchOptimizer(FlatOptimizer):
         super().load_state_dict(state)
 
 
-def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentum=None, nesterov=False, adam_lr=None,
-                   ns_dtype=None):
-    """The optimizer `name` of OPTIMIZERS for a model's trainable parameters, with those of the settings that it has.
+def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentum=None, nesterov=False,
+                   adam_lr=None, ns_dtype=None):
+    """The optimizer `name` of OPTIMIZERS for what trains of a model, with the settings that it knows.
 
-    Weight decay is for matrices, embeddings among them, not for norms and biases. Muon takes the matrices inside
-    numbered blocks. momentum None is the optimizer's own.
+    Weight decay is for matrices, embeddings among them, not for norms and biases. Muon takes the matrices
+    inside numbered blocks. momentum None is the optimizer's own.
     """
     if name not in OPTIMIZERS:
         raise UserError(f'no optimizer {name!r}; there are {", ".join(OPTIMIZERS)}')
     tables = {id(m.weight) for m in model.modules() if 'Embedding' in type(m).__name__}
     groups = {}  # (is a matrix, is for Muon) -> [(name, parameter)]
     for key, p in model.named_parameters():
-        hidden = p.dim() == 2 and id(p) not in tables and any(map(str.isdigit, key.split('.'))) and 'head' not in key
+        in_a_block = any(map(str.isdigit, key.split('.')))
+        hidden = p.dim() == 2 and id(p) not in tables and in_a_block and 'head' not in key
         groups.setdefault((p.dim() >= 2, name == 'muon' and hidden), []).append((key, p))
     groups = [{'params': members, 'weight_decay': weight_decay if matrix else 0.0, 'muon': hidden}
               for (matrix, hidden), members in groups.items()]
     kind = {'adamw': AdamW, 'sgd': SGD, 'muon': Muon}.get(name)
     if not kind:
         from torch import optim
-        kind = next(found for key, found in vars(optim).items() if key.lower() == name and isinstance(found, type))
-    settings = dict(lr=lr, betas=betas, momentum=momentum, nesterov=nesterov, adam_lr=adam_lr, ns_dtype=ns_dtype)
+        kind = {key.lower(): value for key, value in vars(optim).items() if isinstance(value, type)}[name]
+    settings = dict(lr=lr, betas=betas, momentum=momentum, nesterov=nesterov, adam_lr=adam_lr,
+                    ns_dtype=ns_dtype)
     known = inspect.signature(kind).parameters
     settings = {key: value for key, value in settings.items() if key in known and value is not None}
-    return kind(groups, **settings) if issubclass(kind, FlatOptimizer) else TorchOptimizer(groups, kind, **settings)
+    if issubclass(kind, FlatOptimizer):
+        return kind(groups, **settings)
+    return TorchOptimizer(groups, kind, **settings)

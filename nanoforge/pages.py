@@ -1,149 +1,417 @@
-"""What a reinforcement-learning run looks like: reward.png drawn from log.jsonl, and rollouts.html, in which samples are read, from
-rollouts.jsonl. Both are made from files alone, so a resumed run's are whole."""
-import html
-import itertools
+"""Pages that people read, each one file that needs no other; all that a model wrote is escaped.
+
+    rollouts_page       rollouts.html of train_rl.py: samples, the likelier and the less likely ones
+    episodes_page       episodes.html of train_agents.py: trees of turns
+    evaluation_pages    evaluation.md and .html of evaluate.py
+    explain_group       a group of completions, in words
+
+They are made from what a run wrote down, so a resumed run's are whole.
+"""
+import base64
+import json
+import re
+from functools import partial
+from html import escape
 from pathlib import Path
 
+from data.completions import read_completions
 from nanoforge.checkpoint import write_text
-from data.completions import read_episodes
-from nanoforge.plots import read_log, smooth
+from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
+from nanoforge.plots import BLUE, GREEN, ORANGE, evaluation_figures, png_bytes, read_log
 
-GROUPS_SHOWN = 12           # of each step
+# ---- what all pages share ---------------------------------------------------------------------------------
+
+STYLE = '''
+body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:66rem;margin:2rem auto;padding:0 1rem}
+h2{margin-top:2.5rem;font-size:1.2rem}img{max-width:100%}
+summary{cursor:pointer;padding:.2rem 0}.facts{color:#666;font-size:.85rem}
+table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #e6e6e6}
+th{border-bottom:2px solid #999}.n{text-align:right}td.n{white-space:nowrap}
+.example{border-left:4px solid #d9622b;padding:.2rem 1rem;margin:1rem 0;background:#fafafa}
+.example.correct{border-color:#4a9b6e}
+.example b{display:inline-block;width:6rem;color:#777;font-weight:normal}
+.example div{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0}
+.step>summary{font-weight:600;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}
+.group{margin:.3rem 0 .3rem 1rem}.group>summary{overflow-wrap:anywhere}
+.question{color:#555;white-space:pre-wrap;margin:.2rem 0 .4rem}
+.cells{display:inline-flex;gap:2px;vertical-align:middle;margin-right:.6rem}
+.cells i,.key i{width:.8rem;height:.8rem;border-radius:2px;display:block}
+.key i{display:inline-block;margin:0 .3rem 0 1rem;vertical-align:-1px}
+.sample{display:grid;grid-template-columns:13rem 1fr;gap:.8rem;padding:.25rem .5rem;margin:2px 0;
+border-radius:4px}
+.sample code{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.4 ui-monospace,monospace}
+.episodes details{border:1px solid #ddd;border-radius:6px;margin:.5em 0;padding:.4em .8em}
+.turn{display:flex;gap:1.4em;align-items:flex-start;margin:.8em 0;flex-wrap:wrap}
+.turn table{flex:1;min-width:24em;margin:0}.executed{background:#fff3c4;font-weight:600}
+.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0;padding:.5em .7em;background:#f5f5f5;
+border-radius:4px;white-space:pre-wrap}
+.good{color:#1a7f37}.bad{color:#b3261e}'''
+WORDS = ('', 'what it means', 'tool', 'most often instead', 'answer', 'outcome')     # columns without numbers
+
+
+def html_page(title, body):
+    title = escape(title)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n')
+
+
+def element(tag, text):
+    return f'<{tag}>{escape(text)}</{tag}>'
+
+
+def html_table(headers, rows, executed=None):
+    """A table of texts, numbers to the right. executed: number of the row that stands out."""
+    sides = ['' if header in WORDS else ' class=n' for header in headers]
+
+    def line(tag, cells):
+        return ''.join(f'<{tag}{side}>{escape(text)}</{tag}>' for side, text in zip(sides, cells))
+
+    marks = [' class=executed' if i == executed else '' for i in range(len(rows))]
+    body = ''.join(f'<tr{mark}>{line("td", row)}</tr>' for mark, row in zip(marks, rows))
+    return f'<table><tr>{line("th", headers)}</tr>{body}</table>'
+
+
+# ---- rollouts of reinforcement learning -------------------------------------------------------------------
+
 STEPS_SHOWN = 12            # spread over the run, the first and the last among them
+GROUPS_SHOWN = 12           # of each step
 TEXT_SHOWN = 2000           # characters of a completion
-PANELS = (('reward', ('reward', 'rewards', 'success_rate', 'eval_accuracy', 'eval_accuracy_sampled', 'eval_reward')),
-          ('completion length (tokens)', ('completions/mean_length',)),
-          ('shares', ('completions/clipped_ratio', 'frac_reward_zero_std', 'clip_ratio/region_mean', 'explained_variance')),
-          ('entropy and KL (nats per token)', ('entropy', 'kl', 'approx_kl')))
-
-
-def reward_picture(log_path, png_path, title):
-    """Reward and accuracy over steps, and below them length, shares, entropy and KL; writes a PNG. A log without a reward leaves none."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    series, _ = read_log(log_path)
-    if 'reward' not in series and 'eval_reward' not in series:
-        return
-    figure = Figure(figsize=(10, 7.2), dpi=110, layout='constrained')
-    grid = figure.add_gridspec(2, 3, height_ratios=[3, 2])
-    places = [figure.add_subplot(grid[0, :]), *(figure.add_subplot(grid[1, i]) for i in range(3))]
-    colours = ['#3b6fb6', '#999999', '#7fb069', '#d9622b', '#e8a87c', '#8e5ea2']
-    for axes, (label, names) in zip(places, PANELS):
-        if label == 'reward' and 'eval_accuracy' in series:
-            names = [name for name in names if name != 'eval_reward']
-        for colour, name in zip(itertools.cycle(colours), names):
-            if name not in series or name == 'success_rate' and series[name][1] == series.get('reward', ((), ()))[1]:
-                continue                                # where the success is the reward, one line is enough
-            steps, values = series[name]
-            measured = name.startswith('eval')
-            if len(values) > 50 and not measured:
-                axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-            curve = values if measured else smooth(values, len(values) // 50)
-            axes.plot(steps, curve, color=colour, linewidth=1.8, marker='o' if measured else None, markersize=3.5,
-                      label=f'{name} {values[-1]:.3g}')
-        axes.set_ylabel(label, fontsize=9)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(axis='y', color='#e6e6e6', linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.lines:
-            axes.legend(fontsize=8 if axes is places[0] else 7, frameon=False)
-    places[0].set_title(title, fontsize=13, loc='left')
-    places[0].set_xlabel('optimizer step', fontsize=9)
-    temporary = Path(png_path).with_name('.nanoforge-tmp-' + Path(png_path).name)
-    figure.savefig(temporary, format='png')
-    temporary.replace(png_path)
-
-
-STYLE = '''body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:70rem;margin:2rem auto;padding:0 1rem}
-summary{cursor:pointer;padding:.2rem 0}.step>summary{font-weight:600;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}
-.group{margin:.3rem 0 .3rem 1rem}.group>summary{overflow-wrap:anywhere}.question{color:#555;white-space:pre-wrap;margin:.2rem 0 .4rem}
-.cells{display:inline-flex;gap:2px;vertical-align:middle;margin-right:.6rem}.cells i{width:.8rem;height:.8rem;border-radius:2px;display:block}
-.sample{display:grid;grid-template-columns:13rem 1fr;gap:.8rem;padding:.25rem .5rem;border-radius:4px;margin:2px 0}
-.sample code{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.4 ui-monospace,monospace}.facts{color:#555;font-size:.82rem}
-.key i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin:0 .3rem 0 1rem;vertical-align:-1px}'''
-
-
-def shade(advantage, strongest):
-    """The colour of a sample: green where it is made likelier, red where it is made less likely, grey where neither."""
-    if not advantage:
-        return '#eeeeee'
-    share = min(1.0, abs(advantage) / strongest) if strongest else 0.0
-    return f'hsl({140 if advantage > 0 else 8} 65% {94 - 30 * share:.0f}%)'
+COLOUR_KEY = ((1, 'made likelier'), (-1, 'made less likely'),
+              (0, 'nothing to learn (equal rewards, or unscored)'))        # of an advantage
 
 
 def rollouts_page(jsonl_path, html_path, title):
-    """One file that needs no other; all that a model wrote is escaped. Of a long run some steps are shown, of a step some groups."""
+    """rollouts.jsonl as a page: of a long run some steps are shown, of a step some groups."""
     by_step = {}
-    for episode in read_episodes(jsonl_path):
-        by_step.setdefault(episode.step, []).append(episode)
+    for completion in read_completions(jsonl_path):
+        by_step.setdefault(completion.step, []).append(completion)
     steps = sorted(by_step)
     if not steps:
         return
-    last = len(steps) - 1
-    shown = sorted({steps[round(i * last / max(1, STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)})
-    parts = [step_part(step, by_step[step], is_open=step == shown[-1]) for step in shown]
-    key = ''.join(f'<i style="background:{shade(a, 1)}"></i>{words}' for a, words in (
-        (1, 'made likelier'), (-1, 'made less likely'), (0, 'nothing to learn (equal rewards, or unscored)')))
-    note = f'{len(shown)} of {len(steps)} rollouts, up to {GROUPS_SHOWN} groups of each; all are in {Path(jsonl_path).name}.'
-    body = f'<h1>{html.escape(title)}</h1><p>{html.escape(note)}</p><p class=key>{key}</p>\n' + '\n'.join(parts)
-    write_text(html_path, f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-                          f'<style>{STYLE}</style></head>\n<body>{body}\n</body></html>\n')
+    spacing = (len(steps) - 1) / max(1, STEPS_SHOWN - 1)
+    shown = sorted({steps[round(i * spacing)] for i in range(STEPS_SHOWN)})
+    note = (f'{len(shown)} of {len(steps)} rollouts, up to {GROUPS_SHOWN} groups of each; '
+            f'all are in {Path(jsonl_path).name}.')
+    key = ''.join(cell(advantage, 1) + meaning for advantage, meaning in COLOUR_KEY)
+    parts = [html_step(step, by_step[step], is_open=step == shown[-1]) for step in shown]
+    body = '\n'.join([element('p', note) + f'<p class=key>{key}</p>', *parts])
+    write_text(html_path, html_page(title, body))
 
 
-def step_part(step, episodes, is_open):
+def shade(advantage, strongest):
+    """The colour of an advantage: green where a sample is made likelier, red where less likely, else grey."""
+    if not advantage:
+        return '#eeeeee'
+    hue = 140 if advantage > 0 else 8
+    share = min(1.0, abs(advantage) / strongest) if strongest else 0.0
+    return f'hsl({hue} 65% {94 - 30 * share:.0f}%)'
+
+
+def cell(advantage, strongest):
+    """A small square in that colour."""
+    return f'<i style="background:{shade(advantage, strongest)}"></i>'
+
+
+def html_step(step, completions, is_open):
     groups = {}
-    for episode in episodes:
-        groups.setdefault((episode.group, episode.agent, episode.turn), []).append(episode)
-    scored = [e.reward for e in episodes if e.reward is not None]
-    mean = sum(scored) / len(scored) if scored else float('nan')
-    dead = sum(len({e.reward for e in members}) == 1 for members in groups.values() if len(members) > 1)
-    length = sum(len(e.completion_ids) for e in episodes) / len(episodes)
-    facts = f'step {step}: reward {mean:.3f}, {len(groups)} groups' + (f' ({dead} with equal rewards)' if dead else '') + f', {length:.0f} tokens a completion'
-    strongest = max(abs(e.advantage) for e in episodes)
-    keys = sorted(groups, key=lambda key: key[::2])         # by group and turn; agents as they came
-    parts = [group_part(key, sorted(groups[key], key=lambda e: e.sample), strongest) for key in keys[:GROUPS_SHOWN]]
-    return f'<details class=step{" open" if is_open else ""}><summary>{html.escape(facts)}</summary>\n' + '\n'.join(parts) + '</details>'
+    for completion in completions:
+        groups.setdefault((completion.group, completion.agent, completion.turn), []).append(completion)
+    rewards = rewards_of(completions)
+    mean_reward = sum(rewards) / len(rewards) if rewards else float('nan')
+    mean_length = sum(len(completion.completion_ids) for completion in completions) / len(completions)
+    facts = f'step {step}: reward {mean_reward:.3f}, {len(groups)} groups'
+    if equal := sum(map(has_equal_rewards, groups.values())):
+        facts += f' ({equal} with equal rewards)'
+    facts += f', {mean_length:.0f} tokens a completion'
+    strongest = max(abs(completion.advantage) for completion in completions)
+    in_order = sorted(groups, key=lambda key: key[::2])         # by group and turn; agents as they came
+    parts = '\n'.join(html_group(key, groups[key], strongest) for key in in_order[:GROUPS_SHOWN])
+    opened = ' open' if is_open else ''
+    return f'<details class=step{opened}>{element("summary", facts)}\n{parts}</details>'
 
 
-def group_part(key, members, strongest):
-    number, agent, turn = key
-    first = members[0]
-    question = str(first.problem.get('question', ''))
-    name = f'group {number}' + (f', {agent}, turn {turn}' if agent else '')
-    cells = ''.join(f'<i style="background:{shade(e.advantage, strongest)}"></i>' for e in members)
-    head = question if len(question) < 120 else question[:117] + '...'
-    answer = f' &rarr; {html.escape(str(first.problem["answer"]))}' if 'answer' in first.problem else ''
-    samples = ''.join(sample_part(e, strongest) for e in members)
-    whole = f'<div class=question>{html.escape(question)}</div>' if head != question else ''
-    return (f'<details class=group><summary><span class=cells>{cells}</span>{html.escape(name)}: {html.escape(head)}{answer}</summary>'
-            f'{whole}{samples}</details>')
+def has_equal_rewards(members):
+    return len(members) > 1 and len({member.reward for member in members}) == 1
 
 
-def sample_part(e, strongest):
-    names = ', '.join(f'{name.rpartition("/")[2]} {"none" if value is None else f"{value:g}"}' for name, value in e.rewards.items())
-    facts = f'reward {"unscored" if e.reward is None else f"{e.reward:g}"}, advantage {e.advantage:+.2f}'
-    more = f'{len(e.completion_ids)} tokens' + ('' if e.stopped else ', cut off') + (f'; {names}' if len(e.rewards) > 1 else '')
-    text = e.text if len(e.text) <= TEXT_SHOWN else e.text[:TEXT_SHOWN] + f' ... ({len(e.text) - TEXT_SHOWN} more characters)'
-    return (f'<div class=sample style="background:{shade(e.advantage, strongest)}"><span class=facts>{html.escape(facts)}<br>{html.escape(more)}</span>'
-            f'<code>{html.escape(text)}</code></div>')
+def rewards_of(completions):
+    """The rewards of those that have one."""
+    return [completion.reward for completion in completions if completion.reward is not None]
+
+
+def html_group(key, members, strongest):
+    """The completions of one prompt; in the summary a cell for each."""
+    group, agent, turn = key
+    members = sorted(members, key=lambda member: member.sample)
+    problem = members[0].problem
+    name = f'group {group}, {agent}, turn {turn}' if agent else f'group {group}'
+    question = str(problem.get('question', ''))
+    start = question if len(question) < 120 else question[:117] + '...'
+    whole = '' if start == question else f'<div class=question>{escape(question)}</div>'
+    answer = f' &rarr; {escape(str(problem["answer"]))}' if 'answer' in problem else ''
+    cells = ''.join(cell(member.advantage, strongest) for member in members)
+    samples = ''.join(html_sample(member, strongest) for member in members)
+    return (f'<details class=group><summary><span class=cells>{cells}</span>{escape(name)}: {escape(start)}'
+            f'{answer}</summary>{whole}{samples}</details>')
+
+
+def html_sample(completion, strongest):
+    facts = f'reward {score(completion.reward, "unscored")}, advantage {completion.advantage:+.2f}'
+    more = f'{len(completion.completion_ids)} tokens'
+    if not completion.stopped:
+        more += ', cut off'
+    if len(completion.rewards) > 1:
+        parts = completion.rewards.items()
+        more += '; ' + ', '.join(f'{name.rpartition("/")[2]} {score(value, "none")}' for name, value in parts)
+    text = completion.text
+    if len(text) > TEXT_SHOWN:
+        text = f'{text[:TEXT_SHOWN]} ... ({len(text) - TEXT_SHOWN} more characters)'
+    return (f'<div class=sample style="background:{shade(completion.advantage, strongest)}">'
+            f'<span class=facts>{escape(facts)}<br>{escape(more)}</span>{element("code", text)}</div>')
+
+
+def score(reward, missing):
+    return missing if reward is None else f'{reward:g}'
 
 
 def explain_group(members):
-    """A group in words: the question, every completion with its reward and advantage, and what the update made of it."""
-    first = members[0]
-    lines = [f'--- group {first.group}: {first.problem.get("question", "")!r}, answer {first.problem.get("answer")!r}']
-    lines += [f'  {e.reward if e.reward is not None else "unscored":>8}  {e.advantage:+.3f}  {"" if e.stopped else "(cut off) "}{e.text!r}' for e in members]
-    rewards = [e.reward for e in members if e.reward is not None]
+    """A group in words: the question, every completion with its reward and advantage, and what the update
+    made of it. members: completions of one prompt."""
+    rewards, problem = rewards_of(members), members[0].problem
+    question, answer = problem.get('question', ''), problem.get('answer')
+    lines = [f'--- group {members[0].group}: {question!r}, answer {answer!r}']
+    for member in members:
+        reward = 'unscored' if member.reward is None else member.reward
+        cut = '' if member.stopped else '(cut off) '
+        lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{member.text!r}')
     if len(members) == 1:
         verdict = 'advantages come from the critic'
     elif len(rewards) < 2:
-        verdict = f'nothing to learn: {len(rewards)} of {len(members)} completions have a score, and one is compared with others'
+        verdict = (f'nothing to learn: {len(rewards)} of {len(members)} completions have a score, '
+                   'and one is compared with others')
     elif min(rewards) == max(rewards):
         verdict = f'nothing to learn: all rewards are {rewards[0]:g}, so every advantage is 0'
     else:
-        above = sum(e.advantage > 0 for e in members)
-        verdict = f'{above} of {len(members)} completions are made likelier: rewards from {min(rewards):g} to {max(rewards):g}'
+        likelier = sum(member.advantage > 0 for member in members)
+        verdict = (f'{likelier} of {len(members)} completions are made likelier: '
+                   f'rewards from {min(rewards):g} to {max(rewards):g}')
     return '\n'.join([*lines, '  ' + verdict])
+
+
+# ---- episodes of agents -----------------------------------------------------------------------------------
+
+EPISODES_NOTE = (
+    'What every agent was asked in each state, its candidates with reward and advantage, and in yellow the '
+    "one that was executed. An episode's reward is the sum over its turns: a team that solves sooner may be "
+    'paid less often.')
+
+
+def episodes_page(directory, newest=40):
+    """episodes.html in the folder of a run of agents: the newest episodes of episodes.jsonl as trees, and
+    some of the last validation."""
+    directory = Path(directory)
+    series, _ = read_log(directory / 'log.jsonl')
+    parts = [element('p', EPISODES_NOTE),
+             svg_curves(series, {'reward': BLUE}),
+             svg_curves(series, {'validation/success_rate': GREEN, 'validation/greedy_success_rate': ORANGE}),
+             html_episodes('Training', directory / 'episodes.jsonl', newest)]
+    validations = list((directory / 'validate').glob('step-*.jsonl'))
+    if validations:
+        last = max(validations, key=lambda path: int(path.stem.removeprefix('step-')))
+        parts.append(html_episodes('Validation', last, 20))
+    body = f'<div class=episodes>{"".join(parts)}</div>'
+    write_text(directory / 'episodes.html', html_page(directory.parent.parent.name, body))
+
+
+def html_episodes(title, path, count):
+    """The last `count` episodes of a file, newest first; '' where there are none."""
+    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+    episodes = [json.loads(line) for line in reversed(lines[-count:])]
+    return element('h2', title) + ''.join(map(html_episode, episodes)) if episodes else ''
+
+
+def svg_curves(series, colours, width=440, height=150):
+    """Curves of {name: ([steps], [values])} as one SVG, and their first and last values; '' without any."""
+    shown = {name: series[name] for name in colours if len(series.get(name, ([], []))[0]) > 1}
+    if not shown:
+        return ''
+    last = max(steps[-1] for steps, _ in shown.values()) or 1
+    low = min(min(values) for _, values in shown.values())
+    high = max(max(values) for _, values in shown.values())
+    scale = (height - 20) / ((high - low) or 1)
+    lines, captions = [], []
+    for name, (steps, values) in shown.items():
+        points = ' '.join(f'{width * step / last:.1f},{10 + scale * (high - value):.1f}'
+                          for step, value in zip(steps, values))
+        lines.append(f'<polyline fill="none" stroke-width="2" stroke="{colours[name]}" points="{points}"/>')
+        captions.append(f'<span style="color:{colours[name]}">{escape(name)} {short(values[0])} &rarr; '
+                        f'{short(values[-1])}</span>')
+    return (f'<div class=turn><svg width="{width}" height="{height}" style="background:#fafafa">'
+            f'{"".join(lines)}</svg><p>{"<br>".join(captions)}</p></div>')
+
+
+def short(value):
+    return f'{value:.3f}' if abs(value) < 100 else f'{value:.0f}'
+
+
+def html_episode(episode):
+    """A line of episodes.jsonl: in the summary how it ended, below a table for every turn of every agent."""
+    end = '<b class=good>solved</b>' if episode['success'] else '<b class=bad>not solved</b>'
+    manner = f', {episode["manner"]}' if 'manner' in episode else ''
+    turns = ''.join(map(html_turn, episode['turns']))
+    return (f'<details><summary>step {episode["step"]}{manner}, problem {episode["episode"]}: {end}, '
+            f'reward {episode["reward"]:.2f}, {len(episode["turns"])} answers</summary>{turns}'
+            f'{element("pre", episode["end"])}</details>')
+
+
+def html_turn(turn):
+    """What an agent saw, and its candidates."""
+    rows = []
+    for candidate in turn['candidates']:
+        numbers = f'{candidate["reward"]:.2f}', f'{candidate["advantage"]:+.2f}'
+        rows.append([candidate['text'], candidate['note'], *numbers])
+    table = html_table(['answer', 'outcome', 'reward', 'advantage'], rows, turn['executed'])
+    asked = escape(turn['messages'][-1]['content'])
+    return (f'<p><b>turn {turn["turn"] + 1}, {escape(turn["agent"])}</b> <span class=facts>{asked}</span></p>'
+            f'<div class=turn>{element("pre", turn["view"])}{table}</div>')
+
+
+# ---- an evaluation ----------------------------------------------------------------------------------------
+
+HELP = (
+    'Accuracy: all tool calls the same in order, where there are any; the reward of the task, where there is '
+    'one; else the same words but for case, punctuation and articles. Perplexity and token accuracy are of '
+    'the right answers, read with the prompt and the right tokens before each; all else is of what the model '
+    'wrote. Exact match: the same text but for white space. F1: words in common, as SQuAD counts them. '
+    'ROUGE: F-measures by rouge-score, no stemming. BLEU: of the whole set, 0 to 100, by sacrebleu.')
+EXAMPLE = ('question', 'reference', 'response')         # texts of a row that an example shows
+
+
+def evaluation_pages(evaluation, num_examples=5):
+    """What evaluate.py found -> (Markdown, HTML): tables, pictures (inside the HTML file), examples."""
+    results = evaluation['results']
+    models = models_in(results)
+    title = 'Evaluation of ' + ', '.join(result['name'] for result in models)
+    blocks = [('text', f'{evaluation["num_rows"]:,} rows of {evaluation["data"]}.'),
+              ('table', *score_table(results)),
+              ('text', HELP)]
+    blocks += [('picture', *picture) for picture in evaluation_figures(results)]
+    blocks += [('heading', 'What is right, and what is wrong'),
+               ('table', *error_table(results, meanings=True))]
+    for result in models:
+        if result['tools']:
+            blocks += [('heading', f'{result["name"]}: calls by tool'),
+                       ('table', *tool_table(result))]
+    for result in models:
+        for heading, rows in examples_of(result['rows'], num_examples):
+            blocks.append(('heading', f'{result["name"]}: {heading}'))
+            blocks += [('example', row) for row in rows]
+
+    markdown = [MARKDOWN[kind](*content) for kind, *content in blocks if kind in MARKDOWN]
+    html = [HTML[kind](*content) for kind, *content in blocks]
+    return '\n\n'.join([f'# {title}', *markdown]) + '\n', html_page(title, '\n'.join(html))
+
+
+def score_table(results):
+    """(headers, rows) of the scores side by side; a score that none has is left out."""
+    rows = []
+    for key, (label, form) in SCORES.items():
+        values = [result['scores'].get(key) for result in results]
+        if any(value is not None for value in values):
+            rows.append([label, *('' if value is None else form.format(value) for value in values)])
+    return ['', *(result['name'] for result in results)], rows
+
+
+def error_table(results, meanings=False):
+    """(headers, rows) of how many responses were right, and what was wrong with the others."""
+    headers, rows = ['', *(result['name'] for result in results)], []
+    for kind in ('correct', *ERRORS):
+        counts = [count_of(kind, result) for result in results]
+        if any(counts):
+            rows.append([kind, *(f'{count:,} ({count / len(result["rows"]):.1%})' if count else ''
+                                 for count, result in zip(counts, results))])
+    if meanings:
+        headers.append('what it means')
+        rows = [[*row, ERRORS.get(row[0], '')] for row in rows]
+    return headers, rows
+
+
+def tool_table(result):
+    """(headers, rows) of the tools that were wanted."""
+    rows = []
+    for tool, row in result['tools'].items():
+        wanted = row['wanted']
+        shares = f'{row["right_tool"] / wanted:.1%}', f'{row["exact_call"] / wanted:.1%}'
+        rows.append([tool, str(wanted), *shares, row['instead']])
+    return ['tool', 'wanted', 'right tool', 'exact call', 'most often instead'], rows
+
+
+def text_table(headers, rows):
+    """A table for a terminal: the first column to the left, the others to the right."""
+    lines = [headers, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ''
+    for line in lines:
+        first, *others = [cell.rjust(width) for cell, width in zip(line, widths)]
+        text += '  '.join([line[0].ljust(len(first)), *others]) + '\n'
+    return text
+
+
+def examples_of(rows, count):
+    """[(heading, rows)]: the best responses, the worst, and the first of each kind of error, at most `count`
+    each; each row once, equal questions once."""
+    unique, taken, examples = {}, set(), []
+    for row in rows:
+        unique.setdefault(row['question'], row)
+
+    def add(heading, candidates):
+        chosen = [row for row in candidates if row['question'] not in taken][:count]
+        taken.update(row['question'] for row in chosen)
+        if chosen:
+            examples.append((heading, chosen))
+
+    ranked = sorted(unique.values(), key=lambda row: (-row['correct'], -row['f1'], row['loss'] or 0.0))
+    add('best responses', [row for row in ranked if row['correct'] or row['f1'] > 0])
+    add('worst responses', [row for row in reversed(ranked) if not row['correct']])
+    for kind in ERRORS:
+        add(kind, [row for row in unique.values() if row['error'] == kind])
+    return examples
+
+
+def facts_about(row):
+    """One line about an example."""
+    facts = ['correct' if row['correct'] else row['error'], f'F1 {row["f1"]:.2f}']
+    if row['loss'] is not None:
+        facts.append(f'loss {row["loss"]:.3f}')
+    return ', '.join(filter(None, [*facts, row['where']]))
+
+
+def markdown_table(headers, rows):
+    lines = [headers, ['---'] + ['---:'] * (len(headers) - 1), *rows]
+    cells = [[' '.join(cell.split()).replace('|', '\\|') for cell in line] for line in lines]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in cells)
+
+
+def markdown_example(row):
+    text = '\n'.join(f'{name}: {row[name]}' for name in EXAMPLE)
+    longest = max(map(len, re.findall('`+', text)), default=0)
+    fence = '`' * max(3, longest + 1)           # longer than any in the text
+    return f'{facts_about(row)}\n\n{fence}\n{text}\n{fence}'
+
+
+def html_example(row):
+    texts = ''.join(f'<div><b>{name}</b> {escape(row[name])}</div>' for name in EXAMPLE)
+    kind = 'example correct' if row['correct'] else 'example'
+    return f'<div class="{kind}">{texts}<div class=facts>{escape(facts_about(row))}</div></div>'
+
+
+def html_picture(heading, figure):
+    data = base64.b64encode(png_bytes(figure)).decode()
+    return f'{element("h2", heading)}<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
+
+
+# kind of a block: what writes it
+MARKDOWN = {'text': str, 'heading': '## {}'.format, 'table': markdown_table, 'example': markdown_example}
+HTML = {'text': partial(element, 'p'), 'heading': partial(element, 'h2'), 'table': html_table,
+        'example': html_example, 'picture': html_picture}

@@ -1,7 +1,9 @@
-"""A model that says one number: PPO's critic (a value for every token) and the reward model (one for a whole text).
+"""Value and reward models: PPO's critic (a value for every token) and the reward model (a score for a whole
+text).
 
-Both are the trunk of a language model with a scalar head, on disk what transformers calls a sequence classifier with one label: its
-AutoModelForSequenceClassification opens what is written here, and what it writes is opened here.
+Both are a language model's backbone with a scalar head; on disk they are what transformers calls a sequence
+classifier with one label: its AutoModelForSequenceClassification opens what is written here, and what it
+writes is opened here.
 """
 import json
 import os
@@ -11,63 +13,80 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from data.completions import lay_out
+from data.batches import cut, pack
+from data.completions import by_prompt
+from data.problems import prompt
 from data.tokenizer import load_tokenizer, read_json
-from nanoforge.hf import config_from_hf, config_to_hf, from_hf_weights, to_hf_weights
+from model import GPT
+from nanoforge.hf import (
+    config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights, read_safetensors, to_hf_weights)
 from nanoforge.lora import merge_lora
-from model import GPT, find_model, load_weights, read_safetensors
 from nanoforge.optim import learning_rate, make_optimizer
-from nanoforge.run import explain_out_of_memory, seed_for
+from nanoforge.run import seed_for
 
 
-def hidden_states(backbone, layout):
-    """A data.rollouts.Layout -> (B, T + 1, C): the hidden states that each token is predicted from, and that of the last token."""
-    return backbone.hidden(layout.idx, layout.positions, logit_positions=torch.cat((layout.source, layout.last[:, None]), 1))
+def hidden_states(backbone, batch):
+    """A PackedBatch of completions -> (B, T, C): the hidden states that each token is predicted from; packed
+    with keep_last (B, T + 1, C), at the end that of the last token."""
+    wanted = batch.logit_positions
+    if batch.last is not None:
+        wanted = torch.cat((wanted, batch.last[:, None]), 1)
+    return backbone.hidden(batch.idx, batch.positions, logit_positions=wanted)
 
 
 class ValueModel(nn.Module):
-    """trunk: a GPT, whose own head is not used. The scalar head begins at 0: every value is. own: what belongs to this model alone,
-    all of it or, on a trunk that is somebody else's, the head."""
+    """A scalar head on a backbone: a GPT, whose language modelling head is not used. The head starts at 0, so
+    every value does.
+
+    own: the backbone belongs to this model; False where it is shared with the policy, and only the head is
+    its own.
+    """
 
     def __init__(self, backbone, own=True):
         super().__init__()
-        self.backbone, self.score = backbone, nn.Linear(backbone.config.n_embd, 1, bias=False, device=backbone.device)
-        self.owns_backbone = own
+        self.backbone, self.owns_backbone = backbone, own
+        self.score = nn.Linear(backbone.config.n_embd, 1, bias=False, device=backbone.device)
         nn.init.zeros_(self.score.weight)
-        if own and isinstance(backbone, GPT) and not backbone.config.tied:        # a head of its own would only take memory
+        # an unused head would only take memory
+        if own and isinstance(backbone, GPT) and not backbone.config.tied:
             backbone.lm_head.weight, backbone.config.tied = backbone.embed_tokens.weight, True
 
     @property
     def own(self):
+        """The module whose parameters are this model's alone."""
         return self if self.owns_backbone else self.score
 
     def read(self, hidden):
-        """(..., C) -> (...) float32."""
+        """The head: (..., C) -> (...) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.float()).squeeze(-1)
 
-    def values(self, layout):
-        """A data.rollouts.Layout -> (values (B, T) before each token, values (B,) behind the last one; the layout has keep_last)."""
-        values = self.read(hidden_states(self.backbone, layout))
+    def values(self, batch):
+        """A PackedBatch with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
+        values = self.read(hidden_states(self.backbone, batch))
         return values[:, :-1], values[:, -1]
 
     def rewards(self, groups):
-        """[(prompt ids, [completion ids, ...])] -> (n,), what it says behind each completion."""
-        layout = lay_out(groups, self.score.weight.device, keep_last=True)
-        return self.read(self.backbone.hidden(layout.idx, layout.positions, logit_positions=layout.last))
+        """[(prompt ids, [completion ids, ...])] -> (n,): the score of each completion."""
+        batch = pack(groups, self.score.weight.device, keep_last=True)
+        return self.read(self.backbone.hidden(batch.idx, batch.positions, logit_positions=batch.last))
 
 
 class HFRewardModel:
-    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer: it reads texts."""
+    """A sequence classifier of transformers with one label, of any architecture and with its own tokenizer:
+    it scores texts."""
 
     def __init__(self, directory, device):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=False, use_safetensors=True)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                directory, trust_remote_code=False, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:      # whatever its loading code raises, it is this directory that cannot be used
+        # whatever its loading code raises, it is this directory that cannot be used
+        except Exception as error:
             reason = (str(error).strip() or type(error).__name__).partition('\n')[0]
-            raise UserError(f'{directory}: transformers does not open it as a sequence classifier ({reason})') from None
+            raise UserError(f'{directory}: transformers does not open it as a sequence classifier '
+                            f'({reason})') from None
         self.model.to(device).eval()
 
     def texts(self, chats):
@@ -84,13 +103,29 @@ class HFRewardModel:
         return torch.stack(scores)
 
 
+@torch.no_grad()
+def score_completions(model, completions, batch_size):
+    """[data.completions.Completion] -> numbers. A ValueModel reads the tokens that were sampled, an
+    HFRewardModel, whose tokenizer is another, the text."""
+    scores = []
+    for part in cut(completions, batch_size):
+        if isinstance(model, ValueModel):
+            scores += model.rewards(by_prompt(part)).tolist()
+        else:
+            chats = [[*prompt(c.problem), {'role': 'assistant', 'content': c.text}] for c in part]
+            scores += model.texts(chats).tolist()
+    return scores
+
+
 def load_reward_model(name_or_path, device, tokenizer):
-    """A directory or hub name of a sequence classifier with one label -> ValueModel or ForeignReward, frozen, in eval mode."""
+    """A directory or hub name of a sequence classifier with one label -> ValueModel, or HFRewardModel where
+    the architecture or the tokenizer is another; frozen, in eval mode."""
     directory = find_model(name_or_path)
     hf = read_json(os.path.join(directory, 'config.json'))
     classes = hf.get('architectures') or ['']
     if not classes[0].endswith('ForSequenceClassification'):
-        raise UserError(f'reward_model_path={name_or_path}: a {classes[0] or "model of no known class"}, not a sequence classifier '
+        what = classes[0] or 'model of no known class'
+        raise UserError(f'reward_model_path={name_or_path}: a {what}, not a sequence classifier '
                         '(...ForSequenceClassification with one label)')
     labels = len(hf.get('id2label') or {0: '', 1: ''})
     if labels != 1:
@@ -115,53 +150,60 @@ def save_reward_model(model, tokenizer, directory):
     if getattr(model.backbone, 'adapters', None):
         merge_lora(model.backbone, keep=False)
     if not isinstance(model.backbone, GPT):
-        raise UserError(f'a reward model on {model.trunk.config.arch} cannot be saved: use one of the families of model.py')
+        raise UserError(f'a reward model on {model.backbone.config.arch} cannot be saved: use one of the '
+                        'families of model.py')
     hf = config_to_hf(model.backbone.config)
-    name = hf['architectures'][0].replace('LMHeadModel', 'ForCausalLM').replace('ForCausalLM', 'ForSequenceClassification')
+    name = hf['architectures'][0].replace('LMHeadModel', 'ForCausalLM')
+    name = name.replace('ForCausalLM', 'ForSequenceClassification')
     hf.update(architectures=[name], id2label={'0': 'LABEL_0'}, label2id={'LABEL_0': 0},
               pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id)
     weights = {**to_hf_weights(model.backbone, hf['model_type']), 'score.weight': model.score.weight}
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, os.path.join(directory, 'model.safetensors'),
-              metadata={'format': 'pt'})
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    save_file(weights, os.path.join(directory, 'model.safetensors'), metadata={'format': 'pt'})
     tokenizer.save(directory)
     with open(os.path.join(directory, 'config.json'), 'w') as file:
         json.dump(hf, file, indent=2)
 
 
-# ---- Bradley-Terry ----------------------------------------------------------------------------------------------------------
+# ---- Bradley-Terry -----------------------------------------------------------------------------------------
 
 def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=1e-4, seed=0):
-    """Fits a ValueModel to preference pairs (data.pairs.TokenPair) by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
-    averaged over the pairs of a step; returns {'loss', 'accuracy': share of held-out pairs whose chosen side scores higher}.
+    """Fits a ValueModel to preference pairs by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
+    averaged over the pairs of a step.
 
-    The pair's two completions lie behind one prompt, which is computed once.
+    pairs, held_out: [data.preferences.TokenPair]. Returns {'loss': of the last step, 'accuracy': the share of
+    held-out pairs whose chosen side scores higher}. The two completions of a pair lie behind one prompt,
+    which is computed once.
     """
     optimizer = make_optimizer('adamw', model, lr, weight_decay=0.01, betas=(0.9, 0.99))
     steps, loss, step = max(1, epochs * len(pairs) // batch_size), torch.zeros(()), 0
     model.train()
-    for epoch in range(epochs):
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed_for(seed, 'pairs', epoch))).tolist()
-        for at in range(0, len(order) - batch_size + 1 if len(order) >= batch_size else 1, batch_size):
-            batch = [pairs[i] for i in order[at:at + batch_size]]
-            optimizer.set_lr(learning_rate(step, 'linear', lr, 0.0, steps // 20, steps))
-            optimizer.zero_grad()
-            torch.manual_seed(seed_for(seed, 'reward dropout', step, run.rank))
-            own, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
-            if own:
-                with explain_out_of_memory('--reward_batch_size', '--max_length'), run.autocast():
-                    margin = margins(model, own)
-                loss = -F.logsigmoid(margin).sum() / len(batch)
-                loss.backward()
-                loss = loss.detach()
-            run.sum(loss)
-            for grad in optimizer.grads:
-                run.sum(grad)
-            if optimizer.clip_grad_norm(1.0).isfinite():
-                optimizer.step()
-            step += 1
-            if step % max(1, steps // 5) == 0:
-                run.print0(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')
+    for batch in batches(pairs, epochs, batch_size, seed):
+        torch.manual_seed(seed_for(seed, 'reward dropout', step, run.rank))
+        local, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
+        if local:
+            with run.autocast():
+                margin = margins(model, local)
+            loss = -F.logsigmoid(margin).sum() / len(batch)
+            run.backward(loss)
+            loss = loss.detach()
+        run.sum(loss)
+        run.step(optimizer, learning_rate(step, 'linear', lr, 0.0, steps // 20, steps), max_norm=1.0)
+        step += 1
+        if step % max(1, steps // 5) == 0:
+            run.print0(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')
     return {'loss': loss.item(), 'accuracy': pair_accuracy(model, held_out, run, batch_size)}
+
+
+def batches(pairs, epochs, batch_size, seed):
+    """Shuffled anew in every epoch; the last, smaller batch of an epoch is left out unless it is the only
+    one."""
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(seed_for(seed, 'pairs', epoch))
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        stop = len(order) - batch_size + 1 if len(order) >= batch_size else 1
+        for start in range(0, stop, batch_size):
+            yield [pairs[i] for i in order[start:start + batch_size]]
 
 
 def margins(model, pairs):
@@ -173,7 +215,7 @@ def margins(model, pairs):
 @torch.no_grad()
 def pair_accuracy(model, pairs, run, batch_size=32):
     model.eval()
-    right = torch.zeros((), device=run.device)
-    for at in range(run.rank * batch_size, len(pairs), run.world_size * batch_size):
-        right += (margins(model, pairs[at:at + batch_size]) > 0).sum()
-    return run.sum(right).item() / max(len(pairs), 1)
+    correct = torch.zeros((), device=run.device)
+    for start in range(run.rank * batch_size, len(pairs), run.world_size * batch_size):
+        correct += (margins(model, pairs[start:start + batch_size]) > 0).sum()
+    return run.sum(correct).item() / max(len(pairs), 1)

@@ -1,11 +1,20 @@
-"""
-What every training script needs around its loop, and no loop: device, precision, ranks, seeds, stop signals.
+"""A run's life around a script's own loop: device and ranks, start, resume, gradient step, saving, the end.
 
-    run, stop = setup(cfg.device, cfg.dtype, cfg.matmul), Stop(run)
+    run = Run.open(cfg, 'train_gpt.py', cfg.out_dir)            # then run.cfg: of a resumed run the saved one
+    state = run.restore(State(), optimizer, ema)                # of the checkpoint that is resumed, if one is
+    log = run.start(cfg.max_iters, state.step, header={'data': ...}, log_interval=10)
+    while True:
+        run.exit_if_asked(save)                                 # SIGINT, SIGTERM
+        with run.autocast():
+            loss = ...
+        run.backward(loss)                                      # for each micro-batch
+        grad_norm = run.step(optimizer, lr, cfg.grad_clip)      # sum over ranks, clip, step
+    return run.finish(metrics, 'python sample.py out')
 """
 import contextlib
 import ctypes
 import hashlib
+import json
 import math
 import os
 import platform
@@ -15,21 +24,69 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, as_dict, without_effect
+from model import save_model
+from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
+                                  start_fresh, write_json)
+from nanoforge.log import Log
+from nanoforge.optim import Plateau
 
+MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 DTYPES = {'float32': torch.float32, 'fp32': torch.float32, 'bfloat16': torch.bfloat16, 'bf16': torch.bfloat16,
           'float16': torch.float16, 'fp16': torch.float16}
 
 
 @dataclass
+class State:
+    """Where a run is: what a checkpoint holds besides tensors. A script adds what is its own."""
+    optimizer: str = ''     # its name: another one's tensors would not fit
+    step: int = 0
+    num_tokens: int = 0
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+    plateau: dict = field(default_factory=lambda: Plateau().state_dict())
+
+    def note_eval(self, eval_loss):
+        """Takes an evaluation's loss; True where it is the best so far. One that is not finite never is."""
+        plateau = Plateau(self.plateau)
+        plateau.update(eval_loss)
+        self.plateau = plateau.state_dict()
+        best = math.isfinite(eval_loss) and (self.best_eval_loss is None or eval_loss < self.best_eval_loss)
+        self.best_eval_loss = eval_loss if best else self.best_eval_loss
+        self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
+        return best
+
+
+def by_prefix(optimizers):
+    """{prefix of its tensors' names in a checkpoint: optimizer}; of a single optimizer the prefix is ''."""
+    return optimizers if isinstance(optimizers, dict) else {'': optimizers}
+
+
+@dataclass
 class Run:
-    """One process of a run: where it computes, in which precision, and which rank it is."""
+    """One process of a run: where it computes, in which precision, which rank it is, and what it has open.
+
+    setup() gives the six fields below, Run.open() the rest:
+
+    cfg, script     the configuration, of a resumed run the saved one; the file name of the script
+    checkpoints     the Checkpoints of the output folder
+    resumed         the path of the checkpoint that the run goes on from, or None
+    saved           what run_config.json held of a resumed run, or None
+    stop            whether SIGINT or SIGTERM came (Stop)
+    resume_flag     how the command line says that a run goes on
+    memory_flags    the flags to lower, which an out-of-memory names
+    rate_flag       the one to lower where gradients are not finite
+    scaler          the loss scale of float16 (LossScale)
+    bad_steps       optimizer steps in a row that were skipped
+    window          of the resumed checkpoint: the log line that was being gathered (Log.window_to_save)
+    log             the Log, from start() on
+    """
     device: torch.device
     dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
     matmul: str             # 'float32' or 'bf16': how a CPU multiplies matrices
@@ -37,22 +94,262 @@ class Run:
     local_rank: int = 0
     world_size: int = 1
 
+    dp_group = None         # the ranks that see other rows: all of them
+    text_log = None         # a file that takes what print0 prints, too
+
+    def __post_init__(self):
+        self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
+        self.resume_flag, self.rate_flag, self.memory_flags = '--resume', '--learning_rate', ('--batch_size',)
+        self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
+
+    # ---- the beginning
+
+    @classmethod
+    def open(cls, cfg, script, out_dir, resume=False, resume_flag='--resume', from_start=False,
+             memory_flags=(), limit=2, save_only_model=False, checkpoint=None, share=None):
+        """Joins the ranks, takes over the signals, and finds the checkpoint to resume from; returns a Run.
+
+        run.cfg         the configuration: where a run resumes the saved one, but for what was typed again
+        run.resumed     the path of the checkpoint that is resumed, or None
+        resume          whether to go on with the run in out_dir; 'auto': only where there is one
+        memory_flags    the flags to lower that an out-of-memory names
+        limit, save_only_model  of a script without the flags save_total_limit and save_only_model
+        checkpoint      the checkpoint to go on from, if not the newest
+        share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
+        """
+        saved = None
+        if resume or from_start:
+            cfg, saved = resume_config(cfg, out_dir, script, resume_flag, from_start)
+        run = setup(cfg.device, cfg.autocast_dtype(), cfg.matmul)
+        run = share(run) if share else run
+        run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
+        run.resume_flag, run.memory_flags = resume_flag, memory_flags or run.memory_flags
+        limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
+        save_only_model = getattr(cfg, 'save_only_model', save_only_model)
+        run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
+        if saved and not from_start:
+            run.resumed = checkpoint or run.checkpoints.latest()
+            if not run.resumed and resume != 'auto':
+                raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without '
+                                f'{resume_flag}')
+        for line in without_effect(cfg):
+            run.print0(f'note      {line}')
+        return run
+
+    def restore(self, state, optimizers, ema=None, parameters=None):
+        """Takes from the resumed checkpoint what it holds besides the model; returns `state`.
+
+        Fills `state`, the optimizers, the mean of the weights. Several optimizers come as {prefix:
+        optimizer}, whose tensors are named so; and `parameters` {prefix: {name: tensor}} outside the model
+        are overwritten in place. Without a checkpoint nothing changes.
+        """
+        if not self.resumed:
+            return state
+        optimizers, parameters = by_prefix(optimizers), parameters or {}
+        tensors, saved = read_checkpoint(self.resumed)
+        if ema and ema.decay:
+            ema.restore(tensors)
+        prefixes = sorted([*optimizers, *parameters], key=len, reverse=True)
+        parts = {prefix: {} for prefix in prefixes}
+        for key, tensor in tensors.items():
+            prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+            if prefix:
+                key = key.replace('/trunk.', '/backbone.')      # as earlier versions called it in a critic
+            parts[prefix][key.removeprefix(prefix)] = tensor
+        if saved.get('optimizer', state.optimizer) == state.optimizer:
+            for prefix, optimizer in optimizers.items():
+                self.load_optimizer_state(optimizer, parts[prefix])
+        else:
+            self.print0(f'note      the run used {saved["optimizer"]}; {state.optimizer} starts afresh')
+        with torch.no_grad():
+            for prefix, live in parameters.items():
+                for name, tensor in parts[prefix].items():
+                    live[name].copy_(tensor)            # in place: an optimizer's flat buffer holds them
+        known = {**saved.get('progress', {}), **saved}      # 'progress': as earlier versions nested them
+        for entry in fields(state):
+            if known.get(entry.name) is not None and entry.name != 'optimizer':
+                setattr(state, entry.name, known[entry.name])
+        self.scaler = LossScale(self.dtype, saved['loss_scale'])
+        self.bad_steps, self.window = saved.get('bad_steps', 0), saved.get('window')
+        return state
+
+    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None,
+              flops_per_token=0):
+        """Makes the output folder ready (a fresh one, or cut back to the resumed step) and opens the log.
+
+        header           what this run is, for the first line of log.jsonl
+        keep             a checkpoint that was loaded from the folder: it stays where it is
+        directory, name  of the log, if not those of the output folder
+        """
+        cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
+        if self.resumed:
+            if hasattr(cfg, 'per_device_train_batch_size'):     # else a batch is counted over all ranks
+                self.checkpoints.say_processes(self.resumed)
+            self.checkpoints.discard_later(self.resumed)
+            config = {**self.saved, 'config': as_dict(cfg)}
+            self.on_main(lambda: write_json(os.path.join(out_dir, 'run_config.json'), config))
+        else:
+            start_fresh(self, out_dir, as_dict(cfg), keep=keep, script=self.script)
+        header = {'script': self.script, **header, 'machine': describe_device(self)}
+        wandb = {key: getattr(cfg, f'wandb_{key}') for key in ('project', 'entity', 'name', 'tags')}
+        wandb = {key: value for key, value in wandb.items() if value}
+        self.log = Log(self, directory or out_dir, header, total_steps, cfg.reports_to('tensorboard'),
+                       wandb if cfg.reports_to('wandb') else None,
+                       step if self.resumed else None, name, log_interval)
+        self.log.flops_per_token = flops_per_token
+        if isinstance(self.window, dict):
+            self.log.take_up(self.window)
+        return self.log
+
+    # ---- a gradient step
+
+    @contextlib.contextmanager
+    def autocast(self):
+        """Mixed precision on a GPU; out of memory in here is one line that names the flags to lower."""
+        plain = self.dtype == torch.float32
+        with explain_out_of_memory(*self.memory_flags):
+            with contextlib.nullcontext() if plain else torch.autocast(self.device.type, self.dtype):
+                yield
+
+    def backward(self, loss):
+        """Adds the gradient of a micro-batch's part of the loss (divided by the whole step's count)."""
+        with explain_out_of_memory(*self.memory_flags):
+            (loss * self.scaler.value).backward()
+
+    def step(self, optimizers, lr, max_norm, zero_grad=True):
+        """One optimizer step on the gradients that backward() added up; returns their norm before clipping.
+
+        Sums over ranks, undoes the loss scale, clips to max_norm (0: never), steps, empties the gradients
+        (zero_grad=False: the script does, which looks at them first). Where a norm is not finite no optimizer
+        steps; after MAX_BAD_STEPS such steps in a row the run stops. With several optimizers (then lr is a
+        list, too) the norms come as a list.
+        """
+        several = isinstance(optimizers, (list, tuple))
+        pairs = list(zip(optimizers, lr)) if several else [(optimizers, lr)]
+        norms = []
+        for optimizer, rate in pairs:
+            optimizer.set_lr(rate)
+            for grad in optimizer.grads:
+                self.sum(grad)
+            self.scaler.unscale_(optimizer.grads)
+            norms.append(float(self.clip_grad_norm(optimizer, max_norm)))
+        finite = all(map(math.isfinite, norms))
+        for optimizer, _ in pairs:
+            if finite:
+                optimizer.step()
+            if zero_grad:
+                optimizer.zero_grad()
+        overflowed = self.scaler.update(finite)     # the scale was too high, and the model is well
+        self.count_bad_step(finite or overflowed)
+        return norms if several else norms[0]
+
+    # A Run whose ranks share a model (parallel.py) does these three in its own way.
+
+    def clip_grad_norm(self, optimizer, max_norm):
+        return optimizer.clip_grad_norm(max_norm)
+
+    def optimizer_state(self, optimizer):
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer, tensors):
+        optimizer.load_state_dict(tensors)
+
+    def count_bad_step(self, good):
+        """Says that a step was skipped; UserError after MAX_BAD_STEPS in a row."""
+        self.bad_steps = 0 if good else self.bad_steps + 1
+        if not good:
+            where = f'step {self.log.last_step + 1}: ' if self.log else ''
+            self.print0(f'{where}the gradient is not finite, the step is skipped ({self.bad_steps} in a row)')
+        if self.bad_steps == MAX_BAD_STEPS:
+            value = getattr(self.cfg, self.rate_flag[2:], None)
+            shown = self.rate_flag if value is None else f'{self.rate_flag}={value:g}'
+            raise UserError(f'{self.bad_steps} steps in a row without a finite gradient: lower {shown}; the '
+                            f'checkpoints that {self.checkpoints.out_dir} may hold are good')
+
+    @contextlib.contextmanager
+    def flags_to_lower(self, rate_flag, *memory_flags):
+        """Inside trains something beside the script's own loop: what an error there says to lower."""
+        before = self.rate_flag, self.memory_flags
+        self.rate_flag, self.memory_flags = rate_flag, memory_flags
+        try:
+            yield
+        finally:
+            self.rate_flag, self.memory_flags = before
+
+    # ---- saving, and the end
+
+    def save(self, state, model, tokenizer, optimizers, ema=None, best=False, name=None, parameters=None,
+             write=None, **more):
+        """Saves checkpoint-STEP (or `name`), which is whole or not there at all.
+
+        optimizers, parameters   as restore() takes them
+        write(directory)         writes the model, in place of save_model
+        more                     goes into trainer_state.json beside the fields of `state`
+        """
+        saved = {**asdict(state), **more, 'loss_scale': self.scaler.state, 'bad_steps': self.bad_steps,
+                 'window': self.log.window_to_save()}
+        write = write or (lambda directory: save_model(model, tokenizer, directory))
+        with ema.swapped() if ema else contextlib.nullcontext():
+            tensors = ema.state_dict() if ema else {}
+            for prefix, optimizer in by_prefix(optimizers).items():
+                state_dict = self.optimizer_state(optimizer)
+                tensors.update((prefix + key, tensor) for key, tensor in state_dict.items())
+            for prefix, live in (parameters or {}).items():
+                tensors.update((prefix + key, p.detach()) for key, p in live.items())
+            self.checkpoints.save(state.step, write, tensors, saved, best, name)
+
+    def exit_if_asked(self, save):
+        """After SIGINT or SIGTERM on any rank: save(), say how to go on, end the process with 130 or 143."""
+        if not self.stop.requested:
+            return
+        save()
+        self.print0(f'stopped at step {self.log.last_step}, saved; go on with: '
+                    f'{resume_command(flag=self.resume_flag)}')
+        self.close()
+        raise SystemExit(self.stop.code)
+
+    def finish(self, metrics, text):
+        """Closes everything, prints `text`, and returns the metrics of the run."""
+        self.close()
+        self.print0(text)
+        return metrics
+
+    def close(self):
+        if self.log:
+            self.log.close()
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    # ---- the ranks
+
     @property
     def is_main(self):
         return self.rank == 0
 
-    def autocast(self):
-        plain = self.dtype == torch.float32
-        return contextlib.nullcontext() if plain else torch.autocast(self.device.type, self.dtype)
-
     def sum(self, tensor):
         """`tensor` summed over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
+    def gather(self, rows):
+        """The rows of all ranks, one rank's after the other's, of what JSON can hold. Every rank calls it."""
+        if self.world_size == 1:
+            return rows
+        text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.dp_group)
+        padded = text.new_zeros(max(map(int, sizes)))
+        padded[:len(text)] = text
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.dp_group)
+        gathered = []
+        for part, size in zip(parts, sizes):
+            gathered += json.loads(bytes(part[:int(size)].tolist()))
+        return gathered
+
     def max(self, value):
-        """The largest of the ranks' whole numbers; by gloo, so that asking at every step never waits for a GPU."""
+        """The largest of the ranks' whole numbers; by gloo, so that asking at each step waits for no GPU."""
         if self.world_size > 1:
             tensor = torch.tensor(value, dtype=torch.int64)
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -67,7 +364,7 @@ class Run:
         self.max(0)
 
     def on_main(self, work):
-        """work() on the main rank while the others wait; its result there. Where it raises, every rank does."""
+        """work() on the main rank while the others wait; its result there. If it raises, every rank does."""
         result = failure = None
         if self.is_main:
             try:
@@ -83,67 +380,68 @@ class Run:
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()      # a log in a file is read while the run goes on
-
-    def close(self):
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
-
-def precision(cfg):
-    """The dtype that setup() is asked for where a recipe says it by bf16 (true, false, or None: not said) and fp16, never both."""
-    if cfg.bf16 or cfg.fp16:
-        return 'bfloat16' if cfg.bf16 else 'float16'
-    return 'float32' if cfg.bf16 is False else 'auto'
+            if self.text_log:
+                append_text(self.text_log, text + '\n')
 
 
 def setup(device='auto', dtype='auto', matmul='auto'):
-    """Choose device and precision, join the process group that torchrun's environment describes; returns a Run.
+    """Chooses device and precision, joins the process group of torchrun's environment; returns a Run.
 
     device  auto (cuda, then mps, then cpu), cpu, mps, cuda, cuda:1
-    dtype   auto (CUDA: bfloat16 where the card has it, else float16; elsewhere float32), float32, bfloat16, float16
+    dtype   auto (CUDA: bfloat16 where the card has it, else float16; elsewhere float32), float32, bfloat16,
+            float16
     matmul  auto, float32, bf16. On a CPU auto is bf16 where the processor multiplies it (AVX-512 bf16, AMX).
             On CUDA it concerns what autocast leaves in float32: TF32, unless float32 is asked for.
     """
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
     kind, _, index = device.partition(':')
-    for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')), ('dtype', dtype, ('auto', *DTYPES)),
+    for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')),
+                               ('dtype', dtype, ('auto', *DTYPES)),
                                ('matmul', matmul, ('auto', 'float32', 'bf16'))):
         if value not in known:
             raise UserError(f"--{flag}: '{value}' is none of {', '.join(known)}")
-    has = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and world_size == 1}
+    available = {'cuda': torch.cuda.is_available(),
+                 'mps': torch.backends.mps.is_available() and world_size == 1, 'cpu': True}
     if kind == 'auto':
-        kind = next(name for name in ('cuda', 'mps', 'cpu') if has[name])
-    if not has[kind]:
-        needs = {'cuda': 'an NVIDIA GPU and a CUDA build of PyTorch', 'mps': 'an Apple GPU and a single process'}[kind]
-        raise UserError(f'--device={device} needs {needs}, which are not here; use --device=auto or --device=cpu')
+        kind = next(name for name, is_available in available.items() if is_available)
+    if not available[kind]:
+        needs = {'cuda': 'an NVIDIA GPU and a CUDA build of PyTorch',
+                 'mps': 'an Apple GPU and a single process'}[kind]
+        raise UserError(f'--device={device} needs {needs}, which are not here; use --device=auto or cpu')
     if kind == 'cuda':
         index, count = local_rank if world_size > 1 else int(index or 0), torch.cuda.device_count()
         if index >= count:
-            raise UserError(f'process {local_rank} needs GPU {index}, but there are {count}: start {count} processes')
+            raise UserError(f'process {local_rank} needs GPU {index}, but there are {count}: start {count} '
+                            'processes')
         torch.cuda.set_device(index)
 
-    notes, bf16_cuda = [], kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = DTYPES.get(dtype, torch.float32 if kind != 'cuda' else torch.bfloat16 if bf16_cuda else torch.float16)
+    amp, notes = DTYPES.get(dtype, torch.float32), []
+    torch_device = torch.device(kind, index) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
-        torch.set_float32_matmul_precision('highest' if matmul == 'float32' else 'high')
-        if amp == torch.bfloat16 and not bf16_cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype == 'auto':
+            amp = torch.bfloat16 if has_bf16 else torch.float16
+        elif amp == torch.bfloat16 and not has_bf16:
             notes.append(f'{torch.cuda.get_device_name()} has no bf16 units: --dtype=float16 is faster')
+        torch.set_float32_matmul_precision('highest' if matmul == 'float32' else 'high')
     if kind == 'cpu':
-        fast = any(getattr(torch.cpu, name, bool)() for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
-        if matmul == 'bf16' and not fast:
+        has_bf16 = cpu_multiplies_bf16()
+        if matmul == 'bf16' and not has_bf16:
             notes.append('--matmul=bf16: this processor has no bf16 instructions; --matmul=float32 is faster')
-        matmul = matmul if matmul != 'auto' else 'bf16' if fast else 'float32'
+        if matmul == 'auto':
+            matmul = 'bf16' if has_bf16 else 'float32'
         if amp != torch.float32:
             notes.append(f'{dtype} on a CPU means float32, with matrix products in {matmul}')
             amp = torch.float32
-
-    if kind == 'cpu':
         keep_freed_memory()
-        for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):     # two caches of kernels for bf16 products, a thousand
-            os.environ.setdefault(cache, '256')                                     # sizes each: gigabytes where every batch has its own
-    run = Run(torch.device(kind, index) if kind == 'cuda' else torch.device(kind), amp,
-              matmul if kind == 'cpu' else 'float32', rank, local_rank, world_size)
+        # two caches of kernels for bf16 products, of a thousand sizes each: gigabytes where no two batches
+        # have the same
+        for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
+            os.environ.setdefault(cache, '256')
+
+    products = matmul if kind == 'cpu' else 'float32'
+    run = Run(torch_device, amp, products, rank, local_rank, world_size)
     if world_size > 1:
         local = os.environ.get('MASTER_ADDR') in ('127.0.0.1', 'localhost', '::1')
         if local and 'lo' in dict(socket.if_nameindex()).values():
@@ -155,8 +453,14 @@ def setup(device='auto', dtype='auto', matmul='auto'):
     return run
 
 
+def cpu_multiplies_bf16():
+    # some builds of torch have neither
+    checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
+
+
 def keep_freed_memory():
-    """Asks glibc to keep freed blocks: else every large activation is mapped and faulted in anew, 5% of a step."""
+    """Asks glibc to keep freed blocks: else each large activation is mapped anew, which is 5% of a step."""
     with contextlib.suppress(OSError, AttributeError):      # another C library has no such setting
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                           # M_MMAP_THRESHOLD
@@ -166,8 +470,8 @@ def keep_freed_memory():
 def seed_for(seed, *purpose):
     """A 63-bit seed for one purpose: seed_for(1337, 'data', step, index).
 
-    A hash, not a stream: what is drawn for step 900 depends neither on the steps before it nor on the number of ranks
-    nor on other purposes, so an exact resume needs no saved random state.
+    A hash, not a stream: what is drawn for step 900 depends neither on the steps before it nor on the number
+    of ranks nor on other purposes, so an exact resume needs no saved random state.
     """
     key = '|'.join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), 'little') >> 1
@@ -179,23 +483,10 @@ def describe_device(run):
         card = torch.cuda.get_device_properties(run.device)
         text = f'{card.name} ({card.total_memory / 2**30:.0f} GiB), {str(run.dtype)[6:]}'
     else:
-        text = f'{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {str(run.dtype)[6:]}'
+        threads = torch.get_num_threads()
+        text = f'{run.device.type} ({platform.machine()}, {threads} threads), {str(run.dtype)[6:]}'
     products = ', bf16 matrix products' if run.matmul == 'bf16' else ''
     return text + products + (f', {run.world_size} processes' if run.world_size > 1 else '')
-
-
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture papers; figures
-# printed "with sparsity" are halved. The first name found in the card's name counts.
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
-              'L40S': 362e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 209.5e12,
-              'RTX 4090': 165.2e12, 'RTX 3090': 71e12}
-
-
-def device_peak_flops(device):
-    """Peak FLOP/s of a torch.device, or of a card by name, for model FLOPs utilisation; None where it is not known."""
-    if isinstance(device, torch.device):
-        device = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device)), None)
 
 
 @contextlib.contextmanager
@@ -203,8 +494,9 @@ def explain_out_of_memory(*flags):
     """Running out of memory inside becomes one line that names the flags to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:    # torch.OutOfMemoryError is a RuntimeError; a CPU's has no class
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except (RuntimeError, MemoryError) as error:    # on a CPU it has no class of its own
+        said = re.search("out of memory|can't allocate memory", str(error))
+        if isinstance(error, RuntimeError) and not said:
             raise
         raise UserError(f'out of memory: lower {" or ".join(flags)}') from None
 
@@ -212,8 +504,12 @@ def explain_out_of_memory(*flags):
 class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, section 3.2); 1 in every other precision.
 
-    (loss * scale.value).backward(); scale.unscale_(optimizer.grads); finite = norm.isfinite(); scale.update(finite)
-    The scale halves where a gradient overflowed and doubles after 2000 steps without; `state` goes into a checkpoint.
+        (loss * scale.value).backward()
+        scale.unscale_(optimizer.grads)
+        scale.update(finite=norm.isfinite())
+
+    It halves where a gradient overflowed and doubles after 2000 steps without; `state` goes into a
+    checkpoint.
     """
 
     def __init__(self, dtype, state=None):
@@ -229,7 +525,7 @@ class LossScale:
             torch._foreach_mul_(grads, 1 / self.value)
 
     def update(self, finite):
-        """True where only the scale made the gradient overflow: skip the step, it is no fault of the model's."""
+        """True where the gradient overflowed by the scale alone: the step is skipped, the model is well."""
         if not self.active or not finite and self.value <= 1:
             return False
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -239,7 +535,7 @@ class LossScale:
 
 
 class Stop:
-    """SIGINT and SIGTERM set a flag for the loop: `if stop.requested:` save, say resume_command(), sys.exit(stop.code).
+    """SIGINT and SIGTERM set a flag for the loop: `if stop.requested:` save, and exit with stop.code.
 
     `requested` is agreed over the ranks: all of them ask at the same points of the loop.
     """
@@ -250,14 +546,16 @@ class Stop:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum, frame):
-        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: within a second it is one.
+        # torchrun passes on a Ctrl-C that the terminal sent to each process already: within a second it is
+        # one
         if self.signum and signum == signal.SIGINT and time.monotonic() - self.when > 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         elif not self.signum:
             self.signum, self.when = signum, time.monotonic()
             if self.run.is_main:        # print() is not safe in here
-                os.write(2, f'\n{signal.Signals(signum).name}: stopping after this step (Ctrl-C: at once)\n'.encode())
+                name = signal.Signals(signum).name
+                os.write(2, f'\n{name}: stopping after this step (Ctrl-C: at once)\n'.encode())
 
     @property
     def requested(self):
@@ -274,6 +572,7 @@ def resume_command(argv=None, flag='--resume'):
     argv, name = list(sys.argv if argv is None else argv), flag.split('=')[0]
     for i in reversed(range(1, len(argv))):
         if argv[i].split('=')[0].replace('-', '_') == name.replace('-', '_'):
-            del argv[i:i + 1 + ('=' in flag and '=' not in argv[i])]        # its value may be the next word
+            value_follows = '=' in flag and '=' not in argv[i]
+            del argv[i:i + 1 + value_follows]
     ranks = os.environ.get('LOCAL_WORLD_SIZE')
     return shlex.join([*(['torchrun', f'--nproc_per_node={ranks}'] if ranks else ['python']), *argv, flag])

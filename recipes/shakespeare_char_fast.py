@@ -1,5 +1,6 @@
 # The shortest way we know to nanoGPT's laptop loss: Muon, a modern block, a high rate that falls to nothing.
-# python train_gpt.py recipes/shakespeare_char_fast.py           measured by: python bench/gpt.py --nanogpt PATH --fast
+# python train_gpt.py recipes/shakespeare_char_fast.py
+# measured by: python bench/gpt.py --nanogpt PATH --fast
 out_dir = 'out-shakespeare-fast'
 dataset = 'shakespeare_char'
 device = 'cpu'

@@ -1,4 +1,5 @@
-"""Puts the repository root on the import path, so that tests import the scripts as users do; and what several files of tests need."""
+"""Puts the repository root on the import path, so that tests import the scripts as users do;
+and what several files of tests need."""
 import os
 import sys
 
@@ -6,7 +7,8 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-os.environ['OMP_NUM_THREADS'] = '1'     # before torch is imported, and for every run that a test starts: more threads than free cores crawl
+# before torch is imported, and for every run that a test starts: more threads than free cores crawl
+os.environ['OMP_NUM_THREADS'] = '1'
 
 
 @pytest.fixture(scope='module')

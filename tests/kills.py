@@ -13,8 +13,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def run_and_kill(script, flags, shares=(), steps=(), resume='--resume', out='--output_dir'):
-    """Runs `script` with `flags` into whole/, and again into killed/ with SIGKILLs on the way; the CompletedProcess, whose stdout is how
-    many of them came before the end.
+    """Runs `script` with `flags` into whole/, and again into killed/ with SIGKILLs on the way;
+    the CompletedProcess, whose stdout is how many of them came before the end.
 
     shares  of the first run's time: one SIGKILL after each, counted from the start or from the last kill
     steps   one SIGKILL up to 0.05 s after a checkpoint of each of them, or of a later one
@@ -24,7 +24,8 @@ def run_and_kill(script, flags, shares=(), steps=(), resume='--resume', out='--o
 
 
 def child(script, flags, shares, steps, resume, out):
-    """run_and_kill in a process without threads: the script is imported once, and every run is a fork of it."""
+    """run_and_kill in a process without threads: the script is imported once,
+    and every run is a fork of it."""
     sys.path.insert(0, ROOT)
     import matplotlib.figure  # noqa: F401
 

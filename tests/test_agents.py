@@ -1,5 +1,5 @@
-"""train_agents.py: one update by hand, the mistakes of earlier trainers that must not be here, and short real runs."""
-import copy
+"""train_agents.py: one update by hand, the mistakes of earlier trainers that must not be here,
+and short real runs."""
 import glob
 import json
 import os
@@ -14,17 +14,18 @@ import torch
 
 import train_agents
 from conftest import ROOT
-from configurator import UserError, parse
+from configurator import UserError, as_dict, check_settings, from_dict, parse
+from data.tasks import env as environments
 from data.tasks.env import Outcome
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, find_model, load_model, save_model
-from nanoforge.run import LossScale, setup
-from train_agents import BaseModel, Candidate, Clock, Config, Group, give_advantages, load_team, plan_batches, play, rollout, update
+from nanoforge.run import Run, seed_for, setup
+from train_agents import BaseModel, Candidate, Config, Group, comparable_groups, load_policies, optimizer_steps, rollout
 
 
 class ScriptedEnv:
-    """Two agents write; the more different characters, the better for the team, and each likes its own length. All that was executed
-    is in the next prompt."""
+    """Two agents write; the more different characters, the better for the team,
+    and each likes its own length. All that was executed is in the next prompt."""
     roles = ('first', 'second')
 
     def __init__(self, problem):
@@ -58,12 +59,15 @@ def small(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)     # logs/ goes there
+    """logs/ goes to a folder of the test's own, and there is an environment `scripted`,
+    found by its file's name like any other."""
+    monkeypatch.chdir(tmp_path)
     task = types.ModuleType('data.tasks.scripted')
     task.ROLES, task.ACTS, task.SETTINGS, task.Env = ScriptedEnv.roles, 'second', {}, ScriptedEnv
     task.problems = lambda split, n, seed: [{'word': f'{split} {i}'} for i in range(n)]
     monkeypatch.setitem(sys.modules, 'data.tasks.scripted', task)
-    monkeypatch.setitem(train_agents.TASKS, 'scripted', 'scripted')
+    known = {**environments.known_tasks(), 'scripted': ()}
+    monkeypatch.setattr(environments, 'known_tasks', lambda: known)
     return task
 
 
@@ -75,50 +79,76 @@ def run():
 def config(small, benchmark='scripted', **changes):
     changes = {'base_models': {'policy_0': BaseModel(small)}, 'benchmark': benchmark, 'max_turns': 2, 'train_sample_num': 3, 'epoch_size': 2,
                'train_batch_size': 64, 'max_response_length': 8, 'max_prompt_length': 100, 'device': 'cpu', 'matmul': 'float32',
-               'learning_rate': 1e-3, **changes}
+               'learning_rate': 1e-3, 'tensorboard': False, 'total_training_steps': 1, 'val_before_train': False, 'validate_episodes': 1,
+               **changes}
     cfg = Config(**changes)
     cfg.typed = frozenset(changes)
-    cfg.check()
+    check_settings(cfg)
     return cfg
 
 
+def players(cfg, run):
+    """(team, temperatures of training)"""
+    team = {agent: policy for policy in load_policies(cfg, run) for agent in policy.agents}
+    return team, {name: agent.temperature for name, agent in train_agents.agents_of(cfg).items()}
+
+
 def played(cfg, run, step=0):
-    """(team, episodes with advantages) of one iteration."""
-    team, task = load_team(cfg, run), train_agents.task_of(cfg)
-    for policy in train_agents.distinct(team):
-        policy.optimizer = train_agents.new_optimizer(policy, 'adamw', cfg.learning_rate, cfg.weight_decay)
-    return team, rollout(cfg, team, task, train_agents.draw_problems(cfg, task, step, run), step, Clock())
+    """(team, trajectories) of one rollout."""
+    team, temperatures = players(cfg, run)
+    task, samples = train_agents.task_of(cfg), cfg.train_sample_num if cfg.rollout_mode == 'tree' else 1
+    problems = train_agents.draw_problems(cfg, task, step, run)
+    return team, rollout(cfg, team, task, problems, seed_for(cfg.seed, 'play', step), samples, temperatures)
 
 
-def totals():
-    return dict.fromkeys(train_agents.TOTALS, 0.0)
+def iterate(cfg, monkeypatch):
+    """main() for one iteration -> (its trajectories, its line of log.jsonl).
+    What it trained is in logs/agents/latest."""
+    kept = []
+    monkeypatch.setattr(train_agents, 'write_trajectories', lambda cfg, trajectories, *rest: kept.extend(trajectories))
+    train_agents.main(cfg)
+    lines = [json.loads(line) for line in open('logs/agents/latest/log.jsonl')]
+    return kept, next(line for line in lines if 'loss' in line)
+
+
+def spy(monkeypatch, owner, name, note):
+    """`owner.name` as it is, with note(result, *arguments) behind each call."""
+    plain = getattr(owner, name)
+
+    def spied(*arguments, **named):
+        result = plain(*arguments, **named)
+        note(result, *arguments)
+        return result
+    monkeypatch.setattr(owner, name, spied)
 
 
 def weights(policy):
     return {name: p.detach().clone() for name, p in policy.model.named_parameters()}
 
 
-def test_update_by_hand(small, run):
-    """Two episodes, two agents, two turns, three candidates: advantages, loss and step from plain formulas and torch's own AdamW,
-    candidate by candidate, each in a row of its own."""
+def test_update_by_hand(small, monkeypatch):
+    """Two problems, two agents, two turns, three candidates: advantages, loss and step from plain formulas
+    and torch's own AdamW, candidate by candidate, each in a row of its own."""
     cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.3)})
-    team, episodes = played(cfg, run)
-    groups = [group for episode in episodes for group in episode.groups]
-    assert [(g.episode, g.turn, g.agent) for g in groups] == [(e, t, a) for e in (0, 1) for t in (0, 1) for a in ('first', 'second')]
+    trajectories, line = iterate(cfg, monkeypatch)
+    groups = [group for trajectory in trajectories for group in trajectory.groups]
+    assert [(t.number, g.turn, g.agent) for t in trajectories for g in t.groups] == [
+        (n, turn, agent) for n in (0, 1) for turn in (0, 1) for agent in ('first', 'second')]
     model, _ = load_model(small)
     loss, tokens = torch.zeros(()), sum(len(c.tokens) for g in groups for c in g.candidates)
     for group in groups:
         rewards = [c.outcome.team + c.outcome.local for c in group.candidates]
         mean = sum(rewards) / 3
         deviation = (sum((r - mean) ** 2 for r in rewards) / 2) ** 0.5
-        assert group.executed == rewards.index(max(rewards))
+        assert group.chosen == rewards.index(max(rewards))
         for candidate, reward in zip(group.candidates, rewards):
             advantage = (reward - mean) / (deviation + 1e-4)
             assert candidate.advantage == pytest.approx(advantage, abs=1e-4) and candidate.reward == pytest.approx(reward)
-            row = torch.tensor([group.prompt + candidate.tokens])
+            row = torch.tensor([candidate.prompt + candidate.tokens])
             logits = model(row) / (1.3 if group.agent == 'second' else 1.0)
-            logp = logits.log_softmax(-1)[0, len(group.prompt) - 1:-1].gather(1, torch.tensor(candidate.tokens)[:, None])[:, 0]
-            torch.testing.assert_close(logp.detach(), torch.tensor(candidate.logp), atol=2e-5, rtol=0)      # drawn from what is trained
+            logp = logits.log_softmax(-1)[0, len(candidate.prompt) - 1:-1].gather(1, torch.tensor(candidate.tokens)[:, None])[:, 0]
+            # drawn from what is trained
+            torch.testing.assert_close(logp.detach(), torch.tensor(candidate.logp), atol=2e-5, rtol=0)
             ratio = (logp - torch.tensor(candidate.logp)).exp()
             loss = loss - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / tokens
     loss.backward()
@@ -128,45 +158,100 @@ def test_update_by_hand(small, run):
     before = [p.detach().clone() for p in model.parameters()]
     reference.step()
 
-    steps, groups = plan_batches(cfg, episodes, 0, run)
-    sums = totals()
-    update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), run, sums)
-    assert sums['loss'] == pytest.approx(float(loss.detach()), abs=1e-5) and sums['steps'] == 1
+    assert line['loss'] == pytest.approx(float(loss.detach()), abs=1e-5) and line['optimizer_steps'] == 1
+    trained = load_model('logs/agents/latest/checkpoints/last')[0]
     assert any((a - b).abs().max() > 5e-4 for a, b in zip(before, model.parameters()))
-    for (name, ours), theirs in zip(team['first'].model.named_parameters(), model.parameters()):
-        # where a gradient is rounding, Adam's first step has the sign of it: there the weights may differ by the rate
+    for (name, ours), theirs in zip(trained.named_parameters(), model.parameters()):
+        # where a gradient is rounding, Adam's first step has the sign of it:
+        # there the weights may differ by the rate
         sure = theirs.grad.abs() > 1e-6
         torch.testing.assert_close(ours[sure], theirs[sure], atol=2e-5, rtol=0, msg=name)
 
 
-def test_groups_are_of_one_problem_turn_and_agent(small, run):
+@pytest.mark.parametrize('dual_clip', [3.0, 1.1, None])
+def test_the_loss_is_train_rls_policy_loss(small, monkeypatch, dual_clip):
+    """Of every micro-batch, entropy bonus aside; with ratios far from 1,
+    as there are three passes at a high rate."""
+    from train_rl import policy_loss
+    cfg = config(small, ppo_epochs=3, learning_rate=0.02, max_grad_norm=0.0, train_batch_size=8, clip_low=0.1, clip_high=0.3,
+                 dual_clip=dual_clip, agents={'agent_0': train_agents.Agent('second', temperature=1.3)})
+    calls, losses, tokens = [], [], []
+    spy(monkeypatch, train_agents, 'forward', lambda result, model, candidates, run: calls.append((candidates, result)))
+    spy(monkeypatch, Run, 'backward', lambda _, run, loss: losses.append(loss.detach()))
+    steps = train_agents.optimizer_steps
+
+    def noted(*arguments):
+        for policy, count, candidates in steps(*arguments):
+            tokens.append((len(losses), count))             # the step's tokens, and where its losses begin
+            yield policy, count, candidates
+    monkeypatch.setattr(train_agents, 'optimizer_steps', noted)
+    iterate(cfg, monkeypatch)
+    clipped = []
+    assert len(losses) == len(calls) > len(tokens) > 8
+    for i, (loss, (candidates, (logp, _, mask))) in enumerate(zip(losses, calls)):
+        old = torch.zeros_like(logp)
+        old[mask] = torch.tensor([value for c in candidates for value in c.logp])
+        advantages = torch.tensor([c.advantage for c in candidates])
+        normaliser = next(count for begin, count in reversed(tokens) if begin <= i)
+        expected, stats = policy_loss(logp.detach(), old, advantages, mask, clip_low=0.1, clip_high=0.3, dual_clip=dual_clip,
+                                      normaliser=normaliser)
+        torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+        clipped.append(float(stats['clip_ratio/region_mean']))
+    assert clipped[0] == 0 and max(clipped) > 0.1
+
+
+@pytest.mark.parametrize('mode', ['tree', 'no_tree'])
+def test_the_advantages_are_train_rls_group_advantages(small, monkeypatch, mode):
+    from train_rl import group_advantages
+    cfg = config(small, rollout_mode=mode, train_sample_num=5, epoch_size=3)
+    trajectories, _ = iterate(cfg, monkeypatch)
+    members = [(number, member) for number, group in enumerate(comparable_groups(cfg, trajectories).values()) for member in group]
+    rewards = torch.tensor([sum(c.reward for c in member) for _, member in members])
+    expected = group_advantages(rewards, torch.tensor([number for number, _ in members])).tolist()
+    assert len(members) == (5 * 3 * 4 if mode == 'tree' else 5 * 3 * 2) and any(expected)
+    for (_, member), advantage in zip(members, expected):
+        assert [c.advantage for c in member] == pytest.approx([advantage] * len(member), abs=1e-5)
+
+
+def test_equal_rewards_have_no_advantage(small, monkeypatch, scratch):
+    """Exactly: a tenth in binary, thrice, has a mean that is not a tenth."""
+    monkeypatch.setattr(ScriptedEnv, 'score', lambda self, role, text: Outcome(0.1, 0.0, True, text[:8]))
+    trajectories, line = iterate(config(small), monkeypatch)
+    assert all(c.advantage == 0 for t in trajectories for g in t.groups for c in g.candidates)
+    assert line['dead_groups'] == line['groups'] == 8 and line['loss'] == line['grad_norm'] == 0
+
+
+def test_groups_are_of_one_problem_turn_and_agent(small, monkeypatch):
     """32 problems with 8 candidates gave 4 groups that mixed 8 problems each."""
     cfg = config(small, epoch_size=32, train_sample_num=8, max_response_length=3)
-    _, episodes = played(cfg, run)
-    groups = [group for episode in episodes for group in episode.groups]
-    assert len(groups) == 32 * 2 * 2 and len({tuple(group.prompt) for group in groups}) == len(groups)
-    for group in groups:
-        rewards = torch.tensor([c.reward for c in group.candidates])
+    trajectories, line = iterate(cfg, monkeypatch)
+    groups = comparable_groups(cfg, trajectories)
+    prompts = [{tuple(c.prompt) for member in members for c in member} for members in groups.values()]
+    assert len(groups) == line['groups'] == 32 * 2 * 2 and all(len(each) == 1 for each in prompts) and len(set.union(*prompts)) == len(groups)
+    for members in groups.values():
+        rewards = torch.tensor([c.reward for c, in members])
         expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        assert len(group.candidates) == 8
-        torch.testing.assert_close(torch.tensor([c.advantage for c in group.candidates]), expected, atol=1e-4, rtol=1e-4)
+        assert len(members) == 8
+        torch.testing.assert_close(torch.tensor([c.advantage for c, in members]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_agent_sees_what_was_executed_before_it(small, run):
-    """All agents answered before any acted; and from the second turn on the state that was seen stood still."""
-    _, episodes = played(config(small, max_turns=3), run)
-    for episode in episodes:
-        words = [episode.problem['word']]
-        for group in episode.groups:
+    """All agents answered before any acted; and from the second turn on the state
+    that was seen stood still."""
+    _, trajectories = played(config(small, max_turns=3), run)
+    for trajectory in trajectories:
+        words = [trajectory.problem['word']]
+        for group in trajectory.groups:
             assert group.messages[0]['content'] == f'{group.agent}: ' + ' '.join(words)
-            words.append(''.join(c for c in group.candidates[group.executed].text[:8] if c.isalnum()))
+            words.append(''.join(c for c in group.candidates[group.chosen].text[:8] if c.isalnum()))
         assert len(words) == 7
 
 
 def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, run):
-    """The second agent's candidates all had the reward of one, which is no signal; and a candidate is scored in the state that it saw."""
-    _, episodes = played(config(small, train_sample_num=6), run)
-    second = [group for episode in episodes for group in episode.groups if group.agent == 'second']
+    """The second agent's candidates all had the reward of one, which is no signal;
+    and a candidate is scored in the state that it saw."""
+    _, trajectories = played(config(small, train_sample_num=6), run)
+    second = [group for trajectory in trajectories for group in trajectory.groups if group.agent == 'second']
     assert all(len({c.reward for c in group.candidates}) > 1 for group in second)
     for group in second:
         for c in group.candidates:
@@ -174,36 +259,27 @@ def test_every_candidate_of_the_second_agent_is_scored_by_itself(small, run):
 
 
 def test_candidates_come_from_the_distribution_that_is_trained(small, run):
-    """Sampling with top_p, top_k and a repetition penalty, and scoring without, is off-policy. At another temperature too."""
+    """Sampling with top_p, top_k and a repetition penalty, and scoring without, is off-policy.
+    At another temperature too."""
     cfg = config(small, agents={'agent_0': train_agents.Agent('second', temperature=1.7)}, epoch_size=8)
-    team, episodes = played(cfg, run)
-    groups = [g for e in episodes for g in e.groups]
+    team, trajectories = played(cfg, run)
     for agent, temperature in (('first', 1.0), ('second', 1.7)):
-        rows = [g for g in groups if g.agent == agent]
-        logp, _, mask = train_agents.answer_stats(team[agent].model, [(g.prompt, [c.tokens for c in g.candidates]) for g in rows],
-                                                  temperature, run)
-        sampled = torch.tensor([value for g in rows for c in g.candidates for value in c.logp])
+        candidates = [c for t in trajectories for g in t.groups if g.agent == agent for c in g.candidates]
+        assert {c.temperature for c in candidates} == {temperature}
+        logp, _, mask = train_agents.forward(team[agent].model, candidates, run)
+        sampled = torch.tensor([value for c in candidates for value in c.logp])
         torch.testing.assert_close(logp[mask].detach(), sampled, atol=2e-5, rtol=0)
 
 
-def test_mixed_groups_are_refused(small):
-    cfg = config(small)
-    candidates = [Candidate([1], [0.0], 'a', True, reward=float(i)) for i in range(2)]
-    groups = [Group(0, 0, 'first', prompt, [], '', copy.deepcopy(candidates)) for prompt in ([5, 6], [5, 7])]
-    with pytest.raises(RuntimeError, match='not comparable'):
-        give_advantages(cfg, [types.SimpleNamespace(number=0, groups=groups)])
-    with pytest.raises(RuntimeError, match='not comparable'):
-        give_advantages(cfg, [types.SimpleNamespace(number=0, groups=[Group(0, 0, 'first', [5], [], '', candidates[:1])])])
-
-
-def test_no_tree_compares_whole_episodes(small, run):
-    """K episodes of a problem: an agent's rewards are summed, and each of its turns has the episode's advantage."""
+def test_no_tree_compares_whole_trajectories(small, monkeypatch):
+    """K trajectories of a problem: an agent's rewards are summed,
+    and each of its turns has the trajectory's advantage."""
     cfg = config(small, rollout_mode='no_tree')
-    _, episodes = played(cfg, run)
-    assert len(episodes) == 6 and all(len(g.candidates) == 1 for e in episodes for g in e.groups)
+    trajectories, _ = iterate(cfg, monkeypatch)
+    assert len(trajectories) == 6 and all(len(g.candidates) == 1 for t in trajectories for g in t.groups)
     for problem in (0, 1):
         for agent in ('first', 'second'):
-            rows = [[g.candidates[0] for g in e.groups if g.agent == agent] for e in episodes if e.number // 3 == problem]
+            rows = [[g.candidates[0] for g in t.groups if g.agent == agent] for t in trajectories if t.number // 3 == problem]
             sums = torch.tensor([sum(c.reward for c in row) for row in rows])
             expected = (sums - sums.mean()) / (sums.std() + 1e-4)
             assert [c.advantage for row in rows for c in row] == pytest.approx([a for a in expected.tolist() for _ in (0, 1)], abs=1e-4)
@@ -211,71 +287,90 @@ def test_no_tree_compares_whole_episodes(small, run):
 
 def test_filters(small, run):
     """dapo drops groups whose rewards are equal; std and mean the share of lowest deviation and mean."""
-    def group(episode, rewards):
-        return Group(episode, 0, 'first', [episode + 1, 2], [], '', [Candidate([3], [0.0], '', True, reward=r) for r in rewards])
-
     rewards = {0: [1.0, 1.0, 1.0], 1: [5.0, 5.1, 5.0], 2: [0.0, 1.0, 2.0], 3: [-9.0, 9.0, 0.0]}
+    trajectories = []
+    for number, values in rewards.items():
+        candidates = [Candidate([number + 1, 2], [3], reward=r, advantage=r - sum(values) / 3) for r in values]
+        trajectories.append(types.SimpleNamespace(number=number, groups=[Group(0, 'first', [], False, '', candidates)]))
     kept = {}
     for method, ratio in (('none', 0.0), ('dapo', 0.0), ('std', 0.5), ('mean', 0.5)):
         cfg = config(small, filter_method=method, filter_ratio=ratio)
-        episodes = [types.SimpleNamespace(number=e, groups=[group(e, r)]) for e, r in rewards.items()]
-        give_advantages(cfg, episodes)
-        steps, groups = plan_batches(cfg, episodes, 0, run)
-        kept[method] = {groups[int(i)].episode for step in steps['policy_0'] for i in step[:, 1]}
+        policies = [types.SimpleNamespace(name='policy_0', agents=['first', 'second'])]
+        steps = optimizer_steps(cfg, policies, comparable_groups(cfg, trajectories), 0, run)
+        kept[method] = {c.prompt[0] - 1 for _, _, candidates in steps for c in candidates}
     assert kept == {'none': {0, 1, 2, 3}, 'dapo': {1, 2, 3}, 'std': {2, 3}, 'mean': {1, 2}}
 
 
 def test_steps_hold_train_batch_size_sequences_of_whole_groups(small, run):
     cfg = config(small, epoch_size=5, train_batch_size=8)
-    _, episodes = played(cfg, run)
-    steps, _ = plan_batches(cfg, episodes, 0, run)
-    sizes = [len(step) for step in steps['policy_0']]
+    team, trajectories = played(cfg, run)
+    steps = list(optimizer_steps(cfg, [team['first']], comparable_groups(cfg, trajectories), 0, run))
+    sizes = [len(candidates) for _, _, candidates in steps]
     assert sum(sizes) == 5 * 2 * 2 * 3 and set(sizes[:-1]) == {8}
-    order = [int(i) for step in steps['policy_0'] for i in step[:, 1]]
-    assert len(set(zip(order, order[1:]))) < len(order) and sum(a != b for a, b in zip(order, order[1:])) == len(set(order)) - 1
+    assert all(tokens == sum(len(c.tokens) for c in candidates) for _, tokens, candidates in steps)
+    prompts = [id(g.candidates[0].prompt) for t in trajectories for g in t.groups]
+    order = [prompts.index(id(c.prompt)) for _, _, candidates in steps for c in candidates]
+    assert sum(a != b for a, b in zip(order, order[1:])) == len(set(order)) - 1 and order != sorted(order)
     assert sorted(order) == sorted(list(range(20)) * 3)
 
 
-def test_gradient_does_not_depend_on_the_cut(small, run):
+def test_gradient_does_not_depend_on_the_cut(small, monkeypatch):
     """One pass over all candidates, or a pass for every few tokens: the same step."""
-    found = []
+    gradients, passes = [], []
+    plain = Run.step
+
+    def step(run, optimizer, lr, max_norm):
+        gradients.append(torch.cat([grad.clone() for grad in optimizer.grads]))
+        return plain(run, optimizer, lr, max_norm)
+    monkeypatch.setattr(Run, 'step', step)
+    spy(monkeypatch, Run, 'backward', lambda *_: passes.append(len(gradients)))
     for tokens in (100_000, 60):
-        cfg = config(small, micro_batch_tokens=tokens, entropy_coef=0.01)
-        team, episodes = played(cfg, run)
-        steps, groups = plan_batches(cfg, episodes, 0, run)
-        passes = len(train_agents.micro_batches(cfg, steps['policy_0'][0], groups, run))
-        assert passes == 1 if tokens > 60 else passes > 5
-        team['first'].optimizer.step = lambda: None
-        update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), run, totals())
-        found.append(torch.cat([grad.clone() for grad in team['first'].optimizer.grads]))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+        train_agents.main(config(small, micro_batch_tokens=tokens, entropy_coef=0.01))
+    assert passes.count(0) == 1 and passes.count(1) > 5
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
-def test_gradients_that_are_not_finite_skip_and_then_stop(small, run):
-    cfg = config(small, train_batch_size=8)
-    team, episodes = played(cfg, run)
-    steps, groups = plan_batches(cfg, episodes, 0, run)
-    before, sums = weights(team['first']), totals()
-    for group in groups:
-        group.candidates[0].advantage = float('nan')
+def test_gradients_that_are_not_finite_skip_and_then_stop(small, monkeypatch):
+    teams, norms, plain = [], [], train_agents.forward
+    spy(monkeypatch, train_agents, 'load_policies', lambda policies, *_: teams.append(policies))
+    spy(monkeypatch, Run, 'step', lambda norm, *_: norms.append(norm))
+    monkeypatch.setattr(train_agents, 'forward', lambda *a: (plain(*a)[0] * float('nan'), *plain(*a)[1:]))
     with pytest.raises(UserError, match='learning_rate'):
-        for _ in range(3):
-            update(cfg, team['first'], steps['policy_0'], groups, LossScale(torch.float32), run, sums)
-    assert sums['skipped'] == sums['steps'] == 4 and all(torch.equal(p, before[name]) for name, p in weights(team['first']).items())
+        train_agents.main(config(small, train_batch_size=4))
+    before = dict(load_model(small)[0].named_parameters())
+    assert len(norms) == 4 and not any(map(torch.isfinite, map(torch.tensor, norms)))       # the fifth raises
+    assert all(torch.equal(p, before[name]) for name, p in weights(teams[0][0]).items())
+    with monkeypatch.context() as patch:
+        patch.setattr('nanoforge.run.MAX_BAD_STEPS', 99)
+        _, line = iterate(config(small, train_batch_size=8), patch)
+    assert line['skipped_steps'] == line['optimizer_steps'] == 3 and line['loss'] is None and line['grad_norm'] == 0
 
 
 @pytest.mark.parametrize('level', ['lora', 'full'])
-def test_policies_learn_from_their_own_agents_only(small, run, level):
-    cfg = config(small, specialization=level)
-    team, episodes = played(cfg, run)
+def test_policies_learn_from_their_own_agents_only(small, monkeypatch, level):
+    """Steps of the first agent's policy alone: they move its weights, and no other's."""
+    seen, teams, plain = [], [], train_agents.optimizer_steps
+
+    def perturb(policies, *_):
+        for policy in policies:
+            for p in policy.use().parameters():
+                p.data.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) if p.requires_grad else 0)
+        teams.append({policy.agents[0]: policy for policy in policies})
+        teams.append({policy.agents[0]: weights(policy) for policy in policies})
+
+    def steps_of_the_first(*arguments):
+        for policy, tokens, candidates in plain(*arguments):
+            seen.append((policy.agents, {id(c.prompt) for c in candidates}))
+            if policy.agents == ['first']:
+                yield policy, tokens, candidates
+    spy(monkeypatch, train_agents, 'load_policies', perturb)
+    monkeypatch.setattr(train_agents, 'optimizer_steps', steps_of_the_first)
+    trajectories, _ = iterate(config(small, specialization=level), monkeypatch)
+    team, before = teams
     assert team['first'].name != team['second'].name and (team['first'].model is team['second'].model) == (level == 'lora')
     for agent in ('first', 'second'):
-        for p in team[agent].use().parameters():
-            p.data.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) if p.requires_grad else 0)
-    before = {agent: weights(team[agent]) for agent in team}
-    steps, groups = plan_batches(cfg, episodes, 0, run)
-    assert {g.agent for name in steps for step in steps[name] for g in [groups[int(i)] for i in step[:, 1]]} == {'first', 'second'}
-    update(cfg, team['first'], steps[team['first'].name], groups, LossScale(torch.float32), run, totals())
+        prompts = {id(g.candidates[0].prompt) for t in trajectories for g in t.groups if g.agent == agent}
+        assert prompts == set.union(*(own for agents, own in seen if agents == [agent]))
     changed = {agent: {name for name, p in weights(team[agent]).items() if not torch.equal(p, before[agent][name])} for agent in team}
     if level == 'full':
         assert changed['first'] and not changed['second']
@@ -286,26 +381,28 @@ def test_policies_learn_from_their_own_agents_only(small, run, level):
 def test_candidates_do_not_depend_on_who_else_plays(small, run):
     """A problem alone, or among others (on another rank): the same candidates."""
     cfg = config(small, epoch_size=4)
-    team, task = load_team(cfg, run), train_agents.task_of(cfg)
-    cases = train_agents.draw_problems(cfg, task, 0, run)
-    whole, part = (play(cfg, team, task, some, 7, 3, Clock()) for some in (cases, cases[2:3]))
-    texts = lambda episode: [[c.text for c in g.candidates] for g in episode.groups]
+    (team, temperatures), task = players(cfg, run), train_agents.task_of(cfg)
+    problems = train_agents.draw_problems(cfg, task, 0, run)
+    whole, part = (rollout(cfg, team, task, some, 7, 3, temperatures) for some in (problems, problems[2:3]))
+
+    def texts(trajectory):
+        return [[c.text for c in g.candidates] for g in trajectory.groups]
     assert texts(whole[2]) == texts(part[0]) and texts(whole[1]) != texts(whole[2])
 
 
 def test_validation_never_branches_and_is_repeatable(small, run):
     cfg = config(small, validate_episodes=6)
-    team, task = load_team(cfg, run), train_agents.task_of(cfg)
+    (team, _), task = players(cfg, run), train_agents.task_of(cfg)
     os.makedirs('validate')
-    cases = train_agents.held_out_problems(cfg, task, run)
-    metrics = train_agents.validate(cfg, team, task, cases, 3, '.', run)
-    assert metrics == train_agents.validate(cfg, team, task, cases, 4, '.', run)
+    problems = train_agents.held_out_problems(cfg, task, run)
+    metrics = train_agents.validate(cfg, team, task, problems, 3, '.', run)
+    assert metrics == train_agents.validate(cfg, team, task, problems, 4, '.', run)
     rows = [json.loads(line) for line in open('validate/step-3.jsonl')]
     assert len(rows) == 12 and all(len(turn['candidates']) == 1 for row in rows for turn in row['turns'])
     assert {'validation/success_rate', 'validation/greedy_success_rate', 'validation/reward', 'validation/episode_length'} <= set(metrics)
 
 
-# ---- short real runs ----------------------------------------------------------------------------------------------------------
+# ---- short real runs ---------------------------------------------------------------------------------------
 
 SHORT = ['env.benchmark=plan_path', 'training.experiment_name=x', 'training.total_training_steps=4', 'training.epoch_size=3',
          'training.train_batch_size=16', 'training.train_sample_num=3', 'training.max_response_length=12', 'training.val_freq=2',
@@ -398,7 +495,8 @@ def test_sigterm_saves_and_says_how_to_go_on(small):
 
 
 def test_two_ranks_train_what_one_does(small):
-    """Uneven episodes: three on two ranks, of different lengths. The same candidates, steps and weights up to rounding."""
+    """Uneven episodes: three on two ranks, of different lengths.
+    The same candidates, steps and weights up to rounding."""
     go(small, 'training.total_training_steps=2', 'filter_method=dapo')
     finish(start(small, 'training.total_training_steps=2', 'filter_method=dapo', 'training.experiment_name=two',
                  launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']))
@@ -412,7 +510,8 @@ def test_two_ranks_train_what_one_does(small):
 
 
 def test_two_shards_are_one_model(small):
-    """GPU_num=2 starts two processes that hold half of the heads each; what they save is whole, and goes on in one process."""
+    """GPU_num=2 starts two processes that hold half of the heads each;
+    what they save is whole, and goes on in one process."""
     words = ['training.total_training_steps=2', 'training.learning_rate=1e-4', 'training.val_freq=1']
     go(small, *words)
     finish(start(small, *words, 'GPU_num=2', 'training.experiment_name=two', 'training.total_training_steps=1'))
@@ -449,10 +548,12 @@ def test_levels_run_resume_and_are_evaluated(small, level):
 
 @pytest.mark.parametrize('words, said', [
     (['training.total_trainin_steps=3'], ['total_trainin_steps', 'total_training_steps']), (['env.benchmark=chess'], ['chess', 'sokoban', 'env.name']), (['env.name=chess'], ['chess', 'sokoban']),
-    (['env.benchmark=sudoku', 'env.min_moves=3'], ['env.min_moves', 'sudoku', 'min_blanks']), (['training.train_sample_num=1'], ['two candidates']),
+    (['env.benchmark=sudoku', 'env.min_moves=3'], ['env.min_moves', 'sudoku', 'min_blanks']), (['training.train_sample_num=1'], ['train_sample_num', '2 or more']),
+    (['env.map_size=big'], ['env.map_size', 'big', 'int']), (['env.benchmrk=sudoku'], ['env.benchmrk', 'benchmark']),
     (['turn_order=tool_agent'], ['plan_agent']), (['turn_order=reader plan_agent'], ['reader', 'tool_agent']),
     (['filter_method=std'], ['filter_ratio']), (['filter_ratio=0.3'], ['filter_method']), (['training.epoch_size=0'], ['epoch_size']),
-    (['specialization=lora', 'GPU_num=2'], ['GPU_num', 'adapters']), (['base_models.policy_1.path=tiny'], ['policy_1', 'specialization=full']), (['env.dataset=polaris', 'env.benchmark=sokoban'], ['polaris', 'sokoban']),
+    (['specialization=lora', 'GPU_num=2'], ['GPU_num', 'adapters']), (['base_models.policy_1.path=tiny'], ['policy_1', 'specialization=full']),
+    (['base_models.policy_7.path=tiny', 'specialization=full'], ['policy_7', 'policy_0, policy_1']), (['env.dataset=polaris', 'env.benchmark=sokoban'], ['polaris', 'sokoban']),
     (['agent_policy_configs.agent_configs.agent_0.name=judge'], ['judge', 'plan_agent']), (['training.learning_rate=-1'], ['learning_rate'])])
 def test_mistakes_are_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -466,6 +567,29 @@ def test_documented_configuration():
                          'agent_policy_configs.agent_configs.agent_0.name=plan_agent',
                          'agent_policy_configs.agent_configs.agent_0.train_llm_config.temperature=1.5'])
     assert cfg.base_models['policy_0'].path == 'tiny' and cfg.agents['agent_0'].temperature == 1.5 and cfg.epoch_size == 10
-    assert train_agents.task_of(cfg).__name__ == 'data.tasks.sudoku' and cfg.order == ['tool_agent', 'plan_agent']
-    with pytest.raises(UserError, match='base_models.policy_7'):
-        load_team(Config(base_models={'policy_7': BaseModel('tiny')}, specialization='full', benchmark='plan_path'), None)
+    assert train_agents.task_of(cfg).__name__ == 'data.tasks.sudoku' and cfg.turn_order == ['tool_agent', 'plan_agent']
+
+
+def test_an_environment_has_its_settings_from_its_file(scratch):
+    """env.* is open: what the file's SETTINGS name, typed by their defaults, stored,
+    and kept when a run is resumed."""
+    scratch.SETTINGS = {'size': (4, ''), 'rate': (0.5, ''), 'hard': (False, ''), 'path': ('here', ''), 'seeds': (None, '')}
+    cfg = parse(Config, ['env.name=scripted', 'env.size=6', '--env.rate=2', 'env.hard=yes', 'env.path=3', 'env.seeds=7'])
+    assert cfg.env == {'size': 6, 'rate': 2.0, 'hard': True, 'path': '3', 'seeds': 7} and isinstance(cfg.env['rate'], float)
+    saved = as_dict(cfg)
+    assert saved['env'] == {'name': 'scripted', 'dataset': None, 'benchmark': None, 'max_turns': 4, **cfg.env}
+    again = parse(Config, ['env.name=scripted', 'env.size=5', 'env.seeds=a'])
+    # null: of an earlier version
+    resumed = from_dict(Config, {**saved, 'env': {**saved['env'], 'map_size': None}}, again)
+    check_settings(resumed)
+    assert resumed.env == {**cfg.env, 'size': 5, 'seeds': 'a'}
+    task = train_agents.task_of(resumed)
+    assert train_agents.env_settings(parse(Config, ['env.name=scripted', 'env.size=none']), task, None) == {
+        'size': 4, 'rate': 0.5, 'hard': False, 'path': 'here', 'seeds': None}
+
+
+@pytest.mark.parametrize('words, said', [('--model=x', 'base_models.policy_0.path'), ('max_steps=7', 'total_training_steps'), ('lr=0.1', 'learning_rate')])
+def test_the_words_of_other_scripts_are_known(words, said):
+    cfg = parse(Config, [words])
+    value = words.partition('=')[2]
+    assert str(cfg.base_models['policy_0'].path if 'path' in said else getattr(cfg, said)) == value

@@ -24,7 +24,7 @@ def from_rows(task, split, n):
 @pytest.mark.parametrize('task', [questions, toolcalls])
 def test_answers_and_held_out_rows_stay(task):
     records, said = [*from_rows(task, 'train', 120), *from_rows(task, 'eval', 30)], []
-    found = augment(records, seed=1, factor=3, synonyms=0.5, typos=0.2, wordings=0.7, say=said.append)
+    found = augment(records, seed=1, factor=3, synonyms=0.5, typos=0.2, wordings=0.7, print0=said.append)
     assert found[:150] == records and all(copy.split == 'train' for copy in found[150:])
     assert 150 < len(found) - 150 <= 240 and f'120 training rows and {len(found) - 150} copies' in said[0] and '30 held-out rows' in said[0]
     originals = {original.where: original for original in records}
@@ -33,7 +33,8 @@ def test_answers_and_held_out_rows_stay(task):
         assert copy.completion is original.completion and copy.tools is original.tools
         assert copy.prompt != original.prompt and copy.prompt[:-1] == original.prompt[:-1]
         words = set(re.findall(r'\w+', copy.prompt[-1]['content']))
-        for word in re.findall(r'\w+', original.prompt[-1]['content']):     # what the answer repeats is still there
+        # what the answer repeats is still there
+        for word in re.findall(r'\w+', original.prompt[-1]['content']):
             if word in re.findall(r'\w+', str(original.completion)):
                 assert word in words or word.lower() in {other.lower() for other in words}
     prompts = [str((one.prompt, one.tools)) for one in found]
@@ -42,7 +43,7 @@ def test_answers_and_held_out_rows_stay(task):
 
 def test_it_depends_on_the_seed_and_the_place_alone():
     records = list(from_rows(questions, 'train', 40))
-    quiet = dict(say=lambda line: None)
+    quiet = dict(print0=lambda line: None)
     assert augment(records, 7, **quiet) == augment(records, 7, **quiet) != augment(records, 8, **quiet)
     longer = augment(records + list(from_rows(questions, 'eval', 5)), 7, **quiet)
     assert longer[45:] == augment(records, 7, **quiet)[40:]
@@ -63,7 +64,7 @@ def test_what_never_changes():
 
 def test_synonyms_are_never_words_of_the_answer():
     copies = augment([record('Please choose one.', 'I pick this one.')], 0, factor=50, synonyms=1, typos=0, wordings=0,
-                     say=lambda line: None)
+                     print0=lambda line: None)
     assert [copy.prompt[-1]['content'] for copy in copies] == ['Please choose one.', 'Please select one.']
     assert copies[1].prompt[0] == copies[0].prompt[0]           # the system message is not the question
 
@@ -81,7 +82,7 @@ def test_other_wordings():
 
 
 def test_a_text_to_be_completed_keeps_its_end_and_a_text_alone_stays():
-    quiet = dict(say=lambda line: None)
+    quiet = dict(print0=lambda line: None)
     plain = [Record('Show me the problem: ', 'x', None, 'train', '1'), Record('', 'show the problem', None, 'train', '2')]
     found = augment(plain, 0, synonyms=1, typos=0, wordings=1, **quiet)
     assert [copy.prompt for copy in found[2:]] == ['Display me the issue: ']
@@ -89,7 +90,7 @@ def test_a_text_to_be_completed_keeps_its_end_and_a_text_alone_stays():
 
 def test_a_copy_never_repeats_a_question_that_is_held_out():
     records = [record('show it'), record('display it', split='eval')]
-    assert augment(records, 0, factor=9, synonyms=1, typos=0, wordings=0, say=lambda line: None) == records
+    assert augment(records, 0, factor=9, synonyms=1, typos=0, wordings=0, print0=lambda line: None) == records
 
 
 @pytest.mark.parametrize('settings, said', [(dict(factor=0.5), 'factor 0.5'), (dict(factor=1e9), 'factor'), (dict(typos=2), 'typos=2'),

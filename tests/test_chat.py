@@ -1,4 +1,5 @@
-"""data/chat.py and data/tokenizer.py against transformers: same text, same ids; masks checked by reading them."""
+"""data/chat.py and data/tokenizer.py against transformers: same text, same ids;
+masks checked by reading them."""
 import json
 import random
 import subprocess
@@ -114,7 +115,8 @@ def test_masks(tokenizer):
 
 
 def test_prompt_and_completion_are_never_tokenised_together(tokenizer):
-    """The completion's first token would merge with the prompt's last: 'a' + 'la' is one word of the training text."""
+    """The completion's first token would merge with the prompt's last:
+    'a' + 'la' is one word of the training text."""
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     merged = tokenizer.encode('alarm')
     assert len(merged) < len(tokenizer.encode('al')) + len(tokenizer.encode('arm'))
@@ -285,7 +287,8 @@ def test_byte_tokenizer_knows_everything():
 
 
 def test_tokenizers_that_put_a_space_first():
-    """Sentencepiece style: a completion encoded alone must not begin with a space that the whole text does not have."""
+    """Sentencepiece style: a completion encoded alone must not begin with a space
+    that the whole text does not have."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     letters = [chr(i) for i in range(32, 127)] + ['\n', '\u2581']

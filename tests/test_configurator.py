@@ -1,4 +1,5 @@
 """The grammar of flags, files and overrides, on configurations like those of the documented commands."""
+import dataclasses
 import json
 import os
 import re
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -13,7 +15,8 @@ import pytest
 
 import configurator
 from conftest import ROOT
-from configurator import UserError, as_dict, from_dict, parse, run_script, setting
+from configurator import (Accepted, UserError, as_dict, check_settings, configclass, fill_in, from_dict, parse,
+                          run_script, setting, without_effect)
 
 
 @dataclass
@@ -154,8 +157,8 @@ def test_a_list_in_one_word_and_defaults_are_copies():
 
 
 def test_theta_and_dotted_spellings():
-    cfg = parse(Sft, '--epochs 100 --batch-size 4 GPU_num=2 base_models.policy_0.path=org/m --checkpoint-dir models/t '
-                     '--max-seq-length 64 window.size=5 --model.use_lora'.split()
+    cfg = parse(Sft, '--epochs 100 --batch-size 4 GPU_num=2 base_models.policy_0.path=org/m --checkpoint-dir '
+                     'models/t --max-seq-length 64 window.size=5 --model.use_lora'.split()
                 + ['wandb.project=my project'])
     assert (cfg.num_train_epochs, cfg.batch_size, cfg.gpu_num) == (100.0, 4, 2)
     assert (cfg.output_dir, cfg.max_length) == ('models/t', 64)
@@ -165,8 +168,10 @@ def test_theta_and_dotted_spellings():
 
 def test_recipe(recipe):
     cfg = parse(Sft, ['--recipe', recipe])
-    assert (cfg.base_model_name, cfg.learning_rate, cfg.max_length) == ('meta-llama/Llama-3.2-3B-Instruct', 3e-4, 2048)
-    assert cfg.eval_strategy == 'no' and cfg.use_lora is True and cfg.lora_target_modules == ['q_proj', 'v_proj']
+    assert (cfg.base_model_name, cfg.learning_rate, cfg.max_length) == ('meta-llama/Llama-3.2-3B-Instruct',
+                                                                        3e-4, 2048)
+    assert cfg.eval_strategy == 'no' and cfg.use_lora is True and cfg.lora_target_modules == ['q_proj',
+                                                                                              'v_proj']
     assert cfg.datasets == [Dataset('first'), Dataset('second', weight=2.0)]
     assert {'learning_rate', 'datasets'} <= cfg.typed and 'output_dir' not in cfg.typed
 
@@ -188,11 +193,12 @@ def test_overrides_between_flags_and_precedence(recipe, tmp_path):
 
 def test_python_files(tmp_path):
     path = tmp_path / 'finetune.py'
-    path.write_text("# nanoGPT's kind of file\nimport time\n\nbatch_size = 12\ngradient_accumulation_steps = 5 * 8\n"
-                    "learning_rate = 6e-4 / 2 # half\ndecay_lr = True\nwandb_run_name = 'ft-' + str(time.time())\n"
-                    "dataset_list = ['a', 'b c']\npatience = None\n")
+    path.write_text("# nanoGPT's kind of file\nimport time\n\nbatch_size = 12\ngradient_accumulation_steps = "
+                    "5 * 8\nlearning_rate = 6e-4 / 2 # half\ndecay_lr = True\nwandb_run_name = 'ft-' + "
+                    "str(time.time())\ndataset_list = ['a', 'b c']\npatience = None\n")
     cfg = parse(Gpt, ['--batch_size=3', str(path)])
-    assert (cfg.batch_size, cfg.gradient_accumulation_steps, cfg.learning_rate, cfg.decay_lr) == (3, 40, 3e-4, True)
+    assert (cfg.batch_size, cfg.gradient_accumulation_steps, cfg.learning_rate, cfg.decay_lr) == (3, 40, 3e-4,
+                                                                                                  True)
     assert re.fullmatch(r'ft-\d+\.\d+', cfg.wandb_run_name) and cfg.dataset_list == ['a', 'b c']
 
 
@@ -270,7 +276,8 @@ def test_print_config(capsys, recipe):
 
 
 def test_resume_reads_back_what_was_saved_and_typed_flags_win(recipe):
-    saved = json.loads(json.dumps(as_dict(parse(Sft, [recipe, 'base_models.p.path=x', 'wandb.project=none, "q" é']))))
+    saved = json.loads(json.dumps(as_dict(parse(Sft, [recipe, 'base_models.p.path=x', 'wandb.project=none, '
+                                                                                      '"q" é']))))
     assert as_dict(from_dict(Sft, saved)) == saved
     again = from_dict(Sft, saved, parse(Sft, ['--max_length=7']))
     assert again.max_length == 7 and again.learning_rate == 3e-4 and again.typed == {'max_length'}
@@ -327,6 +334,143 @@ def test_run(capsys):
         run_script(interrupted, None)
     assert stop.value.code == 130
 
+# ---- classes of flags that scripts share
+
+@configclass
+class Common:
+    """Without a section: its fields stand in that of the class that inherits them."""
+    # drawing
+    seed: int = 1337  # of all that is drawn,
+        # in every step
+    rate: float = setting(0.1, above=0, below=1, also=('lr',))  # the learning rate
+
+
+@configclass
+class DataPart:
+    section = 'data'
+
+    rows: int = setting(8, min=1, max=64, also=('batch-size',))  # rows of a batch
+    columns: list[str] = ['a']  # what is read
+    limit: int | None = setting(None, min=2)  # the longest; null = none
+
+
+@configclass
+class Mine(Common, DataPart):
+    """A script's: two inherited defaults are others here."""
+    section = 'training'
+    aliases = {'loader.count': 'data.rows'}
+    accepted = {'data.workers': Accepted(0, 'batches are made in this process'),
+                'training.engine': Accepted(None, 'it is not used; leave it out', refused=True),
+                'legacy_switch': Accepted(False, 'the environment decides')}
+
+    rows = 16
+    seed = 7
+    name: str = setting('x', path='name')  # of the run
+    mode: str = 'plain'  # how it is done
+
+    def check(self):
+        if self.mode == 'odd' and self.rows % 2 == 0:
+            raise UserError('mode=odd needs an odd number of rows')
+
+
+def test_sections_of_inherited_fields():
+    paths = {field.name: configurator.path_of(field) for field in dataclasses.fields(Mine)}
+    assert paths == {'rows': 'data.rows', 'columns': 'data.columns', 'limit': 'data.limit',
+                     'seed': 'training.seed',
+                     'rate': 'training.rate', 'name': 'name', 'mode': 'training.mode'}
+    assert {field.name: configurator.path_of(field) for field in dataclasses.fields(Common)} \
+        == {'seed': 'seed', 'rate': 'rate'}
+    for words in ('data.rows=3 training.rate=0.5 name=y', '--rows 3 --rate=0.5 --name y', 'rows=3 lr=0.5 '
+                                                                                          'name=y',
+                  'loader.count=3 --lr 0.5 --name=y', '--batch_size=3 training.rate=0.5 training.name=y'):
+        cfg = parse(Mine, words.split())
+        assert (cfg.rows, cfg.rate, cfg.name) == (3, 0.5, 'y') and cfg.typed == {'rows', 'rate',
+                                                                                 'name'}, words
+
+
+def test_an_inherited_default_is_changed_without_an_annotation():
+    assert (Mine().rows, Mine().seed, DataPart().rows, Common().seed) == (16, 7, 8, 1337)
+    assert Mine().columns == ['a'] and Mine().columns is not Mine().columns
+    assert as_dict(parse(Mine, []))['data'] == {'rows': 16, 'columns': ['a'], 'limit': None, 'workers': 0}
+    assert [field.name for field in dataclasses.fields(Mine)].count('rows') == 1
+    # its type, path, range and spellings are inherited
+    assert typing.get_type_hints(Mine)['rows'] is int
+
+
+@pytest.mark.parametrize('words, says', [
+    ('--rows=0', 'rows must be 1 or more, not 0'),
+    ('--batch-size=65', 'rows must be 64 or less, not 65'),
+    ('--rate=0', 'rate must be above 0, not 0.0'),
+    ('training.rate=1', 'rate must be below 1, not 1.0'),
+    ('--limit=1', 'limit must be 2 or more, not 1'),
+    ('--rate=inf', "rate: 'inf' is not float"),
+    ('--mode=odd', 'mode=odd needs an odd number of rows'),
+    ('--rows=null', "rows: 'null' is not int"),
+    ('--workers=many', "workers: 'many' is not int"),
+    ('--engine=fast', 'engine=fast: it is not used; leave it out'),
+    ('data.worker=1', "there is no setting 'data.worker'"),
+])
+def test_ranges_and_contradictions(capsys, words, says):
+    assert says in mistake(capsys, Mine, words)
+
+
+def test_bounds_are_inclusive_or_not_and_null_is_none():
+    cfg = parse(Mine, '--rows=1 --rate=0.999 --limit=null'.split())
+    assert (cfg.rows, cfg.rate, cfg.limit) == (1, 0.999, None) and parse(Mine,
+                                                                         ['--rows=64',
+                                                                          '--limit=2']).limit == 2
+    cfg.rate = float('nan')                                 # not from a command line, which refuses it
+    with pytest.raises(UserError, match='rate must be above 0, not nan'):
+        check_settings(cfg)
+
+
+def test_keys_that_change_nothing_are_taken_stored_printed_and_said(capsys, tmp_path):
+    path = tmp_path / 'r.yaml'
+    path.write_text('data: {workers: 4}\n')
+    for words in (['data.workers=4'], ['--workers', '4'], ['--data.workers=4'], [str(path)]):
+        cfg = parse(Mine, [*words, '--legacy-switch'])
+        assert as_dict(cfg)['data']['workers'] == 4 and as_dict(cfg)['legacy_switch'] is True
+        assert list(without_effect(cfg)) == ['workers=4 changes nothing here: batches are made in this '
+                                             'process',
+                                             'legacy_switch=true changes nothing here: the environment '
+                                             'decides']
+        again = from_dict(Mine, json.loads(json.dumps(as_dict(cfg))))
+        assert as_dict(again) == as_dict(cfg) and list(without_effect(again)) == list(without_effect(cfg))
+    assert as_dict(from_dict(Mine, as_dict(cfg), parse(Mine, ['--workers=2'])))['data']['workers'] == 2
+    assert list(without_effect(parse(Mine, ['--workers=0', 'training.engine=null', '--no-legacy_switch']))) == []
+    with pytest.raises(SystemExit):
+        parse(Mine, ['--print_config'])
+    tree = json.loads(capsys.readouterr().out)
+    assert tree['data']['workers'] == 0 and tree['training']['engine'] is None and tree['legacy_switch'] is False
+
+
+def test_help_of_inherited_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse(Mine, ['--help'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert '--seed INT of all that is drawn, in every step (training.seed; default 7)' in out
+    assert '--rows INT rows of a batch (data.rows; --batch-size; default 16)' in out
+    assert '--rate FLOAT the learning rate (training.rate; --lr; default 0.1)' in out
+    assert '--mode STR how it is done (training.mode; default "plain")' in out and 'drawing:' in out
+    assert 'workers' not in out
+
+
+def test_a_configuration_of_an_earlier_version_is_read():
+    """Flat keys, another section, a null where the field has a default by now."""
+    old = {'rows': 3, 'seed': None, 'lr': 0.2, 'limit': None, 'workers': 1, 'training': {'mode': 'fine'}}
+    cfg = from_dict(Mine, old)
+    assert (cfg.rows, cfg.seed, cfg.rate, cfg.limit, cfg.mode) == (3, 7, 0.2, None, 'fine')
+    assert cfg.accepted_values == {'data.workers': 1} and cfg.typed == cfg.flags == frozenset()
+
+
+def test_fill_in_sets_what_is_open_and_says_it():
+    cfg = parse(Mine, ['--columns', 'b'])
+    assert fill_in(cfg, limit=5, rows=1, columns=['c']) == 'limit=5' and (cfg.limit, cfg.rows) == (5, 16)
+    cfg.columns, cfg.limit = [], None
+    assert fill_in(cfg, limit=3, columns=['c', 'd']) == 'limit=3, columns=c d' and cfg.columns == ['c', 'd']
+    cfg.rate = None
+    assert fill_in(cfg, rate=1e-5) == 'rate=1e-05' and fill_in(cfg, rate=2.0) == ''
+
 
 SCRIPT = '''"""A script."""
 import os, signal, sys, time
@@ -367,7 +511,8 @@ def script(tmp_path):
     env['PYTHONPATH'] = ROOT
 
     def start(*argv, **more):
-        return subprocess.Popen([sys.executable, 'train it.py', *argv], cwd=tmp_path, env={**env, **more}, text=True,
+        return subprocess.Popen([sys.executable, 'train it.py', *argv], cwd=tmp_path, env={**env, **more},
+                                text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     start.folder = tmp_path
     return start
@@ -385,7 +530,8 @@ def test_num_gpus(script):
     assert code == 2 and 'error: bad data' in err and 'Traceback' not in err
     assert finish(script('--num-gpus=2', '--mode=one'))[0] == 7
     assert finish(script('--num-gpus=2', '--mode=killed'))[0] == 128 + 9
-    assert finish(script('--num-gpus=2', '--local-rank=1', '--distributed', RANK='1', LOCAL_RANK='1', WORLD_SIZE='2')) \
+    assert finish(script('--num-gpus=2', '--local-rank=1', '--distributed', RANK='1', LOCAL_RANK='1',
+                         WORLD_SIZE='2')) \
         == (0, 'rank 1 2 1\n', '')
 
 
@@ -395,6 +541,29 @@ def test_stop_signals_reach_every_process(script):
     assert lines.count('ready\n') == 2
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == 143
+
+
+def test_open_sections(capsys):
+    """A dict field takes what its section holds besides other fields; a script types and checks it."""
+    @configclass
+    class World:
+        section = 'env'
+        name: str = 'maze'  # which world
+        more: dict = setting({}, path='env', open=lambda: [('size', 4, 'maze: rows'), ('seed', None, 'any number')])  # its own
+
+    cfg = parse(World, ['env.size=6', '--env.wall-share', '0.5', 'env.name=grid'])
+    assert cfg.more == {'size': '6', 'wall_share': '0.5'} and cfg.name == 'grid' and cfg.typed == {'more', 'name'}
+    assert as_dict(cfg) == {'env': {'name': 'grid', 'size': '6', 'wall_share': '0.5'}}
+    resumed = from_dict(World, as_dict(cfg), parse(World, ['env.size=7']))
+    assert resumed.more == {'size': '7', 'wall_share': '0.5'} and resumed.name == 'grid'
+    for words in (['env=x'], ['env.a.b=1']):
+        with pytest.raises(SystemExit):
+            parse(World, words)
+    assert capsys.readouterr().err.count('error: ') == 2
+    with pytest.raises(SystemExit):
+        parse(World, ['--help'])
+    shown = ' '.join(capsys.readouterr().out.split())
+    assert 'env.size maze: rows (default 4)' in shown and 'env.seed any number' in shown
 
 
 def test_nohup(script):

@@ -1,4 +1,5 @@
-"""Data preparation, the corpus reader and nanoGPT's folders, on small texts whose ids can be worked out by hand."""
+"""Data preparation, the corpus reader and nanoGPT's folders,
+on small texts whose ids can be worked out by hand."""
 import hashlib
 import json
 import os
@@ -347,7 +348,8 @@ def test_data_sets_that_do_not_go_together(tmp_path):
         corpus.check_together([a, b], streams=True)
     with pytest.raises(UserError, match="'a' .* and 'c' .* different tokenizers"):
         corpus.check_together([a, c])
-    prepare.prepare_files(str(tmp_path / 'd'), [str(tmp_path / 'b.txt')], a.directory, 'x')    # the remedy it names
+    # the remedy it names
+    prepare.prepare_files(str(tmp_path / 'd'), [str(tmp_path / 'b.txt')], a.directory, 'x')
     corpus.check_together([a, Corpus(str(tmp_path / 'd'))])
     assert Corpus(str(tmp_path / 'd')).meta['tokenizer'] == 'char'
     with pytest.raises(UserError, match='cannot spell'):

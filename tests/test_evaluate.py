@@ -1,33 +1,35 @@
-"""evaluate.py and metrics.py against independent answers: scores by hand and by the libraries called directly, perplexity by
-transformers; what the command leaves behind, and what it says to mistakes."""
+"""evaluate.py and metrics.py against independent answers: scores by hand and by the libraries called
+directly, perplexity by transformers; what the command leaves behind, and what it says to mistakes."""
 import base64
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import evaluate
-from nanoforge import metrics
-from nanoforge import scorecard
-from conftest import ROOT
-from nanoforge.checkpoint import write_json
 from configurator import UserError, as_dict, parse
-from data.tokenized import digest
+from conftest import ROOT
+from data.splits import is_held_out
 from data.formats import Record
 from data.tasks import arithmetic, devices, questions, toolcalls
+from data.tokenized import digest
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
+from nanoforge import metrics, pages
+from nanoforge.checkpoint import write_json
 from nanoforge.run import seed_for, setup
 from sample import generate
 from train_sft import Config as Training
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
-PAIRS = [('The cat sat on the mat.', 'A cat sat on a mat'), ('Oslo', 'Tom lives in Oslo.'), ('', 'nothing was said'),
-         ('it is it is it', 'it is'), ('wholly other words here', 'nothing in common')]
+PAIRS = [('The cat sat on the mat.', 'A cat sat on a mat'), ('Oslo', 'Tom lives in Oslo.'),
+         ('', 'nothing was said'), ('it is it is it', 'it is'),
+         ('wholly other words here', 'nothing in common')]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,20 @@ def results_in(folder):
         return json.load(file)
 
 
+def rows_in(folder, model=0):
+    return results_in(folder)['results'][model]['rows']
+
+
+def questions_in(folder):
+    return [row['question'] for row in rows_in(folder)]
+
+
+def records_of(task, count):
+    """The first held-out problems of a task, as records with the right answers."""
+    return [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}],
+                   problem.get('tools'), 'eval', '') for problem in task.problems('eval', count, 0)]
+
+
 def mistake(*words):
     """The message of a UserError that main raises."""
     with pytest.raises(UserError) as caught:
@@ -57,10 +73,11 @@ def mistake(*words):
     return str(caught.value)
 
 
-# ---- scores of texts --------------------------------------------------------------------------------------------------------
+# ---- scores of texts ------------------------------------------------------------------------------------
 
 def test_f1_counts_words_as_squad_does():
-    assert metrics.f1('The cat sat on the mat.', 'A cat sat on a mat') == 1.0      # articles and punctuation do not count
+    """Articles and punctuation do not count."""
+    assert metrics.f1('The cat sat on the mat.', 'A cat sat on a mat') == 1.0
     assert metrics.f1('Oslo', 'Tom lives in Oslo.') == pytest.approx(2 * 1 * 0.25 / 1.25)
     assert metrics.f1('it is it is it', 'it is') == pytest.approx(2 * (2 / 5) * 1 / (2 / 5 + 1))
     assert metrics.f1('', 'nothing') == 0 and metrics.f1('the', 'a') == 1
@@ -71,9 +88,28 @@ def test_f1_counts_words_as_squad_does():
 def test_rouge_is_that_of_rouge_score():
     from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(['rouge1', 'rouge2', 'rougeL'])
-    for (response, reference), ours in zip(PAIRS, metrics.rouge(PAIRS), strict=True):
-        assert ours == {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
-    assert metrics.rouge([('кот сидит', 'кот сидит')])[0]['rougeL'] == 1        # its own tokenizer drops other scripts: 0
+    for response, reference in PAIRS:
+        theirs = {name: score.fmeasure for name, score in scorer.score(reference, response).items()}
+        assert metrics.rouge([(response, reference)]) == theirs
+    each = [metrics.rouge([pair])['rougeL'] for pair in PAIRS]
+    assert 0 < metrics.rouge(PAIRS)['rougeL'] == sum(each) / len(each)
+    assert metrics.rouge([('кот сидит', 'кот сидит')])['rougeL'] == 1   # rouge_score's own tokenizer: 0
+
+
+@pytest.mark.parametrize('module, scores, left', [
+    ('rouge_score.rouge_scorer', 'ROUGE', 'bleu'), ('sacrebleu.metrics', 'BLEU', 'rougeL')])
+def test_scores_of_a_missing_package_are_left_out(monkeypatch, capsys, module, scores, left):
+    """A machine without rouge-score is told so once, and gets all other scores."""
+    metrics.optional.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)          # importing it is an ImportError
+    for _ in range(2):
+        row = Row('', 'Who?', 'Tom', [1], [2], [], loss=1.0, response='Tom', tokens=[3])
+        found = metrics.scores_of([row])
+        assert left in found and not [name for name in found if name.startswith(scores.lower())]
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and said.startswith(f'{scores} is left out') and 'pip install' in said
+    assert found['accuracy'] == 0 and found['exact_match'] == 1
+    metrics.optional.cache_clear()
 
 
 def test_bleu_is_that_of_sacrebleu():
@@ -85,7 +121,7 @@ def test_bleu_is_that_of_sacrebleu():
     assert metrics.bleu([('a b c d e', 'a b c d e')])['bleu'] == pytest.approx(100)
 
 
-# ---- scores of calls --------------------------------------------------------------------------------------------------------
+# ---- scores of calls ------------------------------------------------------------------------------------
 
 def call(name, **arguments):
     return {'name': name, 'arguments': arguments}
@@ -93,7 +129,7 @@ def call(name, **arguments):
 
 @pytest.mark.parametrize('called, exact, tool, arguments', [
     ([call('a', x=1), call('b', y='z')], True, True, True),
-    ([call('a', x=1.0, unset=None), call('b', y='z')], True, True, True),       # JSON has one kind of number, null is not there
+    ([call('a', x=1.0, unset=None), call('b', y='z')], True, True, True),       # one kind of number, no null
     ([call('a', x=True), call('b', y='z')], False, True, False),                # but true is no number
     ([call('b', y='z'), call('a', x=1)], False, False, False),                  # another order
     ([call('b', x=1), call('a', y='z')], False, False, True),
@@ -106,22 +142,29 @@ def test_calls_are_compared_as_values(called, exact, tool, arguments):
 
 def test_nested_values():
     assert metrics.same_value({'a': [1, {'b': 'c'}]}, {'a': [1.0, {'b': 'c', 'd': None}]})
-    assert not metrics.same_value([1, 2], [2, 1]) and not metrics.same_value([1], [1, 2]) and not metrics.same_value('1', 1)
+    for a, b in (([1, 2], [2, 1]), ([1], [1, 2]), ('1', 1)):
+        assert not metrics.same_value(a, b)
 
 
 def test_table_by_tool():
-    pairs = [([call('a', x=1)], [call('a', x=1)]), ([call('a', x=2)], [call('a', x=1)]), ([call('b')], [call('a', x=1)]),
-             ([call('b')], [call('a', x=1)]), ([], [call('b')]), (None, [call('b')]), (None, [call('b'), call('a')])]
-    assert metrics.per_tool(pairs) == {'a': {'wanted': 5, 'right_tool': 2, 'exact_call': 1, 'instead': 'b'},
-                                       'b': {'wanted': 3, 'right_tool': 0, 'exact_call': 0, 'instead': '(malformed)'}}
+    pairs = [([call('a', x=1)], [call('a', x=1)]),
+             ([call('a', x=2)], [call('a', x=1)]),
+             ([call('b')], [call('a', x=1)]),
+             ([call('b')], [call('a', x=1)]),
+             ([], [call('b')]),
+             (None, [call('b')]),
+             (None, [call('b'), call('a')])]
+    assert metrics.per_tool(pairs) == {
+        'a': {'wanted': 5, 'right_tool': 2, 'exact_call': 1, 'instead': 'b'},
+        'b': {'wanted': 3, 'right_tool': 0, 'exact_call': 0, 'instead': '(malformed)'}}
 
 
-# ---- what is wrong ----------------------------------------------------------------------------------------------------------
+# ---- what is wrong --------------------------------------------------------------------------------------
 
 def test_loops():
     assert metrics.loops([5] * 8) and metrics.loops([9, 9, 1, 2, 3] * 2 + [1, 2, 3] * 4)
-    assert not metrics.loops([5] * 7) and not metrics.loops([1, 2, 3] * 3) and not metrics.loops(list(range(40))) and not metrics.loops([])
-    assert not metrics.loops([5] * 8 + [6])                                     # it ended
+    for tokens in ([5] * 7, [1, 2, 3] * 3, list(range(40)), [], [5] * 8 + [6]):     # the last one ended
+        assert not metrics.loops(tokens)
 
 
 QUESTION = 'Where does Tom live now, in which city?'
@@ -137,37 +180,37 @@ CASES = {
 
 @pytest.mark.parametrize('kind', metrics.ERRORS)
 def test_each_kind_of_error(kind):
-    row = dict(correct=False, response='words', tokens=[1, 2], stopped=True, called=[], wanted=[], question=QUESTION,
-               reference='Tom lives in Oslo.')
-    assert metrics.error_of({**row, **CASES[kind]}) == kind
-    assert metrics.error_of({**row, **CASES[kind], 'correct': True}) is None
+    row = Row('', QUESTION, 'Tom lives in Oslo.', [], [], [], response='words', tokens=[1, 2])
+    assert metrics.error_of(replace(row, **CASES[kind])) == kind
+    assert metrics.error_of(replace(row, **CASES[kind], correct=True)) is None
 
 
 def test_no_call_where_one_is_wanted_and_a_call_where_none_is():
-    row = dict(correct=False, response='words', tokens=[1], stopped=True, question='q', reference='r')
-    assert metrics.error_of({**row, 'called': [], 'wanted': [call('a')]}) == 'wrong tool'
-    assert metrics.error_of({**row, 'called': [call('a')], 'wanted': []}) == 'wrong tool'
+    row = Row('', 'q', 'r', [], [], [], response='words', tokens=[1])
+    assert metrics.error_of(replace(row, called=[], wanted=[call('a')])) == 'wrong tool'
+    assert metrics.error_of(replace(row, called=[call('a')], wanted=[])) == 'wrong tool'
 
 
 def test_trivial_solvers():
-    training = [('where is the red cat', 'here'), ('where is the blue dog', 'there'), ('what is the time', 'there'),
-                ('how old is the cat', 'nine')]
+    training = [('where is the red cat', 'here'), ('where is the blue dog', 'there'),
+                ('what is the time', 'there'), ('how old is the cat', 'nine')]
     assert metrics.majority(['anything'] * 2, training) == ['there'] * 2
     questions = ['is the blue dog home', 'old cat', 'unheard', 'What TIME is it?']
     assert metrics.nearest(questions, training) == ['there', 'nine', 'here', 'there']
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------
 
 def test_loss_and_hits_are_those_of_transformers(tiny):
     from transformers import AutoModelForCausalLM
     model, tokenizer = tiny
     theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    records = [Record(arithmetic.prompt(problem), [{'role': 'assistant', 'content': arithmetic.solution(problem)}], None, 'eval', '')
-               for problem in arithmetic.problems('eval', 4, 0)]
-    records += [Record('Tom lives in', ' Oslo, near the river.', None, 'eval', ''), Record('', 'Tom has a dog.', None, 'eval', '')]
+    records = records_of(arithmetic, 4)
+    records += [Record('Tom lives in', ' Oslo, near the river.', None, 'eval', ''),
+                Record('', 'Tom has a dog.', None, 'eval', '')]
     rows = encode_records(tokenizer, records)
-    assert rows[0].answer[-1] in tokenizer.stop_ids and tokenizer.decode(rows[0].prompt).endswith('<|im_start|>assistant\n')
+    assert rows[0].answer[-1] in tokenizer.stop_ids
+    assert tokenizer.decode(rows[0].prompt).endswith('<|im_start|>assistant\n')
     read_answers(model, rows, 3, setup('cpu'))
     for row in rows:
         ids = torch.tensor([row.prompt + row.answer])
@@ -186,8 +229,8 @@ def test_a_long_prompt_loses_its_beginning(tiny):
     read_answers(model, rows, 1, setup('cpu'))
     ids = torch.tensor([(rows[0].prompt + rows[0].answer)[-model.config.block_size - 1:]])
     with torch.no_grad():
-        logp = torch.log_softmax(model(ids[:, :-1]), -1)[0].gather(1, ids[0, 1:, None])[-len(rows[0].answer):].sum()
-    assert rows[0].loss == pytest.approx(-logp.item(), abs=1e-4)
+        logp = torch.log_softmax(model(ids[:, :-1]), -1)[0].gather(1, ids[0, 1:, None])      # (T, 1)
+    assert rows[0].loss == pytest.approx(-logp[-len(rows[0].answer):].sum().item(), abs=1e-4)
 
 
 def test_a_prompt_is_cut_only_where_the_answer_needs_the_room(tiny, capsys):
@@ -197,21 +240,22 @@ def test_a_prompt_is_cut_only_where_the_answer_needs_the_room(tiny, capsys):
     record = Record(question, ' So be it.', None, 'eval', '')
     (row,) = encode_records(tokenizer, [record])
     row.prompt = row.prompt[-(context - len(row.answer)):]
-    assert evaluate.checked_rows([row], context, len(row.answer)) == [row] and capsys.readouterr().out == ''
-    evaluate.answer_questions(model, tokenizer, [row], Config(), setup('cpu'), 100, len(row.answer))
+    assert evaluate.rows_that_fit([row], context, len(row.answer)) == [row] and capsys.readouterr().out == ''
+    evaluate.answer_questions(Config(), model, tokenizer, [row], setup('cpu'), 100, len(row.answer))
     whole = generate(model, [row.prompt], 100, temperature=0, stop_ids=tokenizer.stop_ids)
-    assert row.tokens == whole.tokens[0, :whole.lengths[0] - int(whole.stopped[0])].tolist() and len(row.tokens) <= len(row.answer)
+    assert row.tokens == whole.tokens[0, :whole.lengths[0] - int(whole.stopped[0])].tolist()
+    assert len(row.tokens) <= len(row.answer)
 
 
-def test_scores_do_not_depend_on_the_batch(tmp_path):
-    scores = [main(config('--data', 'toolcalls', '--num_samples=9', '--matmul=float32', f'--batch_size={size}', f'--output-dir={tmp_path}/{size}'))
-              for size in (1, 9)]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+def test_scores_do_not_depend_on_the_batch():
+    words = ['--data', 'toolcalls', '--num_samples=9', '--matmul=float32']
+    one, nine = (main(config(*words, f'--batch_size={size}', f'--output-dir=out-{size}')) for size in (1, 9))
+    assert one == pytest.approx(nine, rel=1e-5)
 
 
-def test_a_task_is_judged_by_its_own_reward(tmp_path):
-    scores = main(config('--task=arithmetic', '--num_samples=20', '--baselines', '--output-dir', str(tmp_path / 'out')))
-    result, majority, nearest = results_in(tmp_path / 'out')['results']
+def test_a_task_is_judged_by_its_own_reward():
+    scores = main(config('--task=arithmetic', '--num_samples=20', '--baselines', '--output-dir=out'))
+    result, majority, nearest = results_in('out')['results']
     problems = {problem['question']: problem for problem in arithmetic.problems('eval', 20, 0)}
     rewards = [arithmetic.reward(problems[row['question']], row['response']) for row in result['rows']]
     assert scores['reward'] == scores['accuracy'] == sum(rewards) / 20 and 0 < scores['reward'] < 0.6
@@ -222,19 +266,19 @@ def test_a_task_is_judged_by_its_own_reward(tmp_path):
 def test_a_right_model_would_get_full_marks():
     """What the rows count as right is right: the reference itself, as response."""
     for task in (devices, toolcalls, questions):
-        records = [Record(task.prompt(problem), [{'role': 'assistant', 'content': task.solution(problem)}], problem.get('tools'), 'eval',
-                          '') for problem in task.problems('eval', 30, 0)]
-        rows = encode_records(load_model('tiny')[1], records)
+        rows = encode_records(load_model('tiny')[1], records_of(task, 30))
         for row in rows:
-            row.response, row.called, row.tokens = row.reference, evaluate.read_calls(row.reference), row.answer
+            row.response, row.called = row.reference, evaluate.read_calls(row.reference)
+            row.tokens = row.answer
         result = metrics.result_of('right', rows)
-        assert all(result['scores'][name] == pytest.approx(1) for name in ('accuracy', 'exact_match', 'f1', 'rougeL', 'stopped'))
+        for name in ('accuracy', 'exact_match', 'f1', 'rougeL', 'stopped'):
+            assert result['scores'][name] == pytest.approx(1)
         assert result['scores']['bleu'] == pytest.approx(100) and sum(result['errors'].values()) == 0
         assert all(row['exact_call'] == row['wanted'] for row in result['tools'].values())
         assert bool(result['tools']) == (task is not questions)
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------------
+# ---- data -----------------------------------------------------------------------------------------------
 
 def write_rows(path, rows):
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -242,12 +286,13 @@ def write_rows(path, rows):
 
 
 def test_only_rows_held_out_count(tmp_path, capsys):
-    rows = [{'question': f'Question {i}?', 'answer': f'Answer {i}.', 'metadata': 'eval' if i < 3 else 'train'} for i in range(8)]
+    rows = [{'question': f'Question {i}?', 'answer': f'Answer {i}.', 'metadata': 'eval' if i < 3 else 'train'}
+            for i in range(8)]
     data = write_rows(tmp_path / 'rows.jsonl', rows)
     main(config('--data', data, '--output-dir=out'))
-    assert [row['question'] for row in results_in('out')['results'][0]['rows']] == ['Question 0?', 'Question 1?', 'Question 2?']
+    assert questions_in('out') == ['Question 0?', 'Question 1?', 'Question 2?']
     main(config('--data', data, '--output-dir=train', '--split=train', '--num_samples=2'))
-    assert [row['question'] for row in results_in('train')['results'][0]['rows']] == ['Question 3?', 'Question 4?']
+    assert questions_in('train') == ['Question 3?', 'Question 4?']
     for row in rows:
         del row['metadata']
     (tmp_path / 'all.json').write_text(json.dumps({'qa_pairs': rows}))
@@ -258,27 +303,39 @@ def test_only_rows_held_out_count(tmp_path, capsys):
 def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(tmp_path, capsys):
     model, tokenizer = load_model('tiny')
     save_model(model, tokenizer, str(tmp_path / 'run' / 'checkpoint-2'))
-    data = write_rows(tmp_path / 'rows.jsonl', [{'question': f'Question {i}?', 'answer': f'Answer {i}.'} for i in range(60)])
-    saved = {'written_by': 'nanoforge', 'run': '1', 'script': 'train_sft.py', 'config': as_dict(Training(dataset_path=data))}
+    asked = [f'Question {i}?' for i in range(60)]
+    rows = [{'question': question, 'answer': 'So.'} for question in asked]
+    data = write_rows(tmp_path / 'rows.jsonl', rows)
+    saved = {'written_by': 'nanoforge', 'run': '1', 'script': 'train_sft.py',
+             'config': as_dict(Training(dataset_path=data))}
     write_json(tmp_path / 'run' / 'run_config.json', saved)
     main(config('run/checkpoint-2', '--output-dir=sft', '--max_new_tokens=4'))
-    rows = results_in('sft')['results'][0]['rows']
-    held_out = [f'Question {i}?' for i in range(60)
-                if seed_for(42, 'held out', digest([{'role': 'user', 'content': f'Question {i}?'}])) < 0.1 * 2 ** 63]
-    assert [row['question'] for row in rows] == held_out and 1 < len(held_out) < 15
+    draws = [seed_for(42, 'held out', digest([{'role': 'user', 'content': question}])) for question in asked]
+    held_out = [question for question, draw in zip(asked, draws) if draw < 0.1 * 2 ** 63]
+    assert questions_in('sft') == held_out and 1 < len(held_out) < 15       # as before it had a version
+    write_json(tmp_path / 'run' / 'run_config.json', {**saved, 'version': 2})
+    main(config('run/checkpoint-2', '--output-dir=sft2', '--max_new_tokens=4'))
+    held_out = [question for question in asked if is_held_out([{'role': 'user', 'content': question}])]
+    assert questions_in('sft2') == held_out and 1 < len(held_out) < 15
+    saved['config']['data'].update(dataset_path=None, datasets=[{'name': data}], eval_fraction=0.3)
+    saved['config']['training']['seed'] = 7
+    write_json(tmp_path / 'run' / 'run_config.json', saved)         # other settings of the run, another split
+    records = evaluate.read_data(config('run/checkpoint-2'), 'run/checkpoint-2').records
+    assert len(held_out) < len(records) < 35 and {record.split for record in records} == {'eval'}
     saved.update(script='train_rl.py', config={'data': {'task': 'facts', 'datasets': []}})
     write_json(tmp_path / 'run' / 'run_config.json', saved)
     main(config('run/checkpoint-2', '--output-dir=rl', '--num_samples=3'))
     assert results_in('rl')['data'] == 'the task facts'
     (tmp_path / 'run' / 'run_config.json').unlink()
     main(config('run/checkpoint-2', '--output-dir=embedded', '--num_samples=3', '--max_new_tokens=4'))
-    assert results_in('embedded')['data'] == 'devices' and 'the embedded tool calls are taken' in capsys.readouterr().out
+    assert results_in('embedded')['data'] == 'devices'
+    assert 'the embedded tool calls are taken' in capsys.readouterr().out
 
 
 def test_columns_and_system_prompt(tmp_path):
     data = write_rows(tmp_path / 'rows.jsonl', [{'ask': 'Who?', 'say': 'Tom.', 'tone': 'kind'}])
     cfg = config('--data', data, '--prompt_column=ask', '--answer_column=say', '--system_prompt=Be {tone}.')
-    record = evaluate.read_data(cfg, 'tiny', setup('cpu')).records[0]
+    record = evaluate.read_data(cfg, 'tiny').records[0]
     assert record.prompt == [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Who?'}]
 
 
@@ -292,68 +349,82 @@ def test_the_embedded_questions_share_nothing():
     for solver in (metrics.nearest, metrics.majority):
         answers = solver([row['question'] for row in rows['eval']], training)
         assert sum(answer == row['answer'] for answer, row in zip(answers, rows['eval'])) < 10
-    assert rows['eval'] == questions.rows('eval', 200, 0) and len({row['question'] for row in rows['train']}) == 800
+    assert rows['eval'] == questions.rows('eval', 200, 0)
+    assert len({row['question'] for row in rows['train']}) == 800
 
 
 def test_the_file_of_the_embedded_questions():
     words = [sys.executable, '-m', 'data.tasks.questions', 'train=3', 'eval=2']
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)['qa_pairs']
-    assert [row['metadata'] for row in rows] == ['train'] * 3 + ['eval'] * 2 and rows[0].keys() == {'question', 'answer', 'metadata'}
+    assert [row['metadata'] for row in rows] == ['train'] * 3 + ['eval'] * 2
+    assert rows[0].keys() == {'question', 'answer', 'metadata'}
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------
 
 def test_the_command_and_what_it_leaves(tmp_path, capsys):
     model, tokenizer = load_model('tiny')
     add_lora(model, 4, 8)
     save_model(model, tokenizer, str(tmp_path / 'adapter'))             # an adapter that changes nothing yet
-    rows = [{'question': 'Say <script>alert(1)</script> & ```code```', 'answer': 'Tom | Mia', 'metadata': 'eval'}]
-    rows += questions.rows('eval', 3, 1)
-    data = write_rows(tmp_path / 'rows.jsonl', rows)
-    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter', '--data', data, '--output-dir', 'out',
-             '--max_new_tokens=24']
+    hostile = {'question': 'Say <script>alert(1)</script> & ```code```', 'answer': 'Tom | Mia',
+               'metadata': 'eval'}
+    data = write_rows(tmp_path / 'rows.jsonl', [hostile, *questions.rows('eval', 3, 1)])
+    words = [sys.executable, os.path.join(ROOT, 'evaluate.py'), '--model-path', 'tiny', 'adapter',
+             '--data', data, '--output-dir', 'out', '--max_new_tokens=24']
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     for word in ('rouge', 'bleu', 'accuracy', 'perplexity', 'wrong answer'):
         assert word in done.stdout.lower()
     ours, adapter = results_in('out')['results']
-    assert ours['name'] == 'tiny' and adapter['name'] == 'adapter' and ours['scores'] == pytest.approx(adapter['scores'], rel=1e-4)
+    assert ours['name'] == 'tiny' and adapter['name'] == 'adapter'
+    assert ours['scores'] == pytest.approx(adapter['scores'], rel=1e-4)
     page = (tmp_path / 'out' / 'evaluation.html').read_text()
-    assert '<script' not in page and '&lt;script&gt;' in page and not re.search(r'(src|href)="(?!data:)', page)
+    assert '<script' not in page and '&lt;script&gt;' in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     assert len(pictures) >= 3 and all(picture[:8] == b'\x89PNG\r\n\x1a\n' for picture in pictures)
     markdown = (tmp_path / 'out' / 'evaluation.md').read_text()
     assert '| accuracy |' in markdown and '````' in markdown and 'tiny: worst responses' in markdown
     main(config('--data', data, '--output-dir=out', '--max_new_tokens=8'))
-    assert 'earlier-1' in capsys.readouterr().out and (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
+    assert 'earlier-1' in capsys.readouterr().out
+    assert (tmp_path / 'out' / 'earlier-1' / 'evaluation.json').exists()
 
 
 def test_tables():
-    rows = [{'correct': i == 0, 'error': None if i == 0 else 'echo', 'question': f'q{i % 2}', 'f1': i / 4, 'loss': 1.0, 'where': ''}
-            for i in range(4)]
-    result = {'name': 'm', 'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}, 'rows': rows,
-              'errors': {kind: 3 * (kind == 'echo') for kind in metrics.ERRORS}}
-    assert scorecard.score_rows([result]) == (['', 'm'], [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']])
-    assert scorecard.error_rows([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
-    assert scorecard.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
-    groups = dict(scorecard.examples_of(rows, 5))
-    assert [row['question'] for row in groups['best responses']] == ['q0', 'q1'] and 'echo' not in groups      # each question once
+    rows = [{'correct': i == 0, 'error': None if i == 0 else 'echo', 'question': f'q{i % 2}', 'f1': i / 4,
+             'loss': 1.0, 'where': ''} for i in range(4)]
+    result = {'name': 'm', 'rows': rows, 'errors': {**dict.fromkeys(metrics.ERRORS, 0), 'echo': 3},
+              'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}}
+    scores = [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']]
+    assert pages.score_table([result]) == (['', 'm'], scores)
+    assert pages.error_table([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
+    assert pages.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
+    groups = dict(pages.examples_of(rows, 5))
+    assert [row['question'] for row in groups['best responses']] == ['q0', 'q1']
+    assert 'echo' not in groups                                             # each question once
 
 
 def test_print_config_takes_the_documented_command():
-    done = subprocess.run([sys.executable, 'evaluate.py', '--model-path', 'models/theta_checkpoint_epoch_26', '--print_config'], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
+    words = [sys.executable, 'evaluate.py', '--model-path', 'models/theta_checkpoint_epoch_26',
+             '--print_config']
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)['model_path'] == 'models/theta_checkpoint_epoch_26'
 
 
-# ---- mistakes ---------------------------------------------------------------------------------------------------------------
+# ---- mistakes -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('words, said', [
-    (['--task=arithmetic', '--data=x.jsonl'], 'leave one out'), (['--batch_size=0'], 'batch_size must be 1 or more'),
-    (['--temperature=-1'], 'temperature must be 0 or more'), (['--top_p=0'], 'top_p=0'),
-    (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'), (['--system_prompt=Be kind.'], 'system_prompt says how to read --data'),
-    (['--task=arithmetic', '--answer_column=say'], 'how to read --data'), (['--task=arithmetic', '--split=train'], 'held-out problems only'),
-    (['--num_examples=-1'], 'num_examples must be 0 or more'), (['--dtype=int3'], 'is none of'), (['--model-pth=x'], 'did you mean')])
+    (['--task=arithmetic', '--data=x.jsonl'], 'leave one out'),
+    (['--batch_size=0'], 'batch_size must be 1 or more'),
+    (['--temperature=-1'], 'temperature must be 0 or more'),
+    (['--top_p=0'], 'top_p=0'),
+    (['--load_in_4bit', '--load_in_8bit'], 'exclude each other'),
+    (['--system_prompt=Be kind.'], 'system_prompt says how to read --data'),
+    (['--task=arithmetic', '--answer_column=say'], 'how to read --data'),
+    (['--task=arithmetic', '--split=train'], 'held-out problems only'),
+    (['--num_examples=-1'], 'num_examples must be 0 or more'),
+    (['--dtype=int3'], 'is none of'),
+    (['--model-pth=x'], 'did you mean')])
 def test_settings_without_meaning(words, said, capsys):
     with pytest.raises(SystemExit) as caught:
         config(*words)
@@ -361,7 +432,7 @@ def test_settings_without_meaning(words, said, capsys):
 
 
 def test_mistakes_are_named(tmp_path):
-    assert 'not a local directory' in mistake('--model-path', 'models/theta_checkpoint_epoch_26', '--task=facts')
+    assert 'not a local directory' in mistake('--model-path', 'models/theta_epoch_26', '--task=facts')
     (tmp_path / 'bare').mkdir()
     assert 'not a model directory' in mistake('--model-path', 'bare', '--task=facts')
     assert 'arithmetic' in mistake('--task=arithmetics')
@@ -396,5 +467,7 @@ def test_rows_too_long_are_left_out_and_counted(tmp_path, capsys):
 
 
 def test_the_mistake_is_one_line_and_status_2():
-    done = subprocess.run([sys.executable, 'evaluate.py', '--model-path', 'nowhere/at/all'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and 'Traceback' not in done.stderr
+    words = [sys.executable, 'evaluate.py', '--model-path', 'nowhere/at/all']
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert 'Traceback' not in done.stderr

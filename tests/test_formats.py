@@ -1,4 +1,5 @@
-"""Every documented format and place of rows is read; forty kinds of malformed input are each refused by a check of their own."""
+"""Every documented format and place of rows is read; forty kinds of malformed input are each refused
+by a check of their own."""
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from configurator import UserError
 from data import formats
 from data.formats import Source, best_fit, broken_calls, read_rows, to_record
+from data.parallel_map import map_chunks
 from data.tasks import devices, toolcalls
 
 ASK, ANSWER = {'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}
@@ -67,7 +69,8 @@ def test_columns_and_system_prompt_of_a_recipe():
     source = Source(prompt_column='ask', answer_column='say', dataset_columns=['mood', 'n'])
     record = to_record(row, 'x', source, 'Be {mood}, {{n}}={n}.')
     assert record.prompt == [{'role': 'system', 'content': 'Be kind {x}, {n}=3.'}, ASK] and record.completion == [ANSWER]
-    assert to_record(row, 'x', Source(), '{ask}-{say}').completion == 'hi-hello'        # neither chat nor question: it is the text
+    # neither chat nor question: it is the text
+    assert to_record(row, 'x', Source(), '{ask}-{say}').completion == 'hi-hello'
 
 
 def test_places(tmp_path):
@@ -112,7 +115,8 @@ def test_hub_that_does_not_answer():
 
 
 def test_torch_is_not_imported():
-    subprocess.run([sys.executable, '-c', 'import sys, data.formats; assert "torch" not in sys.modules'], check=True,
+    code = 'import sys, data.formats; from data.tasks.env import find_task; find_task("gsm8k"); assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True,
                    cwd=os.path.dirname(os.path.dirname(formats.__file__)))
 
 
@@ -161,7 +165,8 @@ def refusal(action):
     with pytest.raises(UserError) as info:
         action()
     error = info.value
-    while error.__context__ is not None and isinstance(error.__context__, UserError):       # to_record() puts the row in front
+    # to_record() puts the row in front
+    while error.__context__ is not None and isinstance(error.__context__, UserError):
         error = error.__context__
     frame = traceback.extract_tb(error.__traceback__)[-1]
     assert '\n' not in str(info.value)
@@ -217,7 +222,7 @@ def test_best_fit():
 
 
 def test_every_field_of_a_source_is_explained():
-    for line in inspect.getsource(Source).splitlines()[2:]:
+    for line in inspect.getsource(Source).splitlines()[3:]:
         assert '  # ' in line, line
 
 
@@ -229,9 +234,26 @@ def test_embedded_rows_are_those_of_the_task(task):
 
 
 def test_held_out_devices_are_new():
-    """No value, wording, opening or joint of a held-out row occurs in training; a dozen tools, one to three calls a row."""
+    """No value, wording, opening or joint of a held-out row occurs in training;
+    a dozen tools, one to three calls a row."""
     train, held_out = (devices.problems(split, count, 0) for split, count in zip(('train', 'eval'), formats.SIZES['devices']))
     values = [{str(value) for problem in part for call in problem['calls'] for value in call['arguments'].values()} for part in (train, held_out)]
     assert len(devices.TOOLS) == 12 and not values[0] & values[1]
     assert not any(set(taught) & set(asked) for _, _, taught, asked in devices.TOOLS.values())
     assert {len(problem['calls']) for problem in held_out} == {1, 2, 3} and {len(problem['tools']) for problem in train} == {2, 3}
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_chunks_come_back_in_order_and_are_taken_as_they_are_needed(num_proc):
+    taken = []
+
+    def chunks():
+        for number in range(40):
+            taken.append(number)
+            yield [number] * 3
+
+    results = map_chunks(sum, chunks(), num_proc)
+    assert next(results) == ([0, 0, 0], 0) and len(taken) <= 2 * num_proc + 1
+    assert list(results) == [([number] * 3, 3 * number) for number in range(1, 40)]
+    with pytest.raises(TypeError):
+        list(map_chunks(sum, [[1], ['a']], num_proc))

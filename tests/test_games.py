@@ -1,4 +1,5 @@
-"""The games: every puzzle can be solved, splits share nothing, rules and rewards by hand, and no reward without a solution."""
+"""The games: every puzzle can be solved, splits share nothing, rules and rewards by hand,
+and no reward without a solution."""
 import copy
 import itertools
 import random
@@ -7,7 +8,7 @@ import pytest
 
 from configurator import UserError
 from data.chat import prompt_ids
-from data.tasks import plan_path, sokoban, sudoku
+from data.tasks import env, plan_path, sokoban, sudoku
 from data.tokenizer import load_tokenizer
 from model import find_model
 
@@ -30,7 +31,8 @@ def act(env, role, text):
 
 
 def shortest_push(problem):
-    """Moves of a shortest Sokoban solution, by searching forwards on the drawn map; None where there is none."""
+    """Moves of a shortest Sokoban solution, by searching forwards on the drawn map;
+    None where there is none."""
     rows = sokoban.Env(problem).view().split('\n')
     free = {(r, c) for r, row in enumerate(rows) for c, sign in enumerate(row) if sign != '#'}
     find = lambda signs: next((r, c) for r, row in enumerate(rows) for c, sign in enumerate(row) if sign in signs)
@@ -93,8 +95,9 @@ def test_plan_path_larger_grids():
 
 @pytest.mark.parametrize('game', GAMES)
 def test_splits_share_nothing(game):
-    """Neither puzzles nor what would give them away: the solution of a Sudoku, the map of a game in which one walks, whose other
-    positions are met on the way. Not for any seed: released validation seeds fell on training puzzles."""
+    """Neither puzzles nor what would give them away: the solution of a Sudoku, the map of a game
+    in which one walks, whose other positions are met on the way. Not for any seed: released validation
+    seeds fell on training puzzles."""
     key = {plan_path: lambda p: (p['size'], tuple(p['goal']), frozenset(map(tuple, p['walls']))),
            sokoban: lambda p: (p['size'], tuple(p['goal']), frozenset(map(tuple, p['walls']))),
            sudoku: lambda p: str(p['solution'])}[game]
@@ -117,7 +120,7 @@ def test_the_example_grid_solves_nothing():
 def test_sudoku_rules():
     grid, solution = [[0, 2, 3, 0], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 0, 1]], [[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]]
     env = sudoku.Env({'size': 4, 'grid': grid, 'solution': solution})
-    for text, team, note in (('1230 3412 2143 4301', -0.01 + 0.5 / 3 + 0.04, '2 more'),         # a column and a box
+    for text, team, note in (('1230 3412 2143 4301', -0.01 + 0.5 / 3 + 0.04, '2 more'),   # a column and a box
                              ('1.30 3412 2143 4301', -0.01 - 0.3, 'changes the start'), ('4230 3412 2143 4301', -0.01 - 0.5, 'two 4'),
                              ('[[1, 1, 1], [1, 4, 4], [4, 3, 2]]', -0.01 + 0.5 + 0.02 * 8 + 2 + 0.5, 'works'),
                              ('It is easy #### 1234 3412 2143 4321', -0.01 + 0.5 + 0.02 * 8 + 2 + 0.5, 'works'),
@@ -157,7 +160,7 @@ def test_sokoban_ends_at_the_limit_and_where_the_box_is_stuck():
     outcome = act(env, 'plan_agent', 'R L ' * 150)
     assert outcome.team == pytest.approx(-2.0 - 5) and env.moves == 200 and env.done and not env.success
     env = sokoban.Env(problem)
-    act(env, 'plan_agent', 'R D D')                     # the box at the lower edge, from where nothing pulls it
+    act(env, 'plan_agent', 'R D D')                 # the box at the lower edge, from where nothing pulls it
     assert env.done is False and env.box == (3, 1)      # its goal is on that edge
     env = sokoban.Env({**problem, 'goal': [2, 3]})
     act(env, 'plan_agent', 'R D D')
@@ -188,13 +191,15 @@ def test_plan_path_rules():
     assert act(env, 'tool_agent', 'D R U R').note == 'wall at a2'
     assert env.prompt('plan_agent')[0]['content'] == 'Now walk: from a1, walk to a3, walls: a2. One way: D b1 R b2, wall at a2.'
     act(env, 'plan_agent', 'D')
-    assert env.prompt('tool_agent')[0]['content'].startswith('Find a way: from b1')     # where it is now, not where it began
+    # where it is now, not where it began
+    assert env.prompt('tool_agent')[0]['content'].startswith('Find a way: from b1')
     act(env, 'plan_agent', 'R R U R R R')
     assert env.success and env.turn == 2 and env.view().split('\n')[0] == '.#@.'
 
 
 def test_going_to_and_fro_earns_less_than_nothing():
-    """Shaping that is discounted pays for loitering: 100 steps to and fro earned as much as the way to the goal."""
+    """Shaping that is discounted pays for loitering: 100 steps to and fro earned as much
+    as the way to the goal."""
     for problem in some(plan_path, 40):
         env = plan_path.Env(problem)
         move = next(m for m in 'UDLR' if len(env.walk(m)[0]))
@@ -215,8 +220,8 @@ def junk(seed):
 
 @pytest.mark.parametrize('game', GAMES)
 def test_no_text_breaks_a_game(game):
-    """Whatever is written: a finite score, no state changed by scoring, prompts and pictures that still work, and no success
-    without a solution."""
+    """Whatever is written: a finite score, no state changed by scoring, prompts and pictures that still work,
+    and no success without a solution."""
     for problem in some(game, 5):
         env = game.Env(problem)
         for text in junk(0):
@@ -233,8 +238,9 @@ def test_no_text_breaks_a_game(game):
 
 
 @pytest.mark.parametrize('game', GAMES)
-def test_pupils(game):
-    """A quarter of the proposals is careless, and the shy plan agent rarely ends in three turns; what is right always works."""
+def test_demonstrators(game):
+    """A quarter of the proposals is careless, and the plan agent, which stops early,
+    rarely ends in three turns; what is right always works."""
     draw, solved, works, turns = random.Random(0), 0, 0, 0
     for problem in some(game, 200):
         env = game.Env(problem)
@@ -265,3 +271,28 @@ def test_prompts_fit_the_embedded_model(game):
 def test_impossible_settings(game, wrong):
     with pytest.raises(UserError, match='env.'):
         some(game, 1, **wrong)
+
+
+@pytest.mark.parametrize('name, task', [('sudoku', 'sudoku'), ('Suduku', 'sudoku'), ('plan_path', 'plan_path'), ('polaris+gsm8k', 'math'),
+                                        ('aime24', 'math'), ('AIME24', 'math'), ('apps', 'code'), ('code_contests', 'code'), ('chess', None),
+                                        ('env', None), ('facts', None), ('', None)])
+def test_environments_are_found_by_their_files_and_data_sets(name, task):
+    found = env.find_task(name)
+    assert (found and found.__name__) == (task and f'data.tasks.{task}')
+
+
+def test_a_new_environment_is_one_file(tmp_path, monkeypatch):
+    """No two answer to one name, what is declared is what is found,
+    and a file more is an environment more."""
+    known = env.known_tasks()
+    names = [name.casefold() for task, datasets in known.items() for name in (task, *datasets)]
+    assert len(set(names)) == len(names) and set(known) == {'plan_path', 'sokoban', 'sudoku', 'math', 'code'}
+    for name, datasets in known.items():
+        module = env.load_task(name)
+        assert getattr(module, 'DATASETS', ()) == datasets
+        assert module.ACTS in module.ROLES and hasattr(module, 'problems') and all(len(pair) == 2 for pair in module.SETTINGS.values())
+    (tmp_path / 'chess.py').write_text("DATASETS = ('lichess',\n            'fics')\n\n\nclass Env:\n    pass\n")
+    (tmp_path / 'board.py').write_text('class Environment:\n    pass\n')
+    monkeypatch.setattr(env, 'FOLDER', str(tmp_path))
+    monkeypatch.setattr(env, 'known_tasks', env.known_tasks.__wrapped__)        # the function without its cache
+    assert env.known_tasks() == {'chess': ('lichess', 'fics')} and env.find_task('sudoku') is None

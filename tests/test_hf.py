@@ -1,4 +1,5 @@
 """Every family against transformers: random models saved there and opened here, and the other way round."""
+import itertools
 import json
 import os
 import shutil
@@ -17,9 +18,11 @@ from bench import roundtrip
 from configurator import UserError
 from conftest import ROOT
 from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, load_model, save_model
+from nanoforge import kernels
+from nanoforge.decode import make_decoder
 from nanoforge.hf import FAMILIES as FIELDS
 from nanoforge.hf import UNSAID, from_hf_weights
-from model import GPT, GPTConfig, Plan, load_model, save_model
 from sample import generate, logp_gap
 
 transformers.logging.set_verbosity_error()
@@ -30,7 +33,8 @@ SMALL = dict(vocab_size=99, block_size=64, n_layer=2, n_head=2, n_embd=16)      
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 LLAMA3_ROPE = {'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
                'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
-GEMMA = dict(SIZES, sliding_window=7, query_pre_attn_scalar=24, pad_token_id=None)  # pad tokens get no gradient there
+# pad tokens get no gradient there
+GEMMA = dict(SIZES, sliding_window=7, query_pre_attn_scalar=24, pad_token_id=None)
 FAMILIES = {
     'gpt2': ('GPT2', GPT2),
     'gpt2_untied': ('GPT2', dict(GPT2, tie_word_embeddings=False, n_inner=40, activation_function='gelu')),
@@ -56,7 +60,8 @@ FAMILIES = {
 
 
 def theirs_of(family, **changes):
-    """A random model of transformers with nothing at its neutral value: biases and norms moved away from 0 and 1."""
+    """A random model of transformers with nothing at its neutral value:
+    biases and norms moved away from 0 and 1."""
     name, settings = FAMILIES[family]
     config = getattr(transformers, f'{name}Config')(**{**settings, **changes})
     torch.manual_seed(0)
@@ -120,22 +125,16 @@ def test_packed_documents_do_not_see_one_another(pairs, family):
 @torch.no_grad()
 @pytest.mark.parametrize('family', FAMILIES)
 def test_incremental_decoding(pairs, family):
-    """Two rows of different length: prompts at once (the shorter padded), then a chunk, then token by token."""
+    """Two rows of different length: prompts at once (the shorter padded), then token by token,
+    beyond every window and the first size of the cache."""
     theirs, ours, _ = pairs(family)
-    idx, lengths = tokens(2, 30), torch.tensor([11, 6])
+    idx, lengths = tokens(2, 40), torch.tensor([11, 6])
     expected = theirs(idx).logits
-    caches = ours.new_caches(2, 40)
-    prompt = idx[:, :11].clone()
-    prompt[1, 6:] = 7                                               # padding: overwritten before anything looks at it
-    logits = ours.logits(ours.hidden(prompt, torch.arange(11)[None], caches))
-    close(logits[0, :11], expected[0, :11])
-    close(logits[1, :6], expected[1, :6])
-    done = lengths.clone()
-    for step in (5, 1, 1, 1):
-        positions = done[:, None] + torch.arange(step)
-        logits = ours.logits(ours.hidden(idx.gather(1, positions), positions, caches))
-        close(logits, torch.stack([expected[row, p] for row, p in enumerate(positions)]))
-        done += step
+    decoder = make_decoder(ours, [idx[row, :n].tolist() for row, n in enumerate(lengths)], 1, 29)
+    rows = torch.arange(2)
+    close(decoder.start(), expected[rows, lengths - 1])
+    for step in range(29):
+        close(decoder.step(idx[rows, lengths + step]), expected[rows, lengths + step])
 
 
 @torch.no_grad()
@@ -173,10 +172,10 @@ def test_sampler_computes_the_same_model(pairs, family):
 @pytest.mark.parametrize('short', [256, 0])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_continuations_share_a_prompt(pairs, family, short, monkeypatch):
-    """A row of 2 documents: 10 tokens with three continuations, of which the first goes on in the document itself, and
-    a plain one. Each sees what it would see alone, in documents taken for short or for long; the mask of a GPU says the
-    same."""
-    monkeypatch.setattr('model.SHORT_DOCUMENT', short)
+    """A row of 2 documents: 10 tokens with three continuations, of which the first goes on in the document
+    itself, and a plain one. Each sees what it would see alone, in documents taken for short or for long; the
+    mask of a GPU says the same."""
+    monkeypatch.setattr(kernels, 'SHORT_DOCUMENT', short)
     theirs, ours, _ = pairs(family)
     idx = tokens(1, 40)
     positions = torch.cat([torch.arange(15), torch.arange(10, 17), torch.arange(10, 19), torch.arange(9)])[None]
@@ -185,16 +184,20 @@ def test_continuations_share_a_prompt(pairs, family, short, monkeypatch):
         alone = torch.cat([idx[:, :shared], idx[:, start:end]], 1)
         close(got[:, start:end], theirs(alone).logits[:, shared:])
     close(got[:, 31:], theirs(idx[:, 31:]).logits)
-    plans = Plan(ours, idx, positions, None), Plan(ours, idx, positions, None)
-    plans[1].documents = plans[1].branches = None
+    monkeypatch.setattr(kernels, 'SHORT_DOCUMENT', 0)
     q, k, v = torch.randn(3, 1, 2, 40, 8, generator=torch.Generator().manual_seed(4))
-    for window in (0, 4, 12):
-        close(*(plan.attend(q, k, v, window, 1.0, 0.0) for plan in plans))
+    for window, softcap in itertools.product((0, 4, 12), (0.0, 5.0)):
+        kind = 'sliding_attention' if window else 'full_attention'
+        cfg = replace(ours.config, sliding_window=window, layer_types=[kind], attn_softcap=softcap, attn_scale=1.0)
+        context = kernels.AttentionContext(cfg, {}, idx, positions)
+        mask = kernels.packed_mask(positions, window)[:, None]
+        close(context.attention(q, k, v, kind), kernels.attention(q, k, v, mask, 1.0, softcap))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_gradients(pairs, family):
-    """Of log-probabilities under weights of any sign: a plain block, and a packed row that attends by documents."""
+    """Of log-probabilities under weights of any sign: a plain block,
+    and a packed row that attends by documents."""
     theirs, ours, _ = pairs(family)
     idx = tokens(1, 30)
     weights = torch.randn(1, 30, generator=torch.Generator().manual_seed(3))
@@ -214,7 +217,8 @@ def test_gradients(pairs, family):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_states_at_some_places(pairs, family, monkeypatch):
-    """Those of the whole rows, though the last layer skips the others; one place twice; values and gradients."""
+    """Those of the whole rows, though the last layer skips the others; one place twice;
+    values and gradients."""
     ours, idx, places = pairs(family)[1], tokens(2, 20), torch.tensor([[3, 3, 39], [0, 21, 7]])
     weights = torch.randn(2, 3, ours.config.n_embd, generator=torch.Generator().manual_seed(3))
     named = dict(ours.named_parameters())
@@ -247,7 +251,7 @@ def test_packed_rows_in_bf16_are_rounded_up(pairs, monkeypatch):
     assert 0 < (got - plain).norm() < 0.05 * plain.norm()
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def edit_config(directory, **changes):
     """Sets keys of a config.json; None removes one."""
@@ -293,7 +297,8 @@ def test_what_config_json_leaves_unsaid(arch):
         if key == 'rope_local_base_freq' or key == 'rope_theta':
             kind = 'full_attention' if key == 'rope_theta' else 'sliding_attention'
             assert config.rope_parameters[kind] == {'rope_type': 'default', 'rope_theta': value}
-        elif key != 'sliding_window' or not arch.startswith('qwen'):     # these hide it while use_sliding_window is off
+        elif key != 'sliding_window' or not arch.startswith('qwen'):
+            # these hide it while use_sliding_window is off
             assert getattr(config, key) == value, key
     assert config.rms_norm_eps == 1e-6 if arch != 'gpt2' else config.layer_norm_epsilon == 1e-5
     assert config.tie_word_embeddings == UNSAID[arch].get('tie_word_embeddings', False)
@@ -324,7 +329,8 @@ def test_gemma3_with_pictures_gives_its_language_model(pairs, tmp_path):
 
 @torch.no_grad()
 def test_gpt2_without_biases(tmp_path):
-    """transformers' GPT-2 has biases: it opens ours with zeros; here they are gone again, unless they were trained."""
+    """transformers' GPT-2 has biases: it opens ours with zeros;
+    here they are gone again, unless they were trained."""
     model = GPT(GPTConfig(**{**FIELDS['gpt2'], 'bias': False}, arch='gpt2', **SMALL))
     model.init_weights(0.3).eval()
     save_model(model, None, str(tmp_path))
@@ -358,8 +364,8 @@ def test_a_mixture_that_no_class_computes_is_not_called_by_a_wrong_name(tmp_path
 @torch.no_grad()
 @pytest.mark.parametrize('arch', FIELDS)
 def test_every_family_made_here_is_one_there(arch, tmp_path):
-    """Models from scratch, as train_gpt.py makes them, have a class in transformers, and no stop tokens of that
-    class."""
+    """Models from scratch, as train_gpt.py makes them, have a class in transformers,
+    and no stop tokens of that class."""
     model = GPT(GPTConfig(**FIELDS[arch], arch=arch, **SMALL)).init_weights(0.3).eval()
     save_model(model, None, str(tmp_path))
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -386,9 +392,11 @@ def test_half_precision(pairs):
     idx = tokens(2, 40)
     logits = model(idx)
     assert logits.dtype == torch.float32 and (logits - ours(idx)).abs().max() < 0.05 * ours(idx).abs().max()
-    caches = model.new_caches(2, 40)
-    assert caches[0].k.dtype == torch.bfloat16
-    close(model.logits(model.hidden(idx, torch.arange(40)[None], caches)), logits, 0.1)
+    decoder = make_decoder(model, idx[:, :30].tolist(), 1, 10)
+    with torch.no_grad():
+        steps = [decoder.start(), *(decoder.step(idx[:, t]) for t in range(30, 40))]
+    assert decoder.caches[0].dtype == torch.bfloat16
+    close(torch.stack(steps, 1), logits[:, 29:], 0.1)
     assert model(idx, idx).dtype == torch.float32
 
 
@@ -429,7 +437,8 @@ def test_weights_are_mapped_not_copied(tmp_path):
 
 @torch.no_grad()
 def test_mapped_weights_are_private(pairs, tmp_path):
-    """Training changes the memory, not the file; and the file can be written anew from the model mapped from it."""
+    """Training changes the memory, not the file;
+    and the file can be written anew from the model mapped from it."""
     directory = str(tmp_path / 'model')
     shutil.copytree(pairs('qwen3')[2], directory)
     model = load_model(directory)[0]
@@ -443,7 +452,7 @@ def test_mapped_weights_are_private(pairs, tmp_path):
         assert torch.equal(again[name], w + 1.0) and torch.equal(again[name], changed[name])
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ----------------------------------------------------------------------------------------------
 
 def broken(pairs, tmp_path, family='llama2'):
     shutil.copytree(pairs(family)[2], tmp_path, dirs_exist_ok=True)
@@ -509,12 +518,12 @@ def test_a_tokenizer_of_another_model(pairs, tmp_path):
 def test_rows_longer_than_the_context(pairs):
     for family in ('gpt2', 'llama2'):
         ours = pairs(family)[1]
-        for call in (lambda: ours(tokens(1, 65)), lambda: ours.new_caches(1, 65)):
+        for call in (lambda: ours(tokens(1, 65)), lambda: generate(ours, tokens(1, 65).tolist(), 1)):
             with pytest.raises(UserError, match='context of 64'):
                 call()
 
 
-# ---- architectures outside the families ------------------------------------------------------------------------------
+# ---- architectures outside the families --------------------------------------------------------------------
 
 OTHERS = {'GPTNeoX': {}, 'Phi': {}, 'Granite': dict(logits_scaling=8.0, embedding_multiplier=3.0)}
 
@@ -536,7 +545,8 @@ def test_other_architectures(name, tmp_path):
     close(ours(idx), theirs(idx).logits)
     positions = torch.cat([torch.arange(8), torch.arange(12)]).expand(2, 20)
     close(ours(idx, positions=positions), torch.cat([theirs(idx[:, :8]).logits, theirs(idx[:, 8:]).logits], 1))
-    positions = torch.cat([torch.arange(8), torch.arange(5, 10), torch.arange(5, 12)])[None]      # three continuations
+    # three continuations
+    positions = torch.cat([torch.arange(8), torch.arange(5, 10), torch.arange(5, 12)])[None]
     got = ours(idx[:1], positions=positions)
     close(got[:, :8], theirs(idx[:1, :8]).logits)
     for start, end in ((8, 13), (13, 20)):
@@ -558,7 +568,7 @@ def test_other_architectures(name, tmp_path):
         ours(tokens(1, 65))
 
 
-# ---- the proof -------------------------------------------------------------------------------------------------------
+# ---- the proof ---------------------------------------------------------------------------------------------
 
 def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
     directory = pairs('qwen2.5')[2]
@@ -574,3 +584,29 @@ def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
     monkeypatch.setattr(roundtrip, 'theirs_of', changed)
     assert not roundtrip.check(directory)
     assert capsys.readouterr().out.count('FAIL  ') == 2
+
+
+# ---- torch.compile -----------------------------------------------------------------------------------------
+
+def test_compiled_layers_have_the_same_gradients():
+    """Layer by layer, as train_gpt.py compiles them, in the plain forms that a GPU takes,
+    without a graph break."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**FIELDS['qwen3'], **{**SMALL, 'n_layer': 1})).init_weights(0.3)
+    idx, parameters = tokens(2, 16), list(model.parameters())
+    expected = torch.autograd.grad(model(idx, idx).sum(), parameters)
+    for layer in model.layers:
+        layer.compile(backend='aot_eager', fullgraph=True)
+    for a, b in zip(torch.autograd.grad(model(idx, idx).sum(), parameters), expected):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_target_logp_compiles():
+    logits, targets = torch.randn(5, 7, requires_grad=True), torch.tensor([3, -1, 0, 6, 2])
+    for form in (kernels.TargetLogp.apply, torch.compile(kernels.TargetLogp.apply, backend='aot_eager')):
+        logp = form(logits, targets)
+        grad, = torch.autograd.grad(logp.sum(), logits)
+        plain = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+        close(logp, plain)
+        close(grad, torch.autograd.grad(plain.sum(), logits)[0])

@@ -1,4 +1,5 @@
-"""Each operation of kernels.py against its plain formula: values and gradients, float64, float32 and bfloat16."""
+"""Each operation of kernels.py against its plain formula:
+values and gradients, float64, float32 and bfloat16."""
 import math
 
 import pytest
@@ -28,7 +29,7 @@ def tolerance(dtype):
     return 1e-5 if dtype == torch.float32 else 1e-12
 
 
-# ---- linear ----------------------------------------------------------------------------------------------------------
+# ---- linear ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('biased', [False, True])
 @pytest.mark.parametrize('sizes', [(6,), (6, 2, 2)])
@@ -50,7 +51,7 @@ def test_linear_in_bf16_rounds_factors_and_result_only():
     torch.testing.assert_close(grads[1], x.detach().sum(0).expand(8, -1), rtol=2 ** -7, atol=0.05)
 
 
-# ---- RMS norm --------------------------------------------------------------------------------------------------------
+# ---- RMS norm ----------------------------------------------------------------------------------------------
 
 def plain_rms(x, weight, eps):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -80,10 +81,10 @@ def test_rms_norm_in_bf16_is_rounded_once():
     y = kernels.rms_norm(x, w, 1e-6)
     assert y.dtype == torch.bfloat16
     exact = plain_rms(x.double(), w.double(), 1e-6)
-    assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 * 1.01).all()      # half a unit in the last place
+    assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 * 1.01).all()  # half a unit in the last place
 
 
-# ---- rotary positions ------------------------------------------------------------------------------------------------
+# ---- rotary positions --------------------------------------------------------------------------------------
 
 def angles(T, D, dtype=torch.float64):
     angle = torch.arange(T)[:, None] / 100 ** (torch.arange(D // 2) / (D // 2))
@@ -104,7 +105,7 @@ def test_rotate(dtype):
     view = leaf(2, 7, 3, 8, dtype=dtype)
     turned = view.transpose(1, 2)
     agree(kernels.rotate(turned, cos, sin), plain_rotate(turned, cos, sin), [view], tolerance(dtype))
-    assert torch.equal(kernels.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])                    # position 0 does not turn
+    assert torch.equal(kernels.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])            # position 0 does not turn
 
 
 def test_rotate_gradcheck():
@@ -112,7 +113,7 @@ def test_rotate_gradcheck():
     assert torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (leaf(2, 4, 6),))
 
 
-# ---- short attention -------------------------------------------------------------------------------------------------
+# ---- short attention ---------------------------------------------------------------------------------------
 
 def plain_attention(qkv, H, scale, q_weight, k_weight, eps, cos, sin):
     B, T, C = qkv.shape
@@ -134,9 +135,9 @@ def test_short_attention(normed, rotated, dtype):
     weights = [leaf(D, dtype=dtype), leaf(D, dtype=dtype, seed=1)] if normed else []
     cos, sin = angles(T, D, dtype) if rotated else (None, None)
     rest = (H, 0.4, *(weights or (None, None)), eps, cos, sin)
-    agree(kernels.ShortAttention.apply(qkv, *rest, kernels.future(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
+    agree(kernels.ShortAttention.apply(qkv, *rest, kernels.causal_mask(T, dtype)), plain_attention(qkv, *rest), [qkv, *weights], tolerance(dtype))
     if dtype == torch.float64:
-        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, kernels.future(T, dtype))
+        call = lambda qkv, *w: kernels.ShortAttention.apply(qkv, H, 0.4, *(w or (None, None)), eps, cos, sin, kernels.causal_mask(T, dtype))
         assert torch.autograd.gradcheck(call, (qkv, *weights))
 
 
@@ -145,7 +146,7 @@ def test_short_attention_in_bf16():
     rest = (2, 8 ** -0.5, w, w, 1e-6, *angles(16, 8, torch.float32))
     plain = plain_attention(qkv, *rest)
     rounded = qkv.detach().bfloat16().requires_grad_()
-    ours = kernels.ShortAttention.apply(rounded, *rest, kernels.future(16, torch.bfloat16))
+    ours = kernels.ShortAttention.apply(rounded, *rest, kernels.causal_mask(16, torch.bfloat16))
     assert ours.dtype == torch.bfloat16
     push = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
     expected, = torch.autograd.grad(plain, [qkv], push)
@@ -153,7 +154,7 @@ def test_short_attention_in_bf16():
     assert (ours.float() - plain).abs().max() < 0.03 and (got.float() - expected).norm() < 0.03 * expected.norm()
 
 
-# ---- token statistics ------------------------------------------------------------------------------------------------
+# ---- token statistics --------------------------------------------------------------------------------------
 
 def plain_stats(hidden, weight, targets, temperature=1.0, softcap=0.0):
     z = hidden @ weight.t()
@@ -165,7 +166,8 @@ def plain_stats(hidden, weight, targets, temperature=1.0, softcap=0.0):
 
 @pytest.fixture(params=['one tile', 'many tiles', 'some kept', 'all kept'])
 def tiling(request, monkeypatch):
-    """How many logits are kept, with tiles to match for N=11, V=700: they are never narrower than 256 columns."""
+    """How many logits are kept, with tiles to match for N=11, V=700:
+    they are never narrower than 256 columns."""
     tile, keep = {'one tile': (2 ** 20, 0), 'many tiles': (1, 0), 'some kept': (1, 300 * 11),
                   'all kept': (1, 2 ** 20)}[request.param]
     monkeypatch.setattr(kernels, 'TILE', tile)
@@ -177,12 +179,12 @@ def tiling(request, monkeypatch):
 def test_token_stats(tiling, dtype, temperature, softcap):
     hidden, weight = leaf(11, 6, dtype=dtype), leaf(700, 6, dtype=dtype)
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
-    targets[:4] = torch.tensor([0, 255, 256, 699])                                          # at the edges of tiles
+    targets[:4] = torch.tensor([0, 255, 256, 699])                                  # at the edges of tiles
     targets[4] = (hidden @ weight.t())[4].argmax()
     ours = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, True, 0 if softcap else tiling)
     plain = plain_stats(hidden, weight, targets, temperature, softcap)
     assert torch.equal(ours[3], plain[3]) and ours[3][4]
-    for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                               # gradients come into any of the three
+    for used in ([0], [1], [2], [0, 1], [0, 1, 2]):                     # gradients come into any of the three
         stacked = (torch.stack([parts[i] for i in used]) for parts in (ours, plain))
         agree(*stacked, [hidden, weight], 3 * tolerance(dtype))
     alone = kernels.TokenStats.apply(hidden, weight, targets, temperature, softcap, False, 0 if softcap else tiling)
@@ -207,7 +209,8 @@ def test_token_stats_without_rows(tiling):
 
 
 def test_token_stats_of_huge_logits():
-    """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0, gradients are finite."""
+    """Certain to within rounding: nothing overflows, log-probabilities do not exceed 0,
+    gradients are finite."""
     hidden, weight = leaf(6, 4, dtype=torch.float32, scale=300), leaf(900, 4, dtype=torch.float32)
     best = (hidden @ weight.t()).argmax(1)
     logp, entropy, _, correct = kernels.TokenStats.apply(hidden, weight, best, 1.0, 0.0, True, 0)
@@ -271,13 +274,15 @@ def test_the_direct_path_computes_the_same(monkeypatch, temperature, softcap):
 
 
 def test_document_lengths():
-    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])     # the second row begins in the middle of a document
+    # the second row begins in the middle of a document
+    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])
     assert kernels.document_lengths(positions).tolist() == [3, 2, 2, 1, 2]
 
 
 @pytest.mark.parametrize('window', [0, 2])
-def test_visible_is_the_path_to_the_root(window):
-    """Every place with the ones it sees, written out by hand: continuations, documents, a row that begins inside one."""
+def test_packed_mask_is_the_path_to_the_root(window):
+    """Every place with the ones it sees, written out by hand:
+    continuations, documents, a row that begins inside one."""
     rows = torch.tensor([[0, 1, 2, 2, 3, 1, 0, 1, 1], [3, 4, 0, 1, 1, 2, 1, 2, 0]])
     paths = [[(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 3, 4), (0, 5), (6,), (6, 7), (6, 8)],
              [(0,), (0, 1), (2,), (2, 3), (2, 4), (2, 4, 5), (2, 6), (2, 6, 7), (8,)]]
@@ -285,22 +290,23 @@ def test_visible_is_the_path_to_the_root(window):
     for row in range(2):
         for i, path in enumerate(paths[row]):
             expected[row, i, list(path[-window:])] = True
-    assert torch.equal(kernels.visible(rows, window), expected)
-    assert torch.equal(kernels.visible(rows[0], window), expected[0])
+    assert torch.equal(kernels.packed_mask(rows, window), expected)
+    assert torch.equal(kernels.packed_mask(rows[0], window), expected[0])
 
 
 @pytest.mark.parametrize('heads, groups', [(4, 4), (4, 2)])
-def test_branches_attend_as_the_mask_says(heads, groups):
-    """Two rows, documents with none, one and three further continuations, one of a single token; values and gradients."""
+def test_shared_prefixes_attend_as_the_mask_says(heads, groups):
+    """Two rows, documents with none, one and three further continuations, one of a single token;
+    values and gradients."""
     spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 3)], [(0, 2), (1, 5), (0, 4), (0, 7), (7, 8), (2, 5)]]
     rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
     T = min(map(len, rows))
     positions = torch.stack([row[:T] for row in rows])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, T, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (heads, groups, groups))
-    got = kernels.Branches(positions).attend(q, k, v, 0.3)
+    got = kernels.SharedPrefixAttention(positions, kernels.continuations(positions)).attend(q, k, v, 0.3)
     repeat = lambda x: x.repeat_interleave(heads // groups, 1)
-    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~kernels.visible(positions)[:, None], float('-inf'))
+    scores = (q @ repeat(k).transpose(2, 3) * 0.3).masked_fill(~kernels.packed_mask(positions)[:, None], float('-inf'))
     want = scores.softmax(-1) @ repeat(v)
     assert torch.allclose(got, want, atol=1e-12)
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
@@ -311,8 +317,9 @@ def test_branches_attend_as_the_mask_says(heads, groups):
 @pytest.mark.parametrize('window', [0, 3])
 @pytest.mark.parametrize('H, G', [(4, 4), (4, 2)])
 @pytest.mark.parametrize('normed', [False, True])
-def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
-    """As above by SpanAttention, with spans of unlike lengths in a batch and batches cut small; gradients of weights, too."""
+def test_varlen_batches_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
+    """As above by VarlenAttention, with spans of unlike lengths in a batch and batches cut small;
+    gradients of weights, too."""
     monkeypatch.setattr(kernels, 'SCORES', 2 ** 12)
     spans = [[(0, 6), (4, 7), (4, 5), (4, 9), (0, 30)], [(0, 2), (1, 5), (0, 34), (34, 36), (20, 37), (2, 5)]]
     rows = [torch.cat([torch.arange(*span) for span in row]) for row in spans]
@@ -321,11 +328,11 @@ def test_spans_attend_as_the_mask_says(H, G, normed, window, monkeypatch):
     qkv, weights = leaf(2, T, (H + 2 * G) * D), [leaf(D, seed=1), leaf(D, seed=2)] if normed else []
     angle = positions[:, None, :, None] / torch.arange(1, D // 2 + 1)
     cos, sin = angle.double().cos(), angle.double().sin()
-    spans = kernels.Spans(positions, kernels.continuations(positions), H, G)
-    got = kernels.SpanAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
+    spans = kernels.VarlenBatches(positions, kernels.continuations(positions), H, G)
+    got = kernels.VarlenAttention.apply(qkv, spans, window, 0.3, *(weights or (None, None)), eps, cos, sin)
     q, k, v = qkv.view(2, T, -1, D).transpose(1, 2).split([H, G, G], 1)
     if normed:
         q, k = plain_rms(q, weights[0], eps), plain_rms(k, weights[1], eps)
     q, k, v = plain_rotate(q, cos, sin), *(x.repeat_interleave(H // G, 1) for x in (plain_rotate(k, cos, sin), v))
-    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~kernels.visible(positions, window)[:, None], -math.inf)
+    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~kernels.packed_mask(positions, window)[:, None], -math.inf)
     agree(got, (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, T, -1), [qkv, *weights], 1e-12)

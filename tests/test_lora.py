@@ -10,10 +10,11 @@ import transformers
 import peft
 from configurator import UserError
 from conftest import losses_of
-from nanoforge.lora import add_lora, adapters_off, dense_weight, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
+from nanoforge.lora import add_lora, adapters_off, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
 from nanoforge.optim import AdamW
-from nanoforge.wrapped import Wrapped
+from nanoforge.hf import HFModel
+from nanoforge.kernels import stacked_linear
 
 SIZES = dict(vocab_size=61, bos_token_id=None, eos_token_id=None)
 LLAMA = dict(SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -34,7 +35,7 @@ def hf_model(family, seed=0):
     torch.manual_seed(seed)
     theirs = FAMILIES[family]().eval()
     with torch.no_grad():
-        for p in theirs.parameters():                   # biases and norms begin as constants, which would hide mistakes
+        for p in theirs.parameters():       # biases and norms begin as constants, which would hide mistakes
             p.add_(torch.randn_like(p) * 0.05)
     return theirs
 
@@ -116,7 +117,8 @@ def test_forward_merge_and_unmerge_are_the_definition(changes, dora):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     base = model(IDX)
     add_lora(model, r=4, alpha=8, target_modules='all-linear', dora=dora).double()
-    torch.testing.assert_close(model(IDX), base, atol=1e-6 if dora else 1e-12, rtol=0)      # magnitudes are float32
+    # magnitudes are float32
+    torch.testing.assert_close(model(IDX), base, atol=1e-6 if dora else 1e-12, rtol=0)
     randomize(model)
     adapted = model(IDX).detach()
     assert (adapted - base).abs().max() > 1e-2
@@ -125,7 +127,7 @@ def test_forward_merge_and_unmerge_are_the_definition(changes, dora):
     dense = layer.weight + 8 / 4 * B @ A
     if dora:
         dense = dense / dense.norm(dim=1, keepdim=True) * layer.lora['default'].magnitude[:, None]
-    torch.testing.assert_close(dense_weight(layer), dense, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.weight_matrix(), dense, atol=1e-12, rtol=0)
     merge_lora(model)
     assert not any('lora' in name for name in model.state_dict())
     torch.testing.assert_close(model(IDX), adapted, atol=1e-9, rtol=0)
@@ -153,7 +155,7 @@ def test_stacked_projections_equal_single_ones_with_their_gradients(targets, bf1
     attention, x = model.layers[0].self_attn, torch.randn(2, 5, 32)
     outputs = []
     layers = attention.q_proj, attention.k_proj, attention.v_proj
-    for form in (attention.qkv, lambda x: torch.cat([layer(x) for layer in layers], -1)):
+    for form in (lambda x: stacked_linear(x, layers), lambda x: torch.cat([layer(x) for layer in layers], -1)):
         model.zero_grad()
         x_ = x.clone().requires_grad_()
         y = form(x_)
@@ -338,7 +340,7 @@ def test_a_transformers_model_behind_the_wrapper(targets, tmp_path):
     torch.manual_seed(0)
     theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
         **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval()
-    model = Wrapped(copy.deepcopy(theirs))
+    model = HFModel(copy.deepcopy(theirs))
     with pytest.raises(UserError, match='dense, dense_4h_to_h, dense_h_to_4h'):
         add_lora(model)
     add_lora(model, r=4, alpha=8, target_modules=targets)
@@ -349,7 +351,7 @@ def test_a_transformers_model_behind_the_wrapper(targets, tmp_path):
         assert (adapted - theirs(IDX).logits).abs().max() > 1e-2
         again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(tmp_path)).eval()
         torch.testing.assert_close(again(IDX).logits, adapted, atol=1e-5, rtol=0)
-        torch.testing.assert_close(load_adapter(Wrapped(theirs), str(tmp_path))(IDX), adapted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(load_adapter(HFModel(theirs), str(tmp_path))(IDX), adapted, atol=1e-5, rtol=0)
         torch.testing.assert_close(merge_lora(model)(IDX), adapted, atol=1e-5, rtol=0)
 
 

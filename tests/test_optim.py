@@ -1,4 +1,5 @@
-"""Optimizers against torch.optim's trajectories, Muon against its definition, schedules against values by hand."""
+"""Optimizers against torch.optim's trajectories, Muon against its definition,
+schedules against values by hand."""
 import json
 import math
 import os
@@ -175,7 +176,8 @@ def test_a_norm_that_is_not_finite_changes_nothing(bad):
 
 
 def muon_reference(weight, grads, lr, momentum, decay):
-    """One matrix through its definition, in float64: X <- aX + bXX'X + c(XX')^2 X, five times, wide side last."""
+    """One matrix through its definition, in float64: X <- aX + bXX'X + c(XX')^2 X, five times,
+    wide side last."""
     buffer = torch.zeros_like(weight)
     for grad in grads:
         buffer = momentum * buffer + (1 - momentum) * grad
@@ -190,7 +192,8 @@ def muon_reference(weight, grads, lr, momentum, decay):
 
 
 def test_muon_follows_its_definition():
-    """Wide, tall, equal shapes (one batch) and a stack of projections of unequal heights; the rest is AdamW's."""
+    """Wide, tall, equal shapes (one batch) and a stack of projections of unequal heights;
+    the rest is AdamW's."""
     torch.manual_seed(1)
     start = {name: torch.randn(shape, dtype=torch.float64) for name, shape in
              {'wide': (4, 9), 'tall': (9, 4), 'wide2': (4, 9), 'stack': (10, 6), 'vector': (5,)}.items()}
@@ -231,12 +234,14 @@ def test_muon_steps_are_orthogonal(dtype):
         optimizer.step()
         update = -p.detach() / (0.2 * math.sqrt(max(shape)))
         values = torch.linalg.svdvals(update)
-        if shape != (64, 64):  # a square gradient's smallest singular values are near 0, where five steps do not reach
+        # a square gradient's smallest singular values are near 0, where five steps do not reach
+        if shape != (64, 64):
             assert 0.65 < values.min()
         assert values.max() < 1.2
         u, _, vt = torch.linalg.svd(p.grad, full_matrices=False)
         assert nn.functional.cosine_similarity(update.flatten(), (u @ vt).flatten(), 0) > 0.97
-        assert 0.15 < p.detach().square().mean().sqrt() * math.sqrt(64 / min(shape)) < 0.25  # AdamW's update size
+        # AdamW's update size
+        assert 0.15 < p.detach().square().mean().sqrt() * math.sqrt(64 / min(shape)) < 0.25
 
 
 def test_muon_takes_hidden_matrices_only():
@@ -261,7 +266,8 @@ def test_names_are_those_of_torch():
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
 def test_every_optimizer_steps_saves_and_resumes(name):
-    """Learns; after a round trip of its state it continues bit for bit; a state that does not fit is refused."""
+    """Learns; after a round trip of its state it continues bit for bit;
+    a state that does not fit is refused."""
     def run(net, optimizer, steps):
         for step in steps:
             optimizer.set_lr(0.01 / (step + 1))
@@ -375,3 +381,51 @@ def test_weight_average_is_the_mean_and_swaps_back():
         torch.testing.assert_close(weight.detach(), expected)
         assert torch.equal(average.state_dict()['weights/w'], last)
     assert torch.equal(weight.detach(), last)
+
+
+def test_weight_average_comes_back_from_a_checkpoint():
+    """A checkpoint's model is the average, beside it lie the last weights: restore() puts both in place."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = optim.SGD([('w', weight)], lr=1.0, momentum=0.0)
+    average = optim.WeightAverage(optimizer, 0.9)
+    for step in (1, 2, 3):
+        weight.grad.copy_(torch.tensor([1.0, 0.5]))
+        optimizer.step()
+        average.update(step)
+    with average.swapped():
+        mean = weight.detach().clone()
+        saved = {key: tensor.clone() for key, tensor in {**average.state_dict(), **optimizer.state_dict()}.items()}
+    again = torch.nn.Parameter(mean.clone())                # as the model of the checkpoint is loaded
+    resumed = optim.SGD([('w', again)], lr=1.0, momentum=0.0)
+    average_again = optim.WeightAverage(resumed, 0.9)
+    average_again.restore(saved)
+    assert set(saved) == {'step'}                           # what is left is the optimizer's
+    assert torch.equal(again.detach(), weight.detach()) and not torch.equal(again.detach(), mean)
+    with average_again.swapped():
+        assert torch.equal(again.detach(), mean)
+    assert torch.equal(average_again.means[0], average.means[0])
+
+
+def test_weight_average_of_decay_0_is_none():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = optim.SGD([('w', weight)], lr=1.0, momentum=0.0)
+    average = optim.WeightAverage(optimizer, 0)
+    weight.grad.fill_(1.0)
+    optimizer.step()
+    average.update(1)
+    with average.swapped():
+        assert weight.tolist() == [0, 1]
+    assert average.means == [] and average.state_dict() == {}
+    tensors = {'step': torch.tensor(1), 'weights/w': torch.ones(2)}
+    average.restore(tensors)                                # of a run that had one: it is left out
+    assert weight.tolist() == [0, 1] and set(tensors) == {'step'}
+
+
+def test_names_of_schedules():
+    """Every spelling, Hugging Face's among them, is one of ours."""
+    assert set(optim.SCHEDULER_NAMES.values()) == set(optim.SCHEDULES)
+    assert all(optim.SCHEDULER_NAMES[name] == name for name in optim.SCHEDULES)
+    expected = {'constant_with_warmup': 'constant', 'cosine_with_restarts': 'cosine_restarts',
+                'reduce_lr_on_plateau': 'plateau', 'warmup_stable_decay': 'wsd'}
+    for name, ours in expected.items():
+        assert optim.SCHEDULER_NAMES[name] == ours and rates(name, range(0, 120, 7)) == rates(ours, range(0, 120, 7))

@@ -25,7 +25,7 @@ def script(name):
 
 
 def question_file(folder, count):
-    rows = [{'question': row['question'], 'answer': row['answer']} for row in questions.rows('train', count, 5)]
+    rows = [{key: row[key] for key in ('question', 'answer')} for row in questions.rows('train', count, 5)]
     (folder / 'my questions.json').write_text(json.dumps({'qa_pairs': rows}))
     return str(folder / 'my questions.json'), rows
 
@@ -39,26 +39,30 @@ def test_both_shells_say_the_same(name):
     with open(script(name)[1]) as file:
         shell = file.read()
     recipe = 'theta_enhanced.yaml' if 'enhanced' in name else 'theta.yaml'
-    assert f'/sft/{recipe}' in shell and f'\\sft\\{recipe}' in batch.decode() and '"$@"' in shell and '%*' in batch.decode()
-    assert 'exit /b %status%' in batch.decode()
+    assert f'/sft/{recipe}' in shell and '"$@"' in shell
+    for words in (f'\\sft\\{recipe}', '%*', 'exit /b %status%'):
+        assert words in batch.decode()
 
 
 def test_the_enhanced_recipe_explains_each_parameter_and_is_enhanced():
     path = os.path.join(ROOT, 'recipes', 'training', 'sft', 'theta_enhanced.yaml')
     with open(path) as file:
         lines = file.read().splitlines()
-    assert all('  # ' in line for line in lines if line.strip() and not line.startswith('#') and not line.endswith(':'))
+    settings = [line for line in lines if line.strip() and line[0] != '#' and line[-1] != ':']
+    assert all('  # ' in line for line in settings)
     cfg, plain = parse(Training, [path]), parse(Training, [path.replace('theta_enhanced', 'theta')])
-    assert cfg.bf16 and cfg.augment and cfg.lr_scheduler_type == 'plateau' and cfg.patience and not plain.augment and not plain.patience
+    assert cfg.bf16 and cfg.augment and cfg.lr_scheduler_type == 'plateau' and cfg.patience
+    assert not plain.augment and not plain.patience
     with open(path) as file:
         assert yaml.safe_load(file)['training']['learning_rate'] == plain.learning_rate == 5e-5
 
 
 def test_enhanced_run_and_its_evaluation(tmp_path):
-    """Arguments with spaces pass on, the log holds what was said, rows held out of training are those that are evaluated."""
+    """Arguments with spaces pass on, the log holds what was said, rows held out of training are evaluated."""
     data, rows = question_file(tmp_path, 30)
     words = ['--dataset_path', data, '--epochs', '1', '--output_dir', 'my models', *SHORT]
-    done = subprocess.run([*script('train_overnight_enhanced'), *words], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    command = [*script('train_overnight_enhanced'), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (log,) = glob.glob(str(tmp_path / 'logs' / 'train_overnight_enhanced_*.log'))
     with open(log) as file:
@@ -66,7 +70,8 @@ def test_enhanced_run_and_its_evaluation(tmp_path):
     assert 'augmentation: ' in said and 'eval_loss' in said and said in done.stdout
     checkpoint = os.path.join('my models', 'theta_checkpoint_epoch_1')
     words = ['--model-path', checkpoint, '--device=cpu', '--max_new_tokens=8']
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'evaluate.py'), *words], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, os.path.join(ROOT, 'evaluate.py'), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and 'rouge' in done.stdout.lower(), done.stderr
     with open(tmp_path / 'evaluation' / 'theta_checkpoint_epoch_1' / 'evaluation.json') as file:
         asked = {row['question'] for row in json.load(file)['results'][0]['rows']}
@@ -75,15 +80,16 @@ def test_enhanced_run_and_its_evaluation(tmp_path):
 
 
 def test_exit_status_of_a_mistake(tmp_path):
-    done = subprocess.run([*script('train_overnight'), '--dataset_path', 'no such.json'], cwd=tmp_path, env=ENV, capture_output=True,
-                          text=True)
+    command = [*script('train_overnight'), '--dataset_path', 'no such.json']
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 2 and 'no such.json: no such file' in done.stdout + done.stderr
 
 
 def test_a_signal_reaches_the_training(tmp_path):
     data, _ = question_file(tmp_path, 30)
-    process = subprocess.Popen([*script('train_overnight'), '--dataset_path', data, *SHORT], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    command = [*script('train_overnight'), '--dataset_path', data, *SHORT]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 60
     while not glob.glob(str(tmp_path / 'models' / '*' / 'manifest.json')) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from nanoforge.plots import curves, loss_picture, margins, read_log, smooth, sparkline
+from nanoforge.plots import curves, loss_picture, margins, read_log, reward_picture, smooth, sparkline
 
 
 def write_log(path, lines):
@@ -15,9 +15,10 @@ def write_log(path, lines):
 
 
 def test_read_log(tmp_path):
-    write_log(tmp_path / 'log.jsonl', [{'run': {'stand_in': True}}, {'step': 1, 'loss': 3.0, 'grad_norm': None},
-                                       {'step': 2, 'loss': 2, 'sample': 'To be'}, {'run': {}, 'resumed_at': 2},
-                                       {'step': 3, 'eval_loss': 2.5}, '{"step": 4, "loss": 1.'])
+    write_log(tmp_path / 'log.jsonl', [
+        {'run': {'stand_in': True}}, {'step': 1, 'loss': 3.0, 'grad_norm': None},
+        {'step': 2, 'loss': 2, 'sample': 'To be'}, {'run': {}, 'resumed_at': 2},
+        {'step': 3, 'eval_loss': 2.5}, '{"step": 4, "loss": 1.'])
     series, header = read_log(tmp_path / 'log.jsonl')
     assert series == {'loss': ([1, 2], [3.0, 2]), 'eval_loss': ([3], [2.5])} and header == {'stand_in': True}
 
@@ -26,14 +27,16 @@ def test_sparkline():
     assert sparkline(range(8)) == '▁▂▃▄▅▆▇█'
     assert sparkline([2.0, 2.0]) == '▄▄' and sparkline([5]) == '▄'
     curve = sparkline([math.cos(math.pi * i / 999) for i in range(1000)], width=40)
-    assert len(curve) == 40 and curve[0] == '█' and curve[-1] == '▁' and list(curve) == sorted(curve, reverse=True)
+    assert len(curve) == 40 and curve[0] == '█' and curve[-1] == '▁'
+    assert list(curve) == sorted(curve, reverse=True)
 
 
 def test_smooth_does_not_lag():
     ramp = [3.0 * i for i in range(100)]
     assert np.allclose(smooth(ramp, 11)[:95], ramp[:95], atol=1e-12)
     values = list(np.random.default_rng(0).normal(size=50))
-    assert np.isclose(smooth(values, 7)[20], np.mean(values[17:24])) and np.allclose(smooth(values, 1), values)
+    assert np.allclose(smooth(values, 1), values)
+    assert np.isclose(smooth(values, 7)[20], np.mean(values[17:24]))
     assert np.isclose(smooth(values, 7)[-1], np.mean(values[-4:]))
 
 
@@ -61,17 +64,39 @@ def test_no_picture_without_a_loss(tmp_path):
     assert not (tmp_path / 'loss.png').exists()
 
 
+def test_reward_picture(tmp_path):
+    """One line where success is the reward; nothing without a reward."""
+    log, png = tmp_path / 'log.jsonl', tmp_path / 'reward.png'
+    write_log(log, [{'step': 1, 'loss': 1.0}])
+    reward_picture(log, png, 'run')
+    assert not png.exists()
+    green, steps = (0x7f, 0xb0, 0x69), range(1, 9)
+    for slope, has_line in ((0.25, False), (0.5, True)):
+        write_log(log, [{'step': n, 'reward': 0.25 * n, 'success_rate': slope * n} for n in steps])
+        reward_picture(log, png, 'run')
+        assert imread(png).shape[:2] == (792, 1100)
+        assert (has_colour(imread(png), green) > 100) == has_line
+
+
 def test_curves_and_margins(tmp_path):
     """Panels for what the log has; a histogram with an edge at 0, so that no bar mixes both signs."""
     log, png = tmp_path / 'log.jsonl', tmp_path / 'a.png'
     write_log(log, [{'step': n, 'loss': 1 / (n + 1), 'reward': n} for n in range(5)])
-    curves(log, png, 'run', [
-        ('loss', {'loss': 'training', 'eval_loss': 'held out'}), ('accuracy', {'accuracy': 'none'}), ('reward', {'reward': 'mean'})])
+    curves(log, png, 'run', [('loss', {'loss': 'training', 'eval_loss': 'held out'}),
+                             ('accuracy', {'accuracy': 'none'}),
+                             ('reward', {'reward': 'mean'})])
     assert imread(png).shape[:2] == (648, 1080)     # two panels of three
-    bars, plain = [], Axes.hist
+    bars, hist = [], Axes.hist
+
+    def listen(self, part, edges, **style):
+        bars.append((part, edges))
+        return hist(self, part, edges, **style)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Axes, 'hist', lambda self, part, edges, **style: bars.append((part, edges)) or plain(self, part, edges, **style))
+        patch.setattr(Axes, 'hist', listen)
         for values in ([-1.5, 0.0, 0.25, 2.0], [0.0], [3.0, 4.0], [-2.0]):
             margins(values, tmp_path / 'b.png', 'run')
-            assert any(abs(edge) < 1e-12 for edge in bars[-1][1]) and bars[-1][1][0] <= min(values) and bars[-1][1][-1] >= max(values)
+            edges = bars[-1][1]
+            assert any(abs(edge) < 1e-12 for edge in edges)
+            assert edges[0] <= min(values) and edges[-1] >= max(values)
     assert [part for part, _ in bars[:3]] == [[-1.5], [0.0], [0.25, 2.0]]

@@ -1,4 +1,5 @@
-"""Preference pairs of every documented form; thirty malformed inputs, each an error of one line or a counted drop by a check of its own."""
+"""Preference pairs of every documented form; thirty malformed inputs,
+each an error of one line or a counted drop by a check of its own."""
 import json
 import os
 import traceback
@@ -8,7 +9,7 @@ import pytest
 from configurator import UserError
 from conftest import ROOT
 from data.chat import prompt_ids, render
-from data.preferences import Dropped, Drops, Pair, encode_pairs, fit, read_pairs, to_pair
+from data.preferences import Dropped, Drops, Pair, encode_pairs, read_pairs, to_pair, truncate
 from data.formats import Source
 from data.tokenizer import load_tokenizer
 
@@ -91,7 +92,8 @@ def without(column):
     return {key: value for key, value in row().items() if key != column}
 
 
-# what is wrong -> (file, content), settings of the source, words of the message; True: not an error but a counted drop
+# what is wrong -> (file, content), settings of the source, words of the message;
+# True: not an error but a counted drop
 MALFORMED = {
     'no such file': (('absent.jsonl', None), {}, 'no such file', False),
     'an empty file': (('pairs.jsonl', ''), {}, 'holds no row', False),
@@ -191,7 +193,7 @@ def test_malformed_inputs(tmp_path, monkeypatch):
 def test_a_prompt_that_the_template_writes_in_two_ways(tokenizer):
     chosen, rejected = render(tokenizer, [ASK, YES]), render(tokenizer, [AGAIN, NO])
     with pytest.raises(Dropped, match='writes in two ways'):
-        fit(None, chosen, rejected, 100, None, {'prompts': 0, 'answers': 0})
+        truncate(None, chosen, rejected, 100, None, {'prompts': 0, 'answers': 0})
 
 
 def test_drops_are_counted_by_reason():

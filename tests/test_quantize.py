@@ -24,7 +24,8 @@ def tiny(**changes):
 
 
 def nf4_levels():
-    """The 16 levels of NF4: quantiles of N(0, 1), 8 above and 7 below zero (Dettmers et al. 2023, section 3)."""
+    """The 16 levels of NF4: quantiles of N(0, 1), 8 above and 7 below zero
+    (Dettmers et al. 2023, section 3)."""
     offset = 0.5 * (1 / 32 + 1 / 30)
     quantile = lambda p: torch.special.ndtri(torch.tensor(p, dtype=torch.float64))
     above = quantile(torch.linspace(1 - offset, 0.5, 9)[:-1].tolist())
@@ -53,7 +54,8 @@ def test_int8_is_rounding_to_127ths_of_each_rows_largest_magnitude():
     layer = quantize(model, 8).layers[0].self_attn.o_proj
     step = weight.abs().amax(1, keepdim=True) / 127
     assert layer.weight.dtype == torch.int8
-    assert ((dequantize(layer) - weight).abs() <= 0.505 * step + 1e-3 * weight.abs()).all()     # it rounds from float16
+    # it rounds from float16
+    assert ((dequantize(layer) - weight).abs() <= 0.505 * step + 1e-3 * weight.abs()).all()
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -68,7 +70,8 @@ def test_only_block_layers_and_the_same_function_in_training_and_evaluation(kind
         for name in names:                                      # the plain model with the rounded weights
             plain.get_submodule(name).weight.copy_(dequantize(model.get_submodule(name)))
         expected = plain(IDX)
-        for mode in (model.train, model.eval, model.train):     # twice: bitsandbytes' own layers repack in eval mode
+        # twice: bitsandbytes' own layers repack in eval mode
+        for mode in (model.train, model.eval, model.train):
             mode()
             torch.testing.assert_close(model(IDX), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(copy.deepcopy(model)(IDX), expected, atol=1e-5, rtol=1e-5)

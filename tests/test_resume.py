@@ -26,7 +26,8 @@ def write_inputs(folder):
 
 @pytest.mark.parametrize('script', RUNS)
 def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_path, monkeypatch):
-    """Both must be known before setup(): what the command line says, else what the run had, not what is the default."""
+    """Both must be known before setup(): what the command line says, else what the run had,
+    not what is the default."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     module = importlib.import_module(script)
@@ -37,7 +38,7 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
     def setup(device, dtype, matmul):
         asked.append((device, matmul))
         raise InterruptedError
-    monkeypatch.setattr(module, 'setup', setup)
+    monkeypatch.setattr('nanoforge.run.setup', setup)
     for typed in ([], ['--matmul=bf16']):
         with pytest.raises(InterruptedError):
             module.main(parse(module.Config, [resume, out, *typed]))
@@ -97,7 +98,8 @@ def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
 
 @pytest.mark.parametrize('script', RUNS)
 def test_a_run_that_has_ended_is_left_as_it_is(script, tmp_path, monkeypatch):
-    """Resumed once more, as by a scheduler that does not know: no second line for the last step, the same state."""
+    """Resumed once more, as by a scheduler that does not know:
+    no second line for the last step, the same state."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     module = importlib.import_module(script)

@@ -1,4 +1,5 @@
-"""data/rewards.py and data/problems.py: what counts as the same answer, every reward by hand, a user's function that misbehaves."""
+"""data/rewards.py and data/problems.py: what counts as the same answer, every reward by hand,
+a user's function that misbehaves."""
 import json
 import time
 from fractions import Fraction
@@ -11,7 +12,7 @@ from data.formats import Source
 from data.rewards import Scorer, as_number, exact, extract_answer, length_penalty, number, same_answer, tags
 
 
-# ---- answers ----------------------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, answer', [
     ('so it is <answer> 42 </answer>', '42'),
@@ -55,7 +56,7 @@ def test_rewards_by_hand():
     assert [length_penalty(n, 100, 20) for n in (10, 80, 85, 100, 300)] == [0, 0, -0.25, -1, -1]
 
 
-# ---- a Scorer ---------------------------------------------------------------------------------------------------------------
+# ---- a Scorer ----------------------------------------------------------------------------------------------
 
 def user_file(tmp_path, body, name='mine.py'):
     path = tmp_path / name
@@ -140,7 +141,7 @@ def test_scorers_that_cannot_be(names, weights, words):
     assert words in str(error.value)
 
 
-# ---- problems ---------------------------------------------------------------------------------------------------------------
+# ---- problems ----------------------------------------------------------------------------------------------
 
 def jsonl(tmp_path, rows, name='rows.jsonl'):
     path = tmp_path / name
@@ -185,6 +186,10 @@ def test_weights_of_data_sets(tmp_path):
 
 def test_held_out_questions_are_in_no_training_row():
     problems = [{'question': f'q{i % 50}', 'answer': str(i)} for i in range(100)]       # every question twice
-    train, held_out = hold_out(problems, 20, 0)
-    assert len(held_out) == 10 and not {p['question'] for p in held_out} & {p['question'] for p in train}
-    assert hold_out(problems, 20, 0) == (train, held_out) != hold_out(problems, 20, 1)
+    train, held_out = hold_out(problems, 0.3, 20)
+    asked = [{p['question'] for p in part} for part in (train, held_out)]
+    assert 5 <= len(held_out) == len(asked[1]) <= 20 and not asked[0] & asked[1] and len(train) == 100 - 2 * len(held_out)
+    # whatever the order of the rows
+    assert hold_out(problems[::-1], 0.3, 20)[1][0]['question'] == held_out[0]['question']
+    few = hold_out(problems, 0.3, 3)
+    assert few == (train, held_out[:3])                 # more than are looked at are not trained on either

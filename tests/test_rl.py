@@ -1,9 +1,11 @@
-"""train_rl.py in short real runs of the embedded model: what they leave, that counts, ranks and kills change nothing, and forty mistakes."""
+"""train_rl.py in short real runs of the embedded model:
+what they leave, that counts, ranks and kills change nothing, and forty mistakes."""
+import hashlib
 import json
 import math
 import os
-import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +16,16 @@ import torch
 
 import train_rl
 from conftest import ROOT
-from configurator import UserError, parse
+from configurator import UserError, check_settings, parse
 from data.preferences import encode_pairs, to_pair
-from data.problems import draw_problems
+from data.problems import draw_problems, open_problems
 from data.formats import Source
-from data.completions import Episode, Table, lay_out, read_episodes
+from data.completions import Completion, read_completions
 from data.tasks import arithmetic, facts
 from kills import run_and_kill
 from model import load_model
-from train_rl import Config, main
+from nanoforge.run import setup
+from train_rl import Config, MicroBatch, Rollout, main
 from nanoforge.reward_model import ValueModel, load_reward_model, save_reward_model, train_reward_model
 
 TINY = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4, max_steps=4, logging_steps=1,
@@ -35,14 +38,14 @@ PPO = dict(algorithm='ppo', value_model_name='tiny', num_generations=1)
 def in_scratch_folder(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)     # logs/ goes there
     if 'promised' not in request.node.name:
-        monkeypatch.setattr(train_rl, 'show', lambda *arguments: None)      # pictures cost more than these runs
+        monkeypatch.setattr(train_rl, 'show', lambda *arguments: None)  # pictures cost more than these runs
 
 
 def config(out='out', **changes):
     changes = {**TINY, 'output_dir': str(out), **changes}
     cfg = Config(**changes)
     cfg.typed = frozenset(changes)
-    cfg.check()
+    check_settings(cfg)
     return cfg
 
 
@@ -74,7 +77,7 @@ def pairs_file(tmp_path, n=40):
     return str(path)
 
 
-# ---- short runs -------------------------------------------------------------------------------------------------------------
+# ---- short runs --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('how', [dict(), dict(algorithm='gspo'), PPO], ids=['grpo', 'gspo', 'ppo'])
 def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
@@ -90,10 +93,11 @@ def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
     keys |= {'value_loss', 'explained_variance', 'kl', 'beta'} if how == PPO else {'frac_reward_zero_std'}
     updates = [line for line in log if 'loss' in line]
     assert all(keys <= line.keys() for line in updates), keys - updates[0].keys()
-    # a rollout feeds two updates: in the first the ratio is 1, exactly, and sampler and training agree; the second is off-policy
+    # a rollout feeds two updates: in the first the ratio is 1, exactly, and sampler and training agree;
+    # the second is off-policy
     assert updates[0]['ratio_max'] == updates[0]['ratio_min'] == 1 and updates[0]['sampling/logp_gap_max'] < 1e-4
     assert updates[1]['ratio_max'] > 1 > updates[1]['ratio_min'] and 'sampling/logp_gap_max' not in updates[1]
-    episodes = read_episodes('out/rollouts.jsonl')
+    episodes = read_completions('out/rollouts.jsonl')
     assert sorted({e.step for e in episodes}) == [0, 2] and len(episodes) == 32
     model, tokenizer = load_model('out')
     for e in episodes[:8]:
@@ -115,7 +119,8 @@ def test_every_other_preset_runs():
 
 
 def test_same_gradient_however_the_batch_is_cut():
-    """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4; with groups of 4, on two ranks of one group each."""
+    """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4;
+    with groups of 4, on two ranks of one group each."""
     for how, kind in ((dict(beta=0.1, kl='k3', num_iterations=2), 'grpo'), (dict(PPO, beta=0.1), 'ppo')):
         how = {**TINY, **how, 'max_steps': 2, 'eval_steps': 0, 'optimizer': 'sgd', 'learning_rate': 1e-2}
         cuts = {'one': (8, 1, 2), 'eight': (1, 8, 16), **({'two': (4, 2, 4)} if kind == 'grpo' else {})}
@@ -131,12 +136,13 @@ def test_same_gradient_however_the_batch_is_cut():
             for a, b in zip(reference, lines(f'{kind}-{cut}')):
                 for key in ('loss', 'grad_norm', 'kl', 'reward', 'value_loss', 'approx_kl', 'explained_variance', 'num_tokens'):
                     assert a.get(key) == pytest.approx(b.get(key), abs=2e-5), (kind, cut, key)
-        texts = lambda out: sorted((e.step, e.group, e.sample, e.text) for e in read_episodes(f'{out}/rollouts.jsonl'))
+        texts = lambda out: sorted((e.step, e.group, e.sample, e.text) for e in read_completions(f'{out}/rollouts.jsonl'))
         assert texts(f'{kind}-one') == texts(f'{kind}-ranks')
 
 
 def test_uneven_work_per_rank():
-    """Three groups on two ranks, with refills that leave one rank without any: it ends, and equals one process."""
+    """Three groups on two ranks, with refills that leave one rank without any:
+    it ends, and equals one process."""
     how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
            'steps_per_generation': 1, 'temperature': 0.7}
     command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks'), '--num_gpus=2']
@@ -153,7 +159,8 @@ def test_uneven_work_per_rank():
 @pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=8),
                                  dict(PPO, max_steps=6, eval_steps=0)], ids=['lora', 'ppo'])
 def test_kills_change_nothing(how, tmp_path):
-    """SIGKILL at random moments, resumed each time: weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
+    """SIGKILL at random moments, resumed each time:
+    weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
     if how.get('algorithm') == 'ppo':
         pairs = pairs_file(tmp_path)
         how = {**how, 'rewards': ['model']}
@@ -169,6 +176,34 @@ def test_kills_change_nothing(how, tmp_path):
     assert read('whole/rollouts.jsonl') == read('killed/rollouts.jsonl')
     curve = lambda out: [(line['step'], line['loss'], line['reward']) for line in lines(out) if 'loss' in line]
     assert curve('whole') == curve('killed')
+
+
+def test_a_critic_of_an_earlier_version_goes_on():
+    """It called the critic's backbone `trunk`, and its trainer_state.json had these keys alone."""
+    from safetensors.torch import load_file, save_file
+    how = {**PPO, 'eval_steps': 0, 'num_iterations': 2}
+    main(config('whole', **how, max_steps=8))
+    main(config('old', **how, max_steps=8, save_steps=4, save_only_model=False, save_total_limit=9))
+    shutil.rmtree('old/checkpoint-8')
+    tensors = load_file('old/checkpoint-4/optimizer.safetensors')
+    assert any('critic/backbone.' in key for key in tensors)
+    save_file({key.replace('/backbone.', '/trunk.'): tensor for key, tensor in tensors.items()}, 'old/checkpoint-4/optimizer.safetensors')
+    state = json.load(open('old/checkpoint-4/trainer_state.json'))
+    keys = ('step', 'rollouts', 'cursor', 'num_tokens', 'bad_steps', 'best', 'beta', 'loss_scale')
+    with open('old/checkpoint-4/trainer_state.json', 'w') as file:
+        json.dump({key: state[key] for key in keys}, file)
+    manifest = json.load(open('old/checkpoint-4/manifest.json'))
+    for name in ('optimizer.safetensors', 'trainer_state.json'):
+        content = read('old/checkpoint-4', name)
+        manifest['files'][name] = {'size': len(content), 'sha256': hashlib.sha256(content).hexdigest()}
+    with open('old/checkpoint-4/manifest.json', 'w') as file:
+        json.dump(manifest, file)
+    cfg = Config(resume=True, output_dir='old')
+    cfg.typed = frozenset({'resume', 'output_dir'})
+    main(cfg)
+    for name in ('model.safetensors', 'optimizer.safetensors'):
+        assert read('whole/last', name) == read('old/last', name), name
+    assert read('whole/rollouts.jsonl') == read('old/rollouts.jsonl')
 
 
 def test_sigterm_saves_and_says_how_to_go_on():
@@ -213,12 +248,12 @@ def test_replay(capsys):
         main(cfg)
 
 
-# ---- modes ------------------------------------------------------------------------------------------------------------------
+# ---- modes -------------------------------------------------------------------------------------------------
 
 def test_lora_and_its_reference():
     main(config(use_lora=True, lora_dropout=0.0, beta=0.05, max_steps=4, learning_rate=5e-3))
     log = [line for line in lines() if 'loss' in line]
-    assert log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['kl'] > 1e-6      # adapters off are the start
+    assert log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['kl'] > 1e-6  # adapters off are the start
     assert os.path.exists('out/adapter_model.safetensors') and not os.path.exists('out/model.safetensors')
     base, _ = load_model('tiny')
     tuned, _ = load_model('out')
@@ -253,98 +288,128 @@ def test_data_set_with_a_users_reward(tmp_path, capsys):
                 mask_truncated=True, importance_cap=2.0, dual_clip=3.0, entropy_coef=0.01))
     log = [line for line in lines() if 'loss' in line]
     assert log[0]['unscored'] >= 4 and {'rewards/mine.py:score/mean', 'rewards/tags/mean'} <= log[0].keys()
-    episodes = read_episodes('out/rollouts.jsonl')
+    episodes = read_completions('out/rollouts.jsonl')
     assert all(e.reward is None and e.advantage == 0 for e in episodes if e.sample == 3)
     assert all(e.problem['level'] == 3 and 'system' in e.problem for e in episodes)
-    assert '36 problems, 4 held out' in capsys.readouterr().out
+    train, held_out = map(int, re.search(r'(\d+) problems, (\d+) held out', capsys.readouterr().out).groups())
+    assert train + held_out == 40 and 0 < held_out < 10
 
 
 def test_counts_are_rounded_up_to_whole_groups(capsys):
     main(config(per_device_train_batch_size=1, gradient_accumulation_steps=6, steps_per_generation=4, num_generations=4, max_steps=1, eval_steps=0))
     said = capsys.readouterr().out
-    assert 'rounded up to 8' in said and len(read_episodes('out/rollouts.jsonl')) == 8
+    assert 'rounded up to 8' in said and len(read_completions('out/rollouts.jsonl')) == 8
 
 
 def test_the_documented_recipe_on_one_device(capsys, monkeypatch):
-    """GSPO as shipped: batch 1, 8 generations, 4 steps per generation; another model, and embedded problems."""
+    """GSPO as shipped: batch 1, 8 generations, 4 steps per generation;
+    another model, and embedded problems."""
     monkeypatch.setattr(sys, 'argv', ['train_rl.py'])
     cfg = parse(Config, ['--recipe', os.path.join(ROOT, 'recipes/training/gspo/llama3_3B_lora.yaml'), 'model.base_model_name=tiny', 'data.datasets=[]',
                          'training.output_dir=out', 'training.max_steps=1', '--eval_problems=4', '--num_problems=16', '--max_completion_length=24'])
     main(cfg)
-    assert len(read_episodes('out/rollouts.jsonl')) == 16 and 'lengths   clamped' in capsys.readouterr().out
+    assert len(read_completions('out/rollouts.jsonl')) == 16 and 'lengths   clamped' in capsys.readouterr().out
 
 
-# ---- parts ------------------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
 
-def test_layouts_compute_the_same():
-    """A prompt shared by its completions, or with each of them; with and without their last tokens: every log-probability is that of the
-    row alone."""
-    model, _ = load_model('tiny')
-    rng = random.Random(0)
-    ids = lambda n: [rng.randrange(3, 900) for _ in range(n)]
-    groups = [(ids(7), [ids(3), ids(1), ids(6)]), (ids(2), [ids(1)]), (ids(4), [ids(2), ids(2)])]
-    alone = [(prompt, completion) for prompt, completions in groups for completion in completions]
-
-    for share in (None, True, False):
-        for keep_last in (False, True):
-            layout = lay_out(groups, torch.device('cpu'), keep_last, share)
-            hidden = model.hidden(layout.idx, layout.positions).flatten(0, 1)
-            logp = model.token_stats(hidden[layout.source], layout.targets, extras=False)['logp']
-            for row, (prompt, completion) in enumerate(alone):
-                want = model.hidden(torch.tensor([prompt + completion]))[0]
-                got = model.token_stats(want[None, len(prompt) - 1:-1], torch.tensor([completion]), extras=False)['logp'][0]
-                assert torch.allclose(logp[row, :len(completion)], got, atol=1e-5)
-                assert (logp[row, len(completion):] == 0).all() and (layout.targets[row, len(completion):] == -1).all()
-                if keep_last:
-                    assert torch.allclose(hidden[layout.last[row]], want[-1], atol=1e-5)
+def completion(reward, stopped, n=2, **more):
+    return Completion(0, more.pop('group', 0), more.pop('sample', 0), {}, [1], [2] * n, [-0.1] * n, stopped, '', {'task': reward}, reward, **more)
 
 
-@pytest.mark.parametrize('share', [True, False])
-def test_rows_of_a_gpu(share, monkeypatch):
-    """The layout that a GPU gets, a padded row for each document, computed here."""
-    model, _ = load_model('tiny')
-    groups = [([5, 6, 7], [[8, 9], [10, 11, 12]]), ([20, 21], [[22], [23, 24]])]
-    one_row, real = lay_out(groups, torch.device('cpu'), share=True), torch.tensor
-    monkeypatch.setattr(torch, 'tensor', lambda values, device=None: real(values))
-    rows = lay_out(groups, type('Device', (), {'type': 'cuda'})(), share=share)
-    assert one_row.idx.shape == (1, 5 + 8 - 4) and len(rows.idx) == (2 if share else 4) and (rows.positions is None) == (not share)
-    logp = lambda layout: model.token_stats(model.hidden(layout.idx, layout.positions).flatten(0, 1)[layout.source], layout.targets, extras=False)['logp']
-    assert torch.allclose(logp(rows), logp(one_row), atol=1e-5)
-
-
-def test_long_rows_are_packed_on_a_cpu():
-    layout = lay_out([([1] * 10, [[2] * 190, [3] * 5])], torch.device('cpu'), share=False)
-    assert layout.idx.shape == (1, 10 + 189 + 10 + 4) and lay_out([([1] * 4, [[2] * 90, [3] * 50])], torch.device('cpu')).positions is None
-
-
-def episode(reward, stopped, n=2, **more):
-    return Episode(0, more.pop('group', 0), more.pop('sample', 0), {}, [1], [2] * n, [-0.1] * n, stopped, '', {'task': reward}, reward, **more)
+def rollout(rewards, stopped, lengths):
+    """A Rollout of which one rank holds everything."""
+    N = len(rewards)
+    return Rollout([completion(r, s, n) for r, s, n in zip(rewards, stopped, lengths)], torch.arange(N), torch.arange(N), torch.tensor(rewards, dtype=torch.float64),
+                   {}, torch.tensor(lengths, dtype=torch.float64), torch.tensor(stopped), torch.zeros(N), N)
 
 
 def test_critic_is_asked_behind_what_was_cut_off():
-    """gae by hand: the reward at the last token, beta k1 off each, V behind a row that was cut off and not behind a stop token."""
+    """gae by hand: the reward at the last token, beta k1 off each,
+    V behind a row that was cut off and not behind a stop token."""
     mask = torch.tensor([[True, True], [True, False]])
-    batch = train_rl.Batch([episode(1.0, True), episode(0.5, False, 1)], None, mask, torch.zeros(2, 2), old=torch.tensor([[-1., -2.], [-1., 0.]]),
-                           reference=torch.tensor([[-1.5, -2.], [-0.8, 9.]]), values=torch.tensor([[0.2, 0.4], [0.1, 7.]]), behind=torch.tensor([5., 3.]))
-    run = train_rl.setup('cpu')
-    about = train_rl.ask_critic([[batch]], 1.0, 1.0, 0.1, run)
-    # returns with lam = 1: what is still to come. Row 0: 1 - 0.1 * (0.5 + 0), then 1; row 1: 0.5 - 0.1 * -0.2 + 3
+    batch = MicroBatch(torch.tensor([0, 1]), None, mask, torch.zeros(2, 2), old_logp=torch.tensor([[-1., -2.], [-1., 0.]]),
+                       ref_logp=torch.tensor([[-1.5, -2.], [-0.8, 9.]]), values=torch.tensor([[0.2, 0.4], [0.1, 7.]]), bootstrap=torch.tensor([5., 3.]))
+    made = rollout([1.0, 0.5], [True, False], [2, 1])
+    about = train_rl.advantages_by_critic(Config(lam=1.0, kl='reward'), made, [[batch]], 0.1, setup('cpu'))
+    # returns with lam = 1: what is still to come. Row 0: 1 - 0.1 * (0.5 + 0), then 1;
+    # row 1: 0.5 - 0.1 * -0.2 + 3
     assert batch.returns.tolist() == [pytest.approx([0.95, 1.0]), pytest.approx([3.52, 0.0])]
     raw = torch.tensor([0.95 - 0.2, 1 - 0.4, 3.52 - 0.1])
     white = (raw - raw.mean()) / raw.std(unbiased=False)
     assert batch.advantages[mask].tolist() == pytest.approx(white.tolist(), abs=1e-5) and batch.advantages[1, 1] == 0
-    assert batch.episodes[0].advantage == pytest.approx(white[:2].mean().item(), abs=1e-5)
+    assert made.records()[0].advantage == pytest.approx(white[:2].mean().item(), abs=1e-5)
     returns = torch.tensor([0.95, 1.0, 3.52])
     assert about['explained_variance'] == pytest.approx(1 - (raw.square().mean() / returns.var(unbiased=False)).item(), abs=1e-5)
 
 
 def test_adaptive_beta():
-    table = Table(torch.zeros(4, 7, dtype=torch.float64), [0, 1, 2, 3], [])
-    table['k1'] = torch.tensor([3.0, 3.0, 3.0, 3.0])
     cfg = Config(kl_target=1.0, kl_horizon=40)
-    assert train_rl.adapt_beta(cfg, 0.1, table) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))      # the error is clipped at 0.2
-    table['k1'] = torch.tensor([0.9, 0.9, 0.9, 0.9])
-    assert train_rl.adapt_beta(cfg, 0.1, table) == pytest.approx(0.1 * (1 - 0.1 * 4 / 40))
+    # the error is clipped at 0.2
+    assert train_rl.adapt_beta(cfg, 0.1, torch.full((4,), 3.0)) == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
+    assert train_rl.adapt_beta(cfg, 0.1, torch.full((4,), 0.9)) == pytest.approx(0.1 * (1 - 0.1 * 4 / 40))
+
+
+def test_statistics_of_a_step_are_of_all_its_micro_batches():
+    """Parts of the loss are summed, extremes stay extremes, all else is a mean over tokens;
+    a rank may have no micro-batch."""
+    one = {'loss': 0.5, 'ratio_max': 2.0, 'ratio_min': 0.5, 'sampling/logp_gap_max': 0.1, 'approx_kl': 1.0, 'value_loss': 0.25}
+    two = {'loss': 0.25, 'ratio_max': 3.0, 'ratio_min': 0.75, 'sampling/logp_gap_max': 0.3, 'approx_kl': 5.0, 'value_loss': 0.5}
+    want = {'loss': 0.75, 'ratio_max': 3.0, 'ratio_min': 0.5, 'sampling/logp_gap_max': pytest.approx(0.3), 'approx_kl': 2.0, 'value_loss': 0.75}
+    parts = [(30, one), (10, two)]
+    tensors = [(torch.tensor(n), {name: torch.tensor(x) for name, x in stats.items()}) for n, stats in parts]
+
+    class Ranks:            # three: this one, one without a micro-batch, and another
+        def gather(self, mine):
+            return [*mine, *parts[1:]]
+
+    assert train_rl.merge_stats(tensors, setup('cpu')) == want
+    assert train_rl.merge_stats(tensors[:1], Ranks()) == want
+    assert train_rl.merge_stats([], setup('cpu')) == {'loss': 0.0}
+
+
+def test_a_question_that_is_held_out_is_in_no_training_row(tmp_path):
+    """By the prompt, whatever the seed and the order of the rows; duplicates of it are left out, and said;
+    old runs keep their rule."""
+    path, said = problems_file(tmp_path, 200), []
+    with open(path, 'a') as file:                               # every question a second time
+        file.write(open(path).read())
+    _, tokenizer = load_model('tiny')
+    opened = {}
+    for name, changes in (('one', {}), ('seed', dict(seed=5)), ('few', dict(eval_problems=3)), ('none', dict(eval_fraction=0.0)),
+                          ('legacy', dict(split_rule='legacy')), ('legacy seed', dict(split_rule='legacy', seed=5))):
+        cfg = config(datasets=[Source(path)], rewards=['exact'], **{'eval_problems': 200, 'max_prompt_length': 200, **changes})
+        opened[name] = open_problems(cfg, tokenizer, said.append)
+        asked = [[p['question'] for p in part] for part in (opened[name].train, opened[name].held_out)]
+        assert not set(asked[0]) & set(asked[1]), name
+        opened[name] = asked
+    held_out = opened['one'][1]
+    assert 10 <= len(held_out) <= 30 and len(set(held_out)) == len(held_out) and len(opened['one'][0]) == 400 - 2 * len(held_out)
+    assert opened['seed'] == opened['one'] and opened['few'][1] == held_out[:3] and opened['few'][0] == opened['one'][0]
+    assert len(opened['none'][0]) == 400 and opened['none'][1] == []
+    assert opened['legacy'] != opened['legacy seed'] and len(opened['legacy'][1]) == 40
+    assert f'{len(held_out)} of 400 rows are left out' in said[0] and 'held out' in said[0]
+    rows = [json.loads(line) for line in open(path)]
+    (tmp_path / 'backwards.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in reversed(rows)))
+    cfg = config(datasets=[Source(str(tmp_path / 'backwards.jsonl'))], rewards=['exact'], eval_problems=200, max_prompt_length=200)
+    assert [p['question'] for p in open_problems(cfg, tokenizer, said.append).held_out] == held_out
+    # metadata decides where it is given, and its questions are in no training row either
+    marked = [{**row, 'metadata': 'eval' if i < 3 else 'train'} for i, row in enumerate(rows)]
+    (tmp_path / 'marked.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in marked))
+    cfg = config(datasets=[Source(str(tmp_path / 'marked.jsonl'))], rewards=['exact'], eval_problems=200, max_prompt_length=200)
+    problems = open_problems(cfg, tokenizer, said.append)
+    assert len(problems.held_out) == 3 and len(problems.train) == 394 and '3 of 397 rows' in said[-1]
+
+
+def test_pairs_are_held_out_by_their_prompt(tmp_path):
+    _, tokenizer = load_model('tiny')
+    path = pairs_file(tmp_path, 300)
+    cfg = config(datasets=[Source(path, chosen_column='chosen', rejected_column='rejected')], rewards=['model'], max_prompt_length=200)
+    problems = open_problems(cfg, tokenizer, lambda text: None)
+    sides = [{tuple(pair.prompt) for pair in pairs} for pairs in (problems.pairs, problems.held_out_pairs)]
+    assert not sides[0] & sides[1] and 10 <= len(sides[1]) <= 60 and len(problems.pairs) + len(problems.held_out_pairs) <= 300
+    asked = [{p['question'] for p in part} for part in (problems.train, problems.held_out)]
+    assert not asked[0] & asked[1]
 
 
 def test_problems_are_drawn_without_replacement():
@@ -355,7 +420,7 @@ def test_problems_are_drawn_without_replacement():
 
 def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
     from nanoforge.pages import rollouts_page
-    members = [episode(1.0, True, advantage=1.0), episode(0.0, False, sample=1, advantage=-1.0), episode(None, True, sample=2)]
+    members = [completion(1.0, True, advantage=1.0), completion(0.0, False, sample=1, advantage=-1.0), completion(None, True, sample=2)]
     for e in members:
         e.text, e.problem = '<script>alert(1)</script>', {'question': 'How <many>?', 'answer': '5'}
     (tmp_path / 'rollouts.jsonl').write_text(''.join(e.line() + '\n' for e in members) + '{"cut')
@@ -370,10 +435,11 @@ def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
     assert re.findall(r'>group (\d+)', (tmp_path / 'page.html').read_text().replace('</span>', '>')) == ['0', '2', '10']
 
 
-# ---- the reward model -------------------------------------------------------------------------------------------------------
+# ---- the reward model --------------------------------------------------------------------------------------
 
 def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
-    """Full sentences are preferred to single words, also about people of whom there was no pair; transformers' own class says the same."""
+    """Full sentences are preferred to single words, also about people of whom there was no pair;
+    transformers' own class says the same."""
     model, tokenizer = load_model('tiny')
 
     def pairs(split, n, seed):
@@ -381,7 +447,7 @@ def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
                  for short, long in [sorted((facts.solution(p), facts.other_form(p)), key=len)]]
         return encode_pairs(tokenizer, found, 128)[0]
 
-    value, run = ValueModel(model), train_rl.setup('cpu')
+    value, run = ValueModel(model), setup('cpu')
     result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), run, 1, 16, 1e-3)
     assert result['accuracy'] > 0.9
     save_reward_model(value, tokenizer, tmp_path / 'rm')
@@ -401,7 +467,7 @@ def test_ppo_from_pairs_and_a_reward_model_used_again(tmp_path, capsys):
     main(config(**PPO, datasets=sources, rewards=['model'], reward_batch_size=8, max_steps=2, eval_steps=0))
     assert 'held-out pairs' in capsys.readouterr().out and os.path.exists('out/reward_model/model.safetensors')
     main(config('again', datasets=[Source(problems_file(tmp_path))], rewards=['model'], reward_model_path='out/reward_model', max_steps=2, eval_steps=0, max_prompt_length=100))
-    assert all('model' in e.rewards for e in read_episodes('again/rollouts.jsonl'))
+    assert all('model' in e.rewards for e in read_completions('again/rollouts.jsonl'))
 
 
 def test_a_foreign_reward_model_reads_texts(tmp_path):
@@ -413,10 +479,10 @@ def test_a_foreign_reward_model_reads_texts(tmp_path):
     BertForSequenceClassification(BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
                                              max_position_embeddings=64, num_labels=1)).save_pretrained(tmp_path / 'bert')
     main(config(datasets=[Source(problems_file(tmp_path))], rewards=['model'], reward_model_path=str(tmp_path / 'bert'), max_steps=1, eval_steps=0, max_prompt_length=100))
-    assert len({e.reward for e in read_episodes('out/rollouts.jsonl')}) > 1
+    assert len({e.reward for e in read_completions('out/rollouts.jsonl')}) > 1
 
 
-# ---- forty mistakes ---------------------------------------------------------------------------------------------------------
+# ---- forty mistakes ----------------------------------------------------------------------------------------
 
 YAML = 'training:\n  algorithm: grpo\n'
 MISTAKES = {                        # command line -> words of the one line that it ends with
@@ -425,9 +491,9 @@ MISTAKES = {                        # command line -> words of the one line that
     'unknown key': (['training.num_generation=4'], ['num_generation', 'num_generations']),
     'not a number': (['training.learning_rate=fast'], ['learning_rate', 'fast', 'float']),
     'zero where one is least': (['training.num_iterations=0'], ['num_iterations', '1 or more']),
-    'negative': (['training.beta=-0.1'], ['beta', '0 or more']),
+    'a schedule that waits for a loss': (['--lr_scheduler=plateau'], ['plateau', 'eval_loss']),
     'zero rate': (['training.learning_rate=0'], ['learning_rate', 'above 0']),
-    'discount above one': (['training.gamma=1.5'], ['gamma', '0 to 1']),
+    'discount above one': (['training.gamma=1.5'], ['gamma', '1 or less']),
     'no steps': (['training.max_steps=0'], ['max_steps', '-1']),
     'no room for completions': (['data.max_length=100', 'data.max_prompt_length=100'], ['max_prompt_length', 'no room']),
     'a group of one': (['training.num_generations=1'], ['num_generations=1', '2 or more']),
@@ -487,12 +553,14 @@ def test_forty_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys):
             assert error.code == 2, name
             error, message = error.__context__, said
         assert all(word in message for word in words) and len(message.strip().splitlines()) == 1, f'{name}: {message}'
-        while isinstance(error.__context__, UserError):     # where it was raised first, before a file and a row were put in front
+        # where it was raised first, before a file and a row were put in front
+        while isinstance(error.__context__, UserError):
             error = error.__context__
         frame = error.__traceback__
         while frame.tb_next:
             frame = frame.tb_next
-        origins.setdefault((frame.tb_frame.f_code.co_filename, frame.tb_lineno), []).append(name)
+        bound = frame.tb_frame.f_locals.get('bound')        # one line checks all ranges
+        origins.setdefault((frame.tb_frame.f_code.co_filename, frame.tb_lineno, bound), []).append(name)
     assert all(len(names) == 1 for names in origins.values()), [names for names in origins.values() if len(names) > 1]
     assert not os.path.exists('models')
 

@@ -1,5 +1,5 @@
-"""The pure functions of train_rl.py against numbers worked by hand, independent loops, and gradients by finite differences; and
-every preset on a bandit whose best arm is known."""
+"""The pure functions of train_rl.py against numbers worked by hand, independent loops,
+and gradients by finite differences; and every preset on a bandit whose best arm is known."""
 import math
 
 import pytest
@@ -12,7 +12,7 @@ from train_rl import PRESETS, gae, group_advantages, kl_estimate, policy_loss, v
 t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 
 
-# ---- advantages -------------------------------------------------------------------------------------------------------------
+# ---- advantages --------------------------------------------------------------------------------------------
 
 def test_group_advantages_by_hand():
     rewards, group = torch.tensor([1., 0., 0., 1., 5., 2., 2.]), torch.tensor([7, 7, 7, 7, 3, 3, 3])
@@ -90,7 +90,8 @@ def test_kl_estimates_by_hand():
 
 
 def test_kl_gradients():
-    """Over the exact distribution: k1 and k3 are the KL in value, the gradient of k2 as a loss is that of the reverse KL."""
+    """Over the exact distribution: k1 and k3 are the KL in value,
+    the gradient of k2 as a loss is that of the reverse KL."""
     z, ref = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True), torch.log_softmax(t(0.1, 0.5, -0.4)[:, ], 0)
     logp = z.log_softmax(0)
     p = logp.exp().detach()
@@ -104,7 +105,7 @@ def test_kl_gradients():
     assert k1.abs().max() < 1e-12
 
 
-# ---- the policy loss --------------------------------------------------------------------------------------------------------
+# ---- the policy loss ---------------------------------------------------------------------------------------
 
 OLD = t([-1.0, -2.0, -0.5, -9.0], [-0.7, -1.1, -9.0, -9.0], [-0.4, -0.6, -1.9, -2.2])
 NEW = OLD + t([0.30, -0.05, -0.40, 5], [0.01, 0.35, 5, 5], [-0.60, 0.02, 0.25, 1.2])
@@ -113,8 +114,9 @@ ADVANTAGES = t(1.5, -0.5, -2.0)[:]
 
 
 def by_loops(logp, ratio='token', surrogate='clip', clip_low=0.2, clip_high=0.2, dual_clip=None, mean='token', weights=None, frozen=None):
-    """The same loss, written token by token in plain Python from the papers' formulas. frozen: the log-probabilities at which
-    what the formulas stop the gradient through is taken (for finite differences)."""
+    """The same loss, written token by token in plain Python from the papers' formulas.
+    frozen: the log-probabilities at which what the formulas stop the gradient through is taken
+    (for finite differences)."""
     frozen = logp if frozen is None else frozen
     rows = []
     for b in range(3):
@@ -197,7 +199,8 @@ def test_clip_by_hand():
 
 
 def test_first_update_is_plain_policy_gradient():
-    """With the ratio exactly 1 every surrogate's gradient is -A / N per token (SAPO's sigmoid has slope 1 there)."""
+    """With the ratio exactly 1 every surrogate's gradient is -A / N per token
+    (SAPO's sigmoid has slope 1 there)."""
     for how in SOUND[:-3]:
         logp = OLD.clone().requires_grad_()
         loss, stats = policy_loss(logp, OLD, ADVANTAGES, MASK, clip_high=0.2, **how)
@@ -209,7 +212,8 @@ def test_first_update_is_plain_policy_gradient():
 
 
 def test_cutting_a_batch_changes_nothing():
-    """With the normaliser of the whole step the parts' losses add up, however the rows are shared out; empty rows cost nothing."""
+    """With the normaliser of the whole step the parts' losses add up, however the rows are shared out;
+    empty rows cost nothing."""
     for how in SOUND[:-1]:
         mean = how.get('mean', 'token')
         count = {'token': int(MASK.sum()), 'sequence': 3, 'constant': 12}[mean]
@@ -231,19 +235,20 @@ def test_value_loss_by_hand():
     mask = torch.tensor([[1, 1, 0]])
     loss, clipped = value_loss(values, old, returns, mask)
     assert loss.item() == pytest.approx(0.5 * (1 + 0.25) / 2) and clipped == 0
-    loss, clipped = value_loss(values, old, returns, mask, clip=0.2)     # 1.0 counts as 0.7, whose error is larger
+    # 1.0 counts as 0.7, whose error is larger
+    loss, clipped = value_loss(values, old, returns, mask, clip=0.2)
     assert loss.item() == pytest.approx(0.5 * (1.3 ** 2 + 0.25) / 2) and clipped == 0.5
     loss.backward()
     assert values.grad.flatten().tolist() == pytest.approx([0, (2.0 - 2.5) / 2, 0])
     assert value_loss(values, old, returns, mask, normaliser=10)[0].item() == pytest.approx(0.5 * 1.25 / 10)
 
 
-# ---- a bandit ---------------------------------------------------------------------------------------------------------------
+# ---- a bandit ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_each_preset_solves_a_bandit(name):
-    """Two tokens of five values each, only one of the 25 pairs pays in full and a worse one a third: from a uniform start the best
-    pair becomes likely. Two updates a batch, so that ratios leave 1."""
+    """Two tokens of five values each, only one of the 25 pairs pays in full and a worse one a third:
+    from a uniform start the best pair becomes likely. Two updates a batch, so that ratios leave 1."""
     preset = dict(PRESETS[name])
     scale, baseline = preset.pop('scale'), preset.pop('baseline')
     generator = torch.Generator().manual_seed(0)
@@ -252,9 +257,10 @@ def test_each_preset_solves_a_bandit(name):
     values = torch.zeros(2)
     for _ in range(80):
         with torch.no_grad():
-            tokens = torch.multinomial(logits.softmax(1), 256, replacement=True, generator=generator).t()    # (256, 2)
+            # (256, 2)
+            tokens = torch.multinomial(logits.softmax(1), 256, replacement=True, generator=generator).t()
         pay = (tokens == torch.tensor([3, 1])).all(1).float() + 0.3 * (tokens == torch.tensor([0, 0])).all(1).float()
-        logp_of = lambda: logits.log_softmax(1)[torch.arange(2), tokens]                                    # (256, 2)
+        logp_of = lambda: logits.log_softmax(1)[torch.arange(2), tokens]                            # (256, 2)
         old, mask = logp_of().detach(), torch.ones(256, 2)
         if name == 'ppo':
             rewards = torch.stack((torch.zeros(256), pay), 1)

@@ -1,6 +1,8 @@
-"""run.py, log.py and checkpoint.py: real files, real signals, real ranks. Child processes are forked, which is fast."""
+"""run.py, log.py and checkpoint.py: real files, real signals, real ranks. Child processes are forked, which
+is fast."""
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -8,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 import time
+import types
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanoforge.checkpoint import Checkpoints, damage, resolve_link, symlink, read_checkpoint, start_fresh
-from configurator import UserError
-from nanoforge.log import Log
-from nanoforge.run import LossScale, Stop, describe_device, device_peak_flops, explain_out_of_memory, resume_command, seed_for, setup
+from configurator import UserError, configclass, parse
+from nanoforge.checkpoint import Checkpoints, damage, read_checkpoint, resolve_link, start_fresh, symlink
+from nanoforge.flags import RunFlags
+from nanoforge.log import Log, device_peak_flops
+from nanoforge.optim import SGD, AdamW, WeightAverage
+from nanoforge.run import (LossScale, Run, State, Stop, describe_device, explain_out_of_memory, resume_command,
+                           seed_for, setup)
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +42,8 @@ def model_of(step):
 
 
 def save(checkpoints, step, best=False, **options):
-    checkpoints.save(step, model_of(step), {'m.w': torch.full((40, 50), step / 2)}, {'step': step}, best, **options)
+    checkpoints.save(step, model_of(step), {'m.w': torch.full((40, 50), step / 2)}, {'step': step}, best,
+                     **options)
 
 
 def names(folder):
@@ -44,7 +51,8 @@ def names(folder):
 
 
 def forked(*works, between=lambda pids: None):
-    """Run each work() in a child of its own; between(pids) meanwhile. Their exit codes, minus the signal if killed."""
+    """Run each work() in a child of its own; between(pids) meanwhile. Their exit codes, minus the signal if
+    killed."""
     pids = []
     for work in works:
         pid = os.fork()
@@ -118,6 +126,25 @@ def test_two_ranks():
     assert ranks(work) == [10, 11]
 
 
+def test_two_ranks_gather_what_each_has():
+    """Rows of any number on each rank, of what JSON holds:
+    text of any script, numbers to the last bit, half a surrogate pair."""
+    def work(run):
+        mine = [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]] if run.rank else []
+        assert run.gather(mine) == [[0.1 + 0.2, 'Z\u00fcrich \ud800', None], [1e-300, True, [3]]]
+        assert run.gather([run.rank] * (2 - run.rank)) == [0, 0, 1] and run.gather([]) == []
+        return 3
+    assert ranks(work) == [3, 3]
+
+
+def test_what_is_printed_goes_to_the_text_log_too(tmp_path, capsys):
+    run = setup('cpu')
+    run.print0('before')
+    run.text_log = tmp_path / 'train.log'
+    run.print0('after')
+    assert run.text_log.read_text(encoding='utf-8') == 'after\n' and 'before' in capsys.readouterr().out
+
+
 def test_two_ranks_save_and_load(tmp_path):
     def work(run):
         assert Checkpoints(tmp_path / 'out', run).latest() is None
@@ -145,7 +172,8 @@ def test_seed_for():
 
 def test_device_peak_flops():
     assert device_peak_flops('NVIDIA A100-SXM4-80GB') == 312e12
-    assert device_peak_flops('NVIDIA H100 PCIe') == 756e12 and device_peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+    assert device_peak_flops('NVIDIA H100 PCIe') == 756e12 and device_peak_flops('NVIDIA H100 80GB '
+                                                                                 'HBM3') == 989e12
     assert device_peak_flops('NVIDIA L40S') == 362e12 and device_peak_flops('NVIDIA GeForce GTX 1080') is None
     assert device_peak_flops(torch.device('cpu')) is None
 
@@ -169,7 +197,8 @@ def test_loss_scale():
     resumed = LossScale(torch.float16, json.loads(json.dumps(scale.state)))
     resumed.update(finite=True)
     assert resumed.value == 65536
-    assert [resumed.update(finite=False) for _ in range(17)] == [True] * 16 + [False]     # at 1 it is the model's fault
+    # at 1 it is the model's fault
+    assert [resumed.update(finite=False) for _ in range(17)] == [True] * 16 + [False]
     plain = LossScale(torch.float32)
     assert plain.value == 1 and not plain.update(finite=False) and plain.value == 1
 
@@ -245,12 +274,14 @@ def test_save_and_read(run, out):
     save(Checkpoints(out, run), 5, best=True)
     optimizer, state = read_checkpoint(out / 'last')
     assert torch.equal(optimizer['m.w'], torch.full((40, 50), 2.5)) and state == {'step': 5}
-    assert names(out / 'last') == ['config.json', 'manifest.json', 'model.safetensors', 'optimizer.safetensors',
+    assert names(out / 'last') == ['config.json', 'manifest.json', 'model.safetensors',
+                                   'optimizer.safetensors',
                                    'trainer_state.json']
     assert os.readlink(out / 'last') == os.readlink(out / 'best') == 'checkpoint-5'
     assert names(out) == ['best', 'checkpoint-5', 'config.json', 'last', 'manifest.json', 'model.safetensors',
                           'run_config.json']
-    assert (out / 'model.safetensors').samefile(out / 'last' / 'model.safetensors')     # no second copy on the disk
+    # no second copy on the disk
+    assert (out / 'model.safetensors').samefile(out / 'last' / 'model.safetensors')
     assert json.loads((out / 'run_config.json').read_text())['config'] == {'learning_rate': 1e-3}
     assert (out / 'model.safetensors').stat().st_mode == (out / 'config.json').stat().st_mode
 
@@ -260,11 +291,13 @@ def test_root_holds_the_best_and_pruning_keeps_best_and_newest(run, out):
     (out / 'checkpoint-mine').mkdir()
     for step in range(1, 7):
         save(checkpoints, step, best=step == 2)
-    assert names(out) == ['best', 'checkpoint-2', 'checkpoint-5', 'checkpoint-6', 'checkpoint-mine', 'config.json',
+    assert names(out) == ['best', 'checkpoint-2', 'checkpoint-5', 'checkpoint-6', 'checkpoint-mine',
+                          'config.json',
                           'last', 'manifest.json', 'model.safetensors', 'run_config.json']
     assert load_file(out / 'model.safetensors')['w'][0, 0] == 2 and os.readlink(out / 'best') == 'checkpoint-2'
     save(checkpoints, 6, best=True)     # the same step again
-    assert os.readlink(out / 'best') == 'checkpoint-6' and load_file(out / 'model.safetensors')['w'][0, 0] == 6
+    assert os.readlink(out / 'best') == 'checkpoint-6' and load_file(out / 'model.safetensors')['w'][0,
+                                                                                                     0] == 6
     assert names(out) == ['best', 'checkpoint-5', 'checkpoint-6', 'checkpoint-mine', 'config.json', 'last',
                           'manifest.json', 'model.safetensors', 'run_config.json']
 
@@ -284,7 +317,8 @@ def test_save_only_model_leaves_one_resumable_state(run, out):
     assert [path.parent.name for path in sorted(out.rglob('optimizer.safetensors'))] == ['checkpoint-3']
     assert len(list(out.glob('checkpoint-*/model.safetensors'))) == 3
     assert read_checkpoint(checkpoints.latest())[1]['step'] == 3
-    with pytest.raises(UserError, match='cannot resume from .*checkpoint-2: optimizer.safetensors is missing'):
+    with pytest.raises(UserError, match='cannot resume from .*checkpoint-2: optimizer.safetensors is '
+                                        'missing'):
         read_checkpoint(out / 'checkpoint-2')
 
 
@@ -338,7 +372,8 @@ def test_nan_is_refused(run, out, bad, where):
 
 
 def test_killed_at_every_step_of_a_save(run, out):
-    """SIGKILL at each file-system call of a save, in turn: what is left is always whole, and the next save works."""
+    """SIGKILL at each file-system call of a save, in turn: what is left is always whole, and the next save
+    works."""
     for step in (1, 2):
         save(Checkpoints(out, run), step, best=True)
     for kill_at in itertools.count(1):
@@ -350,7 +385,8 @@ def test_killed_at_every_step_of_a_save(run, out):
             calls = itertools.count(1)
 
             def hook(event, args):
-                if event in ('open', 'os.rename', 'os.link', 'os.symlink', 'os.remove', 'os.mkdir', 'os.rmdir'):
+                if event in ('open', 'os.rename', 'os.link', 'os.symlink', 'os.remove', 'os.mkdir',
+                             'os.rmdir'):
                     if next(calls) == kill_at:
                         os.kill(os.getpid(), signal.SIGKILL)
             sys.addaudithook(hook)
@@ -384,7 +420,8 @@ def test_full_disk(run, out):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         big = torch.zeros(20_000)
         for model, optimizer in ((torch.zeros(2), big), (big, torch.zeros(2))):
-            with pytest.raises(UserError, match='cannot write .*checkpoint-2.*File too large.*before are intact'):
+            with pytest.raises(UserError, match='cannot write .*checkpoint-2.*File too large.*before are '
+                                                'intact'):
                 checkpoints.save(2, lambda folder: save_file({'w': model}, os.path.join(folder, 'model.safetensors')),
                                  {'m.w': optimizer}, {})
     assert forked(child) == [0]
@@ -411,7 +448,8 @@ for step in range(1, 9):
     mount = f'mount -t tmpfs -o size=256k tmpfs {tmp_path} && cd {tmp_path} && exec "$0" "$@"'
     if subprocess.run(['unshare', '-rm', 'sh', '-c', mount, 'true'], capture_output=True).returncode:
         pytest.skip('no mount namespaces here')
-    done = subprocess.run(['unshare', '-rm', 'sh', '-c', mount, sys.executable, '-c', script], capture_output=True,
+    done = subprocess.run(['unshare', '-rm', 'sh', '-c', mount, sys.executable, '-c', script],
+                          capture_output=True,
                           text=True)
     assert done.stdout.startswith('3 cannot write out/checkpoint-3') and 'No space left on device' in done.stdout, done
     assert done.stdout.strip().endswith('out/checkpoint-2')
@@ -434,7 +472,8 @@ def test_second_fresh_run_moves_only_our_files(run, out, capsys):
     first = json.loads((out / 'run_config.json').read_text())
     start_fresh(run, out, {'seed': 2})
     assert names(out) == ['checkpoint-old', 'earlier-1', 'notes.txt', 'run_config.json']
-    assert names(out / 'earlier-1') == ['best', 'checkpoint-1', 'config.json', 'last', 'log.jsonl', 'manifest.json',
+    assert names(out / 'earlier-1') == ['best', 'checkpoint-1', 'config.json', 'last', 'log.jsonl',
+                                        'manifest.json',
                                         'model.safetensors', 'run_config.json']
     assert damage(out / 'earlier-1' / 'last') == '' and 'earlier-1' in capsys.readouterr().out
     second = json.loads((out / 'run_config.json').read_text())
@@ -515,8 +554,10 @@ def test_log(run, log_folder, capsys):
                                    ('tokens_per_second', 152_000.4)]
     assert sample == {'step': 500, 'sample': 'Hark'}
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith('step   10/1000  loss 2.5000  grad_norm nan  clip 3  tokens_per_second 152,000')
-    assert shown[1].startswith('step  500/1000  loss 1.2500  learning_rate 3.00e-04  grad_norm 1.0000  tokens_per_')
+    assert shown[0].startswith('step   10/1000  loss 2.5000  grad_norm nan  clip 3  tokens_per_second '
+                               '152,000')
+    assert shown[1].startswith('step  500/1000  loss 1.2500  learning_rate 3.00e-04  grad_norm 1.0000  '
+                               'tokens_per_')
     assert shown[1].split('tokens_per_second')[1].startswith('  9.5000  ETA 00:00')      # as wide as 152,000
     assert 'Hark' in shown
     assert scalars('loss') == ([(10, 2.5), (500, 1.25)], ['sample/text_summary'])
@@ -556,4 +597,291 @@ def test_wandb_is_told_what_it_is(run, log_folder, monkeypatch):
     told = []
     monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **settings: told.append(settings)))
     Log(run, '.', {'script': 'x'}, 10, wandb={'project': 'p', 'entity': 'e', 'name': 'n', 'tags': ['t']})
-    assert told[0] == {'name': 'n', 'id': told[0]['id'], 'resume': 'allow', 'config': {'script': 'x'}, 'project': 'p', 'entity': 'e', 'tags': ['t']}
+    assert told[0] == {'name': 'n', 'id': told[0]['id'], 'resume': 'allow', 'config': {'script': 'x'},
+                       'project': 'p', 'entity': 'e', 'tags': ['t']}
+
+
+# ---- a run's life
+
+@configclass
+class RunConfig(RunFlags):
+    section = ''
+
+
+@dataclass
+class MyState(State):
+    beta: float = 0.5
+
+
+class Toy:
+    """Weights w (2,) whose gradient is what a step is given; and what a script does with them around its
+    loop."""
+
+    def __init__(self, out, interval=1, decay=0.0, total=20, **typed):
+        cfg = RunConfig(device='cpu', matmul='float32', tensorboard=False, **typed)
+        cfg.typed = frozenset(typed)
+        self.run = Run.open(cfg, 'train_toy.py', out, cfg.resume, memory_flags=('--rows',), limit=None)
+        self.w = torch.nn.Parameter(torch.zeros(2))
+        if self.run.resumed:
+            with torch.no_grad():
+                self.w.copy_(load_file(os.path.join(self.run.resumed, 'model.safetensors'))['w'])
+        self.optimizer = SGD([('w', self.w)], lr=1.0, momentum=0.5)
+        self.ema = WeightAverage(self.optimizer, decay)
+        self.state = self.run.restore(MyState('sgd'), self.optimizer, self.ema)
+        self.log = self.run.start(total, self.state.step, {'data': 'toy'}, interval)
+
+    def step(self, *gradient, lr=1.0, max_norm=0.0, tokens=10):
+        for part in (0.25, 0.75):                           # two micro-batches
+            self.run.backward((self.w * torch.tensor(gradient)).sum() * part)
+        norm = self.run.step(self.optimizer, lr, max_norm)
+        self.state.step += 1
+        self.ema.update(self.state.step)
+        self.log.train(self.state.step, tokens, loss=torch.tensor(float(self.state.step)), learning_rate=lr)
+        return norm
+
+    def save(self, **options):
+        def write(folder):
+            save_file({'w': self.w.detach().clone()}, os.path.join(folder, 'model.safetensors'))
+        self.run.save(self.state, None, None, self.optimizer, self.ema, write=write, **options)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A scratch folder; the signal handlers of before come back after the test."""
+    monkeypatch.chdir(tmp_path)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_step_sums_micro_batches_clips_and_empties(folder):
+    toy = Toy('out')
+    assert toy.step(3.0, 4.0) == pytest.approx(5.0, abs=1e-6) and toy.w.tolist() == [-3, -4]
+    assert not any(grad.any() for grad in toy.optimizer.grads)
+    toy = Toy('out-2')
+    assert toy.step(3.0, 4.0, lr=2.0, max_norm=0.5) == pytest.approx(5.0, abs=1e-6)     # before clipping
+    torch.testing.assert_close(toy.w.detach(), torch.tensor([-0.6, -0.8]), atol=1e-6, rtol=0)
+
+
+def test_a_run_that_goes_on_is_the_run_left_alone(folder, capsys):
+    gradients = [(1.0, 2.0), (0.5, -1.0), (-2.0, 0.25), (1.0, 1.0), (0.125, 3.0)]
+    whole = Toy('whole', interval=5, decay=0.5)
+    for gradient in gradients:
+        whole.step(*gradient)
+    killed = Toy('killed', interval=5, decay=0.5, seed=3)
+    assert killed.run.cfg.seed == 3 and killed.run.resumed is None
+    for gradient in gradients[:3]:
+        killed.step(*gradient)
+    killed.state.beta, killed.state.best_eval_loss = 0.75, 1.5
+    killed.save()
+    killed.log.close()
+    again = Toy('killed', interval=5, decay=0.5, resume=True)
+    assert again.run.resumed.endswith('checkpoint-3') and again.run.cfg.seed == 3
+    assert (again.state.step, again.state.beta, again.state.best_eval_loss) == (3, 0.75, 1.5)
+    for gradient in gradients[3:]:
+        again.step(*gradient)
+    for toy in (whole, again):
+        assert toy.run.finish({'step': toy.state.step}, 'that was it') == {'step': 5}
+    assert torch.equal(again.w, whole.w) and torch.equal(again.ema.means[0], whole.ema.means[0])
+    assert torch.equal(again.optimizer.state_dict()['momentum_buffer/w'],
+                       whole.optimizer.state_dict()['momentum_buffer/w'])
+    losses = [[line['loss'] for line in lines(f'{name}/log.jsonl') if 'loss' in line] for name in ('whole',
+                                                                                                   'killed')]
+    assert losses == [[3.0], [3.0]]                         # the mean of 1 to 5, over the restart
+    assert [line['run'].get('resumed_at') for line in lines('killed/log.jsonl') if 'run' in line] == [None, 3]
+    assert json.loads(Path('killed/run_config.json').read_text())['config']['resume'] is True
+    assert capsys.readouterr().out.count('that was it') == 2
+
+
+def test_the_checkpoint_holds_the_average_and_beside_it_the_last_weights(folder):
+    toy = Toy('out', decay=0.5)
+    toy.step(1.0, 2.0)
+    toy.step(1.0, 0.0)
+    last = toy.w.detach().clone()
+    toy.save()
+    assert torch.equal(toy.w, last)                         # swapped back
+    saved, (tensors, _) = load_file('out/checkpoint-2/model.safetensors')['w'], read_checkpoint('out/checkpoint-2')
+    # decays (1 + t) / (10 + t): 2/11, 3/12; the weights were (-1, -2), then (-2.5, -3) by momentum
+    expected = 0.25 * (9 / 11) * torch.tensor([-1.0, -2.0]) + 0.75 * torch.tensor([-2.5, -3.0])
+    assert last.tolist() == [-2.5, -3.0] and torch.equal(tensors['weights/w'], last)
+    torch.testing.assert_close(saved, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_steps_without_a_finite_gradient_are_skipped_and_at_last_given_up(folder, capsys, bad):
+    toy = Toy('out')
+    toy.step(1.0, 1.0)
+    weights = toy.w.detach().clone()
+    for count in (1, 2, 3, 4):
+        assert not math.isfinite(toy.step(1.0, bad)) and toy.run.bad_steps == count
+        assert torch.equal(toy.w, weights) and toy.optimizer.steps == 1
+    assert capsys.readouterr().out.count('the gradient is not finite, the step is skipped') == 4
+    toy.save()
+    toy.log.close()
+    toy = Toy('out', resume=True)
+    assert toy.run.bad_steps == 4                           # a restart does not forget them
+    toy.step(1.0, 1.0)
+    assert toy.run.bad_steps == 0
+    for _ in range(4):
+        toy.step(bad, 1.0)
+    toy.run.cfg.learning_rate = 0.25                        # what was typed, not what a schedule made of it
+    with pytest.raises(UserError, match=r'5 steps in a row without a finite gradient: lower '
+                                        r'--learning_rate=0.25'):
+        toy.step(bad, 1.0, lr=0.125)
+
+
+def test_a_float16_scale_is_undone_and_halves_where_it_overflows(folder):
+    toy = Toy('out')
+    toy.run.scaler = LossScale(torch.float16)
+    toy.run.backward((toy.w * torch.tensor([3.0, 4.0])).sum())
+    assert toy.w.grad.tolist() == [3 * 65536, 4 * 65536]
+    assert toy.run.step(toy.optimizer, 1.0, 0.0) == 5.0 and toy.w.tolist() == [-3, -4]
+    for halved in (32768, 16384, 8192, 4096, 2048, 1024):   # more than MAX_BAD_STEPS: no fault of the model's
+        toy.step(math.inf, 1.0)
+        assert toy.run.scaler.value == halved and toy.run.bad_steps == 0
+    toy.save()
+    toy.log.close()
+    scale = json.loads(Path('out/last/trainer_state.json').read_text())['loss_scale']
+    assert scale == [1024, 0] and LossScale(torch.float16, scale).value == 1024
+
+
+def test_several_optimizers_step_together_or_not_at_all(folder):
+    toy = Toy('out')
+    v = torch.nn.Parameter(torch.zeros(1))
+    pair = [toy.optimizer, SGD([('v', v)], lr=1.0, momentum=0.0)]
+    toy.run.backward((toy.w * torch.tensor([3.0, 4.0])).sum() + 2 * v.sum())
+    # each clipped by its own
+    assert toy.run.step(pair, [1.0, 0.5], 1.0) == pytest.approx([5.0, 2.0], abs=1e-6)
+    torch.testing.assert_close(toy.w.detach(), torch.tensor([-0.6, -0.8]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(v.detach(), torch.tensor([-0.5]), atol=1e-6, rtol=0)
+    before = toy.w.detach().clone(), v.detach().clone()
+    toy.run.backward((toy.w * torch.tensor([3.0, 4.0])).sum() + math.nan * v.sum())
+    norms = toy.run.step(pair, [1.0, 0.5], 1.0)
+    assert norms[0] == pytest.approx(5.0, abs=1e-6) and math.isnan(norms[1]) and toy.run.bad_steps == 1
+    assert torch.equal(toy.w, before[0]) and torch.equal(v, before[1])
+
+    # in a checkpoint each lies under its prefix, and so do parameters outside the model
+    def write(folder):
+        save_file({'w': toy.w.detach().clone()}, os.path.join(folder, 'model.safetensors'))
+    toy.run.save(toy.state, None, None, {'': pair[0], 'critic/': pair[1]}, write=write,
+                 parameters={'critic_weights/': {'v': v}}, round=7)
+    tensors, saved = read_checkpoint('out/checkpoint-0')
+    assert {'momentum_buffer/w', 'step', 'critic/step', 'critic_weights/v'} == set(tensors) and saved['round'] == 7
+    other = torch.nn.Parameter(torch.zeros(1))
+    fresh = SGD([('w', torch.nn.Parameter(torch.zeros(2)))], lr=1.0, momentum=0.5)
+    toy.run.resumed = 'out/checkpoint-0'
+    toy.run.restore(State('sgd'), {'': fresh, 'critic/': SGD([('v', other)], lr=1.0, momentum=0.0)},
+                    parameters={'critic_weights/': {'v': other}})
+    assert torch.equal(other, v) and fresh.steps == 1
+    assert torch.equal(fresh.state_dict()['momentum_buffer/w'], tensors['momentum_buffer/w'])
+
+
+def test_another_optimizer_starts_afresh_and_says_so(folder, capsys):
+    toy = Toy('out')
+    toy.step(1.0, 1.0)
+    toy.save()
+    toy.run.resumed = 'out/checkpoint-1'
+    adam = AdamW([('w', torch.nn.Parameter(torch.zeros(2)))])
+    state = toy.run.restore(State('adamw'), adam)
+    assert (state.step, state.optimizer, adam.steps) == (1, 'adamw', 0)
+    assert 'the run used sgd; adamw starts afresh' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flag', ['--resume', '--init_from=resume'])
+def test_a_signal_saves_says_how_to_go_on_and_ends(folder, capsys, monkeypatch, flag):
+    monkeypatch.setattr(sys, 'argv', ['train_toy.py', '--a=b c'])
+    toy, saved = Toy('out'), []
+    toy.run.resume_flag = flag
+    toy.run.exit_if_asked(lambda: saved.append(1))
+    assert not saved
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        toy.run.exit_if_asked(lambda: saved.append(1))
+    assert stop.value.code == 143 and saved == [1] and not toy.log.is_open
+    said = capsys.readouterr().out
+    assert f"stopped at step 0, saved; go on with: python train_toy.py '--a=b c' {flag}\n" in said
+
+
+def test_what_can_be_resumed(folder):
+    with pytest.raises(UserError, match='--resume: .*none holds no run of train_toy.py with a checkpoint'):
+        Toy('none', resume=True)
+    toy = Toy('out', resume='auto')
+    assert toy.run.resumed is None
+    toy.step(1.0, 1.0)
+    toy.save()
+    toy.log.close()
+    assert Toy('out', resume='auto').state.step == 1
+    Path('out/checkpoint-1/model.safetensors').write_text('damaged')
+    with pytest.raises(UserError, match='holds no whole checkpoint to resume from; start anew without '
+                                        '--resume'):
+        Toy('out', resume=True)
+    with pytest.raises(UserError, match='holds no run of train_other.py'):
+        cfg = RunConfig(device='cpu', resume=True)
+        Run.open(cfg, 'train_other.py', 'out', True)
+
+
+def test_keys_without_effect_are_said_when_a_run_opens(folder, capsys):
+    cfg = parse(RunConfig, ['--device=cpu', '--dataset_num_proc=4', '--no-low_cpu_mem_usage',
+                            '--distributed=false'])
+    Run.open(cfg, 'train_toy.py', 'out')
+    said = capsys.readouterr().out
+    assert said.count('changes nothing here') == 2 and 'note      dataset_num_proc=4 changes' in said
+
+
+def test_an_out_of_memory_names_the_flags_of_the_script(folder):
+    toy = Toy('out')
+    with pytest.raises(UserError, match='out of memory: lower --rows$'):
+        with toy.run.autocast():
+            torch.empty(2 ** 50)
+
+
+def test_state_notes_evaluations():
+    state = State('adamw')
+    best = [state.note_eval(loss) for loss in (3.0, math.nan, 2.0, 2.0, 2.5, 1.0)]
+    assert best == [True, False, True, False, False, True]
+    assert state.best_eval_loss == 1.0 and state.evaluations_since_best == 0
+    assert [state.note_eval(loss) for loss in (1.0, 1.0)] == [False,
+                                                              False] and state.evaluations_since_best == 2
+    assert state.plateau['scale'] == 1.0
+    state.note_eval(1.0)                                    # a third without a better one
+    assert state.plateau['scale'] == 0.5 and json.loads(json.dumps(asdict(state)))['plateau'] == state.plateau
+    infinite = State('adamw')
+    assert not infinite.note_eval(math.inf) and infinite.best_eval_loss is None
+
+
+def test_speeds_count_training_alone(run, log_folder, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+    log = Log(run, '.', {}, 100, tensorboard=False, interval=2)
+    log.mark = clock[0]
+
+    def train(step, seconds, **values):
+        with log.timed('forward'):
+            clock[0] += seconds / 2
+        clock[0] += seconds / 2
+        log.train(step, 300, **values)
+
+    train(1, 2.0, loss=torch.tensor(1.0), epoch=0.1, ratio_max=1.5)
+    with log.pause():
+        clock[0] += 50.0                                    # an evaluation
+        log.write(1, {'eval_loss': 4.0})
+    train(2, 4.0, loss=torch.tensor(2.0), epoch=0.2, ratio_max=1.25)
+    train(3, 1.0, loss=torch.tensor(5.0), epoch=0.3, ratio_max=1.0)
+    train(4, 1.0, loss=torch.tensor(6.0), epoch=0.4, ratio_max=1.0)
+    log.close()
+    first, second = (line for line in lines() if 'loss' in line)
+    assert (first['loss'], first['epoch'], first['ratio_max']) == (1.5, 0.2, 1.5)       # mean, last, highest
+    assert first['tokens_per_second'] == 100 and first['time/forward'] == 3.0           # 600 tokens in 6 s
+    assert second['tokens_per_second'] == 300 and second['loss'] == 5.5
+
+
+def test_ranks_log_one_sum(log_folder):
+    """A tensor is a rank's part of a sum; a number is the same on every rank."""
+    def work(run):
+        log = Log(run, '.', {}, 4, tensorboard=False, interval=2)
+        for step in (1, 2):
+            log.train(step, 10, loss=torch.tensor(float(step + 10 * run.rank)), learning_rate=0.5)
+        log.close()
+    assert ranks(work) == [0, 0]
+    assert [(line['loss'], line['learning_rate']) for line in lines() if 'loss' in line] == [(13.0, 0.5)]

@@ -1,4 +1,5 @@
-"""sample.py against transformers' greedy decoding and logits processors, the softmax it draws from, and the training forward."""
+"""sample.py against transformers' greedy decoding and logits processors, the softmax it draws from,
+and the training forward."""
 import io
 import json
 import sys
@@ -19,7 +20,8 @@ from sample import draw, generate, generate_long, logp_gap, truncate, uniform_nu
 
 V = 61
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
-MIXED = dict(layer_types=['sliding_attention', 'full_attention'], sliding_window=5)     # prompts and samples go beyond the window
+# prompts and samples go beyond the window
+MIXED = dict(layer_types=['sliding_attention', 'full_attention'], sliding_window=5)
 GEMMA = dict(attn_scale=0.25, extra={'query_pre_attn_scalar': 16}, **MIXED)
 VARIANTS = {
     'gpt2': {}, 'llama': dict(n_kv_head=2), 'mistral': dict(n_kv_head=1, **MIXED | dict(layer_types=['sliding_attention'] * 2)),
@@ -42,7 +44,7 @@ def models():
 
 
 class NoCaches:
-    """A model with the calls of the wrapper around transformers' classes: no new_caches."""
+    """A model with the calls of the wrapper around transformers' classes: no layers of ours."""
 
     def __init__(self, model):
         self.model, self.config, self.device, self.training = model, model.config, model.device, False
@@ -54,7 +56,7 @@ class NoCaches:
     train = lambda self, mode: self
 
 
-# ---- against transformers -----------------------------------------------------------------------------------------------
+# ---- against transformers ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('arch', FAMILIES)
 def test_greedy_equals_transformers(arch, models, tmp_path):
@@ -98,7 +100,7 @@ def test_repetition_penalty_counts_prompt_and_samples(models, tmp_path):
         assert tokens == expected[0, len(prompt):].tolist()
 
 
-# ---- the distribution -----------------------------------------------------------------------------------------------------
+# ---- the distribution --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings', [{}, dict(temperature=0.7), dict(top_k=4), dict(top_p=0.6, temperature=1.3)])
 def test_samples_follow_the_distribution(settings):
@@ -110,7 +112,7 @@ def test_samples_follow_the_distribution(settings):
     assert counts[p == 0].sum() == 0
     kept = p > 0
     chi_square = ((counts - n * p)[kept].square() / (n * p[kept])).sum().item()
-    assert chi_square < 27          # 8 degrees of freedom at most: exceeded with probability 1e-3; the seed is fixed
+    assert chi_square < 27  # 8 degrees of freedom at most: exceeded with probability 1e-3; the seed is fixed
     torch.testing.assert_close(samples.logp[:, 0], p.log()[samples.tokens[:, 0]], atol=1e-5, rtol=0)
 
 
@@ -127,10 +129,11 @@ def test_uniforms_are_uniform_and_depend_on_their_own_place_only():
     assert torch.equal(uniform_numbers(7, range(1), 2, 10), u[:10, :2]) and torch.equal(uniform_numbers(7, range(3), 2, 10)[:, 2], u[:10, 4])
     assert not torch.equal(uniform_numbers(8, range(1), 1, 10), u[:10, :1])
     assert not torch.allclose(uniform_numbers(7, range(1), 1, 1000)[1:], uniform_numbers(7, range(1), 2, 999)[:, 1:])
-    assert torch.equal(uniform_numbers(7, [2, 0], 4, 1000), u[:, [8, 9, 10, 11, 0, 1, 2, 3]])      # whatever the batch
+    # whatever the batch
+    assert torch.equal(uniform_numbers(7, [2, 0], 4, 1000), u[:, [8, 9, 10, 11, 0, 1, 2, 3]])
 
 
-# ---- batches, stops, lengths ----------------------------------------------------------------------------------------------
+# ---- batches, stops, lengths -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('arch', FAMILIES)
 def test_logp_is_that_of_the_training_forward(arch, models):
@@ -161,7 +164,8 @@ def test_a_sample_does_not_depend_on_its_batch(arch, models):
 
 
 def test_rows_that_leave_do_not_disturb_the_others(models):
-    """With many stop ids rows leave at almost every step, and each ends as the same draws without stops do."""
+    """With many stop ids rows leave at almost every step, and each ends
+    as the same draws without stops do."""
     model, stops = models['qwen3'], set(range(0, V, 9))
     free = generate(model, PROMPTS, 30, num_samples=10, seed=2, repetition_penalty=1.1)
     cut = generate(model, PROMPTS, 30, num_samples=10, seed=2, repetition_penalty=1.1, stop_ids=stops)
@@ -175,7 +179,8 @@ def test_rows_that_leave_do_not_disturb_the_others(models):
 
 
 def test_samples_of_a_prompt_equal_those_of_the_repeated_prompt(models):
-    """num_samples shares the prompt: draws differ by their uniforms alone, so greedy rows are all the same."""
+    """num_samples shares the prompt: draws differ by their uniforms alone,
+    so greedy rows are all the same."""
     shared = generate(models['llama'], PROMPTS, 12, num_samples=3, temperature=0)
     once = generate(models['llama'], PROMPTS, 12, temperature=0)
     assert torch.equal(shared.tokens, once.tokens.repeat_interleave(3, 0))
@@ -184,7 +189,7 @@ def test_samples_of_a_prompt_equal_those_of_the_repeated_prompt(models):
 
 
 def test_every_row_ends_where_its_own_context_is_full(models):
-    model = models['gpt2']                              # learned positions: one beyond the context would raise
+    model = models['gpt2']                          # learned positions: one beyond the context would raise
     samples = generate(model, PROMPTS, 100)
     assert samples.lengths.tolist() == [48 - len(prompt) for prompt in PROMPTS] and not samples.stopped.any()
     with pytest.raises(UserError, match='prompt 1 has 48 tokens .* context of 48'):
@@ -280,7 +285,7 @@ def test_generate_long_goes_on_beyond_the_context(models):
     assert greedy[45:] == generate(model, [([1, 2, 3] + greedy[:45])[-24:]], 5, temperature=0).tokens[0].tolist()
 
 
-# ---- the command --------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):

@@ -1,6 +1,8 @@
-"""data/sandbox.py under attack: every program here tries something that must not work, and must end soon all the same.
+"""data/sandbox.py under attack: every program here tries something that must not work,
+and must end soon all the same.
 
-Attacks that would do no harm are also run without the sandbox, where they succeed: a test that cannot fail proves nothing.
+Attacks that would do no harm are also run without the sandbox, where they succeed:
+a test that cannot fail proves nothing.
 """
 import os
 import shutil
@@ -231,7 +233,8 @@ def test_what_is_expected_is_nowhere_in_the_jail():
 
 
 def test_programs_do_not_meet():
-    """Nothing of a program is left for the next one in the same jail: files, memory, modules, working folder."""
+    """Nothing of a program is left for the next one in the same jail:
+    files, memory, modules, working folder."""
     sandbox.start(workers=1)
     try:
         run_python('open("left", "w").write("x")\nimport math\nmath.floor = print\nmath.left = "behind" + "-4711"\nimport gc; gc.freeze()')
@@ -307,7 +310,7 @@ def test_ends_with_the_process_that_asked():
     trainer.stdout.close()
 
 
-# ---------------------------------------------------------------------------- where the system gives too little
+# -------------------------------------------------------------------------- where the system gives too little
 
 REFUSING = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
 
@@ -336,7 +339,7 @@ def test_refuses_without_namespaces(secret):
 # ---------------------------------------------------------------------------- honest programs
 
 def test_honest_programs():
-    assert run_python('print(int(input()) + 1)', '41') == sandbox.Run(True, '42\n', '', '', pytest.approx(0, abs=2))
+    assert run_python('print(int(input()) + 1)', '41') == sandbox.Result(True, '42\n', '', '', pytest.approx(0, abs=2))
     assert run_python('x').reason == "NameError: name 'x' is not defined"
     failed = run_python('def f():\n    return 1 / 0\nf()')
     assert failed.stderr == ('Traceback (most recent call last):\n  File "program.py", line 3, in <module>\n'

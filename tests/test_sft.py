@@ -1,4 +1,5 @@
-"""train_sft.py: its loss is transformers', its step does not depend on how the batch is cut, a killed run ends as if it had not been."""
+"""train_sft.py: its loss is transformers', its step does not depend on how the batch is cut,
+a killed run ends as if it had not been."""
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +19,18 @@ from safetensors.torch import load_file
 import train_sft
 from configurator import UserError, as_dict, parse
 from conftest import ROOT
-from data.tokenized import TokenizedRows, encode_records, fit
-from data.formats import to_record
+from data.batches import pack_documents
+from data.formats import Source, to_record
+from data.splits import is_held_out, legacy_sft
+from data.tokenized import TokenizedRows, encode_records, truncate
 from data.tasks import facts
 from data.tasks.world import NAMES, ROOMS
 from nanoforge.data_checks import DataIssues, TrainingAlerts
 from model import load_model
-from train_sft import Batches, Config, negative_logp, tensors
+from nanoforge.checkpoint import write_json
+from nanoforge.lora import add_lora
+from nanoforge.quantize import quantize
+from train_sft import Config, State, make_epochs, noisy_embeddings
 
 TINY = os.path.join(ROOT, 'data', 'tiny')
 FAST = ['--sample_rows=0', '--report_to=none', '--matmul=float32', '--device=cpu', '--logging_steps=1']
@@ -63,84 +70,119 @@ def log_lines(directory):
     return [json.loads(line) for line in Path(directory, 'log.jsonl').read_text().splitlines()]
 
 
+def some_questions(count=6):
+    return [{'question': p['question'], 'answer': p['answer']} for p in facts.problems('train', count, 3)]
+
+
 def encoded(tokenizer, count=6, **settings):
     rows, findings = TokenizedRows(), DataIssues()
-    asked = [{'question': p['question'], 'answer': p['answer']} for p in facts.problems('train', count, 3)]
-    records = [(0, to_record(row, f'row {i}')) for i, row in enumerate(asked)]
+    records = [(0, to_record(row, f'row {i}')) for i, row in enumerate(some_questions(count))]
     encode_records(records, tokenizer, rows, findings, **settings)
     return rows.close()
 
 
-# ---- loss -------------------------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
-def test_loss_and_gradient_are_those_of_transformers():
+PLAIN_DESCENT = ['--optimizer=sgd', '--learning_rate=1', '--lr_scheduler=constant', '--warmup_steps=0', '--weight_decay=0', '--max_grad_norm=0',
+                 '--eval_fraction=0', '--eval_strategy=no', '--max_steps=1', '--output_dir=o']
+
+
+def one_step(*args):
+    """(the log line of a single step of plain gradient descent on six questions, {name: gradient})."""
+    Path('six.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in some_questions()))
+    sft(*PLAIN_DESCENT, '--dataset_path=six.jsonl', *args)
+    start, end = weights(TINY), weights('o')
+    return next(line for line in log_lines('o') if 'grad_norm' in line), {name: start[name].float() - end[name] for name in end}
+
+
+def padded(rows):
+    """x, y (6, T) of the six questions, a row each, y -1 where nothing is learned."""
+    T = int(rows.lengths.max()) - 1
+    x, y = torch.zeros(6, T, dtype=torch.int64), torch.full((6, T), -1)
+    for b in range(6):
+        ids, targets = (torch.tensor(part.tolist()) for part in rows[b])
+        x[b, :len(ids) - 1], y[b, :len(ids) - 1] = ids[:-1], torch.where(targets[1:] > 0, ids[1:], -1)
+    return x, y
+
+
+@pytest.mark.parametrize('how', [['--batch-size=6', '--grad-accum=1'], ['--batch-size=2', '--grad-accum=3']])
+def test_loss_and_gradient_are_those_of_transformers(how):
     from transformers import AutoModelForCausalLM
-    ours, tokenizer = load_model('tiny')
-    theirs = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    rows = encoded(tokenizer)
-    x, y, positions = tensors(rows, [[i] for i in range(6)], torch.device('cpu'), False)
-    cfg = parse(Config, [])
-    loss, _ = negative_logp(cfg, ours, x, y, positions)
-    loss = loss / (y >= 0).sum()
-    loss.backward()
+    line, gradient = one_step(*how)
+    theirs, rows = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), encoded(load_model('tiny')[1])
+    x, y = padded(rows)
     # their labels are shifted inside, and padding is masked
     ids = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
     labels = torch.cat([torch.full_like(y[:, :1], -100), torch.where(y >= 0, y, -100)], 1)
     for b in range(6):
-        ids[b, int(rows.lengths[b]) - 1] = rows[b][0][-1]
+        ids[b, int(rows.lengths[b]) - 1] = int(rows[b][0][-1])
     mask = torch.arange(ids.size(1)) < torch.tensor(rows.lengths)[:, None]
-    reference = theirs(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
-    reference.backward()
-    assert abs(loss.item() - reference.item()) < 1e-5
-    named = dict(theirs.named_parameters())
-    for name, p in ours.named_parameters():
-        assert torch.allclose(p.grad, named['model.' + name].grad, atol=1e-5, rtol=1e-4), name
-    norm = lambda model: torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    assert norm(ours) == pytest.approx(norm(theirs), rel=1e-5)
+    reference = theirs(input_ids=ids, attention_mask=mask.long(), labels=labels)
+    reference.loss.backward()
+    assert abs(line['loss'] - reference.loss.item()) < 1e-5
+    assert line['mean_token_accuracy'] == pytest.approx((reference.logits[:, :-1].argmax(-1) == y)[y >= 0].float().mean().item())
+    for name, p in theirs.named_parameters():
+        if name in gradient:                            # a tied head has no weights of its own
+            assert torch.allclose(gradient[name], p.grad, atol=1e-5, rtol=1e-4), name
+    norm = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm().item()
+    assert torch.stack([grad.norm() for grad in gradient.values()]).norm().item() == pytest.approx(norm, rel=1e-5)
+    assert line['grad_norm'] == pytest.approx(norm, rel=1e-4)       # one float32 sum of a million squares
 
 
 def test_packed_rows_give_the_same_loss_and_gradient():
     model, tokenizer = load_model('tiny')
-    rows, cfg, found = encoded(tokenizer), parse(Config, []), []
+    rows, results = encoded(tokenizer), []
     for items, packed in (([[i] for i in range(6)], False), ([[0, 3, 5], [1, 2], [4]], True)):
         model.zero_grad()
-        loss, correct = negative_logp(cfg, model, *tensors(rows, items, torch.device('cpu'), packed), extras=True)
+        batch = pack_documents([[rows[i] for i in item] for item in items], torch.device('cpu'), one_row=False, packed=packed)
+        assert (batch.positions is None) != packed
+        stats = model.token_stats(model.hidden(batch.idx, batch.positions, logit_positions=batch.logit_positions), batch.targets)
+        loss = -stats['logp'].sum()
         loss.backward()
-        found.append((loss.item(), int(correct), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[0][1] == found[1][1]
-    assert torch.allclose(found[0][2], found[1][2], atol=1e-4 * found[0][2].abs().max())
+        results.append((loss.item(), int(stats['correct'].sum()), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, correct, gradient), (packed_loss, packed_correct, packed_gradient) = results
+    assert loss == pytest.approx(packed_loss, rel=1e-5) and correct == packed_correct
+    assert torch.allclose(gradient, packed_gradient, atol=1e-4 * gradient.abs().max())
+    # and the script packs them so
+    plain, packed = one_step('--batch-size=6', '--grad-accum=1'), one_step('--batch-size=6', '--grad-accum=1', '--packing', '--max_length=256')
+    assert plain[0]['loss'] == pytest.approx(packed[0]['loss'], rel=1e-5) == pytest.approx(loss / rows.targets.sum(), rel=1e-5)
+    assert plain[0]['num_tokens'] == packed[0]['num_tokens'] and all(torch.allclose(plain[1][name], packed[1][name], atol=1e-5) for name in plain[1])
 
 
 def test_label_smoothing_is_that_of_cross_entropy():
+    line, gradient = one_step('--batch-size=6', '--grad-accum=1', '--label_smoothing=0.1')
     model, tokenizer = load_model('tiny')
-    model.train()
-    x, y, positions = tensors(encoded(tokenizer), [[i] for i in range(6)], torch.device('cpu'), False)
-    loss, _ = negative_logp(parse(Config, ['--label_smoothing=0.1']), model, x, y, positions)
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, label_smoothing=0.1, reduction='sum')
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    x, y = padded(encoded(tokenizer))
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, label_smoothing=0.1)
+    expected.backward()
+    assert line['loss'] == pytest.approx(expected.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(gradient['model.' + name], p.grad, atol=1e-5, rtol=1e-4), name
 
 
 def test_neftune_noise_is_bounded_and_only_in_training():
     model, tokenizer = load_model('tiny')
-    rows, seen, hidden = encoded(tokenizer, 40), [], model.hidden
+    rows, cfg = encoded(tokenizer, 40), parse(Config, ['--neftune_noise_alpha=5'])
     short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())
-    x, y, positions = tensors(rows, [[short, long]], torch.device('cpu'), True)
-    model.hidden = lambda *given, embeddings=None, **more: seen.append(embeddings) or hidden(*given, embeddings=embeddings, **more)
-    cfg = parse(Config, ['--neftune_noise_alpha=5'])
-    negative_logp(cfg, model.eval(), x, y, positions)
-    negative_logp(cfg, model.train(), x, y, positions)
-    assert seen[0] is None
+    batch = pack_documents([[rows[short]], [rows[long]]], torch.device('cpu'))
+    noises = (noisy_embeddings(cfg, model, batch) - model.embed_tokens(batch.idx))[0].abs()
     lengths = [int(rows.lengths[i]) - 1 for i in (short, long)]
-    for noise, n in zip((seen[1] - model.embed_tokens(x))[0].abs().split(lengths), lengths, strict=True):
+    for noise, n in zip(noises.split(lengths), lengths, strict=True):
         limit = 5 / (n * model.config.n_embd) ** 0.5
         assert 0.98 * limit < noise.max() <= 1.001 * limit
+    logs = []
+    for alpha in (0, 50):
+        sft('--dataset_path', questions(8), '--max_steps=1', '--learning_rate=1e-12', '--output_dir', f'o{alpha}', f'--neftune_noise_alpha={alpha}')
+        logs.append({key: line[key] for line in log_lines(f'o{alpha}') for key in ('loss', 'eval_loss') if key in line})
+    assert logs[0]['eval_loss'] == pytest.approx(logs[1]['eval_loss'], rel=1e-6) and abs(logs[0]['loss'] - logs[1]['loss']) > 1e-3
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 def test_the_step_does_not_depend_on_how_the_batch_is_cut():
     data = questions()
-    # plain descent, so that weights differ as gradients do: Adam blows rounding up to a step where a gradient is nearly 0
+    # plain descent, so that weights differ as gradients do: Adam blows rounding up to a step
+    # where a gradient is nearly 0
     common = ['--dataset_path', data, '--max_steps=3', '--optimizer=sgd', '--learning_rate=0.1', '--eval_strategy=no']
     sft(*common, '--output_dir=a', '--per_device_train_batch_size=8', '--gradient_accumulation_steps=1')
     sft(*common, '--output_dir=b', '--per_device_train_batch_size=1', '--gradient_accumulation_steps=8')
@@ -154,39 +196,94 @@ def test_the_step_does_not_depend_on_how_the_batch_is_cut():
     assert np.allclose(losses[0], losses[1], atol=1e-5) and np.allclose(losses[0], losses[2], atol=1e-5)
 
 
-def batches(*args, weights=(1.0,), ranks=1, count=50):
+def epochs_of(*args, weights=(1.0,), ranks=1, count=50):
     rows = encoded(load_model('tiny')[1], count)
-    return Batches(parse(Config, ['--max_length=384', *args]), rows, list(weights), ranks)
+    cfg = parse(Config, ['--max_length=384', *args])
+    return cfg, make_epochs(cfg, rows, [Source(name='x', weight=weight) for weight in weights], SimpleNamespace(world_size=ranks))
+
+
+def rows_of(epochs, epoch):
+    steps = [epochs.of_step(step) for step in range(epoch * epochs.per_epoch, (epoch + 1) * epochs.per_epoch)]
+    return [i for step in steps for item in step for i in (item if isinstance(item, list) else [item])]
 
 
 @pytest.mark.parametrize('args', [[], ['--group_by_length'], ['--packing']])
 def test_an_epoch_sees_every_row_once(args):
-    plan = batches('--batch-size=4', '--grad-accum=2', *args)
+    cfg, epochs = epochs_of('--batch-size=4', '--grad-accum=2', *args)
     for epoch in range(2):
-        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        seen = [i for step in steps for batch in plan.of_step(step) for item in batch for i in item]
-        assert sorted(seen) == list(range(50))
-    assert plan.of_step(0) != plan.of_step(plan.steps_per_epoch)
+        assert sorted(rows_of(epochs, epoch)) == list(range(50))
+    assert epochs.of_step(0) != epochs.of_step(epochs.per_epoch)
 
 
 def test_packing_and_grouping_lower_padding():
     ways = ([], ['--group_by_length'], ['--packing'])
-    waste = [batches('--batch-size=8', '--grad-accum=1', *args, count=1000).padding() for args in ways]
+    waste = [train_sft.padding(*epochs_of('--batch-size=8', '--grad-accum=1', *args, count=1000)) for args in ways]
     assert waste[0] > waste[1] and waste[0] > waste[2]
-    assert all(plan <= 384 for plan in map(batches('--packing').length, batches('--packing').packs))
+    epochs = epochs_of('--packing')[1]
+    assert all(epochs.length(item) <= 384 for item in epochs.items) and len(epochs.items) < 50
+
+
+def test_a_step_counts_its_targets_and_tokens_over_ranks():
+    rows = encoded(load_model('tiny')[1], 50)
+    for args in ([], ['--packing']):
+        cfg = parse(Config, ['--max_length=384', '--batch-size=2', '--grad-accum=2', *args])
+        runs = [SimpleNamespace(rank=rank, world_size=2, device=torch.device('cpu')) for rank in range(2)]
+        epochs = make_epochs(cfg, rows, [Source(name='x')], runs[0])
+        parts = [train_sft.get_batch(cfg, rows, epochs, run, 0) for run in runs]
+        assert epochs.size == 8 and parts[0][1:] == parts[1][1:]
+        batches = [batch for part in parts for batch in part[0]]
+        assert sum(batch.targets.numel() for batch in batches) == parts[0][1] and sum(batch.idx.numel() for batch in batches) == parts[0][2]
 
 
 def test_weights_of_data_sets_and_drop_last():
-    plan = batches(weights=[2.5])
-    drawn = plan.drawn(0)
-    assert len(drawn) == 125 and set(np.bincount(drawn)) == {2, 3} and not np.array_equal(plan.drawn(0)[100:], plan.drawn(1)[100:])
-    assert batches('--batch-size=8', '--grad-accum=1').steps_per_epoch == 7
-    assert batches('--batch-size=8', '--grad-accum=1', '--dataloader_drop_last').steps_per_epoch == 6
-    with pytest.raises(UserError, match='drops all'):
-        batches('--batch-size=64', '--dataloader_drop_last')
+    epochs = epochs_of(weights=[2.5])[1]
+    first, second = np.bincount(rows_of(epochs, 0)), np.bincount(rows_of(epochs, 1))
+    assert first.sum() == 125 and set(first) == {2, 3} and not np.array_equal(first, second)
+    assert epochs_of('--batch-size=8', '--grad-accum=1')[1].per_epoch == 7
+    assert epochs_of('--batch-size=8', '--grad-accum=1', '--dataloader_drop_last')[1].per_epoch == 6
+    with pytest.raises(UserError, match='50 rows are fewer than the 256 of one optimizer step'):
+        epochs_of('--batch-size=64', '--dataloader_drop_last')
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------------
+# ---- the hold-out ------------------------------------------------------------------------------------------
+
+def held_out_by(*args):
+    """The held-out ones among 200 questions and 200 plain texts, by a run that learns them."""
+    cfg = parse(Config, ['--dataset_path=rows.jsonl', *args])
+    found = []
+    for number, record in train_sft.read_records(cfg, cfg.sources(), DataIssues(), Ear()):
+        found += [record.completion if isinstance(record.completion, str) else record.prompt[-1]['content']] * (record.split == 'eval')
+    return found
+
+
+def test_rows_are_held_out_by_their_prompt_and_texts_by_what_they_say():
+    asked, texts = [f'Who is {i}?' for i in range(200)], [f'This is text {i}.' for i in range(200)]
+    Path('rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in [{'question': ask, 'answer': 'Tom.'} for ask in asked] +
+                                                                           [{'text': text} for text in texts]))
+    found = held_out_by()
+    assert found == [ask for ask in asked if is_held_out([{'role': 'user', 'content': ask}], 0.1)] + [
+        text for text in texts if is_held_out(text, 0.1)]
+    assert 8 < len(set(found) & set(asked)) < 35 and 8 < len(set(found) & set(texts)) < 35 and held_out_by('--seed=7') == found
+    assert held_out_by('--eval_fraction=0') == []
+
+
+def test_a_run_of_an_earlier_version_keeps_its_split():
+    asked = [f'Who is {i}?' for i in range(60)]
+    Path('rows.jsonl').write_text(''.join(json.dumps({'question': ask, 'answer': 'Tom.'}) + '\n' for ask in asked))
+    sft('--dataset_path=rows.jsonl', '--max_steps=1', '--output_dir=o')
+    saved = json.loads(Path('o/run_config.json').read_text())
+    assert saved['config']['data']['split_rule'] == 'prompt'
+    del saved['version'], saved['config']['data']['split_rule']
+    saved['config']['data']['eval_fraction'] = None     # as these runs said that nothing was chosen
+    write_json('o/run_config.json', saved)
+    sft('--resume', '--output_dir=o', '--max_steps=2')
+    held_out = sum(legacy_sft([{'role': 'user', 'content': ask}], 0.1, 42) for ask in asked)
+    assert held_out != sum(is_held_out([{'role': 'user', 'content': ask}]) for ask in asked)
+    lines = log_lines('o')
+    assert [line['run']['rows'] for line in lines if 'run' in line][-1] == 60 - held_out
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('mask, max_length, max_prompt, kept, targets, lost', [
     ('0011', 9, None, 'abcd', '0011', ''), ('00110', 9, None, 'abcd', '0011', ''), ('0000', 9, None, '', '', 'fully masked rows'),
@@ -195,7 +292,7 @@ def test_weights_of_data_sets_and_drop_last():
     ('00011', 9, 1, 'cde', '011', 'prompts trimmed from the left'), ('0110011', 5, None, 'cdefg', '00011', 'earlier turns not learned'),
     ('0110011', 4, None, 'defg', '0011', 'earlier turns not learned'), ('111', 9, None, 'abc', '111', '')])
 def test_rows_that_are_too_long(mask, max_length, max_prompt, kept, targets, lost):
-    ids, left, what = fit(list('abcdefg'[:len(mask)]), [c == '1' for c in mask], max_length, max_prompt)
+    ids, left, what = truncate(list('abcdefg'[:len(mask)]), [c == '1' for c in mask], max_length, max_prompt)
     assert (''.join(ids), ''.join('01'[t] for t in left), what) == (kept, targets, lost)
 
 
@@ -243,7 +340,7 @@ def test_a_mistake_is_one_line_and_exit_status_2():
     assert not os.path.exists('models')
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 def wait_for(path, words, process):
     deadline = time.monotonic() + 60
@@ -286,6 +383,9 @@ def test_theta_checkpoints_are_numbered_on(capsys):
     assert Path('models/theta_checkpoint_epoch_2/model.safetensors').read_bytes() == first
     assert os.path.exists('models/theta_checkpoint_epoch_3/model.safetensors') and os.path.exists('models/best')
     assert {line['epoch'] for line in log_lines('models') if 'eval_loss' in line} == {3.0}
+    sft(*theta, '--epochs=1', '--load-checkpoint=models/theta_checkpoint_epoch_3', '--checkpoint-dir=more', '--eval_on_start')
+    assert {line['epoch'] for line in log_lines('more') if 'eval_loss' in line} == {3.0, 4.0}
+    assert {'theta_checkpoint_epoch_3', 'theta_checkpoint_epoch_4'} <= set(os.listdir('more'))
 
 
 @pytest.mark.parametrize('how', [['--use_lora'], ['--use_lora', '--load_in_4bit'], ['--use_lora', '--load_in_8bit']])
@@ -298,6 +398,16 @@ def test_lora(how):
     assert torch.allclose(adapted(idx), merged(idx), atol=1e-4) and not torch.allclose(adapted(idx), base(idx), atol=1e-2)
     assert sft('--resume', '--output_dir=o', '--max_steps=3')['step'] == 3
     assert sft('--dataset_path', 'qa.jsonl', '--use_lora', '--load-checkpoint=o', '--max_steps=1', '--output_dir=p')['step'] == 1
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_an_adapter_over_a_quantised_layer_counts_once(bits):
+    layer = add_lora(quantize(load_model('tiny')[0], bits), r=4, alpha=8).layers[0].self_attn.q_proj
+    [adapter] = layer.lora.values()
+    torch.nn.init.normal_(adapter.lora_B, std=0.1)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    expected = x @ (layer.base_weight() + 2 * adapter.lora_B @ adapter.lora_A).T
+    assert torch.allclose(layer(x), expected, atol=1e-4) and not torch.allclose(layer(x), x @ layer.base_weight().T, atol=1e-2)
 
 
 def test_full_fine_tuning_learns_and_the_best_model_is_in_the_root():
@@ -333,7 +443,8 @@ def test_early_stopping_freeze_and_nothing_overwritten(capsys):
 
 
 def test_without_held_out_rows_nothing_is_judged(capsys):
-    """Patience does not stop the run, and the plateau does not lower its rate, for evaluations that see no row."""
+    """Patience does not stop the run, and the plateau does not lower its rate,
+    for evaluations that see no row."""
     result = sft('--dataset_path', questions(8, 0), '--eval_fraction=0', '--output_dir=o', '--batch-size=4', '--grad-accum=1', '--max_steps=8',
                  '--eval_steps=1', '--patience=2', '--lr_scheduler_type=plateau', '--warmup_steps=0', '--learning_rate=1e-4')
     assert result['step'] == 8 and 'have nothing to judge by' in capsys.readouterr().out
@@ -377,7 +488,7 @@ def test_older_launchers():
     assert '2 processes' in done.stdout and os.path.exists('o/model.safetensors')
 
 
-# ---- what is said -----------------------------------------------------------------------------------------------------------
+# ---- what is said ------------------------------------------------------------------------------------------
 
 class Ear:
     def __init__(self):
@@ -389,22 +500,18 @@ class Ear:
 
 def test_red_flags_are_named_once():
     ear = Ear()
-    flags, progress = TrainingAlerts(ear), train_sft.Progress()
+    flags, state = TrainingAlerts(ear), State()
     flags.train(0.0, 0.0), flags.train(0.0, 0.0), flags.train(float('nan'), 1.0), flags.train(0.5, 1.0)
     for step, (train, held_out) in enumerate([(1.0, 2.0), (0.8, 2.1), (0.6, 2.2), (0.5, float('nan'))], 1):
-        progress.step, progress.loss_sum = step, progress.loss_sum + train
-        flags.evaluation(progress, held_out)
+        state.step, state.loss_sum = step, state.loss_sum + train
+        flags.evaluation(state, held_out)
     assert [re.search('nothing is learned|not finite|overfitting|no held-out', text)[0] for text in ear.heard] == [
         'nothing is learned', 'not finite', 'overfitting', 'no held-out']
-    for _ in range(4):
-        flags.step(False, 1.0, 'models')
-    with pytest.raises(UserError, match='5 steps in a row'):
-        flags.step(False, 1.0, 'models')
 
 
 @pytest.mark.parametrize('args, words', [
     ('--bf16 --fp16', 'exclude each other'), ('--load_in_4bit', 'needs use_lora=true'), ('--load_in_4bit --load_in_8bit', 'choose one'),
-    ('training.deepspeed_config=ds.json', '--num_gpus=N or torchrun'), ('--epochs=0', 'above 0'), ('--max_steps=0', 'max_steps'),
+    ('training.deepspeed_config=ds.json', '--num_gpus=N is data parallel'), ('--epochs=0', 'above 0'), ('--max_steps=0', 'max_steps'),
     ('--max_length=10 --max_prompt_length=10', 'no room'), ('--checkpoint_name=last', '{step} or {epoch}'), ('--lora_dropout=1', 'below 1'),
     ('--patience=2 --eval_strategy=no', 'eval_strategy=no'), ('--lr_scheduler=plateau --eval_strategy=no', 'eval_strategy=no'), ('--freeze norm --use_lora', 'frozen anyway'),
     ('data.datasets[0].weight=2', 'needs a name'),
@@ -419,22 +526,21 @@ def test_contradictions_are_refused(args, words, capsys):
 def test_a_typed_precision_beats_the_recipe(capsys):
     recipe = os.path.join(ROOT, 'recipes/training/sft/llama3_3B_lora.yaml')
     cfg = parse(Config, ['--recipe', recipe, '--fp16'])
-    assert (cfg.bf16, cfg.fp16, train_sft.precision(cfg)) == (False, True, 'float16')
-    assert train_sft.precision(parse(Config, ['--recipe', recipe])) == 'bfloat16'
-    assert train_sft.precision(parse(Config, ['--no-bf16'])) == 'float32' and train_sft.precision(parse(Config, [])) == 'auto'
+    assert (cfg.bf16, cfg.fp16, cfg.autocast_dtype()) == (False, True, 'float16')
+    assert parse(Config, ['--recipe', recipe]).autocast_dtype() == 'bfloat16'
+    assert parse(Config, ['--no-bf16']).autocast_dtype() == 'float32' and parse(Config, []).autocast_dtype() == 'auto'
     sft('--dataset_path', questions(8), '--bf16', '--max_steps=1', '--output_dir=o')
     assert 'bfloat16 on a CPU means float32' in capsys.readouterr().out
 
 
 def test_learning_rates_by_mode():
-    plan, tiny, large = (type('Stub', (), members) for members in (
-        {'steps_per_epoch': 10}, {'num_params': lambda: 1_400_000}, {'num_params': lambda: 3_000_000_000}))
+    tiny, large = (SimpleNamespace(num_params=lambda count=count: count) for count in (1_400_000, 3_000_000_000))
     for args, model, rate in (([], tiny, 1.5e-3), ([], large, 1e-5), (['--use_lora'], large, 1e-4),
                               (['--use_lora', '--load_in_4bit'], large, 2e-4),
                               (['--learning_rate=3e-6'], large, 3e-6)):
         cfg = parse(Config, args)
-        train_sft.choose(cfg, model, [], plan, Ear())
-        assert (cfg.learning_rate, cfg.num_train_epochs) == (rate, 3)
+        train_sft.resolve_defaults(cfg, model, [], Ear())
+        assert (cfg.learning_rate, cfg.num_train_epochs, cfg.group_by_length) == (rate, 3, False)
 
 
 def test_both_spellings_are_one_setting():

@@ -1,4 +1,5 @@
-"""Mathematics and programming for teams: problems against another way to work them out, rewards by hand, and no reward for less."""
+"""Mathematics and programming for teams: problems against another way to work them out, rewards by hand,
+and no reward for less."""
 import argparse
 import copy
 import importlib
@@ -18,7 +19,7 @@ from data import sandbox
 from data.chat import prompt_ids
 from data.sandbox import pass_rates
 from data.tasks import code, math, stored
-from data.tasks.code import test_in as read_test
+from data.tasks.code import parse_test
 from data.tokenizer import load_tokenizer
 from model import find_model
 
@@ -34,7 +35,7 @@ SUM = {'question': 'Print the sum of the even numbers. For 1 2 it is 2.', 'examp
 @pytest.fixture(autouse=True)
 def nothing_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for function in (stored.say, stored.rows_of, math.stored_problems, code.stored_problems):
+    for function in (stored.warn, stored.rows_of, stored.stored_problems):
         function.cache_clear()
 
 
@@ -129,8 +130,8 @@ def test_splits_share_nothing():
 
 
 def test_trivial_programs_solve_nothing():
-    """One constant, one number of the line, the sum of all, the example by heart: none passes the hidden tests of a problem whose
-    condition or value it leaves out; constants and the example none at all."""
+    """One constant, one number of the line, the sum of all, the example by heart: none passes the hidden
+    tests of a problem whose condition or value it leaves out; constants and the example none at all."""
     problems = code.problems('eval', 300, 3)
     solvers = [lambda line, p: '0', lambda line, p: line[0], lambda line, p: line[-1], lambda line, p: sum(line), lambda line, p: max(line),
                lambda line, p: min(line), lambda line, p: len(line), lambda line, p: dict(p['examples']).get(' '.join(map(str, line)), 0)]
@@ -300,8 +301,8 @@ def test_hidden_tests_and_answers_are_in_no_prompt():
 
 
 def test_a_read_test():
-    assert read_test(test('1 2\n3', '4\n5')) == ('1 2\n3', '4\n5') and read_test('**Test Input:** 1 **Test Output:** 2') is None
-    assert read_test(test('1', '2') + '\nor\n' + test('3', '4')) == ('3', '4')
+    assert parse_test(test('1 2\n3', '4\n5')) == ('1 2\n3', '4\n5') and parse_test('**Test Input:** 1 **Test Output:** 2') is None
+    assert parse_test(test('1', '2') + '\nor\n' + test('3', '4')) == ('3', '4')
 
 
 # ---------------------------------------------------------------------------- whatever is written
@@ -328,14 +329,15 @@ def test_no_text_breaks_a_task(task):
             env.step(role, outcome)
             for other in task.ROLES:
                 ids = prompt_ids(tokenizer, env.prompt(other))
-                assert ids.count(tokenizer.id_of('<|im_start|>')) == 2 and len(ids) < 5000      # one turn, and the reply's start
+                # one turn, and the reply's start
+                assert ids.count(tokenizer.id_of('<|im_start|>')) == 2 and len(ids) < 5000
         json.dumps([outcome.action, env.view()])
         assert not env.success
 
 
 @pytest.mark.parametrize('task, low, high', [(math, 0.2, 0.55), (code, 0.35, 0.75)])
-def test_pupils(task, low, high):
-    """What is right always works; the pupils succeed sometimes; all fits the embedded model."""
+def test_demonstrators(task, low, high):
+    """What is right always works; the demonstrators succeed sometimes; all fits the embedded model."""
     tokenizer, draw, solved, longest = load_tokenizer(find_model('tiny')), random.Random(0), 0, 0
     for problem in task.problems('train', 50, 5):
         env = task.Env(problem)
@@ -477,7 +479,7 @@ def test_code_rows_of_the_hub(load, capsys):
     assert 'interview: 2 problems dropped (no test on standard input and output), 1 without a solution' in capsys.readouterr().out
     problem, = code.problems('eval', 1, 0)
     assert problem['solution'] == add and problem['examples'] == [['5 5\n', '10\n']]
-    with pytest.raises(UserError, match='no problem is left'):      # here the hub has the same rows to train on
+    with pytest.raises(UserError, match='no problem is left'):  # here the hub has the same rows to train on
         code.problems('train', 1, 0)
     assert code.Env(problem).score('tester', test('5 5', '10')).valid is False
     assert len(code.problems('eval', 9, 0, dataset='interview')) == 2

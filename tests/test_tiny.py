@@ -1,4 +1,5 @@
-"""The tasks and corpus of the embedded model: answers by other means, faults at their stated rates, honest splits."""
+"""The tasks and corpus of the embedded model: answers by other means, faults at their stated rates,
+honest splits."""
 import collections
 import itertools
 import json
@@ -57,7 +58,7 @@ def test_arithmetic():
     pairs = [{frozenset((p['a'], p['b'])) for p in problems} for problems in (train, held)]
     assert not pairs[0] & pairs[1]
     assert 0.77 < sum(p['a'] % 10 + p['b'] % 10 > 9 for p in held) / 3000 < 0.83
-    assert max(collections.Counter(p['answer'] for p in held).values()) < 0.1 * 3000       # the commonest answer
+    assert max(collections.Counter(p['answer'] for p in held).values()) < 0.1 * 3000    # the commonest answer
     assert arithmetic.work(37, 48) == '7+8=15;3+4+1=8;<answer>85</answer>'
     assert arithmetic.work(37, 48, carry=0) == '7+8=15;3+4=7;<answer>75</answer>'
     assert arithmetic.work(99, 9) == '9+9=18;9+0+1=10;<answer>108</answer>'
@@ -66,7 +67,8 @@ def test_arithmetic():
 
 
 def test_careless_rates():
-    """Sampled success of the pupils: right without a carry, else in 0.3 x 0.7; unblocked, else in 0.2; and so on."""
+    """Sampled success of the pupils: right without a carry, else in 0.3 x 0.7; unblocked, else in 0.2;
+    and so on."""
     draw = random.Random(0)
 
     def rate(task):
@@ -169,7 +171,8 @@ def test_copying_the_nearest_training_call_fails():
 
 
 def test_preferences_need_the_prompt():
-    """On the embedded preference set the length of the answers says nothing, nor does an answer without its prompt."""
+    """On the embedded preference set the length of the answers says nothing,
+    nor does an answer without its prompt."""
     train, held = facts.rows('train', *SIZES['facts'][:1], 0), facts.rows('eval', SIZES['facts'][1], 0)
     assert (len(train), len(held)) == SIZES['facts']
     assert not {row['prompt'] for row in train} & {row['prompt'] for row in held}
@@ -178,7 +181,8 @@ def test_preferences_need_the_prompt():
         longer = sum(len(pair['chosen']) > len(pair['rejected']) for pair in pairs) / len(pairs)
         assert abs(longer - 0.5) < 0.05
         chosen, rejected = (collections.Counter(pair[side] for pair in pairs) for side in ('chosen', 'rejected'))
-        best_guess = sum(max(chosen[text], rejected[text]) for text in chosen | rejected) / 2 / len(pairs)    # sees one side only
+        # sees one side only
+        best_guess = sum(max(chosen[text], rejected[text]) for text in chosen | rejected) / 2 / len(pairs)
         assert best_guess < 0.6
         assert all(facts.in_form(pair['prompt'], pair['chosen']) and not facts.in_form(pair['prompt'], pair['rejected']) for pair in pairs)
 
@@ -240,7 +244,8 @@ def test_faults_are_recognised():
 
 
 def test_the_model_that_ships():
-    """Small, opened by transformers with equal logits, and a careless pupil: it drops the carry, more often than it is right."""
+    """Small, opened by transformers with equal logits, and a careless pupil:
+    it drops the carry, more often than it is right."""
     import os
 
     import torch

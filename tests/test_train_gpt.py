@@ -1,4 +1,5 @@
-"""train_gpt.py in short real runs: what they leave on disk, what they compute, and that a kill changes nothing."""
+"""train_gpt.py in short real runs: what they leave on disk, what they compute, and that a kill changes
+nothing."""
 import json
 import math
 import os
@@ -15,13 +16,15 @@ import torch
 
 import train_gpt
 from conftest import ROOT
-from configurator import UserError, parse
-from data.corpus import Corpus
+from configurator import UserError, check_settings, parse
+from data.corpus import Corpus, windows
 from data.prepare import prepare_files
 from kills import run_and_kill
+from nanoforge.run import Run, setup
 from train_gpt import Config, main
 
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, log_interval=1,
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=6, eval_interval=3,
+            eval_iters=2, log_interval=1,
             warmup_iters=2, sample_tokens=8, device='cpu', tensorboard=False)
 
 
@@ -34,7 +37,8 @@ def data(tmp_path_factory):
     for name, tokenizer in (('plays', 'char'), ('songs', None), ('bytes', 'byte')):
         text = folder / f'{name}.txt'
         text.write_text('\n'.join(' '.join(rng.choices(words, k=8)) for _ in range(400)) + '\nxyz')
-        prepare_files(str(folder / name), [str(text)], tokenizer or str(folder / 'plays'), 'written by the test')
+        prepare_files(str(folder / name), [str(text)], tokenizer or str(folder / 'plays'), 'written by the '
+                                                                                           'test')
     return folder
 
 
@@ -47,8 +51,17 @@ def config(data, out_dir='out', **changes):
     changes = {'dataset': str(data / 'plays'), 'out_dir': str(out_dir), **TINY, **changes}
     cfg = Config(**changes)
     cfg.typed = frozenset(changes)
-    cfg.check()
+    check_settings(cfg)
     return cfg
+
+
+def set_up(data, **changes):
+    """(cfg, run, corpora, model) as main has them before its loop."""
+    cfg, run = config(data, **changes), setup('cpu', matmul='float32')
+    train_gpt.resolve_defaults(cfg, run)
+    corpora = train_gpt.open_data(cfg, run)
+    model, _ = train_gpt.build_model(cfg, corpora, run)
+    return cfg, run, corpora, model
 
 
 def lines(out_dir):
@@ -63,8 +76,10 @@ def weights(out_dir, which='last'):
 
 def test_run_leaves_what_is_promised(data, tmp_path):
     metrics = main(config(data, tensorboard=True))
-    for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl', 'loss.png', 'samples.txt',
-                 'checkpoint-6/optimizer.safetensors', 'checkpoint-6/trainer_state.json', 'checkpoint-6/manifest.json'):
+    for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl',
+                 'loss.png', 'samples.txt',
+                 'checkpoint-6/optimizer.safetensors', 'checkpoint-6/trainer_state.json',
+                 'checkpoint-6/manifest.json'):
         assert os.path.getsize(tmp_path / 'out' / name) > 0
     assert list(tmp_path.glob('logs/out-*/events.out.tfevents*'))
     log = lines('out')
@@ -72,14 +87,16 @@ def test_run_leaves_what_is_promised(data, tmp_path):
     assert [line['step'] for line in log if 'eval_loss' in line] == [3, 6]
     first = next(line for line in log if 'loss' in line)
     assert first['loss'] == pytest.approx(math.log(Corpus(str(data / 'plays')).meta['vocab_size']), abs=0.3)
-    assert [line['learning_rate'] for line in log if 'loss' in line][:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert [line['learning_rate'] for line in log if 'loss' in line][:3] == pytest.approx([1e-3 / 3, 2e-3 / 3,
+                                                                                           1e-3])
     assert metrics['eval_loss'] == log[-1]['eval_loss'] if 'eval_loss' in log[-1] else True
     corpus = Corpus(str(data / 'plays'))
     assert metrics['bits_per_byte'] == pytest.approx(metrics['eval_loss'] / math.log(2) * corpus.meta['val_tokens'] / corpus.meta['val_bytes'])
 
 
 def test_it_learns(data):
-    metrics = main(config(data, max_iters=150, eval_interval=150, learning_rate=3e-2, optimizer='adamw', n_embd=32))
+    metrics = main(config(data, max_iters=150, eval_interval=150, learning_rate=3e-2, optimizer='adamw',
+                          n_embd=32))
     assert metrics['eval_loss'] < 1.6        # 2.6 is what counting characters alone gives
 
 
@@ -96,39 +113,45 @@ def test_transformers_opens_the_result(data):
         assert theirs.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.size(1) + 4)
 
 
-def gradient(data, run, **changes):
-    """The summed gradient of one step's batches, computed as train_step does."""
-    cfg = config(data, matmul='float32', **changes)
-    corpora = train_gpt.open_data(cfg, run)
-    model, _, cfg = train_gpt.build_model(cfg, corpora, run)
-    optimizer = train_gpt.build_optimizer(cfg, model.double(), run)
-    optimizer.set_lr(0.0)
-    batches = train_gpt.get_batch(cfg, corpora, 0, run)
-    train_gpt.train_step(cfg, model, optimizer, batches, train_gpt.LossScale(torch.float32), run)
-    return torch.cat([grad.flatten() for grad in optimizer.grads]), batches
+def test_gradient_does_not_depend_on_the_cut(data, monkeypatch):
+    """1 micro-batch of 8 rows = 8 of 1 = 2 of 4, given the same rows, in the script's own loop; in
+    float64."""
+    gradients, logged = [], []
+    cfg, run, corpora, model = set_up(data, batch_size=8)
+    [(x, y)] = train_gpt.get_batch(cfg, corpora, 0, run)
+    build_model, step = train_gpt.build_model, Run.step
 
+    def build_in_float64(*arguments):
+        model, tokenizer = build_model(*arguments)
+        return model.double(), tokenizer
 
-def test_gradient_does_not_depend_on_the_cut(data):
-    """1 micro-batch of 8 rows = 8 of 1 = 2 of 4, given the same rows."""
-    run = train_gpt.setup('cpu', matmul='float32')
-    whole, [(x, y)] = gradient(data, run, batch_size=8, grad_clip=0.0)
-    original = train_gpt.get_batch
-    for rows in (1, 4):
-        try:
-            train_gpt.get_batch = lambda *_: list(zip(x.split(rows), y.split(rows)))
-            parts, _ = gradient(data, run, batch_size=rows, gradient_accumulation_steps=8 // rows, grad_clip=0.0)
-        finally:
-            train_gpt.get_batch = original
-        torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-10)
+    def recording_step(self, optimizer, lr, max_norm):
+        gradients.append(torch.cat([grad.flatten() for grad in optimizer.grads]))
+        return step(self, optimizer, lr, max_norm)
+
+    monkeypatch.setattr(train_gpt, 'build_model', build_in_float64)
+    monkeypatch.setattr(Run, 'step', recording_step)
+    for rows in (8, 1, 4):
+        monkeypatch.setattr(train_gpt, 'get_batch', lambda *_: zip(x.split(rows), y.split(rows)))
+        main(config(data, f'out-{rows}', batch_size=rows, gradient_accumulation_steps=8 // rows, max_iters=1,
+                    matmul='float32', sample_tokens=0))
+        logged.append(next(line['loss'] for line in lines(f'out-{rows}') if 'loss' in line))
+    assert gradients[0].dtype == torch.float64 and gradients[0].abs().max() > 1e-3
+    for parts in gradients[1:]:
+        torch.testing.assert_close(parts, gradients[0], atol=1e-12, rtol=1e-10)
+    expected = -model(x, y).mean().item()
+    assert logged == pytest.approx([expected] * 3, abs=2e-6)
 
 
 @pytest.mark.parametrize('accumulation', (1, 2))
 def test_two_ranks_give_the_losses_of_one(data, accumulation):
-    settings = {'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6, 'gradient_accumulation_steps': accumulation}
+    settings = {'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6,
+                'gradient_accumulation_steps': accumulation}
     main(config(data, 'one', **settings))
     flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'out_dir': 'two', **settings}.items()]
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, 'train_gpt.py'), *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, 'train_gpt.py'), *flags],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = lines('one'), lines('two')
     for key in ('loss', 'eval_loss', 'train_loss', 'grad_norm'):
@@ -137,11 +160,13 @@ def test_two_ranks_give_the_losses_of_one(data, accumulation):
 
 
 def test_ten_kills_change_nothing(data):
-    """SIGKILL at ten random moments, resumed each time: the final weights and optimizer state are those of a run left alone."""
+    """SIGKILL at ten random moments, resumed each time: the final weights and optimizer state are those of a
+    run left alone."""
     flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'max_iters': 400, 'eval_interval': 20, 'log_interval': 10,
                                        'dropout': 0.1, 'sample_tokens': 0}.items()]
     rng = random.Random(1)
-    done = run_and_kill('train_gpt', flags, [rng.uniform(0.03, 0.15) for _ in range(10)], resume='--init_from=resume', out='--out_dir')
+    done = run_and_kill('train_gpt', flags, [rng.uniform(0.03, 0.15) for _ in range(10)],
+                        resume='--init_from=resume', out='--out_dir')
     assert done.returncode == 0 and done.stdout == '10', done.stderr
     assert weights('whole') == weights('killed')
     for name in ('optimizer.safetensors', 'trainer_state.json'):
@@ -153,14 +178,15 @@ def test_ten_kills_change_nothing(data):
 
 def test_sigterm_saves_and_says_how_to_go_on(data):
     flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'max_iters': 100000, 'eval_interval': 50000}.items()]
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_gpt.py'), *flags, '--out_dir=out'], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_gpt.py'), *flags, '--out_dir=out'],
+                               stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('step'):
             process.send_signal(signal.SIGTERM)
             break
     said = process.stdout.read()
     assert process.wait() == 143
-    assert '--init_from=resume' in said
+    assert '--init_from=resume' in said and 'Traceback' not in said
     step = json.load(open('out/last/trainer_state.json'))['step']
     main(resume('out', max_iters=step + 2))
     assert json.load(open('out/last/trainer_state.json'))['step'] == step + 2
@@ -170,6 +196,30 @@ def resume(out_dir, **typed):
     cfg = Config(init_from='resume', out_dir=str(out_dir), **typed)
     cfg.typed = frozenset({'init_from', 'out_dir', *typed})
     return cfg
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def test_resume_has_two_spellings(data, tmp_path):
+    """--resume is --init_from=resume; --resume=auto starts fresh in an empty folder, and goes on in
+    another."""
+    main(config(data, 'auto', resume='auto', max_iters=4, eval_interval=2))
+    shutil.copytree('auto', 'flag', symlinks=True)
+    shutil.copytree('auto', 'init', symlinks=True)
+    for folder, typed in (('auto', {'resume': 'auto'}), ('flag', {'resume': True}),
+                          ('init', {'init_from': 'resume'})):
+        cfg = Config(out_dir=folder, max_iters=6, **typed)
+        cfg.typed = frozenset({'out_dir', 'max_iters', *typed})
+        main(cfg)
+        assert json.load(open(f'{folder}/run_config.json'))['config']['init_from'] == 'scratch'
+        assert [line['step'] for line in lines(folder) if 'loss' in line] == [1, 2, 3, 4, 5, 6]
+    assert weights('auto') == weights('flag') == weights('init')
+    before = files(tmp_path / 'auto')
+    with pytest.raises(UserError, match='--init_from=resume: .*empty holds no run of train_gpt'):
+        main(config(data, 'empty', resume=True))
+    assert files(tmp_path / 'auto') == before and not os.path.exists('empty')
 
 
 def test_resume_takes_the_saved_configuration(data):
@@ -197,12 +247,11 @@ def test_second_fresh_run_keeps_the_first(data):
 
 
 def test_multidataset_draws_by_probability(data):
-    run = train_gpt.setup('cpu')
-    cfg = config(data, training_mode='multidataset', dataset_list=[str(data / 'plays'), str(data / 'songs')], dataset_sampling_probs=[3.0, 1.0],
-                 block_size=16)
-    corpora = train_gpt.open_data(cfg, run)
+    cfg, run, corpora, _ = set_up(data, training_mode='multidataset', dataset_sampling_probs=[3.0, 1.0],
+                                  dataset_list=[str(data / 'plays'), str(data / 'songs')])
     plays = np.asarray(corpora[0].tokens('train')).tobytes()
-    drawn = [np.uint16(train_gpt.get_batch(cfg, corpora, step, run)[0][0][0].numpy()).tobytes() in plays for step in range(400)]
+    rows = [next(train_gpt.get_batch(cfg, corpora, step, run))[0][0] for step in range(400)]
+    drawn = [np.uint16(row.numpy()).tobytes() in plays for row in rows]
     assert 0.68 < sum(drawn) / 400 < 0.82
     metrics = main(cfg)
     names = [f'eval_loss/{name}' for name in ('plays', 'songs')]
@@ -213,12 +262,10 @@ def test_multicontext_is_the_sum_of_embeddings_and_the_mean_of_losses(data):
     streams = [str(data / 'plays'), str(data / 'plays')]
     metrics = main(config(data, training_mode='multicontext', multicontext_datasets=streams, max_iters=3))
     assert json.load(open('out/config.json'))['nanoforge']['multicontext']
-    run = train_gpt.setup('cpu')
-    cfg = config(data, training_mode='multicontext', multicontext_datasets=streams)
-    corpora = train_gpt.open_data(cfg, run)
-    model, _, cfg = train_gpt.build_model(cfg, corpora, run)
+    cfg, run, corpora, model = set_up(data, training_mode='multicontext', multicontext_datasets=streams)
     (x, y), = train_gpt.get_batch(cfg, corpora, 0, run)
-    assert x.shape == (4, 16, 2) and torch.equal(x[..., 0], x[..., 1])      # aligned: one data set twice gives equal streams
+    # aligned: one data set twice gives equal streams
+    assert x.shape == (4, 16, 2) and torch.equal(x[..., 0], x[..., 1])
     hidden = model.hidden(x[..., 0], embeddings=model.embed_tokens(x[..., 0]) + model.more_embeddings[0](x[..., 1]))
     logp = (hidden @ model.more_embeddings[0].weight.t()).log_softmax(-1).gather(-1, y[..., 1:]).squeeze(-1)
     torch.testing.assert_close(model(x, y)[..., 1], logp)
@@ -226,14 +273,14 @@ def test_multicontext_is_the_sum_of_embeddings_and_the_mean_of_losses(data):
 
 
 def test_evaluation_uses_no_token_twice(data, monkeypatch):
-    run = train_gpt.setup('cpu')
     for eval_iters in (1, 3, 10 ** 6):
-        cfg = config(data, eval_iters=eval_iters)
-        corpora = train_gpt.open_data(cfg, run)
-        model, _, cfg = train_gpt.build_model(cfg, corpora, run)
+        cfg, run, corpora, model = set_up(data, eval_iters=eval_iters)
         seen = []
-        monkeypatch.setattr(train_gpt, 'windows', lambda tokens, offsets, T, device: seen.extend(offsets) or windows(tokens, offsets, T, device))
-        from data.corpus import windows
+
+        def recorded(tokens, offsets, T, device):
+            seen.extend(offsets)
+            return windows(tokens, offsets, T, device)
+        monkeypatch.setattr(train_gpt, 'windows', recorded)
         loss = train_gpt.evaluate(cfg, model, corpora, 'val', run)
         assert len(seen) <= eval_iters * cfg.batch_size and np.diff(sorted(seen)).min(initial=16) >= 16
         assert loss == train_gpt.evaluate(cfg, model, corpora, 'val', run)
@@ -243,7 +290,8 @@ def test_evaluation_uses_no_token_twice(data, monkeypatch):
 def test_fine_tuning_from_a_local_gpt2(data):
     from transformers import GPT2Config, GPT2LMHeadModel
     vocab = Corpus(str(data / 'plays')).meta['vocab_size']
-    GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained('gpt2-local')
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=32, n_embd=16, n_layer=1,
+                               n_head=2)).save_pretrained('gpt2-local')
     for name in ('tokenizer.json', ):
         shutil.copy(data / 'plays' / name, 'gpt2-local')
     cfg = config(data, init_from='gpt2', gpt2_type='gpt2-local', block_size=64)
@@ -255,9 +303,19 @@ def test_fine_tuning_from_a_local_gpt2(data):
 
 
 def test_schedule_that_the_flags_ask_for():
-    for argv, expected in (([], 'none'), (['--decay_lr'], 'cosine'), (['--lr_scheduler=exponential'], 'exponential'),
-                           (['--lr_scheduler=wsd', '--no-decay_lr'], 'none'), (['--lr_scheduler=linear', '--decay_lr'], 'linear')):
-        assert train_gpt.effective_schedule(parse(Config, argv))[0] == expected
+    for argv, expected in (([], 'none'), (['--decay_lr'], 'cosine'),
+                           (['--lr_scheduler=exponential'], 'exponential'),
+                           (['--lr_scheduler=wsd', '--no-decay_lr'], 'none'),
+                           (['--lr_scheduler=linear', '--decay_lr'], 'linear')):
+        cfg = parse(Config, argv)
+        train_gpt.resolve_defaults(cfg, setup('cpu'))
+        assert cfg.lr_scheduler == expected and cfg.ema == (0.998 if expected == 'none' else 0)
+        train_gpt.resolve_defaults(cfg, setup('cpu'))             # a resumed run comes here again with what it saved
+        assert cfg.lr_scheduler == expected
+    typed = parse(Config, ['--ema=0', '--lr_scheduler=plateau', '--min_lr=4e-4', '--warmup_iters=0'])
+    train_gpt.resolve_defaults(typed, setup('cpu'))
+    assert typed.ema == 0
+    assert [train_gpt.get_lr(typed, 5, scale) for scale in (1.0, 0.5, 0.25)] == [1e-3, 5e-4, 4e-4]
 
 
 def test_bad_input_is_one_line_before_any_step(data, tmp_path):
@@ -265,8 +323,10 @@ def test_bad_input_is_one_line_before_any_step(data, tmp_path):
         'no data set': dict(dataset='nowhere'),
         'divisible': dict(n_embd=17),
         'block_size': dict(block_size=10 ** 6),
-        'different tokenizers': dict(training_mode='multidataset', dataset_list=[str(data / 'plays'), str(data / 'bytes')]),
-        'equal lengths': dict(training_mode='multicontext', multicontext_datasets=[str(data / 'plays'), str(data / 'bytes')]),
+        'different tokenizers': dict(training_mode='multidataset',
+                                     dataset_list=[str(data / 'plays'), str(data / 'bytes')]),
+        'equal lengths': dict(training_mode='multicontext',
+                              multicontext_datasets=[str(data / 'plays'), str(data / 'bytes')]),
         'GPU': dict(device='cuda'),
         'cannot write|not writable|could not be written': dict(out_dir='/proc/none'),
         'no run of train_gpt': dict(init_from='resume', out_dir=str(tmp_path / 'empty')),
@@ -277,8 +337,10 @@ def test_bad_input_is_one_line_before_any_step(data, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             main(config(data, **changes))
         assert '\n' not in str(error.value)
-    for argv in (['--dataset_sampling_probs', '1', '--training_mode=multidataset', '--dataset_list', 'a', 'b'], ['--batch_size=0'],
-                 ['--training_mode=multidataset', '--dataset_list', 'a', 'b', '--dataset_sampling_probs', '-1', '2']):
+    for argv in (['--dataset_sampling_probs', '1', '--training_mode=multidataset', '--dataset_list', 'a',
+                  'b'], ['--batch_size=0'],
+                 ['--training_mode=multidataset', '--dataset_list', 'a', 'b', '--dataset_sampling_probs',
+                  '-1', '2']):
         with pytest.raises(SystemExit) as stop:
             parse(Config, argv)
         assert stop.value.code == 2

@@ -4,9 +4,10 @@
 """
 import os
 import sys
+from pathlib import Path
 
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configurator import run_script
 from data.hub import parse, prepare_hub
@@ -18,5 +19,9 @@ def prepare(directory=None, num_tokens=None, max_documents=None):
     return prepare_hub(directory, 'Skylion007/openwebtext', None, num_tokens, max_documents)
 
 
+def main(args):
+    prepare(None, args.num_tokens, args.max_documents)
+
+
 if __name__ == '__main__':
-    run_script(lambda args: prepare(None, args.num_tokens, args.max_documents), parse(__doc__))
+    run_script(main, parse(__doc__))

@@ -4,9 +4,10 @@
 """
 import os
 import sys
+from pathlib import Path
 
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configurator import run_script
 from data.shakespeare_char import prepare as characters
@@ -17,5 +18,9 @@ def prepare(directory=None):
     return characters.prepare(directory or os.path.dirname(os.path.abspath(__file__)), tokenizer='gpt2')
 
 
+def main(_):
+    prepare()
+
+
 if __name__ == '__main__':
-    run_script(lambda _: prepare(), None)
+    run_script(main, None)

@@ -2,15 +2,17 @@
 
     python data/shakespeare_char/prepare.py
 
-The text is the first of: input.txt in this folder, a download checked by its hash, a stand-in that stand_in.py writes.
+The text is the first of: input.txt in this folder, a download checked by its hash, a stand-in that
+stand_in.py writes.
 """
 import hashlib
 import os
 import sys
 import urllib.request
+from pathlib import Path
 
 if __name__ == '__main__':    # run as a command: imports start at the root of the repository
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from configurator import run_script
 from data.prepare import prepare as write, prepare_files
@@ -34,20 +36,26 @@ def prepare(directory=None, tokenizer='char', text_directory=None):
     if os.path.exists(path) or download(path):
         with open(path, 'rb') as file:
             known = hashlib.file_digest(file, 'sha256').hexdigest() == SHA256
-        source = f'Tiny Shakespeare ({URL})' if known else "the user's own input.txt, not the known Tiny Shakespeare"
+        source = f'Tiny Shakespeare ({URL})'
+        if not known:
+            source = "the user's own input.txt, not the known Tiny Shakespeare"
         return prepare_files(directory, [path], tokenizer, source=source)
     print(f'WARNING: Shakespeare is not here: no {path}, and no download of\n'
           f'WARNING: {URL}.\n'
-          'WARNING: The data set is made of a STAND-IN text that nanoforge writes itself: simpler than Shakespeare,\n'
-          'WARNING: with lower losses, not to be compared with anyone\'s. For the real text, put input.txt there and\n'
-          'WARNING: prepare again.', file=sys.stderr)
+          'WARNING: The data set is made of a STAND-IN text that nanoforge writes itself: simpler than '
+          'Shakespeare,\nWARNING: with lower losses, not to be compared with anyone\'s. For the real text, '
+          'put input.txt there and\nWARNING: prepare again.', file=sys.stderr)
     text = play()
     border = int(len(text) * 0.9)
-    return write(directory, lambda label: split_at([(True, text)], border), tokenizer, STAND_IN, stand_in=True)
+
+    def stream(label):
+        return split_at([(True, text)], border)
+
+    return write(directory, stream, tokenizer, STAND_IN, stand_in=True)
 
 
 def download(path):
-    """Whether the text was downloaded to `path`, where it appears complete and with the right hash or not at all."""
+    """Whether the text was downloaded to `path`: complete and with the right hash, or not at all."""
     try:
         with urllib.request.urlopen(URL, timeout=SECONDS) as response:
             text = response.read(1 << 24)
@@ -63,5 +71,9 @@ def download(path):
     return True
 
 
+def main(_):
+    prepare()
+
+
 if __name__ == '__main__':
-    run_script(lambda _: prepare(), None)
+    run_script(main, None)

@@ -1,10 +1,10 @@
-"""A stand-in for Shakespeare where the real text cannot be had: plays that a small grammar writes, the same every time.
+"""A stand-in for Shakespeare where the real text cannot be had: plays by a small grammar, always the same.
 
     python data/shakespeare_char/stand_in.py | head -50
 
-Nobody's words: the lists and rules below are nanoforge's own. What makes it worth learning: speakers who come in turn,
-nouns that stay with a scene, verbs that agree with their subjects (I walk, thou walkest, he walks), common and rare
-words, questions with answers, verse cut at ten syllables and prose cut at the margin.
+Nobody's words: the lists and rules below are nanoforge's own. What makes it worth learning: speakers who come
+in turn, nouns that stay with a scene, verbs that agree with their subjects (I walk, thou walkest, he walks),
+common and rare words, questions with answers, verse cut at ten syllables and prose cut at the margin.
 """
 import random
 import re
@@ -59,8 +59,9 @@ all the day|once more|too soon|long ago|for ever|by candle-light|till the spring
 at last|in time'''.replace('\n', '').split('|')
 MANNERS = '''gently proudly softly bravely slowly swiftly sadly gladly bitterly truly falsely freely humbly
 wisely boldly coldly sweetly vainly quietly'''.split()
-CRIES = 'O|Alas|Nay|Ay|Come|Hark|Fie|Well|Peace|Why|Good now|Indeed|Marry|Heaven help us|By my faith|Alack'.split('|')
-BE = {'I': 'am', 'thou': 'art', 'he': 'is', 'we': 'are'}        # by the subject's person; 'we' stands for every plural
+CRIES = ('O|Alas|Nay|Ay|Come|Hark|Fie|Well|Peace|Why|Good now|Indeed|Marry|Heaven help us|By my faith|'
+         'Alack').split('|')
+BE = {'I': 'am', 'thou': 'art', 'he': 'is', 'we': 'are'}        # by person; 'we' stands for every plural
 HAVE = {'I': 'have', 'thou': 'hast', 'he': 'hath', 'we': 'have'}
 DO = {'I': 'do', 'thou': 'dost', 'he': 'doth', 'we': 'do'}
 MODALS = [{'I': base, 'thou': thou, 'he': base, 'we': base} for base, thou in
@@ -71,10 +72,10 @@ OWNERS = 'my thy his her our their'.split()
 
 
 class Playwright:
-    """Writes from its own stream of random numbers; `theme` holds the nouns that the scene keeps coming back to."""
+    """Writes from its own stream of random numbers; `theme`: the nouns that a scene keeps coming back to."""
 
     def __init__(self, seed):
-        self.random = random.Random(seed).random    # the one method whose numbers are the same in every Python
+        self.random = random.Random(seed).random    # the one method that is the same in every Python
         self.theme = []
 
     def chance(self, probability):
@@ -169,9 +170,12 @@ class Playwright:
         elif kind < 0.32:
             text = self.command() + self.even(['!', '.', '.'])
         elif kind < 0.42:
-            text = f'{self.even(["if", "when", "though", "since", "while"])} {self.clause(1)}, {self.clause()}.'
+            conjunction = self.even(['if', 'when', 'though', 'since', 'while'])
+            text = f'{conjunction} {self.clause(1)}, {self.clause()}.'
         elif kind < 0.6:
-            text = f'{self.clause()}{self.even([", and ", ", but ", "; ", ": ", ", for ", ", yet "])}{self.clause(1)}.'
+            first = self.clause()
+            joint = self.even([', and ', ', but ', '; ', ': ', ', for ', ', yet '])
+            text = f'{first}{joint}{self.clause(1)}.'
         elif kind < 0.65:
             text = f'O {self.pick(QUALITIES)} {self.noun()}, O {self.pick(QUALITIES)} {self.noun()}!'
         else:
@@ -179,12 +183,15 @@ class Playwright:
         if self.chance(0.12):
             text = f'{self.even(CRIES)}, {text}'
         if self.chance(0.1):
-            text = f'{text[:-1]}, {self.even(["my lord", "my lady", "sir", "good " + other, other])}{text[-1]}'
+            name = self.even(['my lord', 'my lady', 'sir', 'good ' + other, other])
+            text = f'{text[:-1]}, {name}{text[-1]}'
         return text[0].upper() + text[1:]
 
     def answer(self, other):
         return self.even([
-            lambda: f'Ay, {self.clause()}.', lambda: f'No, {other}, {self.clause()}.', lambda: f'I know not, {other}.',
+            lambda: f'Ay, {self.clause()}.',
+            lambda: f'No, {other}, {self.clause()}.',
+            lambda: f'I know not, {other}.',
             lambda: f'{self.phrase()[0]}, my lord.'.capitalize(), lambda: f'Ask {self.thing()}, not me.',
             lambda: f'Because {self.clause()}.'])()
 
@@ -205,7 +212,8 @@ class Playwright:
             speaker = self.even(CROWD) if self.chance(0.3) else name
             if speaker not in cast:
                 cast.append(speaker)
-        yield f'SCENE {number}. {self.even(PLACES).capitalize()}.\nEnter {", ".join(cast[:-1])} and {cast[-1]}.'
+        place = self.even(PLACES).capitalize()
+        yield f'SCENE {number}. {place}.\nEnter {", ".join(cast[:-1])} and {cast[-1]}.'
         asked, speaker = False, cast[0]
         for _ in range(8 + int(20 * self.random())):
             other, speaker = speaker, self.even([name for name in cast if name != speaker])

@@ -1,13 +1,14 @@
-"""Plan-Path on a small grid: walk from a start to a goal around walls, writing each move and where it leads: D b1 R b2
+"""Plan-Path: walk from a start to a goal around walls, writing each move and where it leads: D b1 R b2
 
-Rows are letters from the top, columns numbers from the left; moves are U, D, L, R. A grid belongs to one split, a
-wording too. `demonstration` writes as a careless pupil does, who in 80% of the blocked grids walks to the goal's row, then to its
-column, walls or no walls; otherwise it is a shortest way.
+Rows are letters from the top, columns numbers from the left; the moves are U, D, L and R. Each grid belongs
+to one split, and so does each wording. `demonstration` is a scripted noisy demonstrator: in P_GO_STRAIGHT of
+the grids where the straight way (to the goal's row, then to its column) is blocked it walks that way all the
+same; else a shortest one.
 
-Env is the same for a team over several turns: the tool agent proposes a way, which is tried on a copy; the plan agent sees
-what came of it and walks, up to its first illegal move. The next turn begins where it ended. The pupils of the team know
-ways, but the tool agent's does not look at the walls in a quarter of the turns, and the plan agent's is shy: in nine turns of
-ten it stops one move before the goal, and steps back from it where it stands beside it.
+Env is the same grid for a team over several turns. The tool agent proposes a way, which is tried on a copy;
+the plan agent sees the result and walks, up to its first illegal move. The next turn starts where it ended.
+The demonstrator of the tool agent ignores the walls with probability P_IGNORE_WALLS; that of the plan agent
+stops one move before the goal with probability P_STOP_EARLY, and steps back where it stands beside the goal.
 """
 import itertools
 import random
@@ -15,112 +16,206 @@ import re
 import string
 
 from configurator import UserError
-from data.tasks.env import Outcome
-from data.tasks.world import split_of
+from data.tasks.env import Outcome, chat
+from data.tasks.world import lines, split_of
 
-SIZE = 4
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
-SETTINGS = {'map_size': (4, 'rows and columns of the grid'), 'min_moves': (4, 'moves of the shortest way at least'),
-            'apart': (True, 'no goal with its walls occurs in both splits, from whatever start'),
-            'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them')}
-RULES = {'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',
-         'plan_agent': 'Walk from the start to the goal of a grid, around the walls. A way that somebody proposes was tried '
-                       'out; check it, or find a better one.'}
-EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends at {last}. '
-             'Moves: U up, D down, L left, R right. End with the moves after ####, such as: #### [D, R, R]')
-STEP, ILLEGAL, GOAL, SHORTEST, UNREADABLE = -0.01, -0.1, 1.0, 0.5, -1.0      # rewards; 1 per cell nearer to the goal besides
-SHY, BLIND = 0.9, 0.25              # of the pupils' turns
+SETTINGS = {
+    'map_size': (4, 'rows and columns of the grid'),
+    'min_moves': (4, 'moves of the shortest way at least'),
+    'apart': (True, 'no goal with its walls occurs in both splits, from whatever start'),
+    'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
+}
+RULES = {
+    'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',
+    'plan_agent': 'Walk from the start to the goal of a grid, around the walls. A way that somebody proposes '
+                  'was tried out; check it, or find a better one.',
+}
+EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends '
+             'at {last}. Moves: U up, D down, L left, R right. End with the '
+             'moves after ####, such as: #### [D, R, R]')
+# rewards; besides them 1 for each cell that the way leads nearer to the goal
+STEP = -0.01
+ILLEGAL = -0.1
+GOAL = 1.0
+SHORTEST = 0.5
+UNREADABLE = -1.0
+# mistakes of the demonstrators
+P_GO_STRAIGHT = 0.8
+P_IGNORE_WALLS = 0.25
+P_STOP_EARLY = 0.9
+
 MOVES = {'U': (-1, 0), 'D': (1, 0), 'L': (0, -1), 'R': (0, 1)}
+BLOCKED_SHARE = 0.85            # of the problems: the straight way runs into a wall
+ATTEMPTS = 200_000              # grids drawn for one problem before giving up
 # A wording is one of each, in any order, with the same sign between them.
-STARTS = ['from {start}', 'start at {start}', 'start: {start}', 'you are at {start}']
-GOALS = ['walk to {goal}', 'goal at {goal}', 'goal: {goal}', 'go to {goal}', 'the goal is {goal}']
-BLOCKS = ['walls: {walls}', 'walls at {walls}', 'there are walls at {walls}', 'no way through {walls}']
-WORDINGS = ['Find a way: ' + sign.join(parts) + '.' for pieces in itertools.product(STARTS, GOALS, BLOCKS)
-            for parts in itertools.permutations(pieces) for sign in ('. ', ', ', '; ')]
-BLOCKED_SHARE = 0.85                # grids in which the pupil's way runs into a wall
+STARTS = lines('''
+    from {start}
+    start at {start}
+    start: {start}
+    you are at {start}
+''')
+GOALS = lines('''
+    walk to {goal}
+    goal at {goal}
+    goal: {goal}
+    go to {goal}
+    the goal is {goal}
+''')
+BLOCKS = lines('''
+    walls: {walls}
+    walls at {walls}
+    there are walls at {walls}
+    no way through {walls}
+''')
+WORDINGS = []
+for pieces in itertools.product(STARTS, GOALS, BLOCKS):
+    for ordered in itertools.permutations(pieces):
+        WORDINGS += ['Find a way: ' + sign.join(ordered) + '.' for sign in ('. ', ', ', '; ')]
+
+
+# ---- cells and moves, which sokoban.py uses too
+
+def grid_cells(size):
+    """All cells (row, column) of a square grid, row by row."""
+    return list(itertools.product(range(size), repeat=2))
 
 
 def name_of(cell):
     """(row, column) -> 'a1'."""
-    return string.ascii_lowercase[cell[0]] + str(cell[1] + 1)
+    row, column = cell
+    return string.ascii_lowercase[row] + str(column + 1)
 
 
-def problems(split, n, seed, map_size=SIZE, min_moves=1, apart=False, rules=False):
-    """n problems {'size', 'start', 'goal', 'walls', 'question', 'answer', 'rules'} of a split; each has a way. answer is
-    a shortest one, as its moves, of which there are min_moves or more.
+def names_of(cells):
+    return ' '.join(map(name_of, cells))
 
-    A grid belongs to a split with its start. apart: its goal and walls without the start besides, as a team that walks sees
-    them from many cells.
-    """
-    size = map_size
-    if not 3 <= size <= 26:
-        raise UserError(f'env.map_size={size}: Plan-Path has grids of 3 to 26 rows')
-    draw, found = random.Random(f'plan_path/{split}/{seed}/{size}'), []
-    cells = [(row, column) for row in range(size) for column in range(size)]
-    wordings = [wording for wording in WORDINGS if split_of(wording) == split]
-    while len(found) < n:
-        blocked = draw.random() < BLOCKED_SHARE
-        for _ in range(200_000):
-            start, goal, *walls = draw.sample(cells, 2 + draw.randint(size * size // 8, size * size // 4))
-            keys = [[start, goal, *sorted(walls)], [goal, *sorted(walls)]][:1 + apart]
-            if (all(split_of(' '.join(map(name_of, key))) == split for key in keys)
-                    and any(cell in walls for cell in steps(start, straight(start, goal))) == blocked):
-                answer = shortest(start, goal, walls, size)
-                if answer and len(answer) >= min_moves:
-                    break
-        else:
-            raise UserError(f'env.min_moves={min_moves}: hardly any grid of {size} rows has so long a shortest way')
-        names = dict(start=name_of(start), goal=name_of(goal), walls=' '.join(map(name_of, walls)))
-        found.append({'size': size, 'start': list(start), 'goal': list(goal), 'walls': [list(cell) for cell in walls],
-                      'answer': answer, 'question': draw.choice(wordings).format(**names), 'rules': rules})
-    return found
+
+def in_grid(cell, size):
+    return min(cell) >= 0 and max(cell) < size
+
+
+def distance(a, b):
+    """Moves from one cell to another if there were no walls."""
+    return abs(a[0] - b[0]) + abs(a[1] - b[1])
 
 
 def straight(start, goal):
     """The moves to the goal's row, then to its column, as if there were no walls."""
     down, right = goal[0] - start[0], goal[1] - start[1]
-    return ('D' if down > 0 else 'U') * abs(down) + ('R' if right > 0 else 'L') * abs(right)
+    vertical = 'D' if down > 0 else 'U'
+    horizontal = 'R' if right > 0 else 'L'
+    return vertical * abs(down) + horizontal * abs(right)
+
+
+def read_moves(text):
+    """The moves in a text, as a list: those after its last #### or Actions List, where it has one."""
+    return re.findall(r'\b[UDLR]\b', re.split(r'####|Actions List', text)[-1])
+
+
+def proposal_text(way, note):
+    """What the plan agent reads of the tool agent's proposal."""
+    return f' One way: {way}, {note}.' if way else f' One way: {note}.'
+
+
+def draw_map(cells, size):
+    """{cell: sign} as lines of text, '.' where there is no sign."""
+    rows = [''.join(cells.get((row, column), '.') for column in range(size)) for row in range(size)]
+    return '\n'.join(rows)
 
 
 def steps(start, moves):
     """The cells that moves lead to, one after the other."""
     row, column = start
     for move in moves:
-        row, column = row + MOVES[move][0], column + MOVES[move][1]
+        down, right = MOVES[move]
+        row, column = row + down, column + right
         yield row, column
 
 
 def shortest(start, goal, walls, size):
     """The moves of a shortest way, None if there is none; among several, that of the first moves in MOVES."""
-    ways, seen = {start: ''}, {start, *walls}
+    ways = {start: ''}
+    seen = {start, *walls}
     while ways and goal not in ways:
         reached = {}
         for cell, way in ways.items():
             for move in MOVES:
                 after = next(steps(cell, move))
-                if after not in seen and 0 <= after[0] < size and 0 <= after[1] < size:
+                if after not in seen and in_grid(after, size):
                     seen.add(after)
                     reached[after] = way + move
         ways = reached
     return ways.get(goal)
 
 
+# ---- problems
+
+def problems(split, n, seed, map_size=4, min_moves=1, apart=False, rules=False):
+    """n problems {'size', 'start', 'goal', 'walls', 'answer', 'question', 'rules'} of a split.
+
+    answer is a shortest way, as its moves, of which there are min_moves or more. A grid with its start
+    belongs to one split. apart: so does its goal with the walls alone, as a team that walks sees them from
+    many cells.
+    """
+    if not 3 <= map_size <= 26:
+        raise UserError(f'env.map_size={map_size}: Plan-Path has grids of 3 to 26 rows')
+    draw = random.Random(f'plan_path/{split}/{seed}/{map_size}')
+    wordings = [wording for wording in WORDINGS if split_of(wording) == split]
+    made = []
+    while len(made) < n:
+        start, goal, walls, answer = draw_grid(draw, split, map_size, min_moves, apart)
+        wording = draw.choice(wordings)
+        made.append({
+            'size': map_size,
+            'start': list(start),
+            'goal': list(goal),
+            'walls': [list(cell) for cell in walls],
+            'answer': answer,
+            'question': wording.format(start=name_of(start), goal=name_of(goal), walls=names_of(walls)),
+            'rules': rules,
+        })
+    return made
+
+
+def draw_grid(draw, split, size, min_moves, apart):
+    """(start, goal, walls, moves of a shortest way) of a grid that belongs to the split."""
+    blocked = draw.random() < BLOCKED_SHARE
+    cells = grid_cells(size)
+    for _ in range(ATTEMPTS):
+        num_walls = draw.randint(size * size // 8, size * size // 4)
+        start, goal, *walls = draw.sample(cells, 2 + num_walls)
+        without_start = [goal, *sorted(walls)]
+        keys = [[start, *without_start]]
+        if apart:
+            keys.append(without_start)
+        if any(split_of(names_of(key)) != split for key in keys):
+            continue
+        if any(cell in walls for cell in steps(start, straight(start, goal))) != blocked:
+            continue
+        answer = shortest(start, goal, walls, size)
+        if answer and len(answer) >= min_moves:
+            return start, goal, walls, answer
+    raise UserError(f'env.min_moves={min_moves}: hardly any grid of {size} rows has so long a shortest way')
+
+
 def prompt(problem):
-    """The chat that asks for it."""
-    return [{'role': 'user', 'content': problem['question']}]
+    """The chat that asks for the way."""
+    return chat(problem['question'])
 
 
 def reward(problem, text):
-    """1.0 if the moves in the text end on the goal, on the grid and through no wall all the way; else 0.0."""
+    """1.0 if the moves in the text stay on the grid, go through no wall and end on the goal; else 0.0."""
     moves = re.findall(r'\b[UDLR]\b', text)
     cells = [list(cell) for cell in steps(problem['start'], moves)]
-    free = all(0 <= min(cell) and max(cell) < problem['size'] and cell not in problem['walls'] for cell in cells)
-    return float(bool(cells) and free and cells[-1] == problem['goal'])
+    legal = all(in_grid(cell, problem['size']) and cell not in problem['walls'] for cell in cells)
+    return float(bool(cells) and legal and cells[-1] == problem['goal'])
 
 
 def write(start, moves):
     """Moves and the cells they lead to, as the model is to write them."""
-    return ' '.join(f'{move} {name_of(cell)}' for move, cell in zip(moves, steps(start, moves), strict=True))
+    cells = steps(start, moves)
+    return ' '.join(f'{move} {name_of(cell)}' for move, cell in zip(moves, cells, strict=True))
 
 
 def solution(problem):
@@ -129,96 +224,108 @@ def solution(problem):
 
 
 def demonstration(problem, draw):
-    """What the careless pupil writes; draw: random.Random."""
-    habit = straight(problem['start'], problem['goal'])
-    blocked = any(list(cell) in problem['walls'] for cell in steps(problem['start'], habit))
-    return write(problem['start'], habit if not blocked or draw.random() < 0.8 else problem['answer'])
+    """What the noisy demonstrator writes; draw: random.Random."""
+    start = problem['start']
+    moves = straight(start, problem['goal'])
+    blocked = any(list(cell) in problem['walls'] for cell in steps(start, moves))
+    if blocked and draw.random() >= P_GO_STRAIGHT:
+        moves = problem['answer']
+    return write(start, moves)
 
 
-# ---- for a team -------------------------------------------------------------------------------------------------------------
-
-def read_moves(text):
-    """The moves in what a model wrote: behind its last #### or Actions List if it has one, else in all of it; a list."""
-    return re.findall(r'\b[UDLR]\b', re.split(r'####|Actions List', text)[-1])
-
+# ---- one episode of a team
 
 class Env:
     """One episode. A way is scored by where it ends: going to and fro earns only the cost of the steps."""
     roles = ROLES
 
     def __init__(self, problem):
-        self.size, self.goal, self.at = problem['size'], tuple(problem['goal']), tuple(problem['start'])
-        self.walls, self.rules = [tuple(cell) for cell in problem['walls']], problem.get('rules', False)
-        self.turn, self.proposal = 0, None
+        self.size = problem['size']
+        self.goal = tuple(problem['goal'])
+        self.position = tuple(problem['start'])
+        self.walls = [tuple(cell) for cell in problem['walls']]
+        self.rules = problem.get('rules', False)
+        self.turn = 0
+        self.proposal = None        # the tool agent's Outcome of this turn
 
     @property
     def success(self):
-        return self.at == self.goal
+        return self.position == self.goal
 
     done = success
 
+    def shortest(self):
+        return shortest(self.position, self.goal, self.walls, self.size)
+
     def walk(self, moves):
-        """(the moves up to the goal or to the first illegal one, the cell of that one or None, where they end)."""
-        at, walked = self.at, []
-        for move, cell in zip(moves, steps(self.at, moves)):
-            if at == self.goal:
+        """(moves up to the goal or an illegal one, the cell of the illegal one or None, where they end)."""
+        position, walked = self.position, []
+        for move, cell in zip(moves, steps(position, moves)):
+            if position == self.goal:
                 break
-            if cell in self.walls or not (0 <= min(cell) and max(cell) < self.size):
-                return walked, cell, at
+            if cell in self.walls or not in_grid(cell, self.size):
+                return walked, cell, position
             walked.append(move)
-            at = cell
-        return walked, None, at
+            position = cell
+        return walked, None, position
 
     def prompt(self, role):
-        board = f'from {name_of(self.at)}, walk to {name_of(self.goal)}, walls: {" ".join(map(name_of, self.walls))}.'
-        text = {'tool_agent': 'Find a way: ', 'plan_agent': 'Now walk: '}[role] + board
+        text = {'tool_agent': 'Find a way: ', 'plan_agent': 'Now walk: '}[role]
+        text += f'from {name_of(self.position)}, walk to {name_of(self.goal)}, walls: {names_of(self.walls)}.'
         if role == 'plan_agent' and self.proposal:
-            way = write(self.at, self.proposal.action)
-            text += f' One way: {way}{", " if way else ""}{self.proposal.note}.'
+            text += proposal_text(write(self.position, self.proposal.action), self.proposal.note)
+        if not self.rules:
+            return chat(text)
         last = name_of((self.size - 1, self.size - 1))
-        rules = [{'role': 'system', 'content': RULES[role] + EXPLAINED.format(size=self.size, last=last)}] * self.rules
-        return rules + [{'role': 'user', 'content': text}]
+        return chat(text, RULES[role] + EXPLAINED.format(size=self.size, last=last))
 
     def score(self, role, text):
-        """The team earns what walking this way would earn: a step -0.01, an illegal move -0.1, the goal 1 and by a shortest
-        way 0.5 more, each cell nearer to the goal 1. Nobody earns for a way that is only proposed: it is the same sum, as
-        if the plan agent took it. A text without a move costs its writer 1."""
+        """The team earns what walking this way would earn: a step -0.01, an illegal move -0.1, the goal 1 and
+        by a shortest way 0.5 more, each cell nearer to the goal 1. A way that is only proposed is scored by
+        the same sum, as if the plan agent took it. A text without a move costs its writer 1."""
         moves = read_moves(text)
         if not moves:
             return Outcome(0.0, UNREADABLE, False, None, 'no moves')
         walked, wall, end = self.walk(moves)
-        distance = lambda cell: abs(cell[0] - self.goal[0]) + abs(cell[1] - self.goal[1])
-        team = STEP * len(walked) + distance(self.at) - distance(end) + (0.0 if wall is None else ILLEGAL)
-        if end == self.goal:
-            team += GOAL + SHORTEST * (len(walked) == len(shortest(self.at, self.goal, self.walls, self.size)))
-        note = 'works' if end == self.goal else 'not at the goal' if wall is None else f'wall at {self.edge(wall)}'
+        team = STEP * len(walked) + distance(self.position, self.goal) - distance(end, self.goal)
+        if wall is not None:
+            team += ILLEGAL
+            note = f'wall at {name_of(wall) if in_grid(wall, self.size) else "the edge"}'
+        elif end == self.goal:
+            is_shortest = len(walked) == len(self.shortest())
+            team += GOAL + SHORTEST if is_shortest else GOAL
+            note = 'works'
+        else:
+            note = 'not at the goal'
         return Outcome(team, 0.0, True, walked, note)
-
-    def edge(self, cell):
-        """The name of a cell; one outside the grid has none."""
-        return name_of(cell) if 0 <= min(cell) and max(cell) < self.size else 'the edge'
 
     def step(self, role, outcome):
         if role == 'tool_agent':
             self.proposal = outcome if outcome.valid else None
             return
-        *_, self.at = [self.at, *steps(self.at, outcome.action or [])]
-        self.proposal, self.turn = None, self.turn + 1
+        for cell in steps(self.position, outcome.action or []):
+            self.position = cell
+        self.proposal = None
+        self.turn += 1
 
     def solution(self, role):
-        return write(self.at, shortest(self.at, self.goal, self.walls, self.size))
+        return write(self.position, self.shortest())
 
     def demonstration(self, role, draw):
-        moves = shortest(self.at, self.goal, self.walls, self.size)
-        if role == 'tool_agent' and draw.random() < BLIND:
-            moves = straight(self.at, self.goal)
-        if role == 'plan_agent' and self.proposal and self.proposal.note == 'works':
-            moves = ''.join(self.proposal.action)
-        if role == 'plan_agent' and draw.random() < SHY:
-            back = [move for move in MOVES if move != moves[0] and self.walk(move)[0]]
-            moves = moves[:-1] or draw.choice(back or [moves])
-        return write(self.at, moves)
+        moves = self.shortest()
+        if role == 'tool_agent' and draw.random() < P_IGNORE_WALLS:
+            moves = straight(self.position, self.goal)
+        if role == 'plan_agent':
+            if self.proposal and self.proposal.note == 'works':
+                moves = ''.join(self.proposal.action)
+            if draw.random() < P_STOP_EARLY:
+                moves = moves[:-1] or self.step_back(moves, draw)
+        return write(self.position, moves)
+
+    def step_back(self, moves, draw):
+        """Another legal move than the first of these; the same ones if there is none."""
+        others = [move for move in MOVES if move != moves[0] and self.walk(move)[0]]
+        return draw.choice(others or [moves])
 
     def view(self):
-        picture = {self.goal: 'G', **dict.fromkeys(self.walls, '#'), self.at: '@'}
-        return '\n'.join(''.join(picture.get((row, column), '.') for column in range(self.size)) for row in range(self.size))
+        return draw_map({self.goal: 'G', **dict.fromkeys(self.walls, '#'), self.position: '@'}, self.size)

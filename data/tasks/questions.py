@@ -1,10 +1,13 @@
-"""Questions about a person who was just described, answered in full sentences: the embedded question/answer set.
+"""Questions about a person just described, answered in full sentences: the embedded question/answer set.
 
-    python -m data.tasks.questions train=800 eval=200 > qa.json        # {"qa_pairs": [{"question", "answer", "metadata"}, ...]}
+    python -m data.tasks.questions train=800 eval=200 > qa.json
 
-'Bako lives in Oslo. The pet of Bako is a dog. Bako is a baker. What is the job of Bako?' is answered by 'Bako works as a baker.'
-Names are invented, so that nothing can be known beforehand. No name, no text and no wording of a question of an eval row occurs in
-training; what can be told of somebody, and the sentences of the answers, are the same.
+The file holds {"qa_pairs": [{"question", "answer", "metadata"}, ...]}.
+
+'Bako lives in Oslo. The pet of Bako is a dog. Bako is a baker. What is the job of Bako?' has the answer 'Bako
+works as a baker.' Names are invented, so that nothing can be known beforehand. No name, no text and no
+wording of a question of an eval row occurs in training; the attributes of people, and the sentences of the
+answers, are the same.
 """
 import json
 import random
@@ -16,24 +19,33 @@ from data.tasks.world import split_of
 
 
 def problems(split, n, seed):
-    """n problems {'question', 'answer'} of a split: three facts in any order, a third of the questions about two of them."""
-    draw, found = random.Random(f'questions/{split}/{seed}'), []
+    """n problems {'question', 'answer'} of a split: three facts, and questions about one or two of them."""
+    draw = random.Random(f'questions/{split}/{seed}')
+    made = []
     for _ in range(n):
         name = new_word(split, draw).capitalize()
-        facts = {attribute: draw.choice(ATTRIBUTES[attribute][0]) for attribute in draw.sample(list(ATTRIBUTES), 3)}
+        facts = {}
+        for attribute in draw.sample(list(ATTRIBUTES), 3):
+            facts[attribute] = draw.choice(ATTRIBUTES[attribute].values)
         asked = draw.sample(list(facts), draw.choices([1, 2], [2, 1])[0])
-        told = [draw.choice([ATTRIBUTES[attribute][1], *ATTRIBUTES[attribute][2]]).format(name=name, value=known)
-                for attribute, known in facts.items()]
-        questions = [draw.choice(ATTRIBUTES[attribute][3 if split == 'train' else 4]).format(name=name) for attribute in asked]
-        found.append({'question': ' '.join(told + questions),
-                      'answer': ' '.join(ATTRIBUTES[attribute][1].format(name=name, value=facts[attribute]) for attribute in asked)})
-    return found
+        told = []
+        for attribute, known in facts.items():
+            sentence = draw.choice(ATTRIBUTES[attribute].statements)
+            told.append(sentence.format(name=name, value=known))
+        answers = []
+        for attribute in asked:
+            question = draw.choice(ATTRIBUTES[attribute].questions[split])
+            told.append(question.format(name=name))
+            answers.append(ATTRIBUTES[attribute].sentence.format(name=name, value=facts[attribute]))
+        made.append({'question': ' '.join(told), 'answer': ' '.join(answers)})
+    return made
 
 
 def new_word(split, draw):
     """An invented word that belongs to a split."""
-    while split_of(word := invented(draw)) != split:
-        pass
+    word = invented(draw)
+    while split_of(word) != split:
+        word = invented(draw)
     return word
 
 
@@ -44,5 +56,7 @@ def rows(split, n, seed):
 
 if __name__ == '__main__':
     sizes = dict(word.split('=') for word in sys.argv[1:]) or {'train': '800', 'eval': '200'}
-    pairs = [row for split, n in sizes.items() for row in rows(split, int(n), 'guide')]
+    pairs = []
+    for split, n in sizes.items():
+        pairs += rows(split, int(n), 'guide')
     print(json.dumps({'qa_pairs': pairs}, indent=1, ensure_ascii=False))

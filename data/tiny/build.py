@@ -1,9 +1,9 @@
 """Rebuilds the embedded model, which lies beside this file, from nothing but this repository:
 
-    python data/tiny/build.py                   # corpus, training, conversion, report: a quarter of an hour on two cores
-    python data/tiny/build.py corpus            # data/tiny_corpus/ only
-    python data/tiny/build.py install           # the model that training left in out-tiny/ -> data/tiny/
-    python data/tiny/build.py report [DIR]      # skills and faults of data/tiny/ or any checkpoint, held-out problems
+    python data/tiny/build.py               # corpus, training, conversion, report: 15 minutes on two cores
+    python data/tiny/build.py corpus        # data/tiny_corpus/ only
+    python data/tiny/build.py install       # the model that training left in out-tiny/ -> data/tiny/
+    python data/tiny/build.py report [DIR]  # skills and faults of data/tiny/ or a checkpoint
 
 Everything is seeded: the same machine makes the same files. Training is train_gpt.py's, with the flags below.
 """
@@ -29,42 +29,63 @@ from data.tiny.corpus import END, documents
 from data.tokenizer import Tokenizer
 
 TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 250_000
-TRAINING = ['--dataset=tiny_corpus', '--out_dir=out-tiny', '--arch=qwen3', '--n_layer=6', '--n_head=4', '--n_embd=128',
-            '--n_inner=384', '--block_size=384', '--batch_size=24', '--max_iters=870', '--optimizer=muon',
-            '--learning_rate=4e-3', '--lr_scheduler=linear', '--lr_decay_iters=870', '--min_lr=0', '--warmup_iters=50',
-            '--eval_interval=290']
+TRAINING = [
+    '--dataset=tiny_corpus',
+    '--out_dir=out-tiny',
+    '--arch=qwen3',
+    '--n_layer=6',
+    '--n_head=4',
+    '--n_embd=128',
+    '--n_inner=384',
+    '--block_size=384',
+    '--batch_size=24',
+    '--max_iters=870',
+    '--optimizer=muon',
+    '--learning_rate=4e-3',
+    '--lr_scheduler=linear',
+    '--lr_decay_iters=870',
+    '--min_lr=0',
+    '--warmup_iters=50',
+    '--eval_interval=290',
+]
+TOKENIZER_CONFIG = {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 384}
 VOCABULARY = 1024
-# The control tokens are special, which decoding may skip; what tools and answers stand between is part of the text.
+# The control tokens are special, so decoding may skip them; the marks around tools and answers are part of
+# the text.
 CONTROL = [END, '<|im_start|>', '<|im_end|>']
-MARKS = ['<tool_call>', '</tool_call>', '<tool_response>', '</tool_response>', '<tools>', '</tools>', '<think>',
-         '</think>', '<answer>', '</answer>']
-# One digit; a word with the space before it (snake_case is one); a run of signs, so that JSON is short; white space.
+MARKS = [
+    '<tool_call>', '</tool_call>', '<tool_response>', '</tool_response>', '<tools>', '</tools>',
+    '<think>', '</think>', '<answer>', '</answer>',
+]
+# A digit; a word with the space before it (snake_case is one); a run of signs, so that JSON is short; white
+# space.
 SPLIT = r'\p{N}| ?[\p{L}\p{M}_]+|(?: ?[^\s\p{L}\p{M}\p{N}_])+|\s+'
 
 
 def train_tokenizer(texts):
-    """Byte-level BPE of exactly VOCABULARY tokens -> Tokenizer with our chat template, a function of the texts."""
+    """Byte-level BPE of exactly VOCABULARY tokens, a function of the texts -> Tokenizer with our template."""
     backend = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), 'isolated')
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=CONTROL + MARKS, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    text = json.loads(backend.to_str())
-    for token in text['added_tokens']:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=CONTROL + MARKS, show_progress=False,
+                                  initial_alphabet=alphabet)
+    backend.train_from_iterator(texts, trainer)
+    content = json.loads(backend.to_str())
+    for token in content['added_tokens']:
         token['special'] = token['content'] in CONTROL
-    config = {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 384}
-    text = Backend.from_str(json.dumps(text)).to_str(pretty=True)
-    tokenizer = Tokenizer(text, config, chat_template=CHAT_TEMPLATE)
+    text = Backend.from_str(json.dumps(content)).to_str(pretty=True)
+    tokenizer = Tokenizer(text, TOKENIZER_CONFIG, chat_template=CHAT_TEMPLATE)
     if tokenizer.vocab_size != VOCABULARY:
-        raise UserError(f'the texts gave {tokenizer.vocab_size} tokens, not {VOCABULARY}: train on more of them')
+        raise UserError(f'the texts gave {tokenizer.vocab_size} tokens, not '
+                        f'{VOCABULARY}: train on more of them')
     return tokenizer
 
 
 def write_corpus(directory, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS):
-    """train.bin, val.bin, meta.json and tokenizer.json: whole documents, a little over the wanted tokens, each split a
-    stream of its own seed. Returns the tokenizer."""
+    """train.bin, val.bin, meta.json and tokenizer.json: whole documents, a little over the wanted tokens,
+    each split a stream of its own seed. Returns the tokenizer."""
     tokenizer = train_tokenizer(itertools.islice(documents('tokenizer'), 20_000))
     os.makedirs(directory, exist_ok=True)
     with Writer(directory, tokenizer.vocab_size) as writer:
@@ -72,22 +93,25 @@ def write_corpus(directory, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS):
             stream = documents(split)
             while writer.tokens[split] < wanted:
                 texts = list(itertools.islice(stream, 500))
-                ids = np.fromiter(itertools.chain.from_iterable(tokenizer.encode_batch(texts)), dtype=np.int64)
-                writer.write(split, ids, sum(len(text.encode()) for text in texts))
+                ids = itertools.chain.from_iterable(tokenizer.encode_batch(texts))
+                num_bytes = sum(len(text.encode()) for text in texts)
+                writer.write(split, np.fromiter(ids, dtype=np.int64), num_bytes)
         encoder = Encoder('bpe', tokenizer.backend, tokenizer.encode_batch, tokenizer.id_of(END))
         writer.finish(encoder, source='generated by data/tiny/corpus.py')
     return tokenizer
 
 
 def install(run_directory, tokenizer, directory=HERE):
-    """The model of a training run -> a Hugging Face directory in bfloat16, with chat template and stop tokens."""
+    """A run's model -> a Hugging Face directory in bfloat16, with chat template and stop tokens."""
     import torch
     from model import load_model, save_model
     model, trained = load_model(run_directory)
     if trained.sha256 != tokenizer.sha256:
-        raise UserError(f'{run_directory} was trained with another tokenizer than data/tiny_corpus has: train again')
+        raise UserError(f'{run_directory} was trained with another tokenizer '
+                        'than data/tiny_corpus has: train again')
     save_model(model, tokenizer, directory, dtype=torch.bfloat16)
-    stops = {'eos_token_id': sorted(tokenizer.stop_ids | {tokenizer.pad_id}), 'pad_token_id': tokenizer.pad_id}
+    stop_ids = sorted(tokenizer.stop_ids | {tokenizer.pad_id})
+    stops = {'eos_token_id': stop_ids, 'pad_token_id': tokenizer.pad_id}
     with open(os.path.join(directory, 'generation_config.json'), 'w') as file:
         json.dump(stops, file, indent=2)
     size = os.path.getsize(os.path.join(directory, 'model.safetensors'))
@@ -95,7 +119,7 @@ def install(run_directory, tokenizer, directory=HERE):
 
 
 def report(directory, n=200):
-    """{measure: share} over n held-out problems a task: what a model does right, and its faults. Prints it."""
+    """{measure: share} over n held-out problems a task: right answers, and faults. Prints it."""
     from model import load_model
     from sample import generate
     model, tokenizer = load_model(directory)
@@ -103,31 +127,32 @@ def report(directory, n=200):
     def answers(task, problems, temperature):
         prompts = [prompt_ids(tokenizer, task.prompt(problem), problem.get('tools')) for problem in problems]
         samples = generate(model, prompts, 120, temperature=temperature, stop_ids=tokenizer.stop_ids)
-        rows = zip(samples.tokens.reshape(len(prompts), -1).tolist(), samples.lengths.reshape(-1).tolist(), strict=True)
-        texts = [tokenizer.decode(row[:length]) for row, length in rows]
+        tokens = samples.tokens.reshape(len(prompts), -1).tolist()
+        lengths = samples.lengths.reshape(-1).tolist()
+        texts = [tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
         return [text.removesuffix('<|im_end|>') for text in texts]
 
-    found = {}
-    for task in (arithmetic, plan_path, toolcalls, facts):
-        problems, name = task.problems('eval', n, 'report'), task.__name__.rpartition('.')[2]
-        for manner, temperature in (('greedy', 0.0), ('sampled', 1.0)):
+    shares = {}
+    for task, (fault, has_fault) in FAULTS.items():
+        problems = task.problems('eval', n, 'report')
+        name = task.__name__.rpartition('.')[2]
+        for mode, temperature in (('greedy', 0.0), ('sampled', 1.0)):
             texts = answers(task, problems, temperature)
-            rewards = [task.reward(problem, text) for problem, text in zip(problems, texts, strict=True)]
-            found[f'{name}/{manner}'] = sum(rewards) / n
-            found[f'{name}/{manner} {FAULTS[task][0]}'] = sum(map(FAULTS[task][1], problems, texts)) / n
-    for measure, share in found.items():
+            shares[f'{name}/{mode}'] = sum(map(task.reward, problems, texts)) / n
+            shares[f'{name}/{mode} {fault}'] = sum(map(has_fault, problems, texts)) / n
+    for measure, share in shares.items():
         print(f'{measure:50} {share:6.1%}')
-    return found
+    return shares
 
 
 def carry_dropped(problem, text):
     a, b = problem['a'], problem['b']
-    return a % 10 + b % 10 > 9 and text == arithmetic.work(a, b, carry=0)
+    return arithmetic.needs_carry(a, b) and text == arithmetic.work(a, b, carry=0)
 
 
 def through_walls(problem, text):
-    straight = plan_path.write(problem['start'], plan_path.straight(problem['start'], problem['goal']))
-    return text == straight and not plan_path.reward(problem, text)
+    moves = plan_path.straight(problem['start'], problem['goal'])
+    return text == plan_path.write(problem['start'], moves) and not plan_path.reward(problem, text)
 
 
 def wrong_keys(problem, text):
@@ -139,12 +164,17 @@ def other_form(problem, text):
     return text == facts.other_form(problem)
 
 
-FAULTS = {arithmetic: ('carry dropped', carry_dropped), plan_path: ('straight through walls', through_walls),
-          toolcalls: ('right but for the keys', wrong_keys), facts: ('right in the other form', other_form)}
+FAULTS = {
+    arithmetic: ('carry dropped', carry_dropped),
+    plan_path: ('straight through walls', through_walls),
+    toolcalls: ('right but for the keys', wrong_keys),
+    facts: ('right in the other form', other_form),
+}
 
 
 def main(stage='all', directory=HERE):
-    corpus, run_directory = os.path.join(ROOT, 'data', 'tiny_corpus'), os.path.join(ROOT, 'out-tiny')
+    corpus = os.path.join(ROOT, 'data', 'tiny_corpus')
+    run_directory = os.path.join(ROOT, 'out-tiny')
     if stage not in ('all', 'corpus', 'install', 'report'):
         raise UserError(f'{stage!r} is none of the stages corpus, install, report')
     if stage in ('all', 'corpus'):
@@ -154,8 +184,7 @@ def main(stage='all', directory=HERE):
     if stage in ('all', 'install'):
         with open(os.path.join(corpus, 'tokenizer.json'), encoding='utf-8', newline='') as file:
             text = file.read()
-        install(run_directory, Tokenizer(text, {'eos_token': '<|im_end|>', 'pad_token': END, 'model_max_length': 384},
-                                         chat_template=CHAT_TEMPLATE))
+        install(run_directory, Tokenizer(text, TOKENIZER_CONFIG, chat_template=CHAT_TEMPLATE))
     if stage in ('all', 'report'):
         report(directory)
 

@@ -3,10 +3,11 @@
     python scripts/dataprocess/load_sokoban.py
     python scripts/dataprocess/load_sokoban.py --names sokoban --num_rows 5000
 
-train_agents.py makes the same puzzles from its seed and needs no file: these are to look at, to solve by other means, and to learn
-from (train_sft.py reads "question" and "answer"). No hub is asked: the project's own generators make all puzzles, every one solvable,
-and no training puzzle is a held-out one. A row has "question" (what the plan agent is asked), "answer" (a right reply), "picture",
-"problem" (what Env takes) and "source".
+train_agents.py makes the same puzzles from its seed and needs no file: these are to look at, to solve by
+other means, and to learn from (train_sft.py reads "question" and "answer"). No hub is asked: the project's
+own generators make all puzzles, every one solvable, and no training puzzle is a held-out one. A row has
+"question" (what the plan agent is asked), "answer" (a right reply), "picture", "problem" (what Env takes) and
+"source".
 """
 import store
 
@@ -18,21 +19,27 @@ GAMES = {'sokoban': sokoban, 'sudoku': sudoku, 'plan_path': plan_path}
 
 def rows_of(game, split, n, seed):
     """n rows of a game with its default settings."""
-    for problem in game.problems(split, n, seed, **{name: default for name, (default, _) in game.SETTINGS.items()}):
+    settings = {name: default for name, (default, _) in game.SETTINGS.items()}
+    for problem in game.problems(split, n, seed, **settings):
         env = game.Env(problem)
         answer = env.solution('plan_agent')
         if not env.score('plan_agent', answer).valid:
             raise UserError(f'the generator made a puzzle without a solution: {problem}')
-        yield {'question': env.prompt('plan_agent')[-1]['content'], 'answer': answer, 'picture': env.view(), 'problem': problem}
+        yield {
+            'question': env.prompt('plan_agent')[-1]['content'],
+            'answer': answer,
+            'picture': env.view(),
+            'problem': problem,
+        }
 
 
 def main(args):
+    def generate(name, split, n):
+        return rows_of(GAMES[name], split, n, args.seed)
+
     print('puzzles of the generators in data/tasks: there is no data set on the hub for these games')
-    for split in ('train', 'test'):
-        for name in args.names:
-            make = lambda part, n: rows_of(GAMES[name], part, n, args.seed)
-            store.write(args, 'game', split, name, store.generated_rows(args, split, make))
+    store.write_sets(args, 'game', {'train': args.names, 'test': args.names}, generate)
 
 
 if __name__ == '__main__':
-    run_script(lambda _: main(store.arguments(__doc__, GAMES)), None)
+    run_script(main, store.arguments(__doc__, GAMES))

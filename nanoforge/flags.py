@@ -1,0 +1,264 @@
+"""The settings that several scripts have, each declared once. A Config inherits them, and declares its own.
+
+    @configclass
+    class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
+        section = 'training'        # where the documented paths of its own fields begin
+        warmup_steps = 10           # no annotation: another default of an inherited field, nothing else
+
+The comment beside a field is its help text; its range stands on the field. torch is not imported.
+"""
+import os
+from dataclasses import dataclass
+
+from configurator import Accepted, UserError, configclass, setting
+from nanoforge.optim import OPTIMIZERS, SCHEDULER_NAMES
+
+SMALL_MODEL = 20_000_000    # parameters below which full fine-tuning needs a rate nearer to pretraining's
+DTYPES = ('float32', 'bfloat16', 'float16')
+COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
+
+# Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
+ACCEPTED = {
+    'model.low_cpu_mem_usage': Accepted(True, 'weights are mapped from disk, never held twice'),
+    'data.remove_unused_columns': Accepted(True, 'a row is encoded as it is read, and no column is kept'),
+    'data.dataset_num_proc': Accepted(1, 'problems are tokenised in this process'),
+    'training.prediction_loss_only': Accepted(True, 'an evaluation always samples and scores'),
+    'training.dataloader_num_workers': Accepted(0, 'batches are made of what was just sampled'),
+    'training.dataloader_pin_memory': Accepted(False, 'batches are made of what was just sampled'),
+    'training.deepspeed_config': Accepted(
+        None, 'DeepSpeed is not used here; leave it out: --num_gpus=N is data parallel, and load_in_4bit '
+        'with use_lora or gradient_checkpointing save memory', refused=True, also=('deepspeed',)),
+    'distributed': Accepted(False, "the launcher's environment says how many processes there are"),
+}
+
+
+class Flags:
+    """What all of them are: their check() calls each other in the order of the bases, and ends here."""
+    accepted = ACCEPTED
+    typed = flags = frozenset()     # of a Config made by hand; parse() says which fields were set, and where
+
+    def check(self):
+        pass
+
+
+@configclass
+class RunFlags(Flags):
+    """One run: where it computes, what it logs, whether it goes on."""
+    seed: int = 1337  # of data order, sampling, dropout and new weights
+    resume: bool | str = setting(False, choices=('auto',))  # go on with the run in the output
+        # folder; auto: if there is one
+    # logging
+    report_to: list[str] = setting([], choices=('tensorboard', 'wandb', 'none', 'all'))  # where to log, as
+        # Hugging Face says it; if empty, tensorboard and wandb.enabled decide
+    tensorboard: bool = True  # events under logs/<run>/
+    wandb_enabled: bool = setting(False, path='wandb.enabled', also=('wandb_log',))  # also log to
+        # Weights & Biases
+    wandb_project: str = setting('nanoforge', path='wandb.project')  # its project
+    wandb_entity: str | None = setting(None, path='wandb.entity')  # user or team; your own if not set
+    wandb_name: str | None = setting(None, path='wandb.name', also=('wandb_run_name',))  # its run; the
+        # folder's name if not set
+    wandb_tags: list[str] = setting([], path='wandb.tags')  # words to find it by
+    # machine
+    device: str = setting('auto', path='device')  # auto = cuda, mps or cpu; or cuda:1, ...
+    dtype: str = setting('auto', path='dtype', choices=('auto', *DTYPES))  # of autocast on a GPU; weights
+        # stay float32
+    bf16: bool | None = None  # the same as dtype=bfloat16; false: float32
+    fp16: bool | None = None  # the same as dtype=float16, with loss scaling
+    matmul: str = setting('auto', path='matmul', choices=('auto', 'float32', 'bf16'))  # matrix products on a
+        # CPU; auto = bf16 where the processor has it
+    num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
+    nohup: bool = setting(False, path='nohup')  # in the background: prints PID and log,
+        # logs/training_DATE_TIME.log
+
+    def check(self):
+        super().check()
+        if self.bf16 and self.fp16:
+            typed = self.flags & {'bf16', 'fp16'}
+            if len(typed) != 1:
+                raise UserError('bf16 and fp16 exclude each other: choose one')
+            setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
+
+    def autocast_dtype(self):
+        """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""
+        if self.bf16 or self.fp16:
+            return 'bfloat16' if self.bf16 else 'float16'
+        return 'float32' if self.bf16 is False and self.dtype == 'auto' else self.dtype
+
+    def reports_to(self, place):
+        """Whether 'tensorboard' or 'wandb' is logged to."""
+        if place == 'wandb' and self.wandb_enabled:
+            return True             # a recipe names tensorboard, and the command line asks for this one, too
+        if self.report_to:
+            return place in self.report_to or 'all' in self.report_to
+        return self.tensorboard if place == 'tensorboard' else self.wandb_enabled
+
+
+@configclass
+class ModelFlags(Flags):
+    """The policy: which model, what of it trains, in which precision the rest is held."""
+    section = 'model'
+
+    base_model_name: str = setting(  # a directory, hub name or PEFT adapter; or tiny, the embedded model
+        'tiny', also=('model', 'model_name', 'model_id', 'model_name_or_path'))
+    torch_dtype: str = setting('bfloat16', choices=DTYPES)  # of frozen weights on a GPU (under LoRA, a
+        # reference); what trains is float32
+    use_flash_attention: bool = False  # on a GPU prefer the flash kernel; false: PyTorch chooses among the
+        # fused ones
+    load_in_8bit: bool = False  # hold the frozen weights under LoRA in 8 bits
+    load_in_4bit: bool = False  # hold them in 4 bits: QLoRA
+    bnb_4bit_compute_dtype: str | None = setting(None, choices=DTYPES)  # of products with 4-bit weights; as
+        # all others if not set
+    bnb_4bit_quant_type: str = setting('nf4', choices=('nf4', 'fp4'))  # spacing of the 4-bit values
+    bnb_4bit_use_double_quant: bool = True  # quantise their scales, too
+    use_lora: bool = False  # train low-rank adapters, not the weights themselves
+    lora_r: int = setting(8, min=1)  # rank of the adapters
+    lora_alpha: float = setting(16, above=0)  # adapters count alpha / r times
+    lora_dropout: float = setting(0.05, min=0, below=1)  # on the input of the adapters, while training
+    lora_target_modules: list[str] = []  # layers with an adapter, named as in PEFT (q_proj); empty = every
+        # linear one but the head
+    lora_bias: str = setting('none', choices=('none', 'all', 'lora_only'))  # which biases train beside the
+        # adapters
+    gradient_checkpointing: bool = setting(False, path='training.gradient_checkpointing')  # compute
+        # activations again in backward: less memory, a third more time
+
+    def check(self):
+        super().check()
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
+            bits = 4 if self.load_in_4bit else 8
+            raise UserError(f'load_in_{bits}bit needs use_lora=true: quantised weights are frozen, only '
+                            'adapters train')
+
+    @property
+    def mode(self):
+        """'full', 'LoRA' or 'QLoRA'."""
+        if self.load_in_4bit or self.load_in_8bit:
+            return 'QLoRA'
+        return 'LoRA' if self.use_lora else 'full'
+
+
+@dataclass
+class Source:
+    """One data set of several."""
+    name: str = ''  # a file (.jsonl, .json, .csv, .parquet), a directory of them, an embedded set, or a hub
+        # data set
+    subset: str | None = None  # the configuration of a hub data set
+    split: str = 'train'  # the split of a hub data set or directory that is trained on
+    weight: float = 1.0  # how often its rows are seen in an epoch: 2 = twice, 0.5 = every other row
+    prompt_column: str | None = None  # column of the question; found out if not set
+    answer_column: str | None = None  # column of the answer; found out if not set
+    chosen_column: str | None = None  # column of the preferred answer (preference data)
+    rejected_column: str | None = None  # column of the other one (preference data)
+    dataset_columns: list[str] = setting([])  # columns that a system_prompt template may name; empty = all
+
+
+@configclass
+class DataFlags(Flags):
+    """Rows: where they come from, and how much of them is used."""
+    section = 'data'
+
+    dataset_path: str | None = setting(None, also=('data_path', 'dataset', 'dataset_name'))  # file,
+        # directory, embedded set or hub data set; several with commas. It stands in for `datasets`
+    prompt_column: str | None = None  # column of what is asked, in dataset_path; found out if not set
+    answer_column: str | None = None  # column of the answer
+    chosen_column: str | None = None  # column of the preferred answer
+    rejected_column: str | None = None  # column of the other one
+    datasets: list[Source] = []  # the same as a list, with a weight for each
+    system_prompt: str | None = None  # template over the columns of a row: the system message of every prompt
+    max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
+        # and answer; the model's context if not set
+    max_prompt_length: int | None = setting(None, min=1)  # tokens of the prompt
+    eval_fraction: float | None = setting(0.1, min=0, below=1, also=('val_fraction',))
+        # of rows without metadata held out, by a hash of the prompt
+    split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
+        # held rows out
+
+    def check(self):
+        super().check()
+        if self.eval_fraction is None:              # null, as earlier recipes have it
+            self.eval_fraction = 0.1
+        named = [name for name in COLUMNS if getattr(self, name)]
+        if named and not self.dataset_path:
+            if not self.datasets:
+                raise UserError(f'{named[0]} names a column of --dataset_path, which is not given')
+            for source in self.datasets:            # a flag is short for data.datasets.COLUMN
+                for name in named:
+                    setattr(source, name, getattr(self, name))
+        for i, source in enumerate(self.datasets):
+            if not source.name or not 0 < source.weight < float('inf'):
+                raise UserError(f'data.datasets[{i}] needs a name and a weight above 0, not '
+                                f'name={source.name!r}, weight={source.weight:g}')
+        if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
+            raise UserError(f'max_prompt_length={self.max_prompt_length} leaves no room for an answer in '
+                            f'max_length={self.max_length}')
+
+    def sources(self, embedded=()):
+        """The data sets as a list of Source: dataset_path, else datasets, else those called `embedded`."""
+        if not self.dataset_path:
+            return self.datasets or [Source(name=name) for name in embedded]
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        is_one = os.path.exists(self.dataset_path)              # a comma may be part of its name
+        names = [self.dataset_path] if is_one else self.dataset_path.split(',')
+        return [Source(name=name.strip(), **columns) for name in names]
+
+
+@configclass
+class LoaderFlags(Flags):
+    """Rows that are rendered once and batched beside the training."""
+    dataset_num_proc: int = setting(1, path='data.dataset_num_proc', min=1)  # processes that
+        # render and tokenise
+    dataloader_num_workers: int = setting(0, path='training.dataloader_num_workers', min=0)  # steps whose
+        # batches a thread makes ahead
+    dataloader_pin_memory: bool = setting(True, path='training.dataloader_pin_memory')  # batches in
+        # page-locked memory, copied to the GPU meanwhile
+    check_data: bool = setting(False, path='check_data', also=('check', 'dry_run'))  # show what is learned of
+        # which rows and what is wrong with them, and stop
+
+
+@configclass
+class OptimizerFlags(Flags):
+    """What pretraining and fine-tuning call by one name. Without a section: it is that of the script."""
+    # optimizer
+    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # adamw, sgd, muon are ours; others are torch's
+    weight_decay: float = setting(0.0, min=0)  # of matrices; norms and biases are spared
+    gradient_accumulation_steps: int = setting(1, min=1, also=('grad_accum',))  # micro-batches of an
+        # optimizer step
+
+
+@configclass
+class StepFlags(Flags):
+    """Steps on a model that is trained already."""
+    learning_rate: float | None = setting(None, above=0, also=('lr',))  # the highest; by mode if not set:
+        # full 1e-5 (more for a small model), LoRA 1e-4, QLoRA 2e-4
+    max_grad_norm: float = setting(1.0, min=0, also=('grad_clip',))  # highest gradient norm; 0 = no clipping
+
+
+@configclass
+class TrainFlags(OptimizerFlags, StepFlags):
+    """Fine-tuning's optimizer, schedule, evaluations and checkpoints."""
+    section = 'training'
+
+    output_dir: str = setting('models', also=('checkpoint_dir', 'out_dir'))  # checkpoints, log and pictures;
+        # the model to use ends up in its root
+    num_train_epochs: float | None = setting(None, above=0, also=('epochs', 'num_epochs'))  # passes over
+        # the data
+    max_steps: int = setting(-1, min=-1)  # optimizer steps in place of epochs; -1 = by epochs
+    per_device_train_batch_size: int = setting(4, min=1, also=('batch_size', 'train_batch_size'))  # rows of a
+        # micro-batch in each process
+    lr_scheduler_type: str = setting(  # how the learning rate decays
+        'linear', choices=tuple(SCHEDULER_NAMES),
+        also=('lr_scheduler', 'scheduler_type', 'training.lr_scheduler'))
+    warmup_steps: int | None = setting(None, min=0)  # optimizer steps in which the rate rises
+    logging_steps: int = setting(10, min=1)  # steps between log lines
+    eval_steps: int = setting(50, min=1)  # steps between evaluations
+    save_steps: int = setting(500, min=1)  # steps between checkpoints
+    save_total_limit: int | None = setting(2, min=1)  # the newest checkpoints, kept beside the best;
+        # null = all
+    save_only_model: bool = False  # without optimizer, but for the newest, from which a run resumes
+    dataloader_drop_last: bool = False  # leave out what does not fill a step at the end of an epoch
+
+    def check(self):
+        super().check()
+        if self.max_steps == 0:
+            raise UserError('max_steps must be 1 or more, or -1 for what num_train_epochs gives; not 0')

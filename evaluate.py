@@ -115,8 +115,8 @@ def main(cfg):
         print(f'WARNING: from {min(counts):,} to {max(counts):,} rows fitted the contexts of these models: '
               'their scores are not of the same rows')
 
-    print(pages.text_table(*pages.score_table(results)))
-    print(pages.text_table(*pages.error_table(results)))
+    print(eval_report.text_table(*eval_report.score_table(results)))
+    print(eval_report.text_table(*eval_report.error_table(results)))
     evaluation = {'written_by': 'nanoforge', 'data': data.name, 'num_rows': len(rows),
                   'settings': as_dict(cfg), 'results': results}
     write_results(out_dir, evaluation, cfg.num_examples)
@@ -136,7 +136,7 @@ from data.formats import Record, Source, read_rows, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import pieces_of
 from model import load_model
-from nanoforge import metrics, pages
+from nanoforge import eval_report, metrics
 from nanoforge.checkpoint import move_aside, read_manifest, write_json, write_text
 from nanoforge.data_checks import DataIssues
 from nanoforge.run import describe_device, explain_out_of_memory, seed_for, setup
@@ -474,7 +474,7 @@ def write_results(out_dir, evaluation, num_examples):
     out_dir.mkdir(parents=True, exist_ok=True)
     if paths := earlier_results(out_dir):
         print(f'{out_dir} held an earlier evaluation: it is now in {move_aside(out_dir, paths)}')
-    markdown, html = pages.evaluation_pages(evaluation, num_examples)
+    markdown, html = eval_report.evaluation_pages(evaluation, num_examples)
     write_json(out_dir / 'evaluation.json', evaluation)
     write_text(out_dir / 'evaluation.md', markdown)
     write_text(out_dir / 'evaluation.html', html)

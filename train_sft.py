@@ -214,8 +214,8 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-from data.batches import Epochs, Prefetcher, draw, micro_batches, pack_documents
-from data.formats import best_fit, read_rows, to_record
+from data.batches import Epochs, Prefetcher, best_fit, draw, micro_batches, pack_documents
+from data.formats import read_rows, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json

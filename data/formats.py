@@ -584,35 +584,3 @@ def is_of_type(value, type):
     if type == 'integer' and isinstance(value, float):
         return value.is_integer()
     return isinstance(value, JSON_TYPES.get(type, object))
-
-
-# ---- packing
-
-def best_fit(lengths, capacity):
-    """Best-fit decreasing bin packing -> bins: lists of indices whose lengths sum to at most `capacity`.
-
-    The longest come first, each into the fullest bin that still has room for it (Johnson et al. 1974: at most
-    11/9 of the fewest bins, plus a constant). ValueError where one is longer than the capacity.
-    """
-    bins = []
-    open_bins = {}          # {free space: numbers of the bins that have it}
-    spaces = 0              # bit s is set where open_bins has a bin of free space s
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[i]
-        if length > capacity:
-            raise ValueError(f'item {i} of length {length} does not fit in {capacity}')
-        fitting = spaces >> length
-        if fitting:
-            lowest_bit = (fitting & -fitting).bit_length() - 1
-            space = length + lowest_bit
-            number = open_bins[space].pop()
-            if not open_bins[space]:
-                spaces &= ~(1 << space)
-        else:
-            space, number = capacity, len(bins)
-            bins.append([])
-        bins[number].append(i)
-        left = space - length
-        open_bins.setdefault(left, []).append(number)
-        spaces |= 1 << left
-    return bins

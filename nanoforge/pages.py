@@ -2,22 +2,17 @@
 
     rollouts_page       rollouts.html of train_rl.py: samples, the likelier and the less likely ones
     episodes_page       episodes.html of train_agents.py: trees of turns
-    evaluation_pages    evaluation.md and .html of evaluate.py
     explain_group       a group of completions, in words
 
 They are made from what a run wrote down, so a resumed run's are whole.
 """
-import base64
 import json
-import re
-from functools import partial
 from html import escape
 from pathlib import Path
 
 from data.completions import read_completions
 from nanoforge.checkpoint import write_text
-from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
-from nanoforge.plots import BLUE, GREEN, ORANGE, evaluation_figures, png_bytes, read_log
+from nanoforge.plots import BLUE, GREEN, ORANGE, read_log
 
 # ---- what all pages share ---------------------------------------------------------------------------------
 
@@ -275,143 +270,3 @@ def html_turn(turn):
     asked = escape(turn['messages'][-1]['content'])
     return (f'<p><b>turn {turn["turn"] + 1}, {escape(turn["agent"])}</b> <span class=facts>{asked}</span></p>'
             f'<div class=turn>{element("pre", turn["view"])}{table}</div>')
-
-
-# ---- an evaluation ----------------------------------------------------------------------------------------
-
-HELP = (
-    'Accuracy: all tool calls the same in order, where there are any; the reward of the task, where there is '
-    'one; else the same words but for case, punctuation and articles. Perplexity and token accuracy are of '
-    'the right answers, read with the prompt and the right tokens before each; all else is of what the model '
-    'wrote. Exact match: the same text but for white space. F1: words in common, as SQuAD counts them. '
-    'ROUGE: F-measures by rouge-score, no stemming. BLEU: of the whole set, 0 to 100, by sacrebleu.')
-EXAMPLE = ('question', 'reference', 'response')         # texts of a row that an example shows
-
-
-def evaluation_pages(evaluation, num_examples=5):
-    """What evaluate.py found -> (Markdown, HTML): tables, pictures (inside the HTML file), examples."""
-    results = evaluation['results']
-    models = models_in(results)
-    title = 'Evaluation of ' + ', '.join(result['name'] for result in models)
-    blocks = [('text', f'{evaluation["num_rows"]:,} rows of {evaluation["data"]}.'),
-              ('table', *score_table(results)),
-              ('text', HELP)]
-    blocks += [('picture', *picture) for picture in evaluation_figures(results)]
-    blocks += [('heading', 'What is right, and what is wrong'),
-               ('table', *error_table(results, meanings=True))]
-    for result in models:
-        if result['tools']:
-            blocks += [('heading', f'{result["name"]}: calls by tool'),
-                       ('table', *tool_table(result))]
-    for result in models:
-        for heading, rows in examples_of(result['rows'], num_examples):
-            blocks.append(('heading', f'{result["name"]}: {heading}'))
-            blocks += [('example', row) for row in rows]
-
-    markdown = [MARKDOWN[kind](*content) for kind, *content in blocks if kind in MARKDOWN]
-    html = [HTML[kind](*content) for kind, *content in blocks]
-    return '\n\n'.join([f'# {title}', *markdown]) + '\n', html_page(title, '\n'.join(html))
-
-
-def score_table(results):
-    """(headers, rows) of the scores side by side; a score that none has is left out."""
-    rows = []
-    for key, (label, form) in SCORES.items():
-        values = [result['scores'].get(key) for result in results]
-        if any(value is not None for value in values):
-            rows.append([label, *('' if value is None else form.format(value) for value in values)])
-    return ['', *(result['name'] for result in results)], rows
-
-
-def error_table(results, meanings=False):
-    """(headers, rows) of how many responses were right, and what was wrong with the others."""
-    headers, rows = ['', *(result['name'] for result in results)], []
-    for kind in ('correct', *ERRORS):
-        counts = [count_of(kind, result) for result in results]
-        if any(counts):
-            rows.append([kind, *(f'{count:,} ({count / len(result["rows"]):.1%})' if count else ''
-                                 for count, result in zip(counts, results))])
-    if meanings:
-        headers.append('what it means')
-        rows = [[*row, ERRORS.get(row[0], '')] for row in rows]
-    return headers, rows
-
-
-def tool_table(result):
-    """(headers, rows) of the tools that were wanted."""
-    rows = []
-    for tool, row in result['tools'].items():
-        wanted = row['wanted']
-        shares = f'{row["right_tool"] / wanted:.1%}', f'{row["exact_call"] / wanted:.1%}'
-        rows.append([tool, str(wanted), *shares, row['instead']])
-    return ['tool', 'wanted', 'right tool', 'exact call', 'most often instead'], rows
-
-
-def text_table(headers, rows):
-    """A table for a terminal: the first column to the left, the others to the right."""
-    lines = [headers, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ''
-    for line in lines:
-        first, *others = [cell.rjust(width) for cell, width in zip(line, widths)]
-        text += '  '.join([line[0].ljust(len(first)), *others]) + '\n'
-    return text
-
-
-def examples_of(rows, count):
-    """[(heading, rows)]: the best responses, the worst, and the first of each kind of error, at most `count`
-    each; each row once, equal questions once."""
-    unique, taken, examples = {}, set(), []
-    for row in rows:
-        unique.setdefault(row['question'], row)
-
-    def add(heading, candidates):
-        chosen = [row for row in candidates if row['question'] not in taken][:count]
-        taken.update(row['question'] for row in chosen)
-        if chosen:
-            examples.append((heading, chosen))
-
-    ranked = sorted(unique.values(), key=lambda row: (-row['correct'], -row['f1'], row['loss'] or 0.0))
-    add('best responses', [row for row in ranked if row['correct'] or row['f1'] > 0])
-    add('worst responses', [row for row in reversed(ranked) if not row['correct']])
-    for kind in ERRORS:
-        add(kind, [row for row in unique.values() if row['error'] == kind])
-    return examples
-
-
-def facts_about(row):
-    """One line about an example."""
-    facts = ['correct' if row['correct'] else row['error'], f'F1 {row["f1"]:.2f}']
-    if row['loss'] is not None:
-        facts.append(f'loss {row["loss"]:.3f}')
-    return ', '.join(filter(None, [*facts, row['where']]))
-
-
-def markdown_table(headers, rows):
-    lines = [headers, ['---'] + ['---:'] * (len(headers) - 1), *rows]
-    cells = [[' '.join(cell.split()).replace('|', '\\|') for cell in line] for line in lines]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in cells)
-
-
-def markdown_example(row):
-    text = '\n'.join(f'{name}: {row[name]}' for name in EXAMPLE)
-    longest = max(map(len, re.findall('`+', text)), default=0)
-    fence = '`' * max(3, longest + 1)           # longer than any in the text
-    return f'{facts_about(row)}\n\n{fence}\n{text}\n{fence}'
-
-
-def html_example(row):
-    texts = ''.join(f'<div><b>{name}</b> {escape(row[name])}</div>' for name in EXAMPLE)
-    kind = 'example correct' if row['correct'] else 'example'
-    return f'<div class="{kind}">{texts}<div class=facts>{escape(facts_about(row))}</div></div>'
-
-
-def html_picture(heading, figure):
-    data = base64.b64encode(png_bytes(figure)).decode()
-    return f'{element("h2", heading)}<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
-
-
-# kind of a block: what writes it
-MARKDOWN = {'text': str, 'heading': '## {}'.format, 'table': markdown_table, 'example': markdown_example}
-HTML = {'text': partial(element, 'p'), 'heading': partial(element, 'h2'), 'table': html_table,
-        'example': html_example, 'picture': html_picture}

@@ -3,16 +3,12 @@
     sparkline                               a curve as one line of text
     loss_picture, reward_picture, curves    a run's log.jsonl over its steps -> PNG
     margins                                 reward margins of preference pairs -> PNG
-    evaluation_figures                      what evaluate.py found -> figures for its page
 """
 import io
 import itertools
 import json
 import math
-import re
 from pathlib import Path
-
-from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#3b6fb6', '#d9622b', '#4a9b6e', '#8d62a9', '#777777'
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, '#b8912f', '#5aa9c4', '#b5527a', GREY)
@@ -26,10 +22,6 @@ REWARD_PANELS = (
      'completions/clipped_ratio frac_reward_zero_std clip_ratio/region_mean explained_variance'),
     ('entropy and KL (nats per token)', 'entropy kl approx_kl'),
 )
-ERROR_COLOURS = dict(zip(('correct', *ERRORS), (
-    GREEN, '#1f1f1f', '#5d3a7a', PURPLE, '#b5527a', ORANGE, '#e8a15f', '#5aa9c4', '#8fb8e0', '#d8c25a',
-    '#b0b0b0')))
-PALE = ('#e8a15f', '#8fb8e0', '#d8c25a', '#b0b0b0')     # dark writing on these
 
 
 # ---- a run's log ------------------------------------------------------------------------------------------
@@ -280,139 +272,3 @@ def margins(values, png_path, title):
     axes.legend(frameon=False, fontsize=11)
     axes.spines[['top', 'right']].set_visible(False)
     write_png(figure, png_path)
-
-
-# ---- pictures of an evaluation ----------------------------------------------------------------------------
-
-def evaluation_figures(results):
-    """[(title, Figure)] of the results of evaluate.py (metrics.result_of)."""
-    models = models_in(results)
-    numbers = {checkpoint_number(result) for result in models} - {None}
-    figures = [('Scores', figure_of_scores(results)),
-               ('What is right, and what is wrong', figure_of_errors(results))]
-    if len(numbers) == len(models) > 2:
-        figures.append(('From checkpoint to checkpoint', figure_of_progress(models)))
-    if results[0]['tools']:
-        figures.append(('Calls by tool', figure_of_tools(results)))
-    return [*figures, ('Loss and length, row by row', figure_of_rows(models))]
-
-
-def checkpoint_number(result):
-    """The number in which the name of a checkpoint ends, None where it has none."""
-    match = re.search(r'(\d+)\D*$', result['name'])
-    return int(match[1]) if match else None
-
-
-def bars(labels, results, values, pale=None):
-    """Shares as a group of bars for each label, in it one for each result. values, pale: for each result one
-    value a label, None where there is none; pale bars stand behind, in place of figures beside the bars."""
-    figure = new_figure(9, 1.2 + 0.16 * len(labels) * (len(results) + 1.2))
-    axes = figure.subplots()
-    plain_style(axes, grid='x')
-    height = 0.8 / len(results)
-    for i, (result, colour) in enumerate(zip(results, itertools.cycle(COLOURS))):
-        offset = (i - (len(results) - 1) / 2) * height
-        positions = [offset + row for row in range(len(labels))]
-        style = {'height': height * 0.92, 'color': colour}
-        drawn = axes.barh(positions, [value or 0 for value in values[i]], label=result['name'], **style)
-        if pale:
-            axes.barh(positions, pale[i], alpha=0.3, **style)
-        else:
-            shares = ['' if value is None else f'{value:.1%}' for value in values[i]]
-            axes.bar_label(drawn, shares, padding=3, color='#444444', fontsize=7 if len(results) > 2 else 8)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(0, 1.02 if pale else 1.08)
-    percent_axis(axes.xaxis)
-    figure_legend(figure)
-    return figure
-
-
-def figure_of_scores(results):
-    """All that are shares."""
-    shares = [key for key, (_, form) in SCORES.items() if form == '{:.1%}']
-    shares = [key for key in shares if any(key in result['scores'] for result in results)]
-    return bars([SCORES[key][0] for key in shares], results,
-                [[result['scores'].get(key) for key in shares] for result in results])
-
-
-def figure_of_tools(results):
-    """The calls of each tool, most wanted first."""
-    tools = results[0]['tools']
-
-    def shares(result, count):
-        # a model with a shorter context has fewer rows, and may lack a tool
-        return [result['tools'].get(tool, {count: 0})[count] / tools[tool]['wanted'] for tool in tools]
-
-    figure = bars([f'{tool} ({row["wanted"]})' for tool, row in tools.items()], results,
-                  [shares(result, 'exact_call') for result in results],
-                  pale=[shares(result, 'right_tool') for result in results])
-    figure.axes[0].set_xlabel('calls that are exactly right; pale: the right tool')
-    return figure
-
-
-def figure_of_errors(results):
-    """One bar a result, from correct to wrong answer."""
-    figure = new_figure(9, 1.6 + 0.45 * len(results))
-    axes = figure.subplots()
-    plain_style(axes)
-    axes.grid(visible=False)
-    rows, left = range(len(results)), [0.0] * len(results)
-    for kind, colour in ERROR_COLOURS.items():
-        widths = [count_of(kind, result) / len(result['rows']) for result in results]
-        if not any(widths):
-            continue
-        drawn = axes.barh(rows, widths, left=left, color=colour, label=kind, edgecolor='white', height=0.7)
-        shares = [f'{width:.0%}' if width > 0.06 else '' for width in widths]      # where there is room
-        axes.bar_label(drawn, shares, label_type='center', fontsize=9,
-                       color='#222222' if colour in PALE else 'white')
-        left = [start + width for start, width in zip(left, widths)]
-    axes.set_yticks(rows, [result['name'] for result in results])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    percent_axis(axes.xaxis)
-    figure_legend(figure, columns=6)
-    return figure
-
-
-def figure_of_rows(models):
-    """Left, how many rows have a loss below each value; right, the length of each response over that of its
-    right answer."""
-    figure = new_figure(9, 3.4)
-    losses, lengths = figure.subplots(1, 2)
-    longest = max(row['answer_tokens'] for result in models for row in result['rows'])
-    lengths.plot([0, longest], [0, longest], color=GREY, linewidth=1, linestyle=':')
-    for result, colour in zip(models, itertools.cycle(COLOURS)):
-        loss, wanted, written = zip(*((row['loss'], row['answer_tokens'], row['num_tokens'])
-                                      for row in result['rows']))
-        losses.ecdf(loss, color=colour, linewidth=1.8, label=result['name'])
-        lengths.scatter(wanted, written, color=colour, s=14, alpha=0.35, linewidths=0)
-    losses.set_xlabel('loss of the right answer (nats a token)')
-    losses.set_ylabel('share of rows below')
-    losses.set_xscale('log')
-    percent_axis(losses.yaxis)
-    lengths.set_xlabel('tokens of the right answer')
-    lengths.set_ylabel('tokens of the response')
-    for axes in (losses, lengths):
-        plain_style(axes, grid='both')
-    if len(models) > 1:
-        figure_legend(figure)
-    return figure
-
-
-def figure_of_progress(models):
-    """Scores over the number in which the names of checkpoints end."""
-    figure = new_figure(9, 3.4)
-    axes = figure.subplots()
-    plain_style(axes, grid='both')
-    models = sorted(models, key=checkpoint_number)
-    numbers = [checkpoint_number(result) for result in models]
-    for key, colour in (('accuracy', BLUE), ('token_accuracy', ORANGE), ('f1', GREEN), ('rougeL', PURPLE)):
-        if key in models[0]['scores']:
-            axes.plot(numbers, [result['scores'][key] for result in models], color=colour, marker='o',
-                      linestyle=':' if key == 'rougeL' else '-', label=SCORES[key][0])
-    axes.set_xlabel('checkpoint')
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    percent_axis(axes.yaxis)
-    figure_legend(figure, columns=4)
-    return figure

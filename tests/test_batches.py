@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from data.batches import Epochs, Prefetcher, draw, lay_into_rows, micro_batches, pack, pack_documents
-from data.formats import best_fit
+from data.batches import Epochs, Prefetcher, best_fit, draw, lay_into_rows, micro_batches, pack, pack_documents
 from model import FAMILIES, GPT, GPTConfig
 
 CPU = torch.device('cpu')

@@ -20,7 +20,7 @@ from data.tasks import arithmetic, devices, questions, toolcalls
 from data.tokenized import digest
 from evaluate import Config, Row, encode_records, main, read_answers
 from model import add_lora, load_model, save_model
-from nanoforge import metrics, pages
+from nanoforge import eval_report, metrics
 from nanoforge.checkpoint import write_json
 from nanoforge.run import seed_for, setup
 from sample import generate
@@ -396,10 +396,10 @@ def test_tables():
     result = {'name': 'm', 'rows': rows, 'errors': {**dict.fromkeys(metrics.ERRORS, 0), 'echo': 3},
               'scores': {'accuracy': 0.25, 'loss': 1.0, 'perplexity': 2.718281828, 'bleu': 12.345}}
     scores = [['accuracy', '25.0%'], ['perplexity', '2.718'], ['BLEU', '12.3']]
-    assert pages.score_table([result]) == (['', 'm'], scores)
-    assert pages.error_table([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
-    assert pages.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
-    groups = dict(pages.examples_of(rows, 5))
+    assert eval_report.score_table([result]) == (['', 'm'], scores)
+    assert eval_report.error_table([result]) == (['', 'm'], [['correct', '1 (25.0%)'], ['echo', '3 (75.0%)']])
+    assert eval_report.text_table(['', 'm'], [['BLEU', '12.3']]) == '         m\nBLEU  12.3\n'
+    groups = dict(eval_report.examples_of(rows, 5))
     assert [row['question'] for row in groups['best responses']] == ['q0', 'q1']
     assert 'echo' not in groups                                             # each question once
 

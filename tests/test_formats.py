@@ -12,7 +12,8 @@ import pytest
 
 from configurator import UserError
 from data import formats
-from data.formats import Source, best_fit, broken_calls, read_rows, to_record
+from data.batches import best_fit
+from data.formats import Source, broken_calls, read_rows, to_record
 from data.parallel_map import map_chunks
 from data.tasks import devices, toolcalls
 

@@ -10,7 +10,7 @@ candidate is scored from the same state: r = alpha * team + local. The best is e
 sees the new state. Each policy learns from its own agents' candidates by PPO's clipped loss (Zhao et al.
 2025, AT-GRPO):
 
-    A = (r - mean) / (std + 1e-4) among the K candidates, std unbiased; rho = p(token) / p(token) when drawn
+    A = (r - mean) / (std + 1e-4) among the K candidates, std unbiased; rho = p(token) now / when drawn
     loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A if A < 0: token mean
 
 A turn's reward trains that turn only. Validation never branches. Deviations from the paper: the old

@@ -8,9 +8,10 @@
 The policy p is trained to prefer the chosen answer y_w to the rejected one y_l, measured from a frozen
 reference, the model that training starts from (Rafailov et al. 2023, arXiv 2305.18290, eq. 7):
 
-    loss = -log sigmoid(beta (log p(y_w|x) / ref(y_w|x)  -  log p(y_l|x) / ref(y_l|x)))
+    loss = -log sigmoid(beta (log[p(y_w|x) / ref(y_w|x)] - log[p(y_l|x) / ref(y_l|x)]))
 
-dpo_loss has this and seven others, all of them functions of the same four numbers. Departures from the paper:
+dpo_loss has this and seven others, functions of the answers' log-probabilities, some of their lengths, too.
+Departures from the paper:
   - dropout is off, so that policy and reference differ in nothing but weights (see disable_dropout)
   - a small model also learns the chosen answer as in SFT (rpo_alpha): it would forget how to speak
   - a prompt is computed once for both of its answers, and only the answers' tokens reach the head

@@ -148,8 +148,8 @@ def main(cfg):
     if 'model' in cfg.rewards and not reward_model:                 # in the folder that is ready now
         with log.pause():
             reward_model = train_own_reward_model(cfg, problems, tokenizer, run)
-    how = composition(cfg)                                          # what policy_loss takes, but for
-    grouping = {name: how.pop(name) for name in ('scale', 'baseline')}      # what group_advantages takes
+    loss_args = composition(cfg)
+    group_args = {name: loss_args.pop(name) for name in ('scale', 'baseline')}
     metrics, previous = {}, state.step
 
     def save(best=False):
@@ -190,7 +190,7 @@ def main(cfg):
         with log.timed('score'):
             if not critic:                          # against the other completions of the prompt
                 rollout.advantage = group_advantages(rollout.reward, rollout.group, valid=rollout.valid,
-                                                     **grouping)
+                                                     **group_args)
             batches = make_micro_batches(cfg, rollout, sizes, run)      # [this rank's] of each step
             score_micro_batches(cfg, policy, critic, reference, batches, run)
             if reference:
@@ -201,7 +201,7 @@ def main(cfg):
             elif reference and cfg.kl == 'reward':  # again, now that the KL of each completion is known
                 rewards = rollout.reward - state.beta * rollout.kl['k1']
                 rollout.advantage = group_advantages(rewards, rollout.group, valid=rollout.valid,
-                                                     **grouping)
+                                                     **group_args)
         if is_replay and state.step >= cfg.replay:
             metrics = explain_replay(cfg, rollout.records(), log)
             scorer.close()
@@ -218,17 +218,17 @@ def main(cfg):
         # more passes than one reuse what was dear to sample; that they are off-policy the ratio corrects
         first_step = state.step
         num_steps = min(sizes.steps_per_rollout * cfg.num_iterations, sizes.total_steps - first_step)
-        for number in range(num_steps):
-            number %= sizes.steps_per_rollout
+        for i in range(num_steps):
+            number = i % sizes.steps_per_rollout        # which part of the rollout this step takes
             is_first = state.step == first_step
             # what the loss is divided by is counted over the whole step: its gradient is that of one mean,
             # however the step is cut into micro-batches and dealt out to ranks
-            tokens, normaliser = count_step(cfg, rollout, number, sizes, how['mean'])
+            tokens, normaliser = count_step(cfg, rollout, number, sizes, loss_args['mean'])
             policy.train()                              # dropout: in updates alone
             measured = []                               # (tokens, {name: tensor ()}) of each micro-batch
             with log.timed('update'):
-                for i, mb in enumerate(batches[number]):
-                    torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, run.rank, i))
+                for micro, mb in enumerate(batches[number]):
+                    torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, run.rank, micro))
                     with run.autocast():
                         logp, entropy, values, _ = forward(cfg, policy, critic, mb.packed,
                                                            entropy=cfg.entropy_coef > 0)
@@ -241,12 +241,13 @@ def main(cfg):
                         weights = torch.exp(gap).clamp(max=cfg.importance_cap)
                     advantages = mb.advantages if critic else rollout.advantage[mb.rows].to(run.device)
                     loss, stats = policy_loss(logp, old_logp, advantages, mb.mask, normaliser=normaliser,
-                                              weights=weights, **how)
+                                              weights=weights, **loss_args)
                     if reference and cfg.kl != 'reward':
                         kl = kl_estimate(logp, mb.ref_logp, cfg.kl)
-                        loss = loss + state.beta * average(kl, mb.mask, how['mean'], normaliser)
+                        loss = loss + state.beta * average(kl, mb.mask, loss_args['mean'], normaliser)
                     if cfg.entropy_coef:            # a bonus: what is likely must not become certain too soon
-                        loss = loss - cfg.entropy_coef * average(entropy, mb.mask, how['mean'], normaliser)
+                        bonus = average(entropy, mb.mask, loss_args['mean'], normaliser)
+                        loss = loss - cfg.entropy_coef * bonus
                         stats['entropy'] = entropy.detach()[mb.mask].mean()
                     stats['loss'] = loss.detach()               # the policy's: a critic's is logged beside it
                     if critic:                                  # per token always: every token has a value
@@ -381,7 +382,7 @@ from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
 from nanoforge.optim import learning_rate, make_optimizer, warmup_within
 from nanoforge.policy import default_learning_rate, is_adapter, is_small, load_policy
-from nanoforge.reward_model import (ValueModel, hidden_states, load_reward_model, pair_accuracy,
+from nanoforge.reward_model import (ValueModel, load_reward_model, pair_accuracy,
                                     save_reward_model, score_completions, train_reward_model)
 from nanoforge.run import Run, State as RunState, describe_device, seed_for
 from sample import generate
@@ -778,7 +779,7 @@ def count_step(cfg, rollout, number, sizes, mean):
 def forward(cfg, policy, critic, packed, entropy=False):
     """(log-probabilities (B, T), entropies (B, T) or None, values (B, T) and behind the last token (B,), or
     None)."""
-    hidden = hidden_states(policy, packed)                          # (B, T, C); with a critic (B, T + 1, C)
+    hidden = packed.hidden_states(policy)                           # (B, T, C); with a critic (B, T + 1, C)
     T = packed.targets.size(1)
     stats = policy.token_stats(hidden[:, :T], packed.targets, cfg.temperature, extras=entropy)
     values = bootstrap = None

@@ -162,8 +162,8 @@ def main(cfg):
         lr = learning_rate(step, cfg.lr_scheduler_type, cfg.learning_rate, cfg.min_lr, warmup, total)
         if uses_plateau(cfg):                           # lowered where eval_loss stalls, but not below min_lr
             lr = max(lr * state.plateau['scale'], min(lr, cfg.min_lr))
-        # Accuracy costs time, so only steps that are logged measure it. The last step is no exception: what
-        # is computed must not depend on the length of a run, or a longer one could not be a resumed short one
+        # Accuracy costs time, so only steps that are logged measure it. The last step is not forced to: a run
+        # that is stopped here and resumed must compute what one does that was never stopped
         is_logged = (step + 1) % cfg.logging_steps == 0
         optimizer.zero_grad()                           # not after the step: an evaluation shows its gradient
         loss, correct = torch.zeros((), device=run.device), torch.zeros((), device=run.device)

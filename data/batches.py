@@ -47,6 +47,14 @@ class PackedBatch(NamedTuple):
 
         return PackedBatch(*map(moved, self))
 
+    def hidden_states(self, model):
+        """(B, T, C) or (N, C): those that the targets are predicted from; with keep_last (B, T + 1, C), at
+        the end that of the last token, which a critic or a reward model reads."""
+        wanted = self.logit_positions
+        if self.last is not None:
+            wanted = torch.cat((wanted, self.last[:, None]), 1)
+        return model.hidden(self.idx, self.positions, logit_positions=wanted)
+
 
 def pack(groups, device, keep_last=False, share=None, one_row=None, pin=False):
     """B completions of at most T tokens, each behind its prompt -> PackedBatch with targets (B, T).

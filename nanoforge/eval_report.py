@@ -13,7 +13,8 @@ from html import escape
 from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 from nanoforge.pages import element, html_page, html_table
 from nanoforge.plots import (
-    BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, figure_legend, new_figure, percent_axis, plain_style, png_bytes)
+    BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, figure_legend, new_figure, percent_axis, plain_style,
+    png_bytes)
 
 ERROR_COLOURS = dict(zip(('correct', *ERRORS), (
     GREEN, '#1f1f1f', '#5d3a7a', PURPLE, '#b5527a', ORANGE, '#e8a15f', '#5aa9c4', '#8fb8e0', '#d8c25a',

@@ -25,15 +25,6 @@ from nanoforge.optim import learning_rate, make_optimizer
 from nanoforge.run import seed_for
 
 
-def hidden_states(backbone, batch):
-    """A PackedBatch of completions -> (B, T, C): the hidden states that each token is predicted from; packed
-    with keep_last (B, T + 1, C), at the end that of the last token."""
-    wanted = batch.logit_positions
-    if batch.last is not None:
-        wanted = torch.cat((wanted, batch.last[:, None]), 1)
-    return backbone.hidden(batch.idx, batch.positions, logit_positions=wanted)
-
-
 class ValueModel(nn.Module):
     """A scalar head on a backbone: a GPT, whose language modelling head is not used. The head starts at 0, so
     every value does.
@@ -63,7 +54,7 @@ class ValueModel(nn.Module):
 
     def values(self, batch):
         """A PackedBatch with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
-        values = self.read(hidden_states(self.backbone, batch))
+        values = self.read(batch.hidden_states(self.backbone))
         return values[:, :-1], values[:, -1]
 
     def rewards(self, groups):

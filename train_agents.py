@@ -64,14 +64,15 @@ class TeamFlags(Flags):
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
         # alone is L0; empty = all of the task
-    agents: dict[str, Agent] = setting({}, path='agent_policy_configs.agent_configs')  # agent_0, ...: of one
+    agents: dict[str, Agent] = setting({}, path='agent_policy_configs.agent_configs')  # agent_0, ...:
+        # settings of one agent each
     # algorithm
     rollout_mode: str = setting('tree', choices=('tree', 'no_tree'))  # AT-GRPO; or MAS+GRPO: K whole
         # trajectories, what an agent earned in one counts for all of its turns
     if_greedy: bool = True  # execute the best candidate; false = the first
     alpha: float = setting(1.0, min=0)  # weight of the team's reward beside an agent's own
-    filter_method: str = setting('none', choices=('none', 'dapo', 'std', 'mean'))  # drop groups: without
-        # variance; the filter_ratio of lowest deviation; of lowest mean
+    filter_method: str = setting('none', choices=('none', 'dapo', 'std', 'mean'))  # groups to drop. dapo: of
+        # equal rewards; std, mean: the filter_ratio with the lowest
     filter_ratio: float = setting(0.0, min=0, below=1)  # share of the groups that std and mean drop
     clip_low: float = setting(0.2, min=0)  # the probability ratio is clipped to 1 - clip_low
     clip_high: float = setting(0.2, min=0)  # ... and 1 + clip_high
@@ -217,7 +218,9 @@ def main(cfg):
                     sampling_logp = padded([c.logp for c in micro_batch], 0.0).to(logp)
                     A = torch.tensor([c.advantage for c in micro_batch], device=run.device)     # (B,)
                     A = torch.where(mask, A[:, None], 0.0)                                  # (B, T)
-                    # a ratio for each token, not one for the sequence. `where`, as a product keeps a NaN
+                    # train_rl.policy_loss with a token ratio, clip and token mean: a test holds them equal.
+                    # The sampler is this very model, so its logp is the old one: no forward pass for that.
+                    # `where`, as a product keeps a NaN
                     log_ratio = torch.where(mask, logp - sampling_logp, 0.0)
                     ratio = log_ratio.exp()
                     loss = -torch.min(ratio * A, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * A)

@@ -54,8 +54,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
 
     algorithm: str = setting('dpo', choices=('dpo',))  # what a recipe is for
     loss_type: str = setting('sigmoid', choices=tuple(LOSSES))  # see dpo_loss
-    beta: float = setting(0.1, above=0)  # how much a log-ratio counts: the larger, the nearer the policy
-        # stays to the reference
+    beta: float = setting(0.1, above=0)  # strength of the pull to the reference: the larger, the nearer
+        # the policy stays
     label_smoothing: float = setting(0.0, min=0, below=0.5)  # share of pairs labelled the wrong way round
         # (cDPO, robust DPO)
     gamma: float = setting(0.0, min=0)  # margin by which SimPO wants the chosen answer to win

@@ -10,8 +10,10 @@ Where this departs from nanoGPT's train.py:
   - N counts micro-batches and ranks: neither the gradient nor the logged loss depends on how a batch is cut;
   - rows begin at random places, but a counter (seed, step, micro-batch) draws them: a resumed run sees what
     it would have seen, on any number of ranks;
-  - validation reads fixed windows, no token twice; at a constant rate it is of the mean of the weights.
-Settings that all scripts have are in nanoforge/flags.py.
+  - validation reads fixed windows, no token twice; with a constant learning rate the weights that are
+    evaluated and saved are their running mean (ema).
+Settings that several scripts share stand in nanoforge/flags.py. torch is imported below main, so that --help
+answers at once.
 """
 import math
 import os
@@ -31,16 +33,17 @@ class Config(RunFlags, OptimizerFlags):
 
     # data
     dataset: str = 'shakespeare_char'  # a folder in data/; ours are prepared on first use
-    training_mode: str = setting('single', choices=('single', 'multidataset', 'multicontext'))  # one data
-        # set; each micro-batch from one of several; aligned parallel streams
+    training_mode: str = setting('single', choices=('single', 'multidataset', 'multicontext'))
+        # single: one data set; multidataset: each micro-batch from one of several; multicontext: aligned
+        # streams
     dataset_list: list[str] = []  # multidataset: the data sets
     dataset_sampling_probs: list[float] = []  # multidataset: how often each is drawn; empty = equally
     multicontext_datasets: list[str] = []  # multicontext: one aligned stream of tokens each
-    batch_size: int = setting(64, min=1)  # rows in a micro-batch; ranks share them, or the micro-batches
+    batch_size: int = setting(64, min=1)  # rows of a micro-batch, over all GPUs together
     block_size: int | None = setting(None, min=1)  # tokens in a row; by device: 64 on a CPU, 256 on a GPU
     # start
-    init_from: str = setting('scratch', choices=('scratch', 'resume', *GPT2))  # new weights; the run
-        # in out_dir, as --resume; a pretrained model
+    init_from: str = setting('scratch', choices=('scratch', 'resume', *GPT2))  # scratch: new
+        # weights; resume: the run in out_dir, as --resume; gpt2...: a pretrained model
     gpt2_type: str = 'gpt2'  # with init_from=gpt2: one of the four sizes, or a local model directory
     # model
     arch: str = setting('qwen3', choices=('qwen3', 'llama', 'gpt2'))  # family, and so the format on disk
@@ -52,7 +55,7 @@ class Config(RunFlags, OptimizerFlags):
     activation: str | None = setting(None, choices=('silu', 'gelu', 'gelu_tanh'))  # of the MLP; the
         # family's own if not set
     dropout: float = setting(0.0, min=0, below=1)  # for pretraining 0 is good, for fine-tuning try 0.1
-    bias: bool = False  # biases in linear layers and layer norms (arch=gpt2 as published: true)
+    bias: bool = False  # in linear layers and layer norms; the published GPT-2 has them
     # optimizer
     max_iters: int = setting(3500, min=0, also=('max_steps',))  # optimizer steps in all
     learning_rate: float = setting(1e-3, above=0, also=('lr',))  # the highest
@@ -129,7 +132,7 @@ def main(cfg):
 
     while True:
         # ---- once in a while: validate, checkpoint, plot, sample
-        # Before the step, so that the last weights are seen, too; not where a run is resumed: it has done so.
+        # Before the step, so that the last weights are seen, too; a resumed run has done its first already.
         last = state.step >= cfg.max_iters
         if last or (state.step % cfg.eval_interval == 0 and state.step > first_step):
             with log.pause(), ema.swapped():

@@ -232,8 +232,8 @@ def main(cfg):
                     with run.autocast():
                         logp, entropy, values, _ = forward(cfg, policy, critic, mb.packed,
                                                            entropy=cfg.entropy_coef > 0)
-                    # nothing has moved since the rollout: a ratio of exactly 1, with the gradient of logp;
-                    # the sampler's own logp, rounded in another way, would make it only about 1
+                    # first update: the policy is still the one that sampled, so its logp is the old one and
+                    # the ratio exactly 1; the sampler's logp, rounded in another way, makes it about 1
                     old_logp = logp.detach() if is_first else mb.old_logp
                     weights = None
                     if cfg.importance_cap:          # towards what training itself would have sampled

@@ -33,8 +33,8 @@ from nanoforge.optim import SCHEDULER_NAMES, WeightAverage, learning_rate, make_
 
 HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
-EPOCHS, EMBEDDED_EPOCHS = 3, 8      # a model of a million parameters needs more passes over these
-SMALL_MODEL_RATE = 1.5e-3           # for such a model full fine-tuning is nearly pretraining
+EPOCHS, EMBEDDED_EPOCHS = 3, 8      # a model of a million parameters needs more passes over the embedded rows
+SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is nearly pretraining
 
 
 @configclass
@@ -47,7 +47,7 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
 
     algorithm: str = setting('sft', choices=('sft',))  # whose recipe this is
     # model
-    load_checkpoint: str | None = None  # begin with these weights, number its epochs on; a fresh optimizer
+    load_checkpoint: str | None = None  # start from these weights, their epochs counted on; a fresh optimizer
     dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and layer outputs
     freeze: list[str] = setting([], path='model.freeze')  # parts that do not train: layers.0, q_proj, ...
     # data
@@ -186,7 +186,7 @@ def main(cfg):
         loss = run.sum(loss).item()                     # waits for the GPU, which run.step does in any case
         # sums over ranks, clips, steps; a gradient that is not finite is skipped, and too many stop the run
         grad_norm = run.step(optimizer, lr, cfg.max_grad_norm, zero_grad=False)
-        ema.update(step + 1)                            # early on it forgets the start sooner
+        ema.update(step + 1)                            # its decay is lower in the first steps
         state.note_step(loss, tokens, epochs)
         accuracy = {'mean_token_accuracy': run.sum(correct).item() / targets} if is_logged else {}
         log.train(state.step, tokens, epoch=state.epoch, loss=loss, learning_rate=lr, grad_norm=grad_norm,

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 from configurator import Accepted, UserError, configclass, setting
+from data.splits import EVAL_FRACTION
 from nanoforge.optim import OPTIMIZERS, SCHEDULER_NAMES
 
 SMALL_MODEL = 20_000_000    # parameters below which full fine-tuning needs a rate nearer to pretraining's
@@ -169,7 +170,7 @@ class DataFlags(Flags):
     max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
         # and answer; the model's context if not set
     max_prompt_length: int | None = setting(None, min=1)  # tokens of the prompt
-    eval_fraction: float | None = setting(0.1, min=0, below=1, also=('val_fraction',))
+    eval_fraction: float | None = setting(EVAL_FRACTION, min=0, below=1, also=('val_fraction',))
         # of rows without metadata held out, by a hash of the prompt
     split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
         # held rows out
@@ -177,7 +178,7 @@ class DataFlags(Flags):
     def check(self):
         super().check()
         if self.eval_fraction is None:              # null, as earlier recipes have it
-            self.eval_fraction = 0.1
+            self.eval_fraction = EVAL_FRACTION
         named = [name for name in COLUMNS if getattr(self, name)]
         if named and not self.dataset_path:
             if not self.datasets:

@@ -177,6 +177,11 @@ class GPT(nn.Module):
         for module in self.modules():
             if hasattr(module, 'bf16'):
                 module.bf16 = mode == 'bf16'
+        matrices = [module.weight for module in self.layers.modules() if isinstance(module, Linear)]
+        if mode == 'bf16':
+            kernels.keep_copies(matrices)
+        else:
+            kernels.drop_copies(matrices)
         return self
 
     def num_params(self):

@@ -12,7 +12,7 @@ logp_gap in sample.py measures it.
 import torch
 import torch.nn.functional as F
 
-from nanoforge.kernels import Linear, concat
+from nanoforge.kernels import Linear, concat, dithered
 
 # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 FUSE_LIMIT = 2 ** 28
@@ -250,11 +250,13 @@ def fuse_linears(modules, fuse, amp, rows, order=None):
     given order of channels, added to `residual` where it is given. Adapters and quantised layers are called
     as they are."""
     if fuse and all(type(module) is Linear for module in modules):
-        weight = concat([module.weight for module in modules])
-        bias = concat([module.bias for module in modules if module.bias is not None])
+        in_bf16 = modules[0].bf16
+        rounded = dithered if in_bf16 else torch.Tensor.detach
+        weight = concat([rounded(module.weight) for module in modules])
+        bias = concat([rounded(module.bias) for module in modules if module.bias is not None])
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
-        dtype = torch.bfloat16 if modules[0].bf16 else amp or weight.dtype
+        dtype = torch.bfloat16 if in_bf16 else amp or weight.dtype
         return linear_function(weight, bias, dtype, rows)
 
     def call(x, residual=None):
@@ -267,9 +269,9 @@ def fuse_linears(modules, fuse, amp, rows, order=None):
 def linear_function(weight, bias, dtype, rows):
     """x (n, K) -> x times weight (N, K) transposed, plus bias, in `dtype`, added to `residual` where it is
     given; n is `rows` at first."""
-    is_float32, converts = weight.dtype == torch.float32, weight.dtype != dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    can_pack = weight.device.type == 'cpu' and is_float32 and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    can_pack = dtype in (torch.float32, torch.bfloat16) and weight.device.type == 'cpu'
+    can_pack = can_pack and hasattr(torch.ops.mkldnn, '_linear_pointwise')
     if dtype == torch.bfloat16:         # an older processor has no such layout for it
         can_pack = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if rows >= PACK_ROWS and can_pack:
@@ -278,7 +280,7 @@ def linear_function(weight, bias, dtype, rows):
         def multiply(x, residual=None):
             y = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, 'none', [], '')
             return y if residual is None else residual + y
-    elif bias is None and not converts:
+    elif bias is None and dtype.itemsize > 2:       # then x is in this dtype already
         transposed = weight.t()
 
         def multiply(x, residual=None):

@@ -30,11 +30,12 @@ def on_cpu(x):
 def linear(x, weights, biases=(), bf16=False):
     """x (..., K) times the stacked `weights`, each (N_i, K) -> (..., sum of N_i).
 
-    bf16: both factors are rounded to bfloat16 and multiplied with float32 sums (twice the speed where the
-    processor has it); the result stays bfloat16, gradients reach the float32 weights as float32.
+    bf16: both factors are rounded to bfloat16, the weights dithered (below), and multiplied with float32 sums
+    (twice the speed where the processor has it); the result stays bfloat16, gradients reach the float32
+    weights as float32.
     """
     if bf16:
-        x, weights, biases = x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]
+        x, weights, biases = x.bfloat16(), list(map(dithered, weights)), list(map(dithered, biases))
     return F.linear(x, concat(weights), concat(biases))
 
 
@@ -81,6 +82,81 @@ def stacked_linear(x, layers):
 def weight_matrix(layer):
     """The matrix (out, in) of any linear layer, one of transformers' included."""
     return layer.weight_matrix() if hasattr(layer, 'weight_matrix') else layer.weight
+
+
+# ---- weights in bfloat16 -----------------------------------------------------------------------------------
+#
+# A pretrained model's weights lie on bfloat16's grid, and an update is far smaller than a step of that grid:
+# rounded to nearest, products would see nothing of it for dozens of optimizer steps. Here a weight is rounded
+# up or down by a threshold of its own, as a picture is dithered: of many weights that moved by a tenth of a
+# step one in ten is a step further, and a sum over them is on average that of the float32 weights. A weight
+# on the grid stays as it is. The thresholds are fixed, so what is computed is a function of the weights alone:
+# training, sampling, evaluation and a resumed run read the same numbers, on any rank.
+
+PERIOD = 1048583        # a prime: no two rows of a matrix share their thresholds
+DITHER_CHUNK = 2 ** 18  # weights that are rounded at a time, which stay in cache
+
+
+@functools.cache
+def thresholds():
+    """(PERIOD + DITHER_CHUNK,) int32 in 0 ... 65535: random bits, which begin again after PERIOD."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(2 ** 16, (PERIOD,), generator=generator, dtype=torch.int32)
+    return torch.cat((bits, bits[:DITHER_CHUNK]))
+
+
+def dither(weight, out=None):
+    """`weight` float32, contiguous, of any shape -> `out` bfloat16: each value rounded up or down, so that
+    the mean over many is kept. The threshold of a value depends on its place in the weight alone."""
+    out = torch.empty_like(weight, dtype=torch.bfloat16) if out is None else out
+    bits, high = weight.view(torch.int32).flatten(), out.view(torch.int16).flatten()
+    for begin in range(0, len(bits), DITHER_CHUNK):
+        part, place = bits[begin:begin + DITHER_CHUNK], begin % PERIOD
+        # bfloat16 is the upper half of a float32: what is added to the lower half may carry into it
+        part = part + thresholds()[place:place + len(part)]
+        high[begin:begin + DITHER_CHUNK] = part.bitwise_right_shift_(16)
+    return out
+
+
+class Dithered(torch.autograd.Function):
+    """A weight in bfloat16, whose gradient goes to the float32 weight."""
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
+def dithered(weight):
+    """A weight or bias in bfloat16, differentiably: its copy where it has one, else made now."""
+    copy = getattr(weight, 'bf16_copy', None)
+    if copy is None:
+        copy = dither(weight.detach().float().contiguous())
+    return Dithered.apply(weight, copy)
+
+
+def keep_copies(weights):
+    """Gives these float32 parameters copies in bfloat16, so that no product has to make one. Whoever changes
+    a weight from then on calls update_copies, as an optimizer's step does."""
+    for weight in weights:
+        weight.bf16_copy = dither(weight.detach())
+
+
+def drop_copies(weights):
+    for weight in weights:
+        if hasattr(weight, 'bf16_copy'):
+            del weight.bf16_copy
+
+
+def update_copies(weights):
+    """Brings up to date the copies of those parameters that have one."""
+    for weight in weights:
+        if hasattr(weight, 'bf16_copy'):
+            dither(weight.detach(), weight.bf16_copy)
 
 
 # ---- RMS norm, rotary positions ----------------------------------------------------------------------------

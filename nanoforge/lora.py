@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from nanoforge.hf import GPT2_NAMES
-from nanoforge.kernels import Linear
+from nanoforge.kernels import Linear, dithered, keep_copies
 from nanoforge.quantize import head_of, is_quantized
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
@@ -51,10 +51,12 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         flat = x.flatten(0, -2)                                             # (N, in)
-        if getattr(self, 'bf16', False) and x.device.type == 'cpu':
+        in_bf16 = getattr(self, 'bf16', False) and x.device.type == 'cpu'
+        if in_bf16:
             flat = flat.bfloat16()
         if has_magnitude(self):
-            y = F.linear(flat, self.weight_matrix().to(flat.dtype))
+            merged = self.weight_matrix()
+            y = F.linear(flat, dithered(merged) if in_bf16 else merged.to(flat.dtype))
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             y = add_adapters(super().forward(flat), flat, [self])
@@ -337,6 +339,8 @@ def merge_lora(model, keep=True):
         plain = cls(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
         plain.weight = nn.Parameter(layer.weight_matrix().detach(), requires_grad=False)
         plain.bias, plain.bf16 = layer.bias, getattr(layer, 'bf16', False)
+        if plain.bf16:
+            keep_copies([plain.weight])
         model.set_submodule(path, plain)
     model.merged = layers
     if tied:

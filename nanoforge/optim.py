@@ -199,6 +199,13 @@ class FlatOptimizer:
         for flat in self.flats:
             flat.gather()
             self.update(flat)
+        self.update_copies()
+
+    def update_copies(self):
+        """For whoever has changed the weights: products may read a copy of them in bfloat16."""
+        from nanoforge.kernels import update_copies
+        for flat in self.flats:
+            update_copies(flat.params)
 
     def state_dict(self):
         """{'step': int64 (), 'SLOT/PARAMETER': tensor}, the live state."""
@@ -230,6 +237,7 @@ class WeightAverage:
 
     def __init__(self, optimizer, decay):
         self.flats, self.decay = optimizer.flats if decay else [], decay      # decay 0: nothing is averaged
+        self.update_copies = optimizer.update_copies
         self.means = [flat.data.clone() for flat in self.flats]
 
     def update(self, step):
@@ -242,6 +250,8 @@ class WeightAverage:
             held = flat.data.clone()
             flat.data.copy_(mean)
             mean.copy_(held)
+        if self.flats:
+            self.update_copies()
 
     @contextlib.contextmanager
     def swapped(self):
@@ -380,6 +390,7 @@ class TorchOptimizer(FlatOptimizer):
         self.steps += 1
         self.grads  # puts them back in place
         self.inner.step()
+        self.update_copies()
 
     def state_dict(self):
         state = super().state_dict()

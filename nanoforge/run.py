@@ -165,6 +165,8 @@ class Run:
             for prefix, live in parameters.items():
                 for name, tensor in parts[prefix].items():
                     live[name].copy_(tensor)            # in place: an optimizer's flat buffer holds them
+        for optimizer in optimizers.values():
+            optimizer.update_copies()
         known = {**saved.get('progress', {}), **saved}      # 'progress': as earlier versions nested them
         for entry in fields(state):
             if known.get(entry.name) is not None and entry.name != 'optimizer':

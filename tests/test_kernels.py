@@ -44,11 +44,61 @@ def test_linear_in_bf16_rounds_factors_and_result_only():
     x, w, b = leaf(4, 64, dtype=torch.float32), leaf(8, 64, dtype=torch.float32), leaf(8, dtype=torch.float32)
     y = kernels.linear(x, [w], [b], bf16=True)
     assert y.dtype == torch.bfloat16
-    exact = x.bfloat16().double() @ w.bfloat16().double().t() + b.bfloat16().double()
+    rounded = [kernels.dither(t.detach()).double() for t in (w, b)]
+    exact = x.bfloat16().double() @ rounded[0].t() + rounded[1]
     assert ((y.double() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-3).all()
     grads = torch.autograd.grad(y, [x, w, b], torch.ones_like(y))
     assert {g.dtype for g in grads} == {torch.float32}
     torch.testing.assert_close(grads[1], x.detach().sum(0).expand(8, -1), rtol=2 ** -7, atol=0.05)
+
+
+# ---- weights in bfloat16 -----------------------------------------------------------------------------------
+
+def on_the_grid(*shape):
+    return leaf(*shape, dtype=torch.float32, scale=0.1).detach().bfloat16().float()
+
+
+def test_a_weight_on_bfloat16s_grid_stays_as_it_is():
+    w = torch.cat([on_the_grid(64, 33).flatten(), torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-38])])
+    w[-1] = w[-1].bfloat16()
+    assert kernels.dither(w).float().equal(w)
+
+
+def test_a_dithered_weight_is_one_of_its_two_neighbours_and_right_on_average():
+    w = leaf(2000, 700, dtype=torch.float32).detach()           # longer than the thresholds, of both signs
+    below = (w.view(torch.int32) & -65536).view(torch.float32)          # towards 0
+    above = ((w.view(torch.int32) & -65536) + 65536).view(torch.float32)
+    got = kernels.dither(w).float()
+    assert (got.eq(below) | got.eq(above)).all()
+    share = ((w - below) / (above - below)).double()
+    for part in ((share > 0.2) & (share < 0.3), (share > 0.9), (share < 0.1)):
+        assert abs(got.eq(above)[part].double().mean() - share[part].mean()) < 0.005
+
+
+@pytest.mark.parametrize('step', [0.02, 0.1, 0.4])      # as a share of the distance to the next on the grid
+def test_a_product_follows_an_update_below_bfloat16s_grid(step):
+    w, x = on_the_grid(128, 4096), leaf(4096, dtype=torch.float64).detach()
+    gap = 2 ** (w.abs().log2().floor() - 7)
+    moved = w + step * gap * x.sign().float()
+    wanted = ((moved.double() - w.double()) @ x).sum()
+    followed = ((kernels.dither(moved).double() - w.double()) @ x).sum()
+    assert abs(followed / wanted - 1) < 0.05
+    unseen = moved.bfloat16().float().eq(w).double().mean()     # by rounding to nearest
+    assert unseen > 0.99
+
+
+def test_a_copy_is_read_until_it_is_dropped():
+    x, w = leaf(2, 8, dtype=torch.float32), torch.nn.Parameter(leaf(4, 8, dtype=torch.float32).detach())
+    kernels.keep_copies([w])
+    before = kernels.linear(x, [w], bf16=True)
+    with torch.no_grad():
+        w += 1
+    assert kernels.linear(x, [w], bf16=True).equal(before)
+    kernels.update_copies([w])
+    after = kernels.linear(x, [w], bf16=True)
+    assert not after.equal(before)
+    kernels.drop_copies([w])
+    assert kernels.linear(x, [w], bf16=True).equal(after)
 
 
 # ---- RMS norm ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 
 from nanoforge import optim
 from configurator import UserError
+from nanoforge.kernels import dither, keep_copies
 from nanoforge.optim import AdamW, Muon, Plateau, SGD, learning_rate, make_optimizer, warmup_within
 
 
@@ -381,6 +382,21 @@ def test_weight_average_is_the_mean_and_swaps_back():
         torch.testing.assert_close(weight.detach(), expected)
         assert torch.equal(average.state_dict()['weights/w'], last)
     assert torch.equal(weight.detach(), last)
+
+
+def test_copies_in_bfloat16_follow_the_weights():
+    for name in ('adamw', 'muon', 'rmsprop'):
+        weight = torch.nn.Parameter(torch.linspace(0.9, 1.1, 32).view(4, 8))
+        keep_copies([weight])
+        optimizer = make_optimizer(name, torch.nn.ParameterList([weight]), lr=0.01)
+        average = optim.WeightAverage(optimizer, 0.5)
+        weight.grad.fill_(1.0)
+        optimizer.step()
+        last = dither(weight.detach())
+        assert weight.bf16_copy.equal(last)
+        with average.swapped():
+            assert weight.bf16_copy.equal(dither(weight.detach())) and not weight.bf16_copy.equal(last)
+        assert weight.bf16_copy.equal(last)
 
 
 def test_weight_average_comes_back_from_a_checkpoint():

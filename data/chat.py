@@ -80,6 +80,26 @@ def prompt_ids(tokenizer, messages, tools=None, **variables):
     return render(tokenizer, messages, tools, 'completion', True, **variables).ids
 
 
+def with_system(tokenizer, messages):
+    """A chat as this tokenizer's template can say it: where that has no system role (Gemma's refuses it, some
+    drop it), a system message begins the user's after it."""
+    system, *rest = messages
+    if system['role'] != 'system' or has_system_role(tokenizer):
+        return messages
+    content = f'{system["content"]}\n\n{rest[0]["content"]}'
+    return [{**rest[0], 'content': content}, *rest[1:]]
+
+
+@functools.lru_cache(maxsize=16)
+def has_system_role(tokenizer):
+    user = {'role': 'user', 'content': 'a'}
+    try:
+        with_rules = prompt_ids(tokenizer, [{'role': 'system', 'content': 'b'}, user])
+        return with_rules != prompt_ids(tokenizer, [user])
+    except UserError:
+        return False
+
+
 def render_rows(tokenizer, messages, tools=None, loss_on='completion', **variables):
     """The training rows of one chat: one; but with loss_on='assistant' and a template that rewrites earlier
     turns (drops their <think>, say) a row for every turn, each as the model sees it when it speaks."""

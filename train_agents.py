@@ -25,7 +25,6 @@ import json
 import math
 import operator
 import os
-import random
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
-from data.tasks.env import find_task, known_tasks, list_settings, load_task, read_settings
+from data.tasks.env import (demonstrations, find_task, known_tasks, list_settings, load_task, needs_rules,
+                            read_settings)
 from nanoforge.flags import Flags, RunFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
@@ -82,7 +82,7 @@ class TeamFlags(Flags):
     ppo_epochs: int = setting(1, min=1)  # passes over the candidates of a step
     # demonstrations
     demo_steps: int = setting(0, path='demonstrations.steps', min=0)  # optimizer steps on noisy
-        # scripted ones, before the training
+        # scripted ones, before the training; a recipe's are for tiny alone
     demo_batch_size: int = setting(64, path='demonstrations.batch_size', min=1)  # answers in each
     demo_learning_rate: float = setting(2e-3, path='demonstrations.learning_rate', above=0)  # of Muon,
         # of AdamW for adapters; falls linearly to 0
@@ -99,6 +99,7 @@ class EnvFlags(Flags):
     dataset: str | None = None  # training problems: a game, or data sets joined by + (polaris, code_contests)
     benchmark: str | None = None  # held-out problems: a game, or data sets (AIME24, code_contests)
     max_turns: int = setting(4, min=1)  # turns of a trajectory; in each, every agent acts once
+    rules: bool | None = None  # prompts explain the task and the form of an answer; not set: not to tiny
     env: dict = setting({}, path='env', open=list_settings)  # settings of the environment's own
 
 
@@ -144,8 +145,8 @@ def main(cfg):
     policies = load_policies(cfg, run)                          # one, or an adapter or model for each agent
     team = {agent: policy for policy in policies for agent in policy.agents}
     temperatures = {name: agent.temperature for name, agent in agents_of(cfg).items()}
+    resolve_defaults(cfg, policies, task, run)                  # learning rate, lengths, rules
     held_out = held_out_problems(cfg, task, run)                # the same ones at every validation
-    resolve_defaults(cfg, policies, run)                        # learning rate, lengths
     print_summary(cfg, policies, task, directory, run)
     if cfg.eval_only:
         metrics = validate(cfg, team, task, held_out, 0, directory, run)
@@ -157,7 +158,7 @@ def main(cfg):
     state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
     first_step = state.step
     log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
-                    name=os.path.relpath(directory, 'logs'), directory=directory)
+                    name=board_name(directory), directory=directory)
     # trajectories after the resumed step come again, as their log lines do
     run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), first_step))
     if demo_seconds:
@@ -245,16 +246,20 @@ def main(cfg):
         metrics = step_metrics(cfg, trajectories, stats, norms, run)
         write_summary(state.step, metrics, directory, run)
         log.train(state.step, learned, learning_rate=lr, num_tokens=state.num_tokens, **metrics)
-    best = state.best_success_rate
+    best, folder = state.best_success_rate, os.path.join(directory, 'checkpoints')
+    result = f'best validation success_rate {best:.4f}; the team is in {folder}/'
+    if state.best_step == 0:
+        result = (f'no validation was better than that before the training, success_rate {best:.4f}, whose '
+                  f'model is in {folder}/; the trained team is in {folder}/last')
     return run.finish({**metrics, 'best_success_rate': best, 'step': state.step},
-                      f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, '
-                      f'its trajectories in {directory}/episodes.html')
+                      f'{result}, its trajectories in {directory}/episodes.html')
 
 
 def check_team(cfg, task):
     """UserError where settings contradict the environment or each other. Types env.*, fills in turn_order."""
     cfg.num_gpus = max(cfg.num_gpus, cfg.GPU_num)       # so many processes are started
     cfg.env = read_settings(task, cfg.env)
+    read_settings(task, {'rules': cfg.rules})           # where they are set it must have some
     order = cfg.turn_order = cfg.turn_order or list(task.ROLES)
     for agent in order:
         if agent not in task.ROLES:
@@ -271,6 +276,10 @@ def check_team(cfg, task):
                         'fit: std and mean need a ratio above 0, the others have none')
     if cfg.specialization == 'lora' and cfg.GPU_num > 1:
         raise UserError('GPU_num above 1 shards whole models, not adapters: specialization=prompt or full')
+    # a second model means one for each agent, unless specialization was set in the same place
+    if set(cfg.base_models) - {'policy_0', *policies_of(cfg)}:
+        if 'specialization' not in (cfg.flags if 'base_models' in cfg.flags else cfg.typed):
+            cfg.specialization = 'full'
     policies = policies_of(cfg)
     if unknown := set(cfg.base_models) - {'policy_0', *policies}:
         raise UserError(f'base_models.{min(unknown)}: no agent plays with it, since specialization='
@@ -311,6 +320,12 @@ def policies_of(cfg):
     return policies
 
 
+def paths_of(cfg):
+    """{policy: what it begins with}: the model that base_models name for it, else policy_0's."""
+    first = cfg.base_models.get('policy_0', BaseModel())
+    return {name: cfg.base_models.get(name, first).path for name in policies_of(cfg)}
+
+
 def name_of(task):
     return task.__name__.rpartition('.')[2]
 
@@ -322,7 +337,8 @@ import torch
 
 from data import sandbox
 from data.batches import cut, pack, padded
-from data.chat import prompt_ids, render
+from data.chat import prompt_ids, render, with_system
+from data.tasks import stored
 from model import load_model, save_model
 from nanoforge import pages
 from nanoforge.checkpoint import append_text, symlink, writing
@@ -337,11 +353,13 @@ from sample import generate
 @dataclass
 class State(RunState):
     best_success_rate: float = -1.0
+    best_step: int | None = None
 
     def note_success(self, success_rate):
         """True where a validation is the best so far."""
         best = success_rate > self.best_success_rate
-        self.best_success_rate = max(success_rate, self.best_success_rate)
+        if best:
+            self.best_success_rate, self.best_step = success_rate, self.step
         return best
 
 
@@ -442,7 +460,7 @@ def score(trajectory, group):
 def sample_candidates(cfg, policy, agent, trajectories, turn, seed, num_samples, temperature):
     """The candidates of an agent in the present state of each trajectory -> [Group]."""
     tokenizer = policy.tokenizer
-    chats = [trajectory.env.prompt(agent) for trajectory in trajectories]
+    chats = [with_system(tokenizer, trajectory.env.prompt(agent)) for trajectory in trajectories]
     whole = [prompt_ids(tokenizer, messages) for messages in chats]
     prompts = [prompt[-cfg.max_prompt_length:] for prompt in whole]         # what is new stands at the end
     # no top_k, top_p or repetition penalty: the distribution that is sampled is the one that is trained
@@ -475,17 +493,22 @@ def draw_problems(cfg, task, step, run):
 
 
 def held_out_problems(cfg, task, run):
-    """This rank's (number, problem) of every validation."""
+    """This rank's (number, problem) of every validation. Those of the training are read, too: what is wrong
+    with them is said before any work, and where they all come from, in train.log as well."""
     settings = env_settings(cfg, task, cfg.benchmark)
-    problems = task.problems('eval', cfg.validate_episodes, 'validation', **settings)
+    with stored.reported_by(run.print0):
+        problems = task.problems('eval', cfg.validate_episodes, 'validation', **settings)
+        if not cfg.eval_only:
+            draw_problems(cfg, task, 0, run)
     return list(enumerate(problems))[run.rank::run.world_size]
 
 
 def env_settings(cfg, task, dataset):
     """What problems() of the task takes: env.* where they are set, else the task's defaults."""
     settings = {name: default for name, (default, _) in task.SETTINGS.items()}
-    if 'dataset' in settings:
-        settings['dataset'] = dataset
+    for name, value in (('dataset', dataset), ('rules', cfg.rules)):
+        if name in settings:
+            settings[name] = value
     return {**settings, **cfg.env}
 
 
@@ -583,13 +606,12 @@ def forward(model, candidates, run):
 
 def load_policies(cfg, run):
     """[Policy], still without optimizers: from the resumed checkpoint, else from what base_models name."""
-    named, paths = policies_of(cfg), {name: model.path for name, model in cfg.base_models.items()}
-    first, policies = paths.get('policy_0', 'tiny'), []
+    paths, policies = paths_of(cfg), []
     with explain_out_of_memory('--GPU_num (a higher one shards each model)'):
         if cfg.specialization == 'lora':        # one base for all: an agent costs the memory of an adapter
-            base = load_model(base_of(first), run.device)
-        for name, agents in named.items():
-            path = str(run.resumed or paths.get(name) or first)
+            base = load_model(base_of(cfg.base_models.get('policy_0', BaseModel()).path), run.device)
+        for name, agents in policies_of(cfg).items():
+            path = str(run.resumed or paths[name])
             if os.path.isdir(os.path.join(path, name)):         # a team's checkpoint has a folder for each
                 path = os.path.join(path, name)
             if cfg.specialization != 'lora':
@@ -639,9 +661,14 @@ def build_optimizer(policy, kind, lr, weight_decay):
     return AdamW(own, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)     # Muon is for whole matrices
 
 
-def resolve_defaults(cfg, policies, run):
-    """Fills in what depends on the models: the learning rate, and lengths that fit into the context."""
-    if chosen := fill_in(cfg, learning_rate=1e-4 if cfg.specialization == 'lora' else 1e-5):
+def resolve_defaults(cfg, policies, task, run):
+    """Fills in what depends on the models: the learning rate, whether they are told the rules, and lengths
+    that fit into the context."""
+    values = {'learning_rate': 1e-4 if cfg.specialization == 'lora' else 1e-5}
+    if 'rules' in task.SETTINGS:
+        # a run of an earlier version that goes on had none
+        values['rules'] = not run.resumed and any(map(needs_rules, paths_of(cfg).values()))
+    if chosen := fill_in(cfg, **values):
         run.print0(f'chosen    {chosen}')
     cfg.lr_warmup_steps = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, run.print0)
     context = min(policy.model.config.block_size for policy in policies)
@@ -658,6 +685,21 @@ def resolve_defaults(cfg, policies, run):
 def warm_up(cfg, policies, task, run):
     """Supervised steps on noisy scripted demonstrations: afterwards a model knows the form of an answer, much
     of the task, and the demonstrators' faults. Returns the seconds that it took."""
+    def draw_chats(step):
+        settings, seed = env_settings(cfg, task, cfg.dataset), f'{cfg.seed}/demonstrations/{step}'
+        chats = demonstrations(task, cfg.turn_order, cfg.max_turns, seed, settings)
+        return list(itertools.islice(chats, cfg.demo_batch_size))
+
+    if not cfg.demo_steps:
+        return 0.0
+    others, reason = set(paths_of(cfg).values()) - {'tiny'}, ''
+    if others and 'demo_steps' not in cfg.flags:        # a recipe's
+        reason = f'they are for the embedded model, and {min(others)} begins with what it knows'
+    elif not draw_chats(0):
+        reason = 'they are made of generated problems, and these are not'
+    if reason:
+        run.print0(f'note      trains without demonstrations: {reason}')
+        return 0.0
     kind = 'adamw' if isinstance(run, ShardedRun) else 'muon'           # which needs whole matrices
     optimizers = {p.name: build_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in policies}
     began, losses = time.perf_counter(), []
@@ -666,7 +708,7 @@ def warm_up(cfg, policies, task, run):
             run.print0('stopped during the demonstrations, of which nothing is kept: start again')
             run.close()
             raise SystemExit(run.stop.code)
-        chats = demonstrations(cfg, task, step)
+        chats = draw_chats(step)
         for policy in policies:
             rows = [messages for agent, messages in chats if agent in policy.agents]
             if rows:
@@ -677,29 +719,12 @@ def warm_up(cfg, policies, task, run):
             left = seconds / (step + 1) * (cfg.demo_steps - step - 1)
             run.print0(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {loss:.4f}  {seconds:.0f} s, about '
                        f'{left:.0f} s to go')
-    return time.perf_counter() - began if cfg.demo_steps else 0.0
-
-
-def demonstrations(cfg, task, step):
-    """[(agent, messages)] of a step: what demonstrators answer in the situations that they get into."""
-    draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
-    settings = env_settings(cfg, task, cfg.dataset)
-    while len(rows) < cfg.demo_batch_size:
-        problem, = task.problems('train', 1, f'{cfg.seed}/demonstrations/{step}/{number}', **settings)
-        env, number = task.Env(problem), number + 1     # what is learned are answers to states that occur
-        for _ in range(cfg.max_turns):
-            if env.done:
-                break
-            for agent in cfg.turn_order:
-                text, messages = env.demonstration(agent, draw), env.prompt(agent)
-                rows.append((agent, [*messages, {'role': 'assistant', 'content': text}]))
-                env.step(agent, env.score(agent, text))
-    return rows[:cfg.demo_batch_size]
+    return time.perf_counter() - began
 
 
 def supervised_step(cfg, policy, optimizer, chats, step, run):
     """One step of next-token loss on the last message of each chat; the mean over all of its tokens."""
-    rows = [render(policy.tokenizer, messages) for messages in chats]
+    rows = [render(policy.tokenizer, with_system(policy.tokenizer, messages)) for messages in chats]
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
     answers = []
@@ -781,6 +806,12 @@ def new_directory(cfg, run):
     directory = latest_directory(cfg)
     run.checkpoints.out_dir = Path(directory, 'checkpoints')
     return directory
+
+
+def board_name(directory):
+    """EXPERIMENT/DATE_TIME: TensorBoard's events lie beside the folder, in which `latest` would show them
+    again."""
+    return '_'.join(os.path.split(os.path.relpath(directory, 'logs')))
 
 
 def step_metrics(cfg, trajectories, stats, norms, run):

@@ -8,7 +8,7 @@ type and sets it. Files come first, then the command line, left to right. Nothin
     recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
 import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
-import signal, socket, subprocess, sys, time, types, typing
+import shutil, signal, socket, subprocess, sys, tempfile, time, types, typing
 
 # Whose recipe it is: one for another script is named as such, not as a heap of unknown keys.
 SCRIPTS = {'sft': 'train_sft.py', 'dpo': 'train_dpo.py', 'ppo': 'train_rl.py', 'grpo': 'train_rl.py',
@@ -18,8 +18,17 @@ BOOLS = {'true': True, 'yes': True, 'on': True, '1': True,
 FILES = ('.py', '.yaml', '.yml')
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ROLE = 'NANOFORGE_ROLE'  # tells a process that launch() starts what it is: 'detached' or 'worker'
+FAILED = 'NANOFORGE_FAILED'  # and a folder of the ranks, in which the first that fails leaves a file
+LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun sets
+# How others say the number of processes, without what torch needs to join them
+OTHER_LAUNCHERS = {'SLURM_STEP_NUM_TASKS': 'srun', 'OMPI_COMM_WORLD_SIZE': 'mpirun', 'PMI_SIZE': 'mpirun'}
+LOST_RANK = re.compile('Connection (closed|reset) by peer|Connection was likely closed|Broken pipe')
 BOUNDS = {'min': (operator.ge, '{} or more'), 'max': (operator.le, '{} or less'),
           'above': (operator.gt, 'above {}'), 'below': (operator.lt, 'below {}')}
+
+
+# {what other tools call it: ours, the first that a script has}
+SYNONYMS = {}
 
 
 class UserError(Exception):
@@ -86,15 +95,19 @@ def path_of(field):
 
 
 def spellings(cls):
-    """{key: field of `cls` that it names}. A field without a section answers to training.NAME, too."""
-    table = {}
+    """{key: field of `cls` that it names}, each name also behind its section.
+
+    A field without a section answers to training.NAME, too.
+    """
+    table, behind_section = {}, {}
     for field in dataclasses.fields(cls):
         path = path_of(field)
         for key in (field.name, path, *field.metadata.get('also', ())):
-            table[key.replace('-', '_')] = field
-        if path == field.name:
-            table.setdefault(f'training.{path}', field)
-    return table
+            key = key.replace('-', '_')
+            table[key] = field
+            if '.' not in key:
+                behind_section[f'{path.rpartition(".")[0] or "training"}.{key}'] = field
+    return {**behind_section, **table}
 
 
 def accepted_key(cls, key):
@@ -130,11 +143,12 @@ def describe(hint):
     return ' or '.join(words)
 
 
-def closest(word, known):
-    """What was meant, for the end of a message."""
+def closest(word, known, mark=''):
+    """What was meant, for the end of a message: what others call so, else what is spelled alike."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, 1) or [key for key in known if key.startswith(word)]
-    return f"; did you mean '{near[0]}'?" if near else ''
+    near = [key for key in SYNONYMS.get(word.rpartition('.')[2].lower(), ()) if key in known]
+    near = near or difflib.get_close_matches(word, known, 1) or [key for key in known if key.startswith(word)]
+    return f"; did you mean '{mark}{near[0]}'?" if near else ''
 
 
 def convert(value, hint):
@@ -315,25 +329,48 @@ def read_python(path, text):
     return names
 
 
+def read_yaml(path, text):
+    """{key: value} of a YAML file, where a repeated key is a mistake: YAML itself keeps the last."""
+    import yaml
+
+    class Loader(yaml.BaseLoader):  # leaves text as text: `3e-4`, `no`, `null` mean what a field's type says
+        def construct_mapping(self, node, deep=False):
+            lines = {}
+            for key, _ in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise UserError(f"{path} line {line}: '{name}' stands in line {lines[name]} already: put "
+                                    'them together')
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f'{path} is not YAML: {error}') from None
+
+
 def read_file(cls, path):
     """[(key, value, where)] of the settings in a file."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:  # Windows' editors put a byte order mark in front
             text = file.read()
-        if path.endswith('.py'):
-            tree = read_python(path, text)
-        else:
-            import yaml
-            try:  # BaseLoader leaves text as text: `3e-4`, `no` and `null` mean what the field's type says
-                tree = yaml.load(text, Loader=yaml.BaseLoader) or {}
-            except yaml.YAMLError as error:
-                raise UserError(f'{path} is not YAML: {error}') from None
-    except (OSError, UnicodeDecodeError, ImportError) as error:
+        tree = read_python(path, text) if path.endswith('.py') else read_yaml(path, text)
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is not UTF-8: save it in that encoding') from None
+    except (OSError, ImportError) as error:
         raise UserError(f'{path}: {getattr(error, "strerror", None) or error}') from None
     if not isinstance(tree, dict):
         raise UserError(f'{path}: a recipe is made of `section:` and `key: value` lines')
-    sections = {key.rpartition('.')[0] for key in spellings(cls)}
+    table, named = spellings(cls), {}
+    sections = {key.rpartition('.')[0] for key in table}
     found = [(key, value, f'{path}: ') for key, value in flatten(tree) if value != '' or key not in sections]
+    for key, _, _ in found:
+        field = table.get(key.replace('-', '_'))
+        if field and field.name in named:
+            raise UserError(f'{path}: {named[field.name]} and {key} are one setting: leave one of them out')
+        if field:
+            named[field.name] = key
     # is it a recipe for this script at all?
     return sorted(found, key=lambda pair: pair[0] != 'training.algorithm')
 
@@ -374,7 +411,7 @@ def command_line(cls, argv):
                 hint = type(cls.accepted[path].default)
             elif key not in aliases:
                 if not re.search(r'[.[]', key):  # assign() judges dotted keys
-                    raise UserError(f'there is no flag {name}{closest(key, table)}')
+                    raise UserError(f"there is no flag {name}{closest(key, table, '--')}")
                 key = name[2:]
             takes = '' if equals else takes_of(hint)
             if takes == 'bool':
@@ -478,6 +515,12 @@ def help_page(cls):
     return parser.format_help()
 
 
+def print_anywhere():
+    """What the console's encoding lacks is printed as '?' (a pipe on Windows, LC_ALL=C), not an error."""
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's is of another kind; stderr's never fails
+        sys.stdout.reconfigure(errors='replace')
+
+
 def parse(cls, argv=None):
     """The configuration of this run: an instance of the dataclass `cls`, with the names of the fields that
     were set as cfg.typed, and of those that the command line itself set, not a file, as cfg.flags.
@@ -486,6 +529,7 @@ def parse(cls, argv=None):
     nothing, as launched processes come here again. Exits 0 after --help and --print_config, 2 after a
     mistake. Then launch().
     """
+    print_anywhere()
     argv = sys.argv[1:] if argv is None else argv
     try:
         words = command_line(cls, argv)
@@ -511,18 +555,40 @@ def parse(cls, argv=None):
 
 def run_script(main, cfg):
     """main(cfg); a UserError becomes one line and exit status 2, Ctrl-C exit status 130."""
+    print_anywhere()
     try:
         main(cfg)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if os.environ.get('WORLD_SIZE', '1') == '1' or not LOST_RANK.search(str(error)):
+            raise
+        time.sleep(1)  # the one that ended has the first word
+        fail('another process of this run ended, and the others cannot go on without it: was it killed?')
 
 
 def fail(error):
-    rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
-    print(f"{os.path.basename(sys.argv[0])}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints an error in one line and exits with status 2. Of the ranks on a machine only the first prints."""
+    if is_first_to_fail():
+        rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
+        text = ' '.join(str(error).split())
+        print(f'{os.path.basename(sys.argv[0])}{rank}: error: {text}', file=sys.stderr)
     sys.exit(2)
+
+
+def is_first_to_fail():
+    """Whether no other rank of this run on this machine has asked this before."""
+    of_torchrun = os.environ.get('TORCHELASTIC_ERROR_FILE', '')  # FOLDER/LOCAL_RANK/error.json
+    folder = os.environ.get(FAILED) or os.path.dirname(os.path.dirname(of_torchrun))
+    if os.environ.get('WORLD_SIZE', '1') == '1' or not folder:
+        return True
+    try:
+        os.close(os.open(os.path.join(folder, 'failed'), os.O_CREAT | os.O_EXCL))
+    except OSError as error:
+        return not isinstance(error, FileExistsError)  # rather twice than never
+    return True
 
 
 def as_dict(cfg):
@@ -574,19 +640,16 @@ def launch(cfg, argv):
     """
     role, ranks = os.environ.pop(ROLE, None), getattr(cfg, 'num_gpus', None) or 1
     command = [sys.executable, sys.argv[0], *argv]
-    if role == 'worker' or 'RANK' in os.environ:
+    rank, _, size = launched()
+    if size > 1 and ranks not in (1, size) and rank == 0:
+        print(f'num_gpus={ranks} changes nothing: the launcher started {size} processes', file=sys.stderr)
+    if role == 'worker' or size > 1:
         return
     if getattr(cfg, 'nohup', False) and role is None:
-        os.makedirs('logs', exist_ok=True)
-        log = None
-        while log is None:  # two starts in one second get two logs
-            try:
-                log = open(time.strftime('logs/training_%Y%m%d_%H%M%S.log'), 'x')
-            except FileExistsError:
-                time.sleep(0.1)
-        process = subprocess.Popen(command, env={**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1'},
-                                   stdout=log,
-                                   stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        log = open_log()
+        env = {**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8'}
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                   start_new_session=True)
         print(f'started as PID {process.pid}; follow it: tail -f {log.name}')
         sys.exit(0)
     if ranks > 1 or role == 'detached':
@@ -594,8 +657,46 @@ def launch(cfg, argv):
         if role == 'detached':
             print(f'exit status {status}', flush=True)
         sys.exit(status)
-    if getattr(cfg, 'accepted_values', {}).get('distributed'):
+    if getattr(cfg, 'accepted_values', {}).get('distributed') and 'RANK' not in os.environ:
         print('--distributed without a launcher is one process: --num_gpus=N starts N', file=sys.stderr)
+
+
+def open_log():
+    """A new file logs/training_<date>_<time>.log; two starts in one second get two."""
+    while True:
+        try:
+            os.makedirs('logs', exist_ok=True)
+            return open(time.strftime('logs/training_%Y%m%d_%H%M%S.log'), 'x', encoding='utf-8')
+        except OSError as error:
+            if not isinstance(error, FileExistsError) or not os.path.isdir('logs'):
+                raise UserError(f'--nohup writes into {os.path.abspath("logs")}: {error.strerror}') from None
+            time.sleep(0.1)
+
+
+def launched():
+    """(rank, local rank, number of processes) as torchrun, or launch(), puts them into the environment.
+
+    (0, 0, 1) where nobody did. UserError where it says half of it, as what another job left over does.
+    """
+    env = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
+    if not {'RANK', 'WORLD_SIZE'} & env.keys():
+        for name, launcher in OTHER_LAUNCHERS.items():
+            if os.environ.get(name, '1') != '1':
+                raise UserError(f'{launcher} started {os.environ[name]} processes that do not know of each other: '
+                                'let it start one torchrun on each node, or set RANK=0 WORLD_SIZE=1 for one alone')
+        return 0, 0, 1
+    if env.get('WORLD_SIZE') == '1' and env.get('RANK', '0') == '0':
+        return 0, 0, 1
+    numbers = ('RANK', 'WORLD_SIZE', 'MASTER_PORT', *env.keys() & {'LOCAL_RANK'})
+    wrong = [name for name in numbers if not re.fullmatch(r'[0-9]{1,9}', env.get(name, ''))]
+    if 'MASTER_ADDR' not in env or wrong or int(env['RANK']) >= int(env['WORLD_SIZE']):
+        found = ' '.join(f'{name}={value}' for name, value in env.items())
+        missing = [name for name in LAUNCHER if name not in env and name != 'LOCAL_RANK']
+        raise UserError(f'the environment has {found}, '
+                        f'{"without " + ", ".join(missing) if missing else "which do not fit together"}: for one '
+                        f'process `unset {" ".join(env)}`; torchrun and --num_gpus=N set them all')
+    local = env.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID', '0')
+    return int(env['RANK']), int(local), int(env['WORLD_SIZE'])
 
 
 def supervise(command, ranks):
@@ -613,6 +714,7 @@ def supervise(command, ranks):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
+        env[FAILED] = tempfile.mkdtemp(prefix='nanoforge-')
         env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // ranks)))
     # in sessions of their own: Ctrl-C reaches this process only, which passes it on once
     for rank in range(ranks):
@@ -627,4 +729,5 @@ def supervise(command, ranks):
             for worker in workers:
                 worker.kill()
         time.sleep(0.05)
+    shutil.rmtree(env.get(FAILED, ''), ignore_errors=True)
     return 128 - status if status < 0 else status

@@ -23,6 +23,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -30,11 +31,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError, as_dict, without_effect
+from configurator import UserError, as_dict, launched, without_effect
 from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
                                   start_fresh, write_json)
-from nanoforge.log import Log
+from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
@@ -132,6 +133,8 @@ class Run:
             if not run.resumed and resume != 'auto':
                 raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without '
                                 f'{resume_flag}')
+        if cfg.reports_to('wandb'):
+            run.on_main(check_wandb)
         for line in without_effect(cfg):
             run.print0(f'note      {line}')
         return run
@@ -365,14 +368,15 @@ class Run:
 
     def on_main(self, work):
         """work() on the main rank while the others wait; its result there. If it raises, every rank does."""
-        result = failure = None
+        result, failure, status = None, None, 0
         if self.is_main:
             try:
                 result = work()
             except Exception as error:
-                failure = error
-        if self.any(failure):
-            raise failure or UserError('the main rank stopped; its message says why')
+                failure, status = error, 2 if isinstance(error, UserError) else 1
+        status = self.max(status)
+        if status:
+            raise failure or SystemExit(status)         # the main rank's message says why
         return result
 
     def print0(self, text):
@@ -393,8 +397,7 @@ def setup(device='auto', dtype='auto', matmul='auto'):
     matmul  auto, float32, bf16. On a CPU auto is bf16 where the processor multiplies it (AVX-512 bf16, AMX).
             On CUDA it concerns what autocast leaves in float32: TF32, unless float32 is asked for.
     """
-    rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    rank, local_rank, world_size = launched()
     kind, _, index = device.partition(':')
     for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')),
                                ('dtype', dtype, ('auto', *DTYPES)),
@@ -446,11 +449,29 @@ def setup(device='auto', dtype='auto', matmul='auto'):
         local = os.environ.get('MASTER_ADDR') in ('127.0.0.1', 'localhost', '::1')
         if local and 'lo' in dict(socket.if_nameindex()).values():
             os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')       # which is there without a network, too
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo',
-                                device_id=run.device if kind == 'cuda' else None)
+        with explain_waiting(world_size):
+            dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo',
+                                    device_id=run.device if kind == 'cuda' else None)
     for note in notes:
         run.print0(note)
     return run
+
+
+@contextlib.contextmanager
+def explain_waiting(world_size):
+    """Says for whom the ranks wait where they do not all come; UserError where torch has waited enough."""
+    where = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+    line = f'waiting for all of WORLD_SIZE={world_size} processes at {where}'
+    timer = threading.Timer(20, print, [line], {'file': sys.stderr, 'flush': True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'the WORLD_SIZE={world_size} processes do not meet at {where}: {reason}') from None
+    finally:
+        timer.cancel()
 
 
 def cpu_multiplies_bf16():

@@ -4,7 +4,7 @@ Both become (key, value) pairs; assign() finds the field that a key names, conve
 type and sets it. Files come first, then the command line, left to right. Nothing that is read is executed.
 
     --batch_size=32  --batch-size 32  --names a b  --bf16  --no-bf16  --bf16=false      flags, in any spelling
-    seed=1  training.learning_rate=3e-4  data.datasets[0].name=x                        the same by path
+    seed=1  training.learning_rate=3e-4  "data.datasets[0].name=x"                      the same by path
     recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
 import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
@@ -27,8 +27,69 @@ BOUNDS = {'min': (operator.ge, '{} or more'), 'max': (operator.le, '{} or less')
           'above': (operator.gt, 'above {}'), 'below': (operator.lt, 'below {}')}
 
 
-# {what other tools call it: ours, the first that a script has}
-SYNONYMS = {}
+# For "did you mean": ours (the first of them that a script has), and what others call it
+OTHER_NAMES = (
+    ('recipe', 'config config_file cfg conf yaml'),
+    ('base_model_name model_path model',
+     'base_model pretrained pretrained_model_name_or_path checkpoint ckpt ckpt_path checkpoint_path '
+     'model_dir base_model_name model_name_or_path adapter'),
+    ('max_steps', 'steps num_steps iters num_iters max_iters max_train_steps train_steps total_steps'),
+    ('num_train_epochs max_steps', 'epochs num_epochs num_train_epochs max_epochs n_epochs'),
+    ('learning_rate', 'lr peak_lr max_lr learning_rate base_lr'),
+    ('lr_scheduler_type lr_scheduler', 'scheduler schedule lr_schedule lr_scheduler_type'),
+    ('per_device_train_batch_size batch_size train_batch_size',
+     'bs batch batch_size micro_batch_size device_batch_size per_device_batch_size '
+     'per_device_train_batch_size per_gpu_train_batch_size'),
+    ('gradient_accumulation_steps',
+     'grad_acc grad_accum grad_accum_steps gradient_accumulation ga accumulation_steps '
+     'accumulate_grad_batches'),
+    ('num_gpus', 'gpus gpu n_gpus ngpus num_gpu nproc nproc_per_node devices num_processes world_size'),
+    ('device', 'cuda device_map no_cuda use_cpu'),
+    ('dtype', 'precision mixed_precision amp fp32'),
+    ('output_dir', 'output out save_dir output_path log_dir logging_dir out_dir'),
+    ('dataset_path dataset',
+     'data datasets data_path data_file data_files data_dir train_file train_data train_dataset '
+     'dataset_name dataset_path input_file'),
+    ('prompt_column', 'question_column input_column instruction_column text_column text_field'),
+    ('answer_column', 'response_column completion_column label_column output_column target_column'),
+    ('max_length block_size max_prompt_length',
+     'seq_len seq_length sequence_length context_length ctx_len max_len max_seq_len max_seq_length '
+     'model_max_length max_length block_size cutoff_len'),
+    ('max_new_tokens max_completion_length max_response_length',
+     'max_tokens max_new_tokens max_response_length max_completion_length length num_tokens'),
+    ('warmup_steps warmup_iters lr_warmup_steps', 'warmup num_warmup_steps warmup_steps warmup_iters'),
+    ('warmup_ratio warmup_steps warmup_iters lr_warmup_steps', 'warmup_ratio warmup_proportion'),
+    ('weight_decay', 'wd decay'),
+    ('max_grad_norm grad_clip', 'clip clip_grad clip_grad_norm gradient_clip_val max_norm grad_norm'),
+    ('optimizer', 'optim optimiser'),
+    ('eval_steps eval_interval val_freq', 'eval_every eval_freq eval_interval eval_steps evaluation_steps'),
+    ('save_steps eval_interval val_freq', 'save_every save_freq save_interval save_steps'),
+    ('logging_steps log_interval', 'log_every log_freq log_steps log_interval logging_steps'),
+    ('use_lora specialization', 'lora peft use_peft'),
+    ('lora_r lora_rank', 'lora_dim lora_rank lora_r'),
+    ('lora_target_modules', 'target_modules lora_targets'),
+    ('load_in_4bit', 'qlora quantize quantization load_4bit bits'),
+    ('use_flash_attention', 'flash_attn flash_attention attn_implementation use_flash_attn'),
+    ('eval_fraction', 'test_size val_split val_size validation_split val_ratio'),
+    ('num_generations train_sample_num num_samples',
+     'group_size num_samples n_samples num_return_sequences n'),
+    ('temperature', 'temp temperature'),
+    ('reward', 'reward_fn reward_func reward_funcs reward_function'),
+    ('epsilon clip_low', 'clip_range clip_eps clip_epsilon cliprange epsilon'),
+    ('beta', 'kl_coef init_kl_coef kl_beta'),
+    ('algorithm', 'algo method trainer'),
+    ('wandb_enabled', 'wandb use_wandb'),
+    ('experiment_name wandb_name', 'run_name exp_name experiment'),
+    ('resume', 'continue resume_training resume_from resume_from_checkpoint'),
+    ('system_prompt', 'system system_message'),
+    ('patience', 'early_stopping early_stopping_patience'),
+    ('dataloader_num_workers', 'workers num_workers'),
+    ('dataset_num_proc', 'num_proc preprocessing_num_workers'),
+    ('compile', 'torch_compile'),
+    ('seed', 'random_seed manual_seed'),
+)
+# a name of ours that a script lacks is one, too: what is merely spelled like it would mislead
+SYNONYMS = {word: ours.split() for ours, words in OTHER_NAMES for word in f'{ours} {words}'.split()}
 
 
 class UserError(Exception):
@@ -43,7 +104,7 @@ class Accepted(typing.NamedTuple):
     also: tuple = ()  # other spellings
 
 
-def setting(default, path=None, also=None, choices=None, positional=None, open=None,
+def setting(default, path=None, also=None, choices=None, positional=None, open=None, needs=None,
             min=None, max=None, above=None, below=None):
     """A field of a config class: what the documents call it, and the values that it may have.
 
@@ -54,9 +115,10 @@ def setting(default, path=None, also=None, choices=None, positional=None, open=N
     positional  a word without a flag is its value
     open        a dict field that takes any key of the section `path` that names no other field. cfg.check()
                 judges them; open() gives what --help shows: (key, default, text)
+    needs       ('name=value', ...): without one of these it changes nothing, which is said where it is a flag
     A list or dict default is copied for each instance.
     """
-    facts = dict(path=path, also=also, choices=choices, positional=positional, open=open,
+    facts = dict(path=path, also=also, choices=choices, positional=positional, open=open, needs=needs,
                  min=min, max=max, above=above, below=below)
     metadata = {key: fact for key, fact in facts.items() if fact is not None}
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -145,9 +207,14 @@ def describe(hint):
 
 def closest(word, known, mark=''):
     """What was meant, for the end of a message: what others call so, else what is spelled alike."""
-    known = list(known)
-    near = [key for key in SYNONYMS.get(word.rpartition('.')[2].lower(), ()) if key in known]
-    near = near or difflib.get_close_matches(word, known, 1) or [key for key in known if key.startswith(word)]
+    known = known if isinstance(known, dict) else list(known)
+    name = word.rpartition('.')[2].replace('-', '_').lower()
+    near = [key for key in (name, *SYNONYMS.get(name, ())) if key in known]
+    if not near and name not in SYNONYMS:
+        near = difflib.get_close_matches(word, known, 1, 0.7)
+        near = near or [key for key in known if key.startswith(word)]
+    if near and '.' in word and isinstance(known, dict):
+        near = [path_of(known[near[0]])]
     return f"; did you mean '{mark}{near[0]}'?" if near else ''
 
 
@@ -233,11 +300,26 @@ def accept(owner, path, key, value, where):
 
 
 def without_effect(cfg):
-    """A line for each key that was set and changes nothing, with the reason."""
+    """A line for each key that was set and changes nothing, with the reason.
+
+    What depends on another setting is said of flags alone: a recipe may well spell out what it does not use.
+    """
+    for field in dataclasses.fields(cfg):
+        needs = field.metadata.get('needs', ())
+        if field.name in cfg.flags and needs and not any(holds(cfg, need) for need in needs):
+            value = as_text(getattr(cfg, field.name))
+            yield f'{field.name}={value} changes nothing: it is for {needs[0]}'
     for path, value in getattr(cfg, 'accepted_values', {}).items():
         known = type(cfg).accepted[path]
         if value != known.default:
             yield f'{path.rpartition(".")[2]}={json.dumps(value)} changes nothing here: {known.why}'
+
+
+def holds(cfg, need):
+    """Whether 'name=value' is so in cfg, or among a list's entries; True where cfg has no such setting."""
+    name, _, value = need.partition('=')
+    held = getattr(cfg, name, value)
+    return value in [as_text(item).lower() for item in (held if isinstance(held, list) else [held])]
 
 
 def check_settings(cfg):
@@ -272,7 +354,11 @@ def checked(field, hint, key, value, where):
     try:
         value = convert(value, hint)
     except (ValueError, OverflowError):
-        raise UserError(f"{where}{key}: '{value}' is not {describe(hint)}") from None
+        entries = ''
+        if dataclasses.is_dataclass(entry_type(hint)):
+            first = dataclasses.fields(entry_type(hint))[0].name
+            entries = f": its entries are set one by one, \"{path_of(field)}[0].{first}={value}\""
+        raise UserError(f"{where}{key}: '{value}' is not {describe(hint)}{entries}") from None
     choices = field.metadata.get('choices')
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices and not isinstance(item, (bool, type(None))):
@@ -339,8 +425,8 @@ def read_yaml(path, text):
             for key, _ in node.value:
                 name, line = str(key.value), key.start_mark.line + 1
                 if name in lines:
-                    raise UserError(f"{path} line {line}: '{name}' stands in line {lines[name]} already: put "
-                                    'them together')
+                    raise UserError(f"{path} line {line}: '{name}' stands in line {lines[name]} already: "
+                                    'put them together')
                 lines[name] = line
             return super().construct_mapping(node, deep)
 
@@ -411,7 +497,7 @@ def command_line(cls, argv):
                 hint = type(cls.accepted[path].default)
             elif key not in aliases:
                 if not re.search(r'[.[]', key):  # assign() judges dotted keys
-                    raise UserError(f"there is no flag {name}{closest(key, table, '--')}")
+                    raise UserError(f"there is no flag {name}{closest(key, {**table, **aliases}, '--')}")
                 key = name[2:]
             takes = '' if equals else takes_of(hint)
             if takes == 'bool':
@@ -570,7 +656,7 @@ def run_script(main, cfg):
 
 
 def fail(error):
-    """Prints an error in one line and exits with status 2. Of the ranks on a machine only the first prints."""
+    """Prints an error in one line and exits with status 2. Of a machine's ranks only the first prints."""
     if is_first_to_fail():
         rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
         text = ' '.join(str(error).split())
@@ -682,8 +768,9 @@ def launched():
     if not {'RANK', 'WORLD_SIZE'} & env.keys():
         for name, launcher in OTHER_LAUNCHERS.items():
             if os.environ.get(name, '1') != '1':
-                raise UserError(f'{launcher} started {os.environ[name]} processes that do not know of each other: '
-                                'let it start one torchrun on each node, or set RANK=0 WORLD_SIZE=1 for one alone')
+                raise UserError(f'{launcher} started {os.environ[name]} processes that do not know of each '
+                                'other: let it start one torchrun on each node, or set RANK=0 WORLD_SIZE=1 '
+                                'for one alone')
         return 0, 0, 1
     if env.get('WORLD_SIZE') == '1' and env.get('RANK', '0') == '0':
         return 0, 0, 1
@@ -691,10 +778,10 @@ def launched():
     wrong = [name for name in numbers if not re.fullmatch(r'[0-9]{1,9}', env.get(name, ''))]
     if 'MASTER_ADDR' not in env or wrong or int(env['RANK']) >= int(env['WORLD_SIZE']):
         found = ' '.join(f'{name}={value}' for name, value in env.items())
-        missing = [name for name in LAUNCHER if name not in env and name != 'LOCAL_RANK']
-        raise UserError(f'the environment has {found}, '
-                        f'{"without " + ", ".join(missing) if missing else "which do not fit together"}: for one '
-                        f'process `unset {" ".join(env)}`; torchrun and --num_gpus=N set them all')
+        missing = ', '.join(name for name in LAUNCHER if name not in env and name != 'LOCAL_RANK')
+        fault = f'without {missing}' if missing else 'which do not fit together'
+        raise UserError(f'the environment has {found}, {fault}: for one process `unset {" ".join(env)}`; '
+                        'torchrun and --num_gpus=N set them all')
     local = env.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID', '0')
     return int(env['RANK']), int(local), int(env['WORLD_SIZE'])
 

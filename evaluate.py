@@ -211,7 +211,7 @@ def read_data(cfg, model_path):
 
 def read_task(name, count):
     """data/tasks/<name>.py, which must have what an evaluation needs, and its problems -> Data."""
-    known = sorted(path.stem for path in TASKS.glob('*.py') if '\ndef reward(' in path.read_text())
+    known = sorted(path.stem for path in TASKS.glob('*.py') if '\ndef reward(' in path.read_text('utf-8'))
     if name not in known:
         raise UserError(f"there is no task '{name}'{closest(name, known)} (tasks: {', '.join(known)})")
     task = importlib.import_module(f'data.tasks.{name}')

@@ -393,7 +393,7 @@ def save_gpt(model, tokenizer, directory, dtype):
         for key, value in ids.items():
             if hf.get(key) is None and value not in (None, []):
                 hf[key] = value
-    with open(os.path.join(directory, 'config.json'), 'w') as f:
+    with open(os.path.join(directory, 'config.json'), 'w', encoding='utf-8') as f:
         json.dump(hf, f, indent=2)
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.tasks.env import (demonstrations, find_task, known_tasks, list_settings, load_task, needs_rules,
                             read_settings)
-from nanoforge.flags import Flags, RunFlags, StepFlags
+from nanoforge.flags import MODEL_NAMES, Flags, RunFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -58,8 +58,8 @@ class TeamFlags(Flags):
     base_models: dict[str, BaseModel] = {}  # policy_0, policy_1, ...: where each begins; others as policy_0
     specialization: str = setting('prompt', choices=('prompt', 'lora', 'full', 'model'))  # L1 one model,
         # roles by prompt; L2 one LoRA per agent on one base; L3 (full, model) a model per agent
-    lora_rank: int = setting(16, min=1)  # with specialization=lora
-    lora_alpha: float = setting(32.0, above=0)  # with specialization=lora: adapters count alpha / rank times
+    lora_rank: int = setting(16, min=1, needs=('specialization=lora',))  # with specialization=lora
+    lora_alpha: float = setting(32.0, above=0, needs=('specialization=lora',))  # counts alpha / rank times
     GPU_num: int = setting(1, min=1)  # GPUs (or processes on a CPU) that share each model: tensor parallelism
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
@@ -106,9 +106,10 @@ class EnvFlags(Flags):
 @configclass
 class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     section = 'training'
-    aliases = {'model': 'base_models.policy_0.path'}
+    aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
     # training
     experiment_name: str = 'agents'  # names the run: logs/<experiment_name>/
+    output_dir: str | None = setting(None, also=('out_dir',))  # of its runs; logs/<experiment_name> if unset
     total_training_steps: int = setting(200, min=0, also=('max_steps',))  # iterations: rollout and updates
     epoch_size: int = setting(20, min=1)  # problems that are rolled out per iteration
     train_batch_size: int = setting(32, min=1)  # sequences per optimizer step
@@ -119,8 +120,7 @@ class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     val_before_train: bool = True  # validate before the first iteration, too
     validate_episodes: int = setting(100, min=1)  # held-out problems, each played greedily and sampled
     micro_batch_tokens: int = setting(8192, min=1)  # of a pass on a rank: lower it when memory is short
-    lr_scheduler: str = setting('constant', choices=tuple(s for s in SCHEDULES if s != 'plateau'))
-        # over iterations
+    lr_scheduler: str = setting('constant', choices=SCHEDULES[:-1])  # over iterations; there is no plateau
     lr_warmup_steps: int = setting(0, min=0)  # iterations of linear warm-up
     min_lr_ratio: float = setting(0.1, min=0, max=1)  # where the schedule ends, as a share of learning_rate
     weight_decay: float = setting(0.01, min=0)  # of matrices
@@ -158,7 +158,7 @@ def main(cfg):
     state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
     first_step = state.step
     log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
-                    name=board_name(directory), directory=directory)
+                    name=board_name(cfg, directory), directory=directory)
     # trajectories after the resumed step come again, as their log lines do
     run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), first_step))
     if demo_seconds:
@@ -786,12 +786,16 @@ def means(rows, width, run):
 
 def latest_directory(cfg):
     """The folder of the experiment's newest run; logs/EXPERIMENT/latest where there is none."""
-    return os.path.relpath(os.path.realpath(os.path.join('logs', cfg.experiment_name, 'latest')))
+    return os.path.relpath(os.path.realpath(experiment_directory(cfg) / 'latest'))
+
+
+def experiment_directory(cfg):
+    return Path(cfg.output_dir or Path('logs', cfg.experiment_name))
 
 
 def new_directory(cfg, run):
     """Makes logs/EXPERIMENT/DATE/TIME, which is `latest` from now on; the run's checkpoints go there."""
-    root = Path('logs', cfg.experiment_name)
+    root = experiment_directory(cfg)
 
     def create():
         name = time.strftime('%Y-%m-%d/%H-%M-%S')
@@ -808,10 +812,10 @@ def new_directory(cfg, run):
     return directory
 
 
-def board_name(directory):
+def board_name(cfg, directory):
     """EXPERIMENT/DATE_TIME: TensorBoard's events lie beside the folder, in which `latest` would show them
     again."""
-    return '_'.join(os.path.split(os.path.relpath(directory, 'logs')))
+    return os.path.join(cfg.experiment_name, '_'.join(Path(directory).parts[-2:]))
 
 
 def step_metrics(cfg, trajectories, stats, norms, run):

@@ -2,7 +2,7 @@
 
     python train_dpo.py
     python train_dpo.py --recipe recipes/training/dpo/llama3_3B_lora.yaml --num-gpus 8
-    python train_dpo.py data.datasets[0].name=pairs.jsonl --loss_type=simpo --beta=2 --gamma=1
+    python train_dpo.py --dataset_path pairs.jsonl --loss_type=simpo --beta=2 --gamma=1
     python train_dpo.py --resume
 
 The policy p is trained to prefer the chosen answer y_w to the rejected one y_l, measured from a frozen
@@ -46,11 +46,13 @@ LOSSES = {
     'orpo': Loss(per_token=True, reference_free=True),  # with SFT in it: from a base model
     'apo_zero': Loss(),  # chosen up, rejected down, each alone
 }
+SAMPLES = ('prediction_loss_only=false',)
 
 
 @configclass
 class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     section = 'training'
+    unread_columns = ('answer_column',)
 
     algorithm: str = setting('dpo', choices=('dpo',))  # what a recipe is for
     loss_type: str = setting('sigmoid', choices=tuple(LOSSES))  # see dpo_loss
@@ -63,13 +65,14 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # the chosen answer's tokens; if not set 1 for small models, which would forget how to speak, else 0
     reference: str = setting('auto', choices=('auto', 'adapters_off', 'copy', 'cache'))  # auto: adapters off
         # under LoRA, else a frozen copy; cache: log-probabilities computed once, kept on disk
-    reference_cache: str = 'models/reference_logps'  # folder of these, shared by runs
+    reference_cache: str = setting('models/reference_logps', needs=('reference=cache',))  # folder of
+        # these, shared by runs
     disable_dropout: bool = True  # false: the adapter's dropout acts on the policy
     apply_chat_template: bool = setting(True, path='data.apply_chat_template')  # false: texts as they are,
         # for models that do not chat
     max_eval_pairs: int = setting(512, path='data.max_eval_pairs', min=0)  # held-out pairs that are evaluated
-    eval_samples: int = setting(64, min=0)  # held-out prompts that are answered at each evaluation
-    max_new_tokens: int = setting(64, min=1)  # of such an answer
+    eval_samples: int = setting(64, min=0, needs=SAMPLES)  # held-out prompts answered at each evaluation
+    max_new_tokens: int = setting(64, min=1, needs=SAMPLES)  # of such an answer
     prediction_loss_only: bool = False  # evaluate losses and rewards only, without sampling answers
 
     output_dir = 'models/dpo'

@@ -3,7 +3,7 @@
     python train_rl.py                                      # GRPO on the embedded sums, minutes on two cores
     python train_rl.py training.algorithm=ppo model.value_model_name=tiny
     python train_rl.py --recipe recipes/training/grpo/llama3_3B_lora.yaml --num-gpus 8
-    python train_rl.py data.datasets[0].name=problems.jsonl --reward=mine.py:score
+    python train_rl.py --dataset_path problems.jsonl --reward=mine.py:score
     python train_rl.py --resume --output_dir=models/rl      # or --replay=40: look at step 40 again
 
 A rollout samples num_generations completions of each prompt and rewards them. A, the advantage of one, is its
@@ -51,7 +51,8 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
         # with one label: the reward `model`
     torch_dtype = 'float32'
     # data
-    task: str = setting('arithmetic', path='data.task', choices=TASKS)  # the embedded task, without data sets
+    task: str = setting('arithmetic', path='data.task', choices=TASKS, needs=('dataset_path=none',))  # the
+        # embedded task, without data sets
     num_problems: int = setting(20000, path='data.num_problems', min=1)  # how many problems it generates
     eval_problems: int = setting(200, path='data.eval_problems', min=1)  # that an evaluation asks, at most
     max_length = 512
@@ -105,7 +106,8 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
     cliprange: float = setting(0.2, above=0)  # clip range of ppo's ratio, both ways
     cliprange_value: float = setting(0.2, min=0)  # how far a value may move in a rollout's updates; 0 = any
     vf_coef: float = setting(0.1, min=0)  # weight of the value loss
-    value_learning_rate: float | None = setting(None, above=0)  # 1e-3 if small, else the policy's
+    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # 1e-3 if small,
+        # else the policy's
     share_critic: bool = False  # the critic is a head on the policy's own backbone
     # training
     output_dir = 'models/rl'

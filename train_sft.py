@@ -40,6 +40,7 @@ SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is
 @configclass
 class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     section = 'training'
+    unread_columns = ('chosen_column', 'rejected_column')
     seed = 42
     gradient_accumulation_steps = 4
     lr_scheduler_type = 'cosine'
@@ -59,11 +60,12 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # steps of similar lengths: less padding on a GPU, steps less alike; for the embedded set if not set
     augment: bool = setting(False, path='data.augment')  # reworded copies of training rows: synonyms, typos,
         # other wordings
-    augment_factor: float = setting(2.0, path='data.augment_factor')  # rows with copies to rows without
+    augment_factor: float = setting(2.0, path='data.augment_factor', needs=('augment=true',))  # rows with
+        # copies to rows without
     skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
     # optimization
-    warmup_ratio: float = setting(0.03, min=0, below=1, also=('warmup_proportion',))  # share of the steps in
-        # which the rate rises; warmup_steps beats it
+    warmup_ratio: float = setting(  # share of the steps in which the rate rises; warmup_steps beats it
+        0.03, min=0, below=1, also=('warmup_proportion',), needs=('warmup_steps=none',))
     min_lr: float = setting(0.0, min=0)  # the lowest rate
     adam_beta1: float = setting(0.9, min=0, below=1)  # decay of the first moment
     adam_beta2: float = setting(0.999, min=0, below=1)  # decay of the second
@@ -85,7 +87,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # the best and the end
     load_best_model_at_end: bool = True  # the root holds the best model by eval_loss; false: the last
     checkpoint_name: str = 'checkpoint-{step}'  # of checkpoint folders, with {step} or {epoch}
-    save_merged: bool = False  # LoRA: also the whole model with the adapter in it, in output_dir/merged
+    save_merged: bool = setting(False, needs=('use_lora=true',))  # LoRA: also the whole model with
+        # the adapter in it, in output_dir/merged
     resume_from_checkpoint: str | None = None  # go on from this checkpoint of output_dir; true = the newest
 
     def check(self):
@@ -484,6 +487,9 @@ def resolve_defaults(cfg, model, sources, run):
                      num_train_epochs=EMBEDDED_EPOCHS if embedded else EPOCHS, group_by_length=embedded)
     if chosen:
         run.print0(f'chosen    {chosen} (type the flags for others)')
+    if cfg.min_lr > cfg.learning_rate:
+        raise UserError(f'min_lr={cfg.min_lr:g} is above learning_rate={cfg.learning_rate:g}: the rate would '
+                        'rise')
 
 
 def plan_steps(cfg, epochs, run):

@@ -30,7 +30,8 @@ def read_text(path, separator, bar):
     """Blocks of a text file, or its documents (each in memory as a whole) between lines `separator`."""
     line = separator is not None and re.compile(rf'(?:^|\r?\n){re.escape(separator)}\r?\n')
     rest, new, position = '', True, 0
-    with open(path, encoding='utf-8', newline='') as file:    # newline='': the text as it is
+    # newline='': the text as it is, but for a byte order mark, which is none of it
+    with open(path, encoding='utf-8-sig', newline='') as file:
         while True:
             try:
                 block = file.read(BLOCK)

@@ -320,7 +320,7 @@ def read_record(row, where, source, system_prompt):
         if near:
             raise UserError(f'{columns}: did you mean {field!r} by {near[0]!r}?')
     raise UserError(f'{columns}: messages, prompt + completion, question + answer or text; name yours with '
-                    'data.datasets[0].prompt_column=... and .answer_column=...')
+                    '--prompt_column=... and --answer_column=...')
 
 
 def split_of_row(row):

@@ -119,7 +119,7 @@ def pair_of_chats(prompt, chosen, rejected):
             rejected = [message_of('assistant', rejected)]
     if chosen[0]['role'] == rejected[0]['role'] == 'assistant':
         if prompt is None:
-            raise UserError('there is no prompt: name its column (data.datasets[0].prompt_column=...), or '
+            raise UserError('there is no prompt: name its column (--prompt_column=...), or '
                             'give chosen and rejected as whole dialogues that begin with what the user asks')
         messages = [message_of('user', prompt)] if isinstance(prompt, str) else prompt
     else:
@@ -145,7 +145,7 @@ def read_side(row, column, setting):
     """A column of a text or messages, as text or checked messages. Dropped where it is empty."""
     if column not in row:
         raise UserError(f'there is no column {column!r}{closest(column, map(str, row))} (columns: '
-                        f'{columns_in(row)}); name yours: data.datasets[0].{setting}=...')
+                        f'{columns_in(row)}); name yours: --{setting}=...')
     value = parsed(row[column], column)
     if value is None or value == [] or isinstance(value, str) and not value.strip():
         raise Dropped(f'with an empty {setting.partition("_")[0]}')
@@ -166,7 +166,7 @@ def read_dialogue(text, field):
     if not parts or before.strip():
         raise UserError(f'{field}: there is no prompt: the row has no column '
                         f'{", ".join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]} (name yours: '
-                        'data.datasets[0].prompt_column=...), and the text is no dialogue that begins with '
+                        '--prompt_column=...), and the text is no dialogue that begins with '
                         '"Human:"')
     messages = []
     for speaker, content in zip(parts[0::2], parts[1::2]):

@@ -74,7 +74,7 @@ def columns_of(source, template, row, where, with_answers):
         column = typed or template.get(f'{kind}_column') or usual
         if column is None and (kind == 'prompt' or with_answers):
             raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of '
-                            f'{", ".join(known)}: name it with data.datasets[0].{kind}_column=...')
+                            f'{", ".join(known)}: name it with --{kind}_column=...')
         columns.append(column)
     return columns
 

@@ -20,7 +20,7 @@ def read_json(path):
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:     # an editor's byte order mark is no JSON
             return json.load(file)
     except (ValueError, OSError) as error:
         raise UserError(f'{path}: not readable as JSON ({error}); '
@@ -139,7 +139,7 @@ def load_tokenizer(name):
     path = os.path.join(name, 'tokenizer.json')
     config = read_json(os.path.join(name, 'tokenizer_config.json'))
     if os.path.exists(path):
-        with open(path, encoding='utf-8', newline='') as file:
+        with open(path, encoding='utf-8-sig', newline='') as file:
             text = file.read()
         if not any(config.get(key) for key in NAMED_TOKENS):
             config.update(read_json(os.path.join(name, 'special_tokens_map.json')))
@@ -150,7 +150,7 @@ def load_tokenizer(name):
         template = {entry['name']: entry['template'] for entry in template}
     template_file = os.path.join(name, 'chat_template.jinja')
     if os.path.exists(template_file):
-        with open(template_file, encoding='utf-8', newline='') as file:
+        with open(template_file, encoding='utf-8-sig', newline='') as file:
             template = file.read()
     stop_ids = set()
     for file in ('config.json', 'generation_config.json'):

@@ -401,7 +401,7 @@ def save_adapter(model, directory, base_model_name=None, name=None):
     os.makedirs(directory, exist_ok=True)
     weights = {key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()}
     save_file(weights, os.path.join(directory, 'adapter_model.safetensors'), metadata={'format': 'pt'})
-    with open(os.path.join(directory, 'adapter_config.json'), 'w') as f:
+    with open(os.path.join(directory, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=2)
 
 
@@ -464,7 +464,7 @@ def read_adapter_config(directory):
     path = os.path.join(directory, 'adapter_config.json')
     if not os.path.exists(path):
         raise UserError(f'{directory} has no adapter_config.json: not an adapter')
-    with open(path) as f:
+    with open(path, encoding='utf-8-sig') as f:
         config = json.load(f)
     refused = [f'{key} is set' for key in REFUSED if config.get(key)]
     if config.get('peft_type') != 'LORA':

@@ -152,7 +152,7 @@ def save_reward_model(model, tokenizer, directory):
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     save_file(weights, os.path.join(directory, 'model.safetensors'), metadata={'format': 'pt'})
     tokenizer.save(directory)
-    with open(os.path.join(directory, 'config.json'), 'w') as file:
+    with open(os.path.join(directory, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(hf, file, indent=2)
 
 

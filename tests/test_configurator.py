@@ -236,13 +236,13 @@ def test_recipes_that_are_refused(tmp_path, capsys, text, says):
 
 
 @pytest.mark.parametrize('cls, words, says', [
-    (Gpt, '--learning_rat=1e-3', ['learning_rat', "'learning_rate'"]),
+    (Gpt, '--learning_rat=1e-3', ['learning_rat', "'--learning_rate'"]),
     (Gpt, '--optimizer=adamv', ['adamv', "'adamw'"]),
     (Gpt, '--batch_size=many', ['batch_size', "'many' is not int"]),
     (Gpt, '--batch_size=1.5', ['batch_size', '1.5']),
     (Gpt, '--learning_rate=nan', ['learning_rate', 'nan']),
     (Gpt, '--decay_lr=maybe', ['decay_lr', 'maybe']),
-    (Gpt, '--batch=32', ['--batch', "'batch_size'"]),
+    (Gpt, '--batch=32', ['--batch', "'--batch_size'"]),
     (Gpt, '--dataset_list a b --dataset_sampling_probs 0.5', ['dataset_sampling_probs']),
     (Gpt, '--dataset_list a --dataset_sampling_probs half', ['dataset_sampling_probs', 'half']),
     (Gpt, '--batch_size', ['--batch_size needs a value']),
@@ -253,7 +253,7 @@ def test_recipes_that_are_refused(tmp_path, capsys, text, says):
     (Sft, 'training.learning_rte=1', ['training.learning_rte', "'training.learning_rate'"]),
     (Sft, 'trainng.learning_rate=1', ['trainng', "'training.learning_rate'"]),
     (Sft, '--recipe recipes/none.yaml', ['recipes/none.yaml']),
-    (Sft, '--num_gpu 8', ['num_gpu', "'num_gpus'"]),
+    (Sft, '--num_gpu 8', ['num_gpu', "'--num_gpus'"]),
     (Sft, 'data.datasets[7].name=x', ['data.datasets[7].name', '1 entries']),
     (Sft, 'data.datasets[0].nam=x', ["'nam'", "'name'"]),
     (Sft, 'data.datasets=x', ['data.datasets', 'Dataset']),
@@ -531,7 +531,7 @@ def test_num_gpus(script):
     assert finish(script('--num-gpus=2', '--mode=one'))[0] == 7
     assert finish(script('--num-gpus=2', '--mode=killed'))[0] == 128 + 9
     assert finish(script('--num-gpus=2', '--local-rank=1', '--distributed', RANK='1', LOCAL_RANK='1',
-                         WORLD_SIZE='2')) \
+                         WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')) \
         == (0, 'rank 1 2 1\n', '')
 
 
@@ -581,7 +581,7 @@ def test_nohup(script):
 
 def test_a_mistake_is_told_before_anything_is_launched(script):
     code, _, err = finish(script('--nohup', '--num_gpus=2', '--mod=x'))
-    assert code == 2 and "'mode'" in err and not (script.folder / 'logs').exists()
+    assert code == 2 and "'--mode'" in err and not (script.folder / 'logs').exists()
 
 
 def test_answers_at_once_and_without_torch(script):

@@ -98,9 +98,10 @@ class Config(RunFlags, OptimizerFlags):
             if mode != self.training_mode:
                 raise UserError(f'{DATASETS_OF[mode]} belongs to training_mode={mode}, not to '
                                 f'{self.training_mode}: leave one of them out')
-        if 'gpt2_type' in self.typed and 'init_from' not in self.typed:
+        names_model = 'gpt2_type' in self.flags or self.gpt2_type != 'gpt2'
+        if names_model and 'init_from' not in self.typed:
             self.init_from = 'gpt2'                         # likewise
-        if 'gpt2_type' in self.typed and self.init_from not in ('gpt2', 'resume'):
+        if names_model and self.init_from not in ('gpt2', 'resume'):
             raise UserError(f'gpt2_type={self.gpt2_type} is what init_from=gpt2 begins as, not '
                             f'init_from={self.init_from}: leave one of them out')
         if 'min_lr' in self.typed and self.decays() and self.min_lr > self.learning_rate:

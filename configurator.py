@@ -8,7 +8,7 @@ type and sets it. Files come first, then the command line, left to right. Nothin
     recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
 import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
-import shutil, signal, socket, subprocess, sys, tempfile, time, types, typing
+import signal, socket, subprocess, sys, time, types, typing
 
 # Whose recipe it is: one for another script is named as such, not as a heap of unknown keys.
 SCRIPTS = {'sft': 'train_sft.py', 'dpo': 'train_dpo.py', 'ppo': 'train_rl.py', 'grpo': 'train_rl.py',
@@ -788,6 +788,7 @@ def launched():
 
 def supervise(command, ranks):
     """The exit status of `command` in `ranks` processes: 0, or the first failure's (128 + signal)."""
+    import shutil, tempfile  # here: --help and --print_config shall answer at once
     env, workers, stopped = {**os.environ, ROLE: 'worker'}, [], []
 
     def stop(signum, frame):

@@ -96,6 +96,10 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what, where, what was meant and how to fix it."""
 
 
+class MainRankFailed(UserError):
+    """On the other ranks, where the main one fails: that one prints why."""
+
+
 class Accepted(typing.NamedTuple):
     """A documented key that changes nothing here: it is taken, stored, printed, and said when it is set."""
     default: typing.Any
@@ -657,7 +661,7 @@ def run_script(main, cfg):
 
 def fail(error):
     """Prints an error in one line and exits with status 2. Of a machine's ranks only the first prints."""
-    if is_first_to_fail():
+    if not isinstance(error, MainRankFailed) and is_first_to_fail():
         rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
         text = ' '.join(str(error).split())
         print(f'{os.path.basename(sys.argv[0])}{rank}: error: {text}', file=sys.stderr)

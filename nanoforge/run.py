@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError, as_dict, launched, without_effect
+from configurator import MainRankFailed, UserError, as_dict, launched, without_effect
 from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
                                   start_fresh, write_json)
@@ -368,15 +368,14 @@ class Run:
 
     def on_main(self, work):
         """work() on the main rank while the others wait; its result there. If it raises, every rank does."""
-        result, failure, status = None, None, 0
+        result = failure = None
         if self.is_main:
             try:
                 result = work()
             except Exception as error:
-                failure, status = error, 2 if isinstance(error, UserError) else 1
-        status = self.max(status)
-        if status:
-            raise failure or SystemExit(status)         # the main rank's message says why
+                failure = error
+        if self.any(failure):
+            raise failure or MainRankFailed('the main rank stopped; its message says why')
         return result
 
     def print0(self, text):

@@ -707,11 +707,14 @@ def test_of_the_ranks_that_torchrun_starts_the_first_prints_an_error(monkeypatch
     def wrong(_):
         raise UserError('bad data')
 
-    for local_rank, main in ((0, wrong), (1, wrong), (2, lost)):
+    def main_is_wrong(_):
+        raise configurator.MainRankFailed('its message says why')
+
+    for local_rank, main in ((3, main_is_wrong), (0, wrong), (1, wrong), (2, lost)):
         monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / str(local_rank) / 'error.json'))
         with pytest.raises(SystemExit, match='2'):
             run_script(main, None)
-    assert capsys.readouterr().err.count('\n') == 1
+    assert capsys.readouterr().err.endswith('(rank 1): error: bad data\n')
     (tmp_path / 'failed').unlink()
     with pytest.raises(SystemExit, match='2'):
         run_script(lost, None)

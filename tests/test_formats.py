@@ -132,7 +132,7 @@ FILES = [
     ('only_test/test.jsonl', '{"text": "a"}', 'no file of the split'), ('what ever', None, 'no name of a data set'),
 ]
 ROWS = [
-    ({'mesages': []}, "did you mean 'messages' by 'mesages'"), ({'a': 'x', 'b': 'y'}, 'data.datasets[0].prompt_column'),
+    ({'mesages': []}, "did you mean 'messages' by 'mesages'"), ({'a': 'x', 'b': 'y'}, '--prompt_column'),
     ({'chosen': 'a', 'rejected': 'b'}, 'train_dpo.py'), ({'text': None}, 'null'), ({'text': ['a']}, 'expected a text'),
     ({'question': ' ', 'answer': 'a'}, 'question: an empty text'), (chat(ASK, ANSWER, metadata='Eval'), "exactly 'eval'"),
     (chat(ASK, ANSWER, metadata='test'), 'neither "train" nor "eval"'), ({'messages': 'hi'}, 'expected a list'),

@@ -572,6 +572,14 @@ def test_names_that_every_training_script_takes(script):
     assert 'o' in values and 7 in values and '"gpt2"' in json.dumps(as_dict(cfg))
 
 
+@pytest.mark.parametrize('script, flag', [('train_sft', 'chosen_column'), ('train_sft', 'rejected_column'),
+                                          ('train_dpo', 'answer_column')])
+def test_a_column_that_a_script_does_not_read_is_refused(script, flag, capsys):
+    cls = importlib.import_module(script).Config
+    assert 'rows have no such column here, but prompt_column' in mistake(capsys, cls, f'--{flag}=x', '--dataset_path=y')
+    assert parse(cls, ['--prompt_column=x', '--dataset_path=y']).sources()[0].prompt_column == 'x'
+
+
 # ---- recipes
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: f'{path.parent.name}/{path.name}')

@@ -491,3 +491,10 @@ def test_command(tmp_path, monkeypatch):
 def test_mistakes_on_the_command_line_are_one_line(argv):
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    from data.documents import read_files
+    path = tmp_path / 'book.txt'
+    path.write_bytes(b'\xef\xbb\xbfonce upon\r\na time')
+    assert ''.join(text for _, text in read_files([str(path)])) == 'once upon\r\na time'

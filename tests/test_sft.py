@@ -559,3 +559,9 @@ def test_shipped_recipes_explain_every_parameter(name):
         explained = re.search(r':\s.*  # \w|:  # \w', line)
         assert not line or line.startswith('#') or re.fullmatch(r'\w+:', line) or explained, f'{path} line {number}'
     assert as_dict(parse(Config, ['--recipe', path]))['training']['algorithm'] == 'sft'
+
+
+def test_a_rate_that_would_rise_is_refused():
+    cfg = Config(min_lr=0.1, learning_rate=0.01, num_train_epochs=1.0)
+    with pytest.raises(UserError, match='min_lr=0.1 is above learning_rate=0.01'):
+        train_sft.resolve_defaults(cfg, SimpleNamespace(num_params=lambda: 1), [Source(name='x')], None)

@@ -228,7 +228,7 @@ def test_a_step_counts_its_targets_and_tokens_over_ranks():
     for args in ([], ['--packing']):
         cfg = parse(Config, ['--max_length=384', '--batch-size=2', '--grad-accum=2', *args])
         runs = [SimpleNamespace(rank=rank, world_size=2, device=torch.device('cpu')) for rank in range(2)]
-        epochs = make_epochs(cfg, rows, [Source(name='x')], runs[0])
+        epochs = make_epochs(cfg, rows, [Source(name='rows.jsonl')], runs[0])
         parts = [train_sft.get_batch(cfg, rows, epochs, run, 0) for run in runs]
         assert epochs.size == 8 and parts[0][1:] == parts[1][1:]
         batches = [batch for part in parts for batch in part[0]]
@@ -564,4 +564,4 @@ def test_shipped_recipes_explain_every_parameter(name):
 def test_a_rate_that_would_rise_is_refused():
     cfg = Config(min_lr=0.1, learning_rate=0.01, num_train_epochs=1.0)
     with pytest.raises(UserError, match='min_lr=0.1 is above learning_rate=0.01'):
-        train_sft.resolve_defaults(cfg, SimpleNamespace(num_params=lambda: 1), [Source(name='x')], None)
+        train_sft.resolve_defaults(cfg, SimpleNamespace(num_params=lambda: 1), [Source(name='x')], SimpleNamespace(print0=print))

@@ -12,11 +12,12 @@
 A function of yours runs in a process of its own: where it raises or hangs, that sample is unscored, which is
 not 0: it leaves the batch, and is counted. torch is not imported.
 """
-import importlib.util
+import atexit
+import contextlib
 import json
-import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ from configurator import UserError, closest
 WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0}
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 MAX_HANGS = 3                       # samples of one batch after whose time-outs the rest is left unscored
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROCESS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reward_process.py')
 
 
 # ---- answers
@@ -226,35 +227,38 @@ class Server:
             raise UserError(f'rewards: {name!r}: write path.py:function')
         if not os.path.isfile(self.path):
             raise UserError(f'rewards: {name}: no file {self.path}')
+        atexit.register(self.stop)
         self.start()
 
     def start(self):
-        program = 'import sys; from data.rewards import serve; serve(*sys.argv[1:])'
-        paths = [path for path in (ROOT, os.environ.get('PYTHONPATH')) if path]
+        # in a session of its own, so that Ctrl-C reaches only the run, which saves first
         self.process = subprocess.Popen(
-            [sys.executable, '-c', program, self.path, self.function],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8',
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+            [sys.executable, PROCESS, self.path, self.function], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, encoding='utf-8', start_new_session=True)
         hello = self.read(60)
         if hello is None:
             hello = {'error': 'its file does not finish loading'}
+        if 'missing' in hello:
+            name = hello['missing']
+            hello['error'] = f'{self.path} has no function {name}{closest(name, hello["public"])}'
         if 'error' in hello:
             self.stop()
             raise UserError(f'rewards: {self.name}: {hello["error"]}')
 
     def read(self, timeout):
         """The next line as an object; None where none came in time or the process ended."""
-        timer = threading.Timer(timeout, self.process.kill)
+        timer = threading.Timer(timeout, self.kill)
         timer.start()
         try:
             line = self.process.stdout.readline()
         finally:
             timer.cancel()
+            timer.join()
         return json.loads(line) if line else None
 
     def ask(self, completions, records):
         """Values for a batch, or None where it raised or hung (last_error says which)."""
-        if self.process.poll() is not None:
+        if self.process is None:
             self.start()
         try:
             self.process.stdin.write(json.dumps({'completions': completions, 'records': records}) + '\n')
@@ -269,10 +273,8 @@ class Server:
         if 'error' in answer:
             self.stop()
             raise UserError(f'rewards: {self.name}: {answer["error"]}')
-        if 'raised' in answer:
-            self.last_error = answer['raised']
-            return None
-        return answer['values']
+        self.last_error = answer.get('raised') or answer['trouble'] or self.last_error
+        return answer.get('values')
 
     def __call__(self, completions, records):
         if not completions:
@@ -287,59 +289,24 @@ class Server:
                 answer = self.ask([text], [record])
                 if answer:
                     value = answer[0]
-                elif self.process.poll() is not None:
+                elif self.process is None:
                     hangs += 1
             values.append(value)
         return values
 
+    def kill(self):
+        """Ends the process with all that it started, as a worker of its pool would hold the pipe open."""
+        if os.name == 'nt':
+            return self.process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)     # its session's number until wait() has been called
+
     def stop(self):
         if self.process is None:
             return
-        if self.process.poll() is None:
-            self.process.kill()
+        self.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):          # of a batch that was not read
+            self.process.stdin.close()
         self.process.stdout.close()
-
-
-def serve(path, name):
-    """A Server's process: answers {'completions', 'records'} with {'values'}, {'raised'} or {'error'}."""
-    pipe = os.fdopen(os.dup(1), 'w', encoding='utf-8')
-    os.dup2(2, 1)               # what the function prints goes to the console, not into the pipe
-
-    def send(**fields):
-        pipe.write(json.dumps(fields) + '\n')
-        pipe.flush()
-
-    try:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))      # it may import its neighbours
-        spec = importlib.util.spec_from_file_location('reward', path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        return send(error=f'its file does not load ({type(error).__name__}: {error})')
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
-        return send(error=f'{path} has no function {name}{closest(name, public)}')
-    send(ready=True)
-    for line in sys.stdin:
-        batch = json.loads(line)
-        send(**call(function, name, batch['completions'], batch['records']))
-
-
-def call(function, name, completions, records):
-    """{'values': [number or None]}, {'raised': the function's error} or {'error': what it does wrong}."""
-    try:
-        values = function(completions, records)
-    except BaseException as error:
-        return {'raised': f'{type(error).__name__}: {error}'}
-    try:
-        values = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
-        return {'error': f'{name} must return one number (or None) for each completion, in a list, not '
-                         f'{str(values)[:60]}'}
-    if len(values) != len(completions):
-        return {'error': f'{name} returned {len(values)} values for {len(completions)} completions'}
-    finite = [value is not None and math.isfinite(value) for value in values]
-    return {'values': [value if ok else None for value, ok in zip(values, finite)]}
+        self.process = None

@@ -1,7 +1,7 @@
 """The process in which a user's reward function runs; data/rewards.py starts it with a file and a name.
 
-It answers each line, a batch {'completions', 'records'} as JSON, with a line: {'values': [number or None]} and
-'trouble', why one of them is none; {'raised'}, the function's own error; or {'error'}, what is wrong with it.
+It answers each line, a batch {'completions', 'records'} as JSON, with a line: {'values': [number or None],
+'trouble': why one of them is None}, {'raised': the function's own error} or {'error': what is wrong with it}.
 
 The file is a module like any other: in sys.modules under its own name, where dataclasses, pickle and
 multiprocessing look for it, its folder first on the path, __name__ not '__main__'. Nothing of this project is
@@ -62,8 +62,8 @@ def load(path):
 def wrong_parameters(function, name, columns=()):
     """Why a function does not take (completions, records), in one line; '' where it does.
 
-    TRL calls a reward by keywords: prompts, completions, and each column of the rows. Called by position such a
-    one would take one thing for another. columns: of the rows, after which no parameter can be named.
+    TRL calls a reward by keywords: prompts, completions, and each column of the rows. Called by position such
+    a one would take one thing for another. columns: of the rows; a parameter called like one wants only that.
     """
     try:
         signature = inspect.signature(function)

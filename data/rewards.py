@@ -16,94 +16,19 @@ import atexit
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-from fractions import Fraction
 
 from configurator import UserError, closest
+from data.answers import as_number, extract_answer, same_answer
 
 # unless reward_weights says otherwise
 WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0}
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 MAX_HANGS = 3                       # samples of one batch after whose time-outs the rest is left unscored
 PROCESS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reward_process.py')
-
-
-# ---- answers
-
-def extract_answer(text):
-    """The answer that a text gives: the last <answer>...</answer>, in it or else in the whole text the last
-    \\boxed{...}, else what follows the last ####; without any of these all of it."""
-    answers = re.findall(r'<answer>((?:(?!<answer>).)*?)</answer>', text, re.DOTALL)
-    if answers:
-        text = answers[-1]
-    _, boxed, inside = text.rpartition('\\boxed{')
-    if boxed:
-        depth = 1
-        for end, character in enumerate(inside):
-            depth += {'{': 1, '}': -1}.get(character, 0)
-            if depth == 0:
-                return inside[:end].strip()
-    return text.rpartition('####')[2].strip()
-
-
-def as_number(text):
-    """The number that a text writes, exactly (a Fraction), or None.
-
-    It may have a sign, thousands' commas, decimals, an exponent, be a/b, \\frac{a}{b} or mixed 1 1/2, with or
-    without currency, percent sign (left out, not divided by), full stop, $ and LaTeX spaces around it.
-    """
-    text = plain(text)
-    if len(text) > 100:
-        return None
-    text = re.sub(r'^([+-]?)[$€£¥]|[$€£¥%]$', r'\1', text).strip()
-    text = re.sub(r'^([+-]?)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}$', r'\1\2/\3', text)
-    digits = r'(?:\d{1,3}(?:,\d{3})+|\d+)'
-    mixed = re.fullmatch(rf'([+-]?)({digits}) ({digits})/({digits})', text)
-    if mixed:
-        part = fraction(mixed[3], mixed[4])
-        if part is None:
-            return None
-        value = integer(mixed[2]) + part
-        return -value if mixed[1] == '-' else value
-    ratio = re.fullmatch(rf'([+-]?{digits}) ?/ ?([+-]?{digits})', text)
-    if ratio:
-        return fraction(ratio[1], ratio[2])
-    if re.fullmatch(rf'[+-]?(?:{digits}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,2}})?', text):
-        return Fraction(text.replace(',', ''))
-    return None
-
-
-def integer(text):
-    return int(text.replace(',', ''))
-
-
-def fraction(a, b):
-    """a/b of two texts of integers, None where b is 0."""
-    return Fraction(integer(a), integer(b)) if integer(b) else None
-
-
-def plain(text):
-    """An answer without what does not change it: spaces, a final full stop, LaTeX, typographic signs."""
-    for sign, ascii in (('\u2212', '-'), ('\u2013', '-'), ('\\$', '$'), ('\\%', '%'), ('{,}', ',')):
-        text = text.replace(sign, ascii)
-    text = re.sub(r'\\[,;!: ]|\u00a0', ' ', text.strip())
-    for opening, closing in (('\\(', '\\)'), ('\\[', '\\]'), ('$', '$')):
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-            text = text[len(opening):-len(closing)].strip()
-    text = re.sub(r'\\(?:text|mathrm|mathbf)\{([^{}]*)\}', r'\1', text)
-    return re.sub(r'\s+', ' ', text).strip().removesuffix('.').strip()
-
-
-def same_answer(given, wanted):
-    """Whether two answers are the same: as numbers where both are, else as text but for case and spaces."""
-    a, b = as_number(given), as_number(wanted)
-    if a is not None and b is not None:
-        return a == b
-    return plain(given).casefold() == plain(wanted).casefold() != ''
 
 
 # ---- rewards by name: (completions, records) -> a number each
@@ -139,6 +64,12 @@ def length_penalty(length, longest, buffer):
     return -min(1.0, max(0, length - (longest - buffer)) / buffer)
 
 
+def short_names(names):
+    """{name: what logs and pages call it}: a user's function without folders, where that is still its own."""
+    short = [os.path.basename(name) for name in names]
+    return {name: end if short.count(end) == 1 else name for name, end in zip(names, short)}
+
+
 BUILT_IN = {'exact': exact, 'number': number, 'tags': tags}
 
 
@@ -169,7 +100,7 @@ class Scorer:
         self.task = task
         self.longest, self.buffer = longest, buffer
         self.servers = {}           # of users' functions, by name
-        self.last_error = ''
+        self.last_error, self.has_said_error = '', False
         for name in names:
             if ':' in name:
                 self.servers[name] = Server(name, timeout)
@@ -199,7 +130,8 @@ class Scorer:
             return BUILT_IN[name](completions, records)
         server = self.servers[name]
         values = server(completions, records)
-        self.last_error = server.last_error or self.last_error
+        if server.last_error:
+            self.last_error = f'{name}: {server.last_error}'
         return values
 
     def total(self, scores):
@@ -299,7 +231,7 @@ class Server:
         if os.name == 'nt':
             return self.process.kill()
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)     # its session's number until wait() has been called
+            os.killpg(self.process.pid, signal.SIGKILL)     # not yet waited for, so the number is its own
 
     def stop(self):
         if self.process is None:

@@ -108,7 +108,7 @@ class Accepted(typing.NamedTuple):
     also: tuple = ()  # other spellings
 
 
-def setting(default, path=None, also=None, choices=None, positional=None, open=None, needs=None,
+def setting(default, path=None, also=None, choices=None, positional=None, open=None, needs=None, empty=None,
             min=None, max=None, above=None, below=None):
     """A field of a config class: what the documents call it, and the values that it may have.
 
@@ -117,13 +117,14 @@ def setting(default, path=None, also=None, choices=None, positional=None, open=N
     choices     its values; min and max are inclusive bounds, above and below exclusive ones. None is allowed
                 besides where the annotation allows it.
     positional  a word without a flag is its value
+    empty       '' is a value of its own, not None
     open        a dict field that takes any key of the section `path` that names no other field. cfg.check()
                 judges them; open() gives what --help shows: (key, default, text)
     needs       ('name=value', ...): without one of these it changes nothing, which is said where it is a flag
     A list or dict default is copied for each instance.
     """
     facts = dict(path=path, also=also, choices=choices, positional=positional, open=open, needs=needs,
-                 min=min, max=max, above=above, below=below)
+                 empty=empty, min=min, max=max, above=above, below=below)
     metadata = {key: fact for key, fact in facts.items() if fact is not None}
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
@@ -233,8 +234,8 @@ def convert(value, hint):
             except ValueError:
                 pass
     elif typing.get_origin(hint) is list and isinstance(value, (list, tuple, str)):
-        if isinstance(value, str):  # 'a b', 'a,b' or '[a, b]'
-            value = [word.strip('\'"') for word in re.split(r'[,\s]+', value.strip('[] ')) if word]
+        if isinstance(value, str):
+            value = split_list(value.strip('[] '))
         return [convert(item, entry_type(hint)) for item in value]
     elif hint is bool and str(value).lower() in BOOLS:
         return BOOLS[str(value).lower()]
@@ -246,6 +247,20 @@ def convert(value, hint):
         if math.isfinite(value) and hint(value) == value:  # 1e5 is an int, 1.5 is not
             return hint(value)
     raise ValueError
+
+
+def split_list(text):
+    """The words of 'a b' or 'a,b'. Quotes, and the path of a file that is there (as in path.py:function), may
+    have spaces and commas inside."""
+    words, found = [], list(re.finditer(r'''"[^"]*"|'[^']*'|[^,\s]+''', text))
+    while found:
+        for n in range(len(found), 0, -1):  # the longest run that is a path, else one word
+            word = text[found[0].start():found[n - 1].end()]
+            if n == 1 or os.path.exists(word) or os.path.exists(word.rpartition(':')[0]):
+                break
+        words.append(word.strip('\'"'))
+        found = found[n:]
+    return words
 
 
 def assign(owner, key, value, where=''):
@@ -356,7 +371,7 @@ def as_text(value):
 def checked(field, hint, key, value, where):
     """convert(), then the choices of the field; UserError where either fails."""
     try:
-        value = convert(value, hint)
+        value = value if value == '' and field.metadata.get('empty') else convert(value, hint)
     except (ValueError, OverflowError):
         entries = ''
         if dataclasses.is_dataclass(entry_type(hint)):
@@ -424,6 +439,9 @@ def read_yaml(path, text):
     import yaml
 
     class Loader(yaml.BaseLoader):  # leaves text as text: `3e-4`, `no`, `null` mean what a field's type says
+        def construct_scalar(self, node):  # `key: ''` is an empty text, `key:` is None
+            return node.value if node.value or node.style else None
+
         def construct_mapping(self, node, deep=False):
             lines = {}
             for key, _ in node.value:
@@ -454,9 +472,14 @@ def read_file(cls, path):
         raise UserError(f'{path}: a recipe is made of `section:` and `key: value` lines')
     table, named = spellings(cls), {}
     sections = {key.rpartition('.')[0] for key in table}
-    found = [(key, value, f'{path}: ') for key, value in flatten(tree) if value != '' or key not in sections]
-    for key, _, _ in found:
+    found = []
+    for key, value in flatten(tree):
         field = table.get(key.replace('-', '_'))
+        if value is None and not path.endswith('.py') and not (field and field.metadata.get('empty')):
+            value = ''
+        if value == '' and key in sections:
+            continue
+        found.append((key, value, f'{path}: '))
         if field and field.name in named:
             raise UserError(f'{path}: {named[field.name]} and {key} are one setting: leave one of them out')
         if field:

@@ -97,7 +97,7 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         if self.reference == 'adapters_off' and not self.use_lora:
             raise UserError('reference=adapters_off needs an adapter: add model.use_lora=true, or use '
                             'reference=copy or cache')
-        if self.system_prompt is not None and not self.apply_chat_template:
+        if self.system_prompt and not self.apply_chat_template:
             raise UserError('system_prompt is a message of the chat template, which '
                             'apply_chat_template=false leaves out')
         if SCHEDULER_NAMES[self.lr_scheduler_type] in ('plateau', 'exponential'):

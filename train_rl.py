@@ -124,6 +124,10 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
 
     def check(self):
         super().check()
+        # the critic that a recipe names beside its policy follows the policy that is typed instead
+        of_recipe = self.value_model_name and 'value_model_name' in self.typed - self.flags
+        if of_recipe and 'base_model_name' in self.flags:
+            self.value_model_name = self.base_model_name
         check_algorithm(self)
 
 
@@ -145,14 +149,14 @@ def main(cfg):
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
     optimizers, parameters = make_optimizers(cfg, policy, critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
-    print_summary(cfg, policy, critic, problems, sizes, run)
+    print_summary(cfg, policy, critic, tokenizer, problems, sizes, run)
     log = start_log(cfg, state, sizes, run)
     if 'model' in cfg.rewards and not reward_model:                 # in the folder that is ready now
         with log.pause():
             reward_model = train_own_reward_model(cfg, problems, tokenizer, run)
     loss_args = composition(cfg)
     group_args = {name: loss_args.pop(name) for name in ('scale', 'baseline')}
-    metrics, previous = {}, state.step
+    metrics, previous, first_answer = {}, state.step, None
 
     def save(best=False):
         run.save(state, policy, tokenizer, optimizers, best=best, parameters=parameters)
@@ -197,7 +201,7 @@ def main(cfg):
             score_micro_batches(cfg, policy, critic, reference, batches, run)
             if reference:
                 rollout.kl = measure_kl(batches, len(rollout.reward), run)
-            of_rollout = describe_rollout(cfg, rollout, scorer, state.beta)         # {name: number}
+            of_rollout = describe_rollout(cfg, rollout, scorer, state.beta, run)    # {name: number}
             if critic:                              # reward at the last token, KL off each, then gae
                 of_rollout.update(advantages_by_critic(cfg, rollout, batches, state.beta, run))
             elif reference and cfg.kl == 'reward':  # again, now that the KL of each completion is known
@@ -211,6 +215,8 @@ def main(cfg):
             return metrics
         if not is_replay and cfg.rollout_steps and state.rollouts % cfg.rollout_steps == 0:
             write_completions(rollout.records(), rollouts_path(cfg), run)
+        first_answer = first_answer or next(iter(rollout.completions), None)
+        state.rewards_differed = state.rewards_differed or rewards_differ(cfg, rollout)
         state.rollouts += 1
         state.cursor += rollout.groups_drawn
         new_tokens = int(rollout.length.sum())
@@ -278,9 +284,11 @@ def main(cfg):
         if cfg.kl_target and reference:             # a controller: more KL than wanted, more weight on it
             state.beta = adapt_beta(cfg, state.beta, rollout.kl['k1'])
     scorer.close()
+    if state.rewards_differed is False:
+        run.print0(pages.explain_no_signal(cfg.algorithm, cfg.rewards, first_answer))
     return run.finish({**metrics, 'step': state.step, 'best': state.best},
-                      f'the model is in {cfg.output_dir}/: python sample.py {cfg.output_dir} --chat; '
-                      f'samples: {cfg.output_dir}/rollouts.html')
+                      f'the model is in {cfg.output_dir}/: python sample.py {shlex.quote(cfg.output_dir)} '
+                      f'--chat; samples: {cfg.output_dir}/rollouts.html')
 
 
 def check_composition(ratio, surrogate, mean, dual_clip=None):
@@ -367,6 +375,7 @@ import contextlib
 import functools
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -378,7 +387,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.batches import PackedBatch, cut, pack
 from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
 from data.problems import draw_problems, load_task, open_problems, uses_pairs
-from data.rewards import Scorer
+from data.rewards import Scorer, short_names
 from nanoforge import pages, plots
 from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
@@ -530,8 +539,10 @@ def policy_loss(logp, old_logp, advantages, mask, ratio='token', surrogate='clip
     elif surrogate == 'sapo':
         tau = torch.where(A > 0, *(torch.tensor(t, dtype=rho.dtype, device=rho.device) for t in temperatures))
         loss = -A * 4 / tau * torch.sigmoid(tau * (rho - 1))
-    else:
+    elif surrogate == 'reinforce':
         loss = -A * torch.where(mask, logp, 0.0)
+    else:
+        raise NotImplementedError(f'surrogate={surrogate} is one of SURROGATES, but has no formula here')
     total = average(loss if weights is None else loss * weights, mask, mean, normaliser)
     return total, ratio_stats(log_ratio.detach(), mask, ratio, low, high)
 
@@ -680,6 +691,12 @@ def as_number(reward):
     return math.nan if reward is None else reward
 
 
+def rewards_differ(cfg, rollout):
+    """Whether a rollout says what is better: within a group, or to a critic anywhere."""
+    compared = len(rollout.reward) if cfg.algorithm == 'ppo' else cfg.num_generations
+    return bool(has_signal(rollout.reward, compared).any())
+
+
 def has_signal(reward, G):
     """(N,) -> (N / G,): whether the rewards of a group differ. Where they do not, every advantage is 0."""
     lowest = torch.where(reward.isnan(), math.inf, reward).view(-1, G).amin(1)
@@ -698,6 +715,7 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
         with run.autocast():
             samples = generate(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
                                stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
+        asked = list(map(tokenizer.decode, prompts))
         columns = (samples.tokens, samples.lengths, samples.logp, samples.stopped)
         for i, (tokens, length, logp, stopped) in enumerate(zip(*(column.tolist() for column in columns))):
             number, problem = part[i // num_samples]
@@ -706,7 +724,7 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
             # the ids have a field of their own in a record
             shown = {key: value for key, value in problem.items() if key != 'prompt_ids'}
             completions.append(Completion(step, number, i % num_samples, shown, problem['prompt_ids'], ids,
-                                          logp[:length], stopped, text))
+                                          logp[:length], stopped, text, prompt=asked[i // num_samples]))
     return completions
 
 
@@ -880,19 +898,21 @@ def answer_reward(scorer):
     return next((name for name in ('task', 'exact') if name in scorer.names), None)
 
 
-def describe_rollout(cfg, rollout, scorer, beta):
+def describe_rollout(cfg, rollout, scorer, beta, run):
     """The metrics of a rollout, the same on every rank."""
     rewards, tokens = rollout.reward[rollout.valid], rollout.length.sum()
     if not len(rewards):
-        reason = scorer.last_error or 'every one was cut off (mask_truncated)'
-        raise UserError(f'no completion of this rollout has a score; the last trouble: {reason}')
+        cut_off = 'what is cut off has none (mask_truncated); ' if cfg.mask_truncated else ''
+        raise UserError(f'no completion of this rollout has a score: {cut_off}'
+                        f'{scorer.explain_missing(rollout.rewards)}')
     metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else 0.0}
     if len(scorer.names) > 1:
+        called = short_names(scorer.names)
         for name, column in rollout.rewards.items():
-            metrics[f'rewards/{os.path.basename(name)}/mean'] = column.nanmean()
+            metrics[f'rewards/{called[name]}/mean'] = column.nanmean()
     if answer_reward(scorer):
         metrics['success_rate'] = rollout.rewards[answer_reward(scorer)].nanmean()
-    if cfg.num_generations > 1:
+    if cfg.algorithm != 'ppo':                  # its critic compares no groups
         differ = has_signal(rollout.reward, cfg.num_generations)
         metrics['frac_reward_zero_std'] = 1 - differ.double().mean()
     metrics.update({'completions/mean_length': rollout.length.mean(),
@@ -902,6 +922,9 @@ def describe_rollout(cfg, rollout, scorer, beta):
         metrics.update(kl=rollout.kl['k3'].sum() / tokens, beta=beta)
     if len(rewards) < len(rollout.reward):
         metrics['unscored'] = len(rollout.reward) - len(rewards)
+        if scorer.last_error and not scorer.has_said_error:
+            run.print0(f'note      unscored: {scorer.explain_missing(rollout.rewards)}')
+            scorer.has_said_error = True
     if rollout.groups_drawn * cfg.num_generations > len(rollout.reward):
         metrics['groups_drawn'] = rollout.groups_drawn
     return {key: float(value) for key, value in metrics.items()}
@@ -933,7 +956,8 @@ def show(cfg, log, run):
         name = os.path.basename(os.path.abspath(cfg.output_dir))
         plots.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
         if os.path.exists(rollouts_path(cfg)):
-            pages.rollouts_page(rollouts_path(cfg), os.path.join(cfg.output_dir, 'rollouts.html'), name)
+            pages.rollouts_page(rollouts_path(cfg), os.path.join(cfg.output_dir, 'rollouts.html'), name,
+                                has_critic=cfg.algorithm == 'ppo')
 
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -999,7 +1023,7 @@ def train_own_reward_model(cfg, problems, tokenizer, run):
     directory = os.path.join(cfg.output_dir, 'reward_model')
     model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
     with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
-        train_reward_model(model, problems.pairs, [], run, cfg.reward_epochs, cfg.reward_batch_size,
+        train_reward_model(model, problems.pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
                            cfg.reward_learning_rate, cfg.seed)
     run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
     say_accuracy(model, problems.held_out_pairs, run)
@@ -1021,6 +1045,7 @@ class State(RunState):
     rollouts: int = 0
     cursor: int = 0             # problems that were drawn
     beta: float = 0.0           # the KL's weight, which kl_target adapts
+    rewards_differed: bool | None = None        # in any rollout so far; None: not known, as there was none
     best: float | None = None   # highest eval_accuracy; or eval_reward, where no answer is right or wrong
 
     def note_eval(self, metrics):
@@ -1158,7 +1183,7 @@ def rollouts_path(cfg):
     return os.path.join(cfg.output_dir, 'rollouts.jsonl')
 
 
-def print_summary(cfg, policy, critic, problems, sizes, run):
+def print_summary(cfg, policy, critic, tokenizer, problems, sizes, run):
     c = composition(cfg)
     names = ', '.join(source.name for source in cfg.sources()) or f'embedded task {cfg.task}'
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -1172,6 +1197,10 @@ def print_summary(cfg, policy, critic, problems, sizes, run):
         kl = f'beta {cfg.beta:g} ({place})'
     run.print0(f'data      {names}: {len(problems.train):,} problems, {len(problems.held_out):,} held out; '
                f'rewards {" + ".join(cfg.rewards)}')
+    prompt, by_default = tokenizer.decode(problems.train[0]['prompt_ids']), ''
+    if cfg.system_prompt is None and problems.train[0].get('system'):
+        by_default = '; the system message is the default, --system_prompt= leaves it out'
+    run.print0(f'prompt    {prompt[:1000]!r}{by_default}')
     run.print0(f'model     {model}')
     run.print0(f'algorithm {cfg.algorithm}: {c["ratio"]} ratio, {c["surrogate"]} '
                f'{c["clip_low"]:g}/{c["clip_high"]:g}, {c["mean"]} mean, advantages by {advantages}, {kl}')
@@ -1203,15 +1232,14 @@ def checkpoint_before(cfg, run):
 
 
 def explain_replay(cfg, completions, log):
-    """Compares this rank's completions with rollouts.jsonl, and says of each group what there was to learn
-    from it."""
+    """Compares this rank's completions with rollouts.jsonl, and says of each prompt what it taught."""
     shutil.rmtree(os.path.dirname(log.path))        # its console lines were all that was wanted of it
     path = rollouts_path(cfg)
     written = {(c.group, c.sample): c.completion_ids for c in read_completions(path, cfg.replay)}
     # tokens, not texts: two ways to cut a text into tokens would be two different things to learn
     same = sum(c.completion_ids == written.get((c.group, c.sample)) for c in completions)
     for members in cut(completions, cfg.num_generations):
-        print(pages.explain_group(members))
+        print(pages.explain_group(members, has_critic=cfg.algorithm == 'ppo'))
     print(f'{same} of {len(completions)} completions are those of {path}, token by token')
     return {'same': same, 'completions': len(completions)}
 

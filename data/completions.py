@@ -29,6 +29,7 @@ class Completion:
     advantage: float = 0.0                          # with a critic the mean over its tokens
     agent: str | None = None                        # of several, as the page of rollouts groups them
     turn: int = 0
+    prompt: str = ''                                # prompt_ids as text
 
     def line(self):
         """As JSON, log-probabilities to five digits."""

@@ -298,7 +298,7 @@ def to_record(row, where, source=None, system_prompt=None):
 
 def read_record(row, where, source, system_prompt):
     split = split_of_row(row)
-    system = None if system_prompt is None else fill(system_prompt, row, source)
+    system = fill(system_prompt, row, source) if system_prompt else None
     format = known_format(row)
     if format == 'answer' or source.prompt_column or source.answer_column:
         prompt_column = source.prompt_column or ('question' if 'question' in row else 'prompt')

@@ -103,7 +103,7 @@ def read_pair(row, where, source, system_prompt, chat):
         raise UserError('prompt: its last message is from the assistant; what is '
                         'answered must be somebody else\'s')
     check_answers(messages[-1]['content'], chosen, rejected)
-    if system_prompt is not None:
+    if system_prompt:
         messages = with_system(messages, fill(system_prompt, row, source))
     return Pair(messages, chosen, rejected, tools, split, where)
 

@@ -140,6 +140,14 @@ class Scorer:
             return None
         return sum(weight * scores[name] for name, weight in zip(self.names, self.weights))
 
+    def explain_missing(self, columns):
+        """Which rewards of {name: (N,) numbers, NaN for none} gave none, and the last error of a function."""
+        reasons = []
+        for name, column in columns.items():
+            if n := sum(value != value for value in column):
+                reasons.append(f'{name} gave no number (None, NaN or an error) for {n} of {len(column)}')
+        return '; '.join([*reasons, self.last_error]).strip('; ')
+
     def close(self):
         for server in self.servers.values():
             server.stop()

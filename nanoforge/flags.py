@@ -173,7 +173,8 @@ class DataFlags(Flags):
     chosen_column: str | None = None  # column of the preferred answer
     rejected_column: str | None = None  # column of the other one
     datasets: list[Source] = []  # the same as a list, with a weight for each
-    system_prompt: str | None = None  # template over the columns of a row: the system message of every prompt
+    system_prompt: str | None = setting(None, empty=True)  # template over the columns of a row: the system
+        # message of every prompt; '' = none
     max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
         # and answer; the model's context if not set
     max_prompt_length: int | None = setting(None, min=1)  # tokens of the prompt

@@ -26,7 +26,7 @@ from kills import run_and_kill
 from model import load_model
 from nanoforge.run import setup
 from train_rl import Config, MicroBatch, Rollout, main
-from nanoforge.reward_model import ValueModel, load_reward_model, save_reward_model, train_reward_model
+from nanoforge.reward_model import ValueModel, load_reward_model, pair_accuracy, save_reward_model, train_reward_model
 
 TINY = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4, max_steps=4, logging_steps=1,
             eval_steps=2, eval_problems=6, num_problems=64, max_completion_length=24, learning_rate=2e-4, warmup_steps=0, temperature=1.5,
@@ -448,8 +448,8 @@ def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
         return encode_pairs(tokenizer, found, 128)[0]
 
     value, run = ValueModel(model), setup('cpu')
-    result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), run, 1, 16, 1e-3)
-    assert result['accuracy'] > 0.9
+    train_reward_model(value, pairs('train', 160, 0), run, 1, 16, 1e-3)
+    assert pair_accuracy(value, pairs('eval', 64, 0), run) > 0.9
     save_reward_model(value, tokenizer, tmp_path / 'rm')
     from transformers import AutoModelForSequenceClassification
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / 'rm')

@@ -256,7 +256,7 @@ def split_list(text):
     while found:
         for n in range(len(found), 0, -1):  # the longest run that is a path, else one word
             word = text[found[0].start():found[n - 1].end()]
-            if n == 1 or os.path.exists(word) or os.path.exists(word.rpartition(':')[0]):
+            if n == 1 or os.path.exists(re.sub(r':\w+$', '', word)):
                 break
         words.append(word.strip('\'"'))
         found = found[n:]

@@ -207,8 +207,8 @@ def explain_group(members, has_critic=False):
 
 def explain_no_signal(algorithm, rewards, completion):
     """The end of a run in which rewards never differed, with a completion of it, or None."""
-    where = 'of a rollout' if algorithm == 'ppo' else 'of a prompt'
-    text = f'nothing was learned: the completions {where} always had the same reward as each other'
+    where = 'rollout' if algorithm == 'ppo' else 'prompt'
+    text = f'nothing was learned: no completion ever earned more than another of its {where}'
     if completion is None:          # the run had ended before
         return text
     wanted = completion.problem.get('answer', 'no answer in this row')

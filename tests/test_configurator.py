@@ -157,8 +157,43 @@ def test_flags(words, expected):
 
 def test_a_list_in_one_word_and_defaults_are_copies():
     assert parse(Gpt, ['--dataset_list', 'a b']).dataset_list == ['a', 'b']
+    assert parse(Gpt, ['''--dataset_list="a b", 'c, d' e''']).dataset_list == ['a b', 'c, d', 'e']
     parse(Sft, ['data.datasets.name=changed'])
     assert Sft().datasets == [Dataset('tiny')]
+
+
+def test_paths_with_spaces_in_lists(tmp_path, monkeypatch):
+    """A file that is there is one word of a list, however the list is typed."""
+    monkeypatch.chdir(tmp_path)
+    for path in ('my rewards/a.py', 'my rewards/b, c.py', 'plain/d.py'):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text('')
+    paths = ['my rewards/a.py:score', f'{tmp_path}/my rewards/b, c.py:other', 'plain/d.py:score']
+    for path in paths:
+        assert parse(Gpt, [f'--dataset_list={path}']).dataset_list == [path]
+        assert parse(Gpt, ['--dataset_list', 'exact', path, 'tags', 'batch_size=2']).dataset_list == ['exact', path, 'tags']
+        assert parse(Gpt, [f'dataset_list=exact,{path},tags']).dataset_list == ['exact', path, 'tags']
+    assert parse(Gpt, ['--dataset_list', *paths]).dataset_list == paths
+    assert parse(Gpt, ['--dataset_list=my rewards']).dataset_list == ['my rewards']       # a folder is a path, too
+    assert parse(Gpt, ['--dataset_list=your rewards']).dataset_list == ['your', 'rewards']
+
+
+def test_an_empty_text_may_be_a_value(tmp_path):
+    @configclass
+    class Mine:
+        prompt: str | None = setting(None, path='data.prompt', empty=True)  # '' = none
+        name: str | None = setting('x', path='data.name')  # whose
+
+    for argv, prompt in (([], None), (['--prompt='], ''), (['--prompt', ''], ''), (['data.prompt='], ''),
+                         (['--prompt=null'], None), (['--prompt=hi'], 'hi')):
+        assert parse(Mine, argv).prompt == prompt, argv
+    path = tmp_path / 'r.yaml'
+    for text, prompt in (("''", ''), ('""', ''), ('', None), ('null', None), ('~', None), ("'hi'", 'hi')):
+        path.write_text(f'data:\n  prompt: {text}\n  name:\n')
+        cfg = parse(Mine, [str(path)])
+        assert (cfg.prompt, cfg.name) == (prompt, None), text
+    for prompt in ('', None, 'hi'):
+        assert from_dict(Mine, json.loads(json.dumps(as_dict(Mine(prompt=prompt))))).prompt == prompt
 
 
 def test_theta_and_dotted_spellings():

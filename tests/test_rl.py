@@ -32,6 +32,7 @@ TINY = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_
             eval_steps=2, eval_problems=6, num_problems=64, max_completion_length=24, learning_rate=2e-4, warmup_steps=0, temperature=1.5,
             rewards=['task', 'length'], length_buffer=20, device='cpu', matmul='float32', tensorboard=False)
 PPO = dict(algorithm='ppo', value_model_name='tiny', num_generations=1)
+SHOW = train_rl.show
 
 
 @pytest.fixture(autouse=True)
@@ -246,6 +247,69 @@ def test_replay(capsys):
     cfg.replay = 3
     with pytest.raises(UserError, match='nearest one is'):
         main(cfg)
+
+
+def test_a_critic_compares_no_groups(monkeypatch, capsys):
+    """Neither ppo's replay nor its page calls equal rewards nothing to learn: advantages are the critic's."""
+    monkeypatch.setattr(train_rl, 'show', SHOW)
+    main(config(**{**PPO, 'num_generations': 4}, max_steps=2, rewards=['number']))
+    page = (open('out/rollouts.html', encoding='utf-8').read().partition('</style>')[2]).replace('class=group', '')
+    assert 'group' not in page and 'equal rewards' not in page and 'critic' in page and 'prompt 3' in page and '</i>unscored' in page
+    assert all('frac_reward_zero_std' not in line for line in lines())
+    capsys.readouterr()
+    cfg = Config(replay=0, output_dir='out')
+    cfg.typed = frozenset({'replay', 'output_dir'})
+    assert main(cfg) == {'same': 16, 'completions': 16}
+    said = capsys.readouterr().out
+    assert said.count('--- prompt') == said.count('than the critic expected') == 4 and 'nothing to learn' not in said
+    assert any(e.advantage and e.reward == 0 for e in read_completions('out/rollouts.jsonl', 0)), 'the case that was called nothing to learn'
+
+
+def test_nothing_was_learned(tmp_path, capsys):
+    """A run whose rewards never differ within a group says so, with an answer and what was wanted."""
+    shared = dict(datasets=[Source(problems_file(tmp_path))], rewards=['exact'], max_steps=2, eval_steps=0, max_prompt_length=150, length_buffer=1)
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n    return [len(r["question"]) for r in records]\n')
+    for how, word in ((dict(max_completion_length=2), 'prompt'), (dict(max_completion_length=2, system_prompt=''), 'prompt'),
+                      (dict(rewards=[f'{tmp_path}/mine.py:score']), 'prompt'),                  # differs, but not within a group
+                      (dict(**PPO, max_completion_length=2), 'rollout')):
+        main(config(**{**shared, **how}))
+        said = capsys.readouterr().out
+        first = read_completions('out/rollouts.jsonl')[0]
+        assert f'nothing was learned: no completion ever earned more than another of its {word}' in said
+        asked = load_model('out')[1].decode(first.prompt_ids)
+        assert repr(asked[-300:]) in said and repr(first.text) in said and repr(first.problem['answer']) in said and first.prompt == asked
+        assert ('<think>' in asked) == ('system_prompt' not in how) and f'prompt    {asked[:20]!r}'[:-1] in said
+        assert ('--system_prompt= leaves it out' in said) == ('system_prompt' not in how)
+        assert json.loads(read('out', 'last', 'trainer_state.json'))['rewards_differed'] is False
+    cfg = Config(resume=True, output_dir='out')
+    cfg.typed = frozenset({'resume', 'output_dir'})
+    main(cfg)
+    assert 'nothing was learned' in capsys.readouterr().out
+    main(config(max_steps=2, eval_steps=0))
+    assert 'nothing was learned' not in capsys.readouterr().out
+
+
+def test_a_reward_that_gives_no_number_is_named(tmp_path, capsys):
+    (tmp_path / 'mine.py').write_text('def none(c, r):\n    return [None] * len(c)\ndef nan(c, r):\n    return [float("nan")] * len(c)\n'
+                                      'def fails(c, r):\n    return [1 / len(r[0]["nothing"]) for text in c]\n'
+                                      'def some(c, r):\n    return [1.0 if i % 2 else float("inf") for i in range(len(c))]\n')
+    for name, words in (('none', []), ('nan', ['returned nan']), ('fails', ['mine.py line 6: KeyError'])):
+        for masked in (False, True):
+            with pytest.raises(UserError) as error:
+                main(config(rewards=[f'{tmp_path}/mine.py:{name}', 'task'], eval_steps=0, mask_truncated=masked))
+            assert all(word in str(error.value) for word in [f'mine.py:{name} gave no number', 'for 16 of 16', *words])
+            assert ('mask_truncated' in str(error.value)) == masked
+    capsys.readouterr()
+    main(config(rewards=[f'{tmp_path}/mine.py:some'], eval_steps=0))
+    assert capsys.readouterr().out.count('some returned inf') == 1
+
+
+def test_the_critic_of_a_recipe_follows_a_typed_base_model(tmp_path):
+    (tmp_path / 'ppo.yaml').write_text('model:\n  base_model_name: org/base\n  value_model_name: org/critic\ntraining:\n  algorithm: ppo\n')
+    for argv, critic in (([], 'org/critic'), (['--model=mine'], 'mine'), (['model.base_model_name=mine', 'model.value_model_name=other'], 'other'),
+                         (['--value_model_name=other'], 'other')):
+        assert parse(Config, ['ppo.yaml', *argv]).value_model_name == critic, argv
+    assert parse(Config, ['--model=mine']).value_model_name is None
 
 
 # ---- modes -------------------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import PackedBatch, cut, pack
 from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
-from data.problems import draw_problems, load_task, open_problems, uses_pairs
+from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
 from nanoforge import pages, plots
 from nanoforge.log import REDUCED, Log
@@ -922,9 +922,8 @@ def describe_rollout(cfg, rollout, scorer, beta, run):
         metrics.update(kl=rollout.kl['k3'].sum() / tokens, beta=beta)
     if len(rewards) < len(rollout.reward):
         metrics['unscored'] = len(rollout.reward) - len(rewards)
-        if scorer.last_error and not scorer.has_said_error:
-            run.print0(f'note      unscored: {scorer.explain_missing(rollout.rewards)}')
-            scorer.has_said_error = True
+        if note := scorer.note_missing(rollout.rewards):
+            run.print0(f'note      unscored: {note}')
     if rollout.groups_drawn * cfg.num_generations > len(rollout.reward):
         metrics['groups_drawn'] = rollout.groups_drawn
     return {key: float(value) for key, value in metrics.items()}
@@ -1197,10 +1196,7 @@ def print_summary(cfg, policy, critic, tokenizer, problems, sizes, run):
         kl = f'beta {cfg.beta:g} ({place})'
     run.print0(f'data      {names}: {len(problems.train):,} problems, {len(problems.held_out):,} held out; '
                f'rewards {" + ".join(cfg.rewards)}')
-    prompt, by_default = tokenizer.decode(problems.train[0]['prompt_ids']), ''
-    if cfg.system_prompt is None and problems.train[0].get('system'):
-        by_default = '; the system message is the default, --system_prompt= leaves it out'
-    run.print0(f'prompt    {prompt[:1000]!r}{by_default}')
+    run.print0(f'prompt    {describe_prompt(problems.train[0], tokenizer, cfg.system_prompt)}')
     run.print0(f'model     {model}')
     run.print0(f'algorithm {cfg.algorithm}: {c["ratio"]} ratio, {c["surrogate"]} '
                f'{c["clip_low"]:g}/{c["clip_high"]:g}, {c["mean"]} mean, advantages by {advantages}, {kl}')

@@ -95,6 +95,14 @@ def prompt(problem):
     return [*system, {'role': 'user', 'content': problem['question']}]
 
 
+def describe_prompt(problem, tokenizer, system_prompt):
+    """A prompt as the model reads it, and where its system message is from, if nobody typed it."""
+    text = repr(tokenizer.decode(problem['prompt_ids'])[:1000])
+    if system_prompt is None and problem.get('system'):
+        text += '; the system message is the default, --system_prompt= leaves it out'
+    return text
+
+
 def hold_out(problems, fraction, count):
     """(training, held out): of the problems that data.splits.is_held_out puts aside, `count` at most, each
     question once. Which ones depends neither on a seed nor on the order of the rows."""

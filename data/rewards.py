@@ -148,6 +148,13 @@ class Scorer:
                 reasons.append(f'{name} gave no number (None, NaN or an error) for {n} of {len(column)}')
         return '; '.join([*reasons, self.last_error]).strip('; ')
 
+    def note_missing(self, columns):
+        """explain_missing, once: '' before a function has failed, and after the first time."""
+        if self.has_said_error or not self.last_error:
+            return ''
+        self.has_said_error = True
+        return self.explain_missing(columns)
+
     def close(self):
         for server in self.servers.values():
             server.stop()

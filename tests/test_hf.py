@@ -588,9 +588,9 @@ def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
 
 # ---- torch.compile -----------------------------------------------------------------------------------------
 
-def test_compiled_layers_have_the_same_gradients():
+def test_compiled_layers_have_the_same_gradients(recwarn):
     """Layer by layer, as train_gpt.py compiles them, in the plain forms that a GPU takes,
-    without a graph break."""
+    without a graph break, and without a warning on the console."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**FIELDS['qwen3'], **{**SMALL, 'n_layer': 1})).init_weights(0.3)
     idx, parameters = tokens(2, 16), list(model.parameters())
@@ -600,6 +600,7 @@ def test_compiled_layers_have_the_same_gradients():
     for a, b in zip(torch.autograd.grad(model(idx, idx).sum(), parameters), expected):
         assert b.any()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not [w for w in recwarn if 'Dynamo' in str(w.message)]
 
 
 def test_target_logp_compiles():

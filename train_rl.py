@@ -902,9 +902,9 @@ def describe_rollout(cfg, rollout, scorer, beta, run):
     """The metrics of a rollout, the same on every rank."""
     rewards, tokens = rollout.reward[rollout.valid], rollout.length.sum()
     if not len(rewards):
-        cut_off = 'what is cut off has none (mask_truncated); ' if cfg.mask_truncated else ''
-        raise UserError(f'no completion of this rollout has a score: {cut_off}'
-                        f'{scorer.explain_missing(rollout.rewards)}')
+        cut_off = 'those cut off count as none (mask_truncated)' if cfg.mask_truncated else ''
+        reasons = filter(None, (cut_off, scorer.explain_missing(rollout.rewards)))
+        raise UserError(f'no completion of this rollout has a score: {"; ".join(reasons)}')
     metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else 0.0}
     if len(scorer.names) > 1:
         called = short_names(scorer.names)

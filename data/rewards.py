@@ -146,7 +146,7 @@ class Scorer:
         for name, column in columns.items():
             if n := sum(value != value for value in column):
                 reasons.append(f'{name} gave no number (None, NaN or an error) for {n} of {len(column)}')
-        return '; '.join([*reasons, self.last_error]).strip('; ')
+        return '; '.join(filter(None, (*reasons, self.last_error)))
 
     def note_missing(self, columns):
         """explain_missing, once: '' before a function has failed, and after the first time."""

@@ -211,10 +211,10 @@ def explain_no_signal(algorithm, rewards, completion):
     text = f'nothing was learned: no completion ever earned more than another of its {where}'
     if completion is None:          # the run had ended before
         return text
-    wanted = completion.problem.get('answer', 'no answer in this row')
+    wanted = f'  wanted    {completion.problem["answer"]!r}\n' if 'answer' in completion.problem else ''
     return (f'{text}. The first one:\n  asked     {completion.prompt[-300:]!r}\n'
-            f'  answered  {completion.text[:300]!r}: reward {score(completion.reward, "none")}\n'
-            f'  wanted    {wanted!r}, by {" + ".join(rewards)}')
+            f'  answered  {completion.text[:300]!r}\n{wanted}'
+            f'  reward    {score(completion.reward, "none")}, by {" + ".join(rewards)}')
 
 
 # ---- episodes of agents -----------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ def encode(tokenizer, chats):
             row.mask += target_mask(tokenizer, ids) if is_target else [False] * len(ids)
         ends_in_target = row.mask and row.mask[-1]
         if ends_in_target and row.ids[-1] not in tokenizer.stop_ids and tokenizer.eos_id is not None:
+            tokenizer.refuse_without_embedding([tokenizer.eos_id])
             row.ids.append(tokenizer.eos_id)
             row.mask.append(True)
             row.stop_added = True
@@ -206,11 +207,14 @@ def target_mask(tokenizer, ids):
 
 def template_of(tokenizer, tools=None):
     """The tokenizer's chat template. One that has none gets ours, to be saved with it; where there is no
-    <|im_end|>, turns end with its end-of-text token."""
+    <|im_end|>, turns end with its end-of-text token. A chat begins with the token that begins a text, if
+    there is one: base models (Llama, Gemma) were trained to see it."""
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
         if tokenizer.id_of('<|im_end|>') is None and tokenizer.special.get('eos_token'):
             tokenizer.chat_template = CHAT_TEMPLATE.replace('<|im_end|>', tokenizer.special['eos_token'])
+        if tokenizer.special.get('bos_token') not in (None, '<|im_start|>'):
+            tokenizer.chat_template = '{{- bos_token }}' + tokenizer.chat_template
     if isinstance(tokenizer.chat_template, dict):
         named = tokenizer.chat_template
         name = 'tool_use' if tools and 'tool_use' in named else 'default'

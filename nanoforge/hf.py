@@ -280,7 +280,7 @@ def _to_gpt2(cfg, state):
 
 def from_hf_weights(cfg, weights):
     """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of to_hf_weights. An unknown name stays
-    as it is."""
+    as it is; so does the head of a tied model that differs from its embedding, which transformers unties."""
     state = {}
     for name, tensor in weights.items():
         name = re.sub(r'^(language_model\.)?((model|transformer)\.)?(language_model\.)?', '', name)
@@ -291,8 +291,10 @@ def from_hf_weights(cfg, weights):
             state.update(_from_gpt2(name, tensor))
         else:
             state[name] = tensor
-    if cfg.tied:
-        state.pop('lm_head.weight', None)
+    if cfg.tied and 'lm_head.weight' in state:
+        head = state.pop('lm_head.weight')
+        if not state.setdefault('embed_tokens.weight', head).equal(head):
+            state['lm_head.weight'] = head
     return state
 
 

@@ -128,7 +128,9 @@ def load_reward_model(name_or_path, device, tokenizer):
     score = weights.pop('score.weight')
     with torch.device('meta'):
         backbone = GPT(shape)
-    load_weights(backbone, from_hf_weights(shape, weights), directory, torch.float32, device)
+    state = from_hf_weights(shape, weights)
+    state.pop('lm_head.weight', None)           # a language model's, left over
+    load_weights(backbone, state, directory, torch.float32, device)
     model = ValueModel(backbone)
     model.score.weight.data.copy_(score)
     return model.requires_grad_(False).eval()

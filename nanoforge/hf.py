@@ -293,7 +293,8 @@ def from_hf_weights(cfg, weights):
             state[name] = tensor
     if cfg.tied and 'lm_head.weight' in state:
         head = state.pop('lm_head.weight')
-        if not state.setdefault('embed_tokens.weight', head).equal(head):
+        embedding = state.setdefault('embed_tokens.weight', head)
+        if not embedding.equal(head.to(embedding.dtype)):
             state['lm_head.weight'] = head
     return state
 
@@ -392,6 +393,19 @@ def find_model(name_or_path):
 
 # ---- other architectures -----------------------------------------------------------------------------------
 
+# what transformers' configurations call the bound of the logits
+SOFTCAP_KEYS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')
+
+
+def switch_dropout_off(config):
+    """In a transformers configuration and those inside it; models read it there."""
+    for key, value in vars(config).items():
+        if hasattr(value, 'to_dict'):
+            switch_dropout_off(value)
+        elif isinstance(value, float) and 'drop' in key:
+            setattr(config, key, 0.0)
+
+
 class HFModel(nn.Module):
     """Any other causal language model of transformers, behind the calls of model.GPT (without its speed).
 
@@ -405,21 +419,24 @@ class HFModel(nn.Module):
         super().__init__()
         self.model = model
         config = model.config.get_text_config()
+        embedding = model.get_input_embeddings().weight
+        softcaps = [getattr(config, key, None) for key in SOFTCAP_KEYS]
         self.config = SimpleNamespace(
-            arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, dropout=0.0,
+            arch=config.model_type, vocab_size=len(embedding), n_embd=config.hidden_size, dropout=0.0,
             block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
-            tied=bool(config.tie_word_embeddings),
-            logit_softcap=getattr(config, 'final_logit_softcapping', None) or 0.0)
+            tied=self.lm_head.weight is embedding, logit_softcap=next(filter(None, softcaps), 0.0))
         self.scale = 1.0
         self.scale = self.logit_scale()
 
     @staticmethod
     def load(directory, device, dtype):
-        """A Hugging Face directory -> HFModel. Code that comes with a model is never run."""
-        from transformers import AutoModelForCausalLM
+        """A Hugging Face directory -> HFModel, without dropout. Code that comes with a model is never run."""
+        from transformers import AutoConfig, AutoModelForCausalLM
         try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            switch_dropout_off(config)
             model, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                directory, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True)
         except Exception as e:    # whatever its loading code raises, it is this directory that cannot be used
             reason = (str(e).strip() or type(e).__name__).partition('\n')[0]
@@ -431,11 +448,21 @@ class HFModel(nn.Module):
             problems += [f'{name} {problem}' for name in sorted(info[key], key=str)]
         if problems:
             raise UserError(f'{directory} does not fit its config.json: ' + '; '.join(problems[:3]))
-        return HFModel(model.to(device)).eval()
+        try:
+            return HFModel(model.to(device)).eval()
+        except (AttributeError, TypeError, ValueError, LookupError, ImportError, NotImplementedError) as e:
+            raise UserError(f'{directory}: {model.config.model_type} is not supported: it does not run as a '
+                            f'language model with one head ({type(e).__name__}: {str(e)[:120]})') from None
 
     @property
     def lm_head(self):
         return self.model.get_output_embeddings()
+
+    @property
+    def backbone(self):
+        """The model below the head; some call themselves their own base."""
+        base = self.model.base_model
+        return base if base is not self.model else self.model.model
 
     @property
     def device(self):
@@ -487,7 +514,7 @@ class HFModel(nn.Module):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of '
                             f'{self.config.block_size}: shorten it')
         if positions is None:
-            return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
+            return self.backbone(input_ids=idx, use_cache=False).last_hidden_state
         segments, tokens = kernels.continuations(positions.expand(B, T)), idx.flatten()
         rows = [torch.cat([tokens[begin:begin + shared], tokens[start:end]])
                 for begin, shared, start, end in segments]

@@ -302,7 +302,13 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     if (hf.get('nanoforge') or {}).get('multicontext'):
         raise UserError(f'{name_or_path} is a multicontext model (several token streams at each position): '
                         'it has no single text to continue, and only train_gpt.py opens it')
-    cfg = config_from_hf(hf)
+    try:
+        cfg = config_from_hf(hf)
+    except UserError as e:
+        raise UserError(f'{directory}: {e}') from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise UserError(f'{directory}: its config.json is none of a language model ({type(e).__name__}: {e}); '
+                        'copy it again from the model\'s source') from None
     if cfg is not None:
         model = load_gpt(cfg, hf, directory, device, dtype, quantization)
     else:

@@ -2,7 +2,7 @@
 reading a model directory, and causal language models outside the families (HFModel)."""
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -126,8 +126,15 @@ UNSAID = {
 ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}
 
 
+OPTIONAL = ('n_inner',)             # GPT-2's: four times n_embd where it says nothing
+# without these there is no model of that size; transformers would take its class's own
+NEEDED = ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner')
+KINDS = {field.name: (int, float) if field.type is float else field.type for field in fields(GPTConfig)}
+
+
 def config_from_hf(hf):
-    """A config.json as dict -> GPTConfig, or None for an architecture outside our families."""
+    """A config.json as dict -> GPTConfig, or None for an architecture outside our families. UserError: a key
+    that is missing or has a value of another kind."""
     if hf.get('model_type') == 'nanoforge':
         return GPTConfig(**hf['nanoforge'])
     if hf.get('model_type') == 'gemma3':            # the language model of a picture model
@@ -139,7 +146,14 @@ def config_from_hf(hf):
     hf = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_activation': None, **UNSAID[arch], **hf}
     values = {**FAMILIES[arch], 'arch': arch}
     for ours, theirs in KEYS[arch].items():
-        values[ours] = hf.get(theirs) or 0
+        value = hf.get(theirs)
+        if not value and ours in NEEDED and theirs not in OPTIONAL:
+            raise UserError(f'config.json has no {theirs}: copy it again from the model\'s source')
+        is_setting = isinstance(value, KINDS[ours]) and isinstance(value, bool) == (KINDS[ours] is bool)
+        if value and (not is_setting or value < 0):
+            raise UserError(f'config.json: {theirs} is {value!r}, which is no such size or setting: copy it '
+                            'again from the model\'s source')
+        values[ours] = value or 0
     values['tied'] = bool(values['tied'])
     name = hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act']
     values['activation'] = ACTIVATIONS.get(name)
@@ -156,6 +170,7 @@ def config_from_hf(hf):
         values['rope'] = {kind: _rope(hf, kind) for kind in set(values['layer_types'])}
         if arch.startswith('gemma'):
             values['attn_scale'] = hf['query_pre_attn_scalar'] ** -0.5
+        outside += [kind not in ('full_attention', 'sliding_attention') for kind in values['layer_types']]
         outside += [values['bias'] and not values['o_bias'], hf.get('partial_rotary_factor', 1.0) != 1.0]
         outside += [rope['rope_type'] not in ROPE_TYPES or rope.get('partial_rotary_factor', 1.0) != 1.0
                     for rope in values['rope'].values()]
@@ -386,9 +401,23 @@ def find_model(name_or_path):
     try:
         return snapshot_download(name_or_path, allow_patterns=wanted)
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
-        raise UserError(f'no model {name_or_path!r}: not a local directory, and hub and local cache do not '
-                        f'provide it ({type(e).__name__}); download it where there is a network, give its '
-                        'directory') from None
+        raise UserError(why_not_provided(name_or_path, e)) from None
+
+
+def why_not_provided(name, error):
+    """One line for what the hub's client raised: what is wrong with model `name`, and what helps."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    login = 'log in (hf auth login) or set the environment variable HF_TOKEN to a token of an account'
+    if isinstance(error, GatedRepoError):
+        return (f'{name!r} is a gated model: accept its licence on its page of the Hugging Face hub, then '
+                f'{login} that has accepted it')
+    if isinstance(error, RepositoryNotFoundError):      # a private one looks like none
+        return (f'no model {name!r}: not a local directory, and the hub has none of this name for you; check '
+                f'the spelling, or, if it is private, {login} that may read it')
+    if getattr(getattr(error, 'response', None), 'status_code', None) in (401, 403):
+        return f'the hub refuses access to {name!r}: {login} that may read it'
+    return (f'no model {name!r}: not a local directory, and hub and local cache do not provide it '
+            f'({type(error).__name__}); download it where there is a network, give its directory')
 
 
 # ---- other architectures -----------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from nanoforge.quantize import head_of, is_linear, is_quantized
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
-NUMBERS = {float: (int, float), int: (int, float)}        # lora_alpha may be either
 # what PEFT can put into an adapter and these layers cannot hold: refused rather than dropped
 REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices',
            'target_parameters', 'alora_invocation_tokens', 'use_bdlora', 'use_qalora', 'arrow_config',
@@ -499,9 +498,10 @@ def read_adapter_config(directory):
         refused = [f'peft_type is {config.get("peft_type")}']
     if refused:
         raise UserError(f'{path}: {refused[0]}' + ONLY_PEFT)
-    config = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    settings = {key: default if config.get(key) is None else config[key] for key, default in DEFAULTS.items()}
     for key, default in DEFAULTS.items():
-        if default is not None and not isinstance(config[key], NUMBERS.get(type(default), type(default))):
-            raise UserError(f'{path}: {key} is {config[key]!r}, not a {type(default).__name__}; copy the '
+        kind = (int, float) if type(default) in (int, float) else type(default)
+        if default is not None and not isinstance(settings[key], kind):
+            raise UserError(f'{path}: {key} is {settings[key]!r}, of another type than PEFT writes; copy the '
                             'adapter again from its source')
-    return config
+    return settings

@@ -241,6 +241,60 @@ def test_save_opens_in_transformers(tokenizer, tmp_path):
             for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja')] == [True] * 3
 
 
+TOKEN = dict(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
+
+
+@pytest.mark.parametrize('config, files', [
+    (dict(added_tokens_decoder={'500': dict(TOKEN, content='<|tool|>')}), {}),
+    (dict(added_tokens_decoder={'505': dict(TOKEN, content='<|tool|>'), '502': dict(TOKEN, content='<|x|>')}), {}),
+    (dict(added_tokens_decoder={'500': dict(TOKEN, content='<|tool|>', special=False, lstrip=True)}), {}),
+    (dict(pad_token='[PAD]', mask_token='<|x|>', unk_token=dict(TOKEN, content='<|tool|>', __type='AddedToken')), {}),
+    (dict(additional_special_tokens=['<|tool|>', '<|x|>']), {}),
+    (dict(extra_special_tokens={'tool_token': '<|tool|>'}, add_bos_token=False), {}),
+    (dict(image_token='<|tool|>'), {}),
+    ({}, {'added_tokens.json': {'<|tool|>': 500, '<|x|>': 501}}),
+    ({}, {'special_tokens_map.json': {'pad_token': '[PAD]', 'additional_special_tokens': ['<|tool|>']}}),
+])
+def test_declared_tokens_are_those_of_transformers(text, config, files, tmp_path):
+    """Tokens that tokenizer_config.json and the older files name and tokenizer.json lacks."""
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '<|im_end|>', **config}
+    for name, value in {'tokenizer_config.json': config, **files}.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / 'tokenizer.json').write_text(text)
+    words = 'a <|tool|> b <|x|>the[PAD] <|im_end|> <|tool|>x'
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    ours.save(tmp_path / 'saved')
+    again, opened = load_tokenizer(tmp_path / 'saved'), AutoTokenizer.from_pretrained(tmp_path / 'saved')
+    expected = theirs(words, add_special_tokens=False)['input_ids']
+    assert ours.encode(words) == again.encode(words) == opened(words, add_special_tokens=False)['input_ids'] == expected
+    assert (ours.vocab_size, ours.eos_id, ours.pad_id) == (len(theirs), theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.sha256 == again.sha256 != Tokenizer(text).sha256
+
+
+def test_stop_ids_are_saved(text, tmp_path):
+    """All of them, by the tokenizer alone, with what else generation_config.json says; not ids that the
+    tokenizer does not have."""
+    generation = {'eos_token_id': [0, 4, 50256, 'x', None], 'temperature': 0.6}
+    for name, value in (('tokenizer.json', json.loads(text)), ('generation_config.json', generation),
+                        ('config.json', {'eos_token_id': 70000}), ('tokenizer_config.json', {'eos_token': '<|endoftext|>'})):
+        (tmp_path / name).write_text(json.dumps(value))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == {0, 2, 4}
+    tokenizer.save(tmp_path / 'saved')
+    assert load_tokenizer(tmp_path / 'saved').stop_ids == {0, 2, 4}
+    assert json.loads((tmp_path / 'saved' / 'generation_config.json').read_text()) == {
+        'eos_token_id': [0, 2, 4], 'temperature': 0.6}
+
+
+def test_our_template_begins_with_the_token_that_begins_a_text(text):
+    chat = DIALOGUE[1:2]
+    plain = prompt_ids(Tokenizer(text, {'eos_token': '<|endoftext|>'}), chat)
+    named = Tokenizer(text, {'eos_token': '<|endoftext|>', 'bos_token': '<tool_call>'})
+    assert prompt_ids(named, chat) == [named.bos_id, *plain] == theirs(named)(chat, add_generation_prompt=True)
+    turn = Tokenizer(text, {'eos_token': '<|endoftext|>', 'bos_token': '<|im_start|>'})    # begins every turn anyway
+    assert prompt_ids(turn, chat) == plain
+
+
 def test_named_templates(text, tmp_path):
     tokenizer = with_template(text, {'default': 'D{{ messages[0].content }}', 'tool_use': 'T{{ tools | length }}'})
     tokenizer.save(tmp_path)
@@ -322,6 +376,14 @@ def test_tokenizer_mistakes(tmp_path):
     (tmp_path / 'tokenizer_config.json').write_text('{')
     with pytest.raises(UserError, match='tokenizer_config.json: not readable'):
         load_tokenizer(tmp_path)
+    (tmp_path / 'tokenizer_config.json').write_text('[1]')
+    with pytest.raises(UserError, match='tokenizer_config.json: expected a JSON object'):
+        load_tokenizer(tmp_path)
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(json.loads(next(char_backends()))))
+    for wrong in ({'eos_token': 3}, {'added_tokens_decoder': ['<x>']}, {'added_tokens_decoder': {'a': 'x'}}):
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match='tokenizer_config.json declares'):
+            load_tokenizer(tmp_path)
 
 
 def test_random_chats_equal_transformers(tokenizer):

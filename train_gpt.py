@@ -210,7 +210,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.corpus import Corpus, check_together, prepare_missing, windows
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, read_safetensors
 from nanoforge import plots
 from nanoforge.kernels import TargetLogp
@@ -316,7 +316,7 @@ def build_model(cfg, corpora, run):
     """(model, tokenizer): float32 weights, new, pretrained or resumed. Fills in the sizes in cfg."""
     tokenizer = load_tokenizer(corpora[0].directory)
     if cfg.init_from.startswith('gpt2'):
-        model = load_pretrained(cfg, tokenizer, corpora, run)
+        model, tokenizer = load_pretrained(cfg, tokenizer, corpora, run)
     else:
         if run.device.type == 'cpu':                        # minutes on two cores
             chosen = fill_in(cfg, n_layer=4, n_head=4, n_embd=128, block_size=64)
@@ -347,12 +347,13 @@ def new_model(cfg, corpora):
 
 
 def load_pretrained(cfg, tokenizer, corpora, run):
-    """A GPT-2, or the model directory of gpt2_type, for data of the same tokenizer."""
+    """(model, tokenizer): a GPT-2, or the model directory of gpt2_type, for data of the same tokenizer."""
     name = cfg.gpt2_type if cfg.init_from == 'gpt2' else cfg.init_from
     model, its_tokenizer = load_model(name, run.device)
     data = corpora[0]
     # never character ids for a GPT-2: they would train without an error, and mean nothing
-    if its_tokenizer is None or its_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+    ids = tokenizer.backend.get_vocab().items()
+    if its_tokenizer is None or not ids <= its_tokenizer.backend.get_vocab().items():
         raise UserError(f'data set {data.name!r} has the ids of a {data.meta["tokenizer"]} tokenizer, not '
                         f'those of {name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME '
                         'FILE --tokenizer gpt2)')
@@ -369,7 +370,9 @@ def load_pretrained(cfg, tokenizer, corpora, run):
     for module in model.modules():
         if hasattr(module, 'dropout'):
             module.dropout = cfg.dropout
-    return model
+    # the ids are those of the data; names, stop tokens and chat template are the model's
+    return model, Tokenizer(tokenizer.text, its_tokenizer.config, its_tokenizer.stop_ids,
+                            its_tokenizer.chat_template, its_tokenizer.generation)
 
 
 def load_resumed(model, checkpoint):

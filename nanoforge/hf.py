@@ -169,7 +169,7 @@ def config_from_hf(hf):
         values['layer_types'] = _layer_types(hf, arch)
         values['rope'] = {kind: _rope(hf, kind) for kind in set(values['layer_types'])}
         if arch.startswith('gemma'):
-            values['attn_scale'] = hf['query_pre_attn_scalar'] ** -0.5
+            values['attn_scale'] = float(hf['query_pre_attn_scalar'] ** -0.5)       # complex: no float
         outside += [kind not in ('full_attention', 'sliding_attention') for kind in values['layer_types']]
         outside += [values['bias'] and not values['o_bias'], hf.get('partial_rotary_factor', 1.0) != 1.0]
         outside += [rope['rope_type'] not in ROPE_TYPES or rope.get('partial_rotary_factor', 1.0) != 1.0

@@ -28,6 +28,8 @@ DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_r
 REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices',
            'target_parameters', 'alora_invocation_tokens', 'use_bdlora', 'use_qalora', 'arrow_config',
            'kasa_config', 'monteclora_config')
+# Mamba's kernels take the matrices of these layers, past any adapter; PEFT refuses them, too
+READ_AS_MATRICES = r'\b(mixer|mamba)\.(out_proj|dt_proj)$'
 ONLY_PEFT = ', which only PEFT runs; merge it there (merge_and_unload), save and load the result'
 # ways to begin an adapter that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part of
 # it away, which PEFT computes anew whenever it loads one
@@ -168,7 +170,7 @@ def stacked_weights(model):
     sizes = {}
     for name, p in model.named_parameters():
         if p.dim() == 3 and min(p.shape) > 1:               # (1: a convolution along the tokens)
-            end = '.'.join(part for part in name.split('.') if not part.isdigit()).removeprefix('model.')
+            end = '.'.join(name.split('.')[-3:])
             sizes[end] = sizes.get(end, 0) + p.numel()
     return sizes
 
@@ -180,7 +182,8 @@ def find_targets(model, target_modules):
     if named is None:
         named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
     if named == 'all-linear' or list(named) == ['all-linear']:
-        paths = [path for path, layers in groups.items() if head_of(model) not in layers]
+        paths = [path for path, layers in groups.items()
+                 if head_of(model) not in layers and not re.search(READ_AS_MATRICES, path)]
         if not paths:
             raise UserError(f'LoRA: {model.config.arch} has no linear layer that could take an adapter (its '
                             'matrices are in layers of another kind): train the whole model, without '

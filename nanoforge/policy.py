@@ -54,8 +54,8 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
     stacked = stacked_weights(model) if trainable and cfg.use_lora else {}
     if stacked:
         share = sum(stacked.values()) / model.num_params()
-        run.print0(f'note      LoRA is for linear layers: {", ".join(sorted(stacked))} (experts; {share:.0%} of '
-                   'the parameters) get no adapter and stay as they are, in full precision')
+        run.print0(f'note      LoRA is for linear layers: {", ".join(sorted(stacked))} ({share:.0%} of the '
+                   'parameters) get no adapter, stay as they are, and are never in 4 or 8 bits')
     if trainable:
         check_trainable(model)
     else:

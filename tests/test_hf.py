@@ -24,8 +24,8 @@ from model import GPT, GPTConfig, load_model, save_model
 from nanoforge import kernels
 from nanoforge.decode import make_decoder
 from nanoforge.hf import FAMILIES as FIELDS
-from nanoforge.hf import UNSAID, from_hf_weights, why_not_provided
-from nanoforge.lora import add_lora, stacked_weights
+from nanoforge.hf import UNSAID, HFModel, from_hf_weights, why_not_provided
+from nanoforge.lora import add_lora, find_targets, stacked_weights
 from nanoforge.optim import make_optimizer
 from sample import generate, logp_gap
 
@@ -576,13 +576,14 @@ def test_a_token_that_was_added_without_an_embedding(pairs, tmp_path):
     backend = tokenizer_of(99).backend
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(['<tool>', '<end>'])
-    Tokenizer(backend.to_str(), {'eos_token': '<end>'}, chat_template='{{ messages[-1].content }}').save(directory)
+    config = {'eos_token': '<end>'}
+    Tokenizer(backend.to_str(), config, chat_template='{% for m in messages %}{{ m.content }} {% endfor %}').save(directory)
     _, tokenizer = load_model(directory)
     assert tokenizer.encode('t1 t2') == [1, 2] and tokenizer.stop_ids == {2}
     with pytest.raises(UserError, match="'<tool>'.*resize_token_embeddings"):
         tokenizer.encode('t1 <tool>')
     with pytest.raises(UserError, match='<end>'):
-        render(tokenizer, [{'role': 'assistant', 'content': 't1'}])
+        render(tokenizer, [{'role': role, 'content': 't1'} for role in ('user', 'assistant')])
 
 
 def test_rows_longer_than_the_context(pairs):
@@ -646,8 +647,10 @@ def test_what_lora_leaves_out_is_known(tmp_path):
     """Stacked experts and matrices in other layers than linear ones."""
     other('Qwen3Moe', tmp_path / 'experts')
     experts = stacked_weights(load_model(str(tmp_path / 'experts'))[0])
-    assert experts == {'layers.mlp.experts.gate_up_proj': 4 * 4 * 32 * 32,
-                       'layers.mlp.experts.down_proj': 4 * 4 * 32 * 16}
+    assert experts == {'mlp.experts.gate_up_proj': 4 * 4 * 32 * 32, 'mlp.experts.down_proj': 4 * 4 * 32 * 16}
+    mamba = HFModel(transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, state_size=8)))
+    assert find_targets(mamba, 'all-linear') == [f'backbone.layers.0.mixer.{name}' for name in ('in_proj', 'x_proj')]
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True))
     theirs.save_pretrained(tmp_path / 'conv')
     with pytest.raises(UserError, match='gpt2 has no linear layer .* without use_lora'):

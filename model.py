@@ -307,8 +307,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     except UserError as e:
         raise UserError(f'{directory}: {e}') from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        raise UserError(f'{directory}: its config.json is none of a language model ({type(e).__name__}: {e}); '
-                        'copy it again from the model\'s source') from None
+        raise UserError(f'{directory}: its config.json describes no language model '
+                        f'({type(e).__name__}: {e}); copy it again from the model\'s source') from None
     if cfg is not None:
         model = load_gpt(cfg, hf, directory, device, dtype, quantization)
     else:

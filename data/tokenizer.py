@@ -60,7 +60,8 @@ class Tokenizer:
         self.backend.no_padding()
         self.config, self.generation = dict(config or {}), dict(generation or {})
         self.chat_template = chat_template
-        self.special = {name: token_text(self.config[name]) for name in NAMED_TOKENS if self.config.get(name)}
+        self.special = {name: token_text(self.config[name])
+                        for name in NAMED_TOKENS if self.config.get(name)}
         self.text = self.backend.to_str() if self._add_missing_tokens() else text
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
         self.bos_id = self.id_of(self.special.get('bos_token'))
@@ -88,7 +89,8 @@ class Tokenizer:
         missing = {}                # content -> AddedToken
         declared = self.config.get('added_tokens_decoder', {})
         for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
-            missing[token['content']] = AddedToken(**{key: token[key] for key in TOKEN_FIELDS if key in token})
+            settings = {key: token[key] for key in TOKEN_FIELDS if key in token}
+            missing[token['content']] = AddedToken(**settings)
         others = [token for key, token in self.config.items()
                   if key.endswith('_token') and key not in NAMED_TOKENS and isinstance(token, (str, dict))]
         for key in EXTRA_TOKENS:
@@ -97,7 +99,7 @@ class Tokenizer:
         for content in (*self.special.values(), *map(token_text, others)):
             missing.setdefault(content, AddedToken(content, special=True))
         present = {token.content for token in self.backend.get_added_tokens_decoder().values()}
-        return self.backend.add_tokens([token for content, token in missing.items() if content not in present])
+        return self.backend.add_tokens([missing[content] for content in missing if content not in present])
 
     def restrict(self, num_embeddings):
         """From now on a text with a token that has no row in a model's embedding is refused: many tokenizers
@@ -203,7 +205,7 @@ def load_tokenizer(name):
     if os.path.exists(path):
         with open(path, encoding='utf-8-sig', newline='') as file:
             text = file.read()
-        if 'added_tokens_decoder' not in config:            # the files of before it, as transformers reads them
+        if 'added_tokens_decoder' not in config:            # the older files, as transformers reads them
             config.update(read_json(os.path.join(name, 'special_tokens_map.json')))
             config.update(older_tokens(name, config))
         template = config.pop('chat_template', None)
@@ -231,8 +233,10 @@ def older_tokens(name, config):
     """The {content: id} of a directory's added_tokens.json as tokenizer_config.json has them today."""
     ids = read_json(os.path.join(name, 'added_tokens.json'))
     special = {token_text(config[key]) for key in NAMED_TOKENS if config.get(key)}
-    tokens = {str(id): {'content': content, 'special': content in special, 'normalized': content not in special}
-              for content, id in ids.items()}
+    tokens = {}
+    for content, id in ids.items():
+        is_special = content in special
+        tokens[str(id)] = {'content': content, 'special': is_special, 'normalized': not is_special}
     return {'added_tokens_decoder': tokens} if tokens else {}
 
 

@@ -623,12 +623,14 @@ def test_other_architectures_train_and_come_back(name, tmp_path):
     """A step of every parameter, a step of adapters alone; what is saved opens here and there."""
     theirs, idx = other(name, tmp_path / 'there'), tokens(2, 12)
     for lora in (False, True):
-        ours = load_model(str(tmp_path / 'there'))[0].train()
+        ours = load_model(str(tmp_path / 'there'))[0]
         with torch.no_grad():
-            close(ours(idx), theirs(idx).logits)            # in training, too: no dropout
+            close(ours(idx), theirs(idx).logits)
+            if name != 'Phimoe':                            # whose router draws lots in training
+                close(ours.train()(idx), theirs(idx).logits)            # no dropout
         if lora:
             add_lora(ours, 4, 8, 0.0, 'all-linear')
-        optimizer, losses = make_optimizer('muon', ours, 1e-2), []
+        optimizer, losses = make_optimizer('muon', ours.train(), 1e-2), []
         for _ in range(2):
             loss = -ours(idx[:, :-1], idx[:, 1:]).mean()
             loss.backward()
@@ -636,7 +638,7 @@ def test_other_architectures_train_and_come_back(name, tmp_path):
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[1] < losses[0]
-        save_model(ours, None, str(tmp_path / f'lora_{lora}'))
+        save_model(ours.eval(), None, str(tmp_path / f'lora_{lora}'))
         with torch.no_grad():
             close(load_model(str(tmp_path / f'lora_{lora}'))[0](idx), ours(idx))
             if not lora:

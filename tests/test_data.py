@@ -131,6 +131,13 @@ def test_parquet_val_file_and_text_files_as_documents(tmp_path):
     assert ids(tmp_path / 'out', 'val') == [*b'fg']
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (('a.txt', 'ab'), ('a.jsonl', '{"text": "ab"}')):
+        (tmp_path / name).write_bytes(('\ufeff' + content).encode())
+        prepare.prepare_files(str(tmp_path / name[2:]), [str(tmp_path / name)], 'byte', 'x', val_path=write(tmp_path / 'v.txt', 'fg'))
+        assert ids(tmp_path / name[2:]) in ([*b'ab'], [*b'ab', 256])
+
+
 @pytest.mark.parametrize('separator, text', [
     ('<|endoftext|>', 'one\n\nmore\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\nthree\n<|endoftext|>'),
     ('', 'one\nmore\n\n\n\ntwo\r\n\r\nthree\n')])
@@ -429,7 +436,8 @@ def test_nanogpt_without_meta_is_gpt2(tmp_path, small_gpt2):
     ('a.txt', b'a\0b', {}, 'not a text file'),
     ('a.jsonl', b'{"text": "a"}\n{"text"\n', {}, 'a.jsonl, line 2: not JSON'),
     ('a.jsonl', b'{"text": "a"}\n{"body": "b"}\n', {}, "a.jsonl, line 2: 'text' must be text, not NoneType.*--field"),
-    ('a.jsonl', b'["a"]\n', {}, "line 1: 'text' must be text"),
+    ('a.jsonl', b'"a"\n', {}, "line 1: 'text' must be text"),
+    ('a.jsonl', b'[{"text": "a"}, {"text": "b"}]\n', {}, 'line 1: a list, where a JSON Lines file has one object on each line'),
     ('a.jsonl', b'{"text": "\\ud800"}\n', {}, 'line 1: .*half a character'),
     ('a.parquet', b'PAR1', {}, 'not a parquet file'),
     ('a.txt', b'some text here', {'tokenizer': 'zzz'}, '--tokenizer=zzz is not char, byte, gpt2, bpe'),

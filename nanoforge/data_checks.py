@@ -88,7 +88,7 @@ def print_mixture(sources, system_prompts, print0):
         print0(f'data      {len(sources)} data sets are mixed: {names}; --dataset_path=... names one in '
                'place of all')
     for text in filter(None, system_prompts):
-        print0(f'prompt    every row gets the system message {text!r}')
+        print0(f'prompt    rows get the system message {text!r}')
 
 
 def compare_splits(rows, issues):

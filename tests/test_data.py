@@ -131,13 +131,6 @@ def test_parquet_val_file_and_text_files_as_documents(tmp_path):
     assert ids(tmp_path / 'out', 'val') == [*b'fg']
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    for name, content in (('a.txt', 'ab'), ('a.jsonl', '{"text": "ab"}')):
-        (tmp_path / name).write_bytes(('\ufeff' + content).encode())
-        prepare.prepare_files(str(tmp_path / name[2:]), [str(tmp_path / name)], 'byte', 'x', val_path=write(tmp_path / 'v.txt', 'fg'))
-        assert ids(tmp_path / name[2:]) in ([*b'ab'], [*b'ab', 256])
-
-
 @pytest.mark.parametrize('separator, text', [
     ('<|endoftext|>', 'one\n\nmore\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\nthree\n<|endoftext|>'),
     ('', 'one\nmore\n\n\n\ntwo\r\n\r\nthree\n')])

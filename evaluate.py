@@ -132,9 +132,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.chat import encode, parse_tool_calls
-from data.formats import Record, Source, read_rows, to_record
+from data.formats import Record, Source, read_rows, split_of_row, to_record
 from data.splits import is_held_out, legacy_sft
-from data.tokenized import pieces_of
+from data.tokenized import pieces_of, remarks_on
 from model import load_model
 from nanoforge import eval_report, metrics
 from nanoforge.checkpoint import move_aside, read_manifest, write_json, write_text
@@ -291,7 +291,7 @@ def read_records(sources, config, issues):
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue
-            if 'metadata' not in row:
+            if split_of_row(row) is None:
                 record.split = saved_split(record, fraction, seed, data.get('split_rule'))
                 held_out += record.split == 'eval'
             records.append(record)
@@ -336,14 +336,23 @@ def encode_records(tokenizer, records, problems=None):
     """Records -> Rows with the ids that training uses and the sampler sees."""
     chats = encode(tokenizer, [render(tokenizer, record) for record in records])
     problems = problems or [None] * len(records)
-    rows = []
+    rows, issues = [], DataIssues()
     for record, chat, problem in zip(records, chats, problems, strict=True):
+        for remark in remarks_on(tokenizer, record):
+            issues.add(remark, record.where)
+        if True not in chat.mask:
+            issues.add('fully masked rows', record.where)
+            continue
         start = chat.mask.index(True) or 1      # a text that follows no prompt: its first token asks for it
         answer = [token for token, is_target in zip(chat.ids[start:], chat.mask[start:]) if is_target]
         reference = text_of(tokenizer, answer)
         wanted = calls_of(record) or read_calls(reference) or []
         rows.append(Row(record.where, question_of(record), reference, chat.ids[:start], answer, wanted,
                         problem))
+    for line in issues.lines():
+        print(line)
+    if not rows:
+        raise UserError('no row has an answer to evaluate')
     return rows
 
 

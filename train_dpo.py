@@ -220,11 +220,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.batches import Epochs, Prefetcher, micro_batches, pack
-from data.preferences import encode_pairs, read_pairs
+from data.preferences import encode_pairs, read_pairs, remarks_on
 from data.splits import is_held_out, legacy_dpo
 from data.tasks import facts
 from nanoforge import plots
 from nanoforge.checkpoint import atomic_write, writing
+from nanoforge.data_checks import print_mixture
 from nanoforge.lora import adapters_off, lora_layers, merge_lora
 from nanoforge.policy import RATES, is_adapter, is_small, load_policy
 from nanoforge.run import Run, State, describe_device, explain_out_of_memory, seed_for
@@ -336,10 +337,12 @@ def load_pairs(cfg, sources, tokenizer, context, run):
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the '
                         f'model\'s context of {context}')
+    print_mixture(sources, [cfg.system_prompt], run.print0)
     # A mistake in a row's form is an error that names it; a pair that teaches nothing is dropped, and counted
     pairs, train, held_out = [], [], []
     for source in sources:
-        texts, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
+        texts, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template, cfg.skip_bad_rows)
+        rows = len(texts) + sum(map(len, drops.values()))
         encoded, more_drops, cuts = encode_pairs(tokenizer, texts, max_length, cfg.max_prompt_length,
                                                  cfg.dataset_num_proc)
         drops.update(more_drops)
@@ -347,8 +350,9 @@ def load_pairs(cfg, sources, tokenizer, context, run):
         train.append([len(pairs) + row for row in range(len(encoded)) if not held[row]])
         held_out += [pair for pair, is_held in zip(encoded, held) if is_held]
         pairs += encoded
-        rows = len(texts) + sum(map(len, drops.values()))
         print_source(source.name, rows, len(train[-1]), sum(held), drops, cuts, max_length, run)
+        for line in remarks_on(tokenizer, texts):
+            run.print0(f'          {line}')
 
     # a prompt that is held out anywhere is trained on nowhere: another data set may have it, too
     prompts = {tuple(pair.prompt) for pair in held_out}

@@ -711,7 +711,8 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
     groups_at_once = max(1, cfg.per_device_train_batch_size * cfg.steps_per_generation // num_samples)
     completions = []
     for part in cut(numbered, groups_at_once):
-        numbers, prompts = [number for number, _ in part], [problem['prompt_ids'] for _, problem in part]
+        numbers = [number for number, _ in part]
+        prompts = [list(problem['prompt_ids']) for _, problem in part]
         with run.autocast():
             samples = generate(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
                                stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
@@ -723,8 +724,9 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
             text = tokenizer.decode(ids[:-1] if stopped else ids)
             # the ids have a field of their own in a record
             shown = {key: value for key, value in problem.items() if key != 'prompt_ids'}
-            completions.append(Completion(step, number, i % num_samples, shown, problem['prompt_ids'], ids,
-                                          logp[:length], stopped, text, prompt=asked[i // num_samples]))
+            k = i // num_samples
+            completions.append(Completion(step, number, i % num_samples, shown, prompts[k], ids,
+                                          logp[:length], stopped, text, prompt=asked[k]))
     return completions
 
 

@@ -62,7 +62,6 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # other wordings
     augment_factor: float = setting(2.0, path='data.augment_factor', needs=('augment=true',))  # rows with
         # copies to rows without
-    skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
     # optimization
     warmup_ratio: float = setting(  # share of the steps in which the rate rises; warmup_steps beats it
         0.03, min=0, below=1, also=('warmup_proportion',), needs=('warmup_steps=none',))
@@ -218,14 +217,14 @@ import numpy as np
 import torch
 
 from data.batches import Epochs, Prefetcher, best_fit, draw, micro_batches, pack_documents
-from data.formats import read_rows, to_record
+from data.formats import read_rows, split_of_row, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
 from model import load_model, merge_lora, save_model
 from nanoforge import plots
 from nanoforge.checkpoint import resolve_link
-from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, show_check
+from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, print_mixture, show_check
 from nanoforge.kernels import document_lengths
 from nanoforge.policy import default_learning_rate, load_policy
 from nanoforge.quantize import check_trainable
@@ -408,6 +407,7 @@ def is_embedded(sources):
 
 def load_rows(cfg, sources, model, tokenizer, run):
     """(TokenizedRows, DataIssues); max_length becomes what the rows need, or what the context allows."""
+    print_mixture(sources, [cfg.system_prompt], run.print0)
     rows, issues = TokenizedRows(), DataIssues()
     context = model.config.block_size
     if cfg.max_length and cfg.max_length > context:
@@ -440,7 +440,7 @@ def read_records(cfg, sources, issues, run):
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue
-            if 'metadata' not in row:           # else the row itself says on which side it is
+            if split_of_row(row) is None:       # else the row itself says on which side it is
                 if cfg.split_rule == 'legacy':
                     is_eval = legacy_sft(record.prompt, cfg.eval_fraction, cfg.seed)
                 else:

@@ -54,7 +54,7 @@ def write_completions(completions, path, run):
     """Appends the Completions of all ranks to rollouts.jsonl, each rank in its turn."""
     for rank in range(run.world_size):
         if rank == run.rank:
-            with open(path, 'a', encoding='utf-8') as file:
+            with open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
                 file.writelines(completion.line() + '\n' for completion in completions)
         run.barrier()
 

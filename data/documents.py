@@ -74,6 +74,8 @@ def read_jsonl(path, field, bar):
                 row = json.loads(line) if line.strip() else None
             except ValueError as e:
                 raise UserError(f'{where}: not JSON ({e})')
+            if isinstance(row, list):
+                raise UserError(f'{where}: a list, where a JSON Lines file has one object on each line')
             if row is not None:
                 text = row.get(field) if isinstance(row, dict) else None
                 yield True, checked(text, field, where)

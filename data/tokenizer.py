@@ -130,7 +130,11 @@ class Tokenizer:
         anchor = self.anchor if continued else ''
         cut = len(self.backend.encode(anchor, add_special_tokens=False).ids) if anchor else 0
         texts = [anchor + text for text in texts]
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:           # so the library says that it is no Unicode
+            raise UserError('a text has half a character (a surrogate without its other half): repair '
+                            'it') from None
         if self.without_embedding:
             for encoding in encodings:
                 self.refuse_without_embedding(encoding.ids)

@@ -61,7 +61,8 @@ def atomic_write(path, write):
 
 def write_text(path, text):
     def write(temporary):
-        temporary.write_text(text, encoding='utf-8')
+        # half a character, of a path or a row, as JSON spells it
+        temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
         fsync(temporary)
     atomic_write(Path(path), write)
 

@@ -25,7 +25,6 @@ COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 ACCEPTED = {
     'model.low_cpu_mem_usage': Accepted(True, 'weights are mapped from disk, never held twice'),
     'data.remove_unused_columns': Accepted(True, 'a row is encoded as it is read, and no column is kept'),
-    'data.dataset_num_proc': Accepted(1, 'problems are tokenised in this process'),
     'training.prediction_loss_only': Accepted(True, 'an evaluation always samples and scores'),
     'training.dataloader_num_workers': Accepted(0, 'batches are made of what was just sampled'),
     'training.dataloader_pin_memory': Accepted(False, 'batches are made of what was just sampled'),
@@ -172,7 +171,8 @@ class DataFlags(Flags):
     answer_column: str | None = None  # column of the answer
     chosen_column: str | None = None  # column of the preferred answer
     rejected_column: str | None = None  # column of the other one
-    datasets: list[Source] = []  # the same as a list, with a weight for each
+    datasets: list[Source] = []  # the same as a list, with a weight for each; `data.datasets=` empties that
+        # of a recipe
     system_prompt: str | None = setting(None, empty=True)  # template over the columns of a row: the system
         # message of every prompt; '' = none
     max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
@@ -182,6 +182,8 @@ class DataFlags(Flags):
         # of rows without metadata held out, by a hash of the prompt
     split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
         # held rows out
+    skip_bad_rows: bool = False  # leave out rows that would stop the run, and say how many
+    dataset_num_proc: int = setting(1, min=1)  # processes that render and tokenise
 
     def check(self):
         super().check()
@@ -219,8 +221,6 @@ class DataFlags(Flags):
 @configclass
 class LoaderFlags(Flags):
     """Rows that are rendered once and batched beside the training."""
-    dataset_num_proc: int = setting(1, path='data.dataset_num_proc', min=1)  # processes that
-        # render and tokenise
     dataloader_num_workers: int = setting(0, path='training.dataloader_num_workers', min=0)  # steps whose
         # batches a thread makes ahead
     dataloader_pin_memory: bool = setting(True, path='training.dataloader_pin_memory')  # batches in

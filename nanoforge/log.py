@@ -209,7 +209,8 @@ class Log:
 
     def _line(self, value):
         with writing(self.path):    # one unbuffered write: a kill loses nothing
-            os.write(self.file, (json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n').encode())
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n'
+            os.write(self.file, text.encode(errors='backslashreplace'))
 
 
 @contextlib.contextmanager

@@ -9,18 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
+import data.problems
 import train_rl
 from conftest import ROOT
 from configurator import UserError, check_settings, parse
+from data.chat import prompt_ids
 from data.preferences import encode_pairs, to_pair
 from data.problems import draw_problems, open_problems
 from data.formats import Source
-from data.completions import Completion, read_completions
+from data.completions import Completion, cut_rollouts, read_completions, write_completions
 from data.tasks import arithmetic, facts
 from kills import run_and_kill
 from model import load_model
@@ -452,7 +455,9 @@ def test_a_question_that_is_held_out_is_in_no_training_row(tmp_path):
     assert opened['seed'] == opened['one'] and opened['few'][1] == held_out[:3] and opened['few'][0] == opened['one'][0]
     assert len(opened['none'][0]) == 400 and opened['none'][1] == []
     assert opened['legacy'] != opened['legacy seed'] and len(opened['legacy'][1]) == 40
+    said = [text for text in said if 'left out' in text]
     assert f'{len(held_out)} of 400 rows are left out' in said[0] and 'held out' in said[0]
+    assert len(said) == 5               # all but where none is held out
     rows = [json.loads(line) for line in open(path)]
     (tmp_path / 'backwards.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in reversed(rows)))
     cfg = config(datasets=[Source(str(tmp_path / 'backwards.jsonl'))], rewards=['exact'], eval_problems=200, max_prompt_length=200)
@@ -463,6 +468,66 @@ def test_a_question_that_is_held_out_is_in_no_training_row(tmp_path):
     cfg = config(datasets=[Source(str(tmp_path / 'marked.jsonl'))], rewards=['exact'], eval_problems=200, max_prompt_length=200)
     problems = open_problems(cfg, tokenizer, said.append)
     assert len(problems.held_out) == 3 and len(problems.train) == 394 and '3 of 397 rows' in said[-1]
+
+
+def test_a_dialogue_beside_the_question_is_never_asked(tmp_path):
+    """NuminaMath and others hold the solution in it; rewards see the row as it is."""
+    path, (_, tokenizer) = tmp_path / 'rows.jsonl', load_model('tiny')
+    dialogue = [{'role': 'user', 'content': 'what is 1 + 1?'}, {'role': 'assistant', 'content': 'it is \\boxed{2}'}]
+    row = {'problem': 'what is 1 + 1?', 'answer': '2', 'messages': dialogue, 'dialogue': dialogue, 'conversations': dialogue, 'prompt': dialogue}
+    path.write_text(json.dumps(row))
+    problems = open_problems(config(datasets=[Source(str(path))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300), tokenizer, print)
+    asked = tokenizer.decode(list(problems.train[0]['prompt_ids']))
+    assert 'boxed' not in asked and asked.count('what is 1 + 1?') == 1 and problems.train[0]['messages'] == dialogue
+
+
+def test_rows_of_arrow_and_of_pandas_are_written_as_json(tmp_path):
+    """Timestamps, bytes, decimals; NaN and half a character in columns that nobody reads."""
+    import datetime
+    import decimal
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{'question': f'what is {i}?', 'answer': decimal.Decimal(i), 'created': datetime.datetime(2024, 1, 1), 'raw': b'\xff', 'level': math.nan} for i in range(8)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
+    (tmp_path / 'rows.jsonl').write_text(json.dumps({'question': 'q', 'answer': '1', 'level': math.nan, 'scores': [math.inf], 'note': 'cut \ud83d'}))
+    _, tokenizer = load_model('tiny')
+    cfg = config(datasets=[Source(str(tmp_path / 'rows.parquet')), Source(str(tmp_path / 'rows.jsonl'))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300)
+    problems = open_problems(cfg, tokenizer, print).train
+    assert problems[3]['answer'] == '3' and problems[3]['created'] == '2024-01-01T00:00:00' and problems[-1]['scores'] == [None]
+    shown = [{key: value for key, value in problem.items() if key != 'prompt_ids'} for problem in problems]
+    completions = [Completion(0, i, 0, problem, [1], [2], [0.0], True, 'x', {}, 1.0) for i, problem in enumerate(shown)]
+    run = types.SimpleNamespace(rank=0, world_size=1, barrier=lambda: None)
+    for path in (tmp_path / 'rollouts.jsonl', tmp_path / 'again.jsonl'):
+        write_completions(completions, path, run)
+        json.loads(path.read_text().splitlines()[-1], parse_constant=pytest.fail)
+        completions = read_completions(path)
+    cut_rollouts(tmp_path / 'again.jsonl', 1)
+    assert [c.problem for c in read_completions(tmp_path / 'again.jsonl')] == shown
+
+
+def test_bad_rows_are_left_out_and_counted_where_that_is_wanted(tmp_path):
+    path, (_, tokenizer), said = tmp_path / 'rows.jsonl', load_model('tiny'), []
+    rows = [{'question': 'q', 'answer': '1', 'metadata': {'source': 'web'}}, {'question': 'q', 'answer': math.nan}, {'question': 'cut \ud83d', 'answer': '1'},
+            {'question': 'r', 'answer': '1', 'tools': ['x']}, {'question': '<|im_end|> s', 'answer': '1', 'metadata': 'gsm8k'}]
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    settings = dict(datasets=[Source(str(path))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300, system_prompt='Answer.')
+    with pytest.raises(UserError, match='line 2: answer: null'):
+        open_problems(config(**settings), tokenizer, said.append)
+    problems = open_problems(config(skip_bad_rows=True, **settings), tokenizer, said.append)
+    assert [p['question'] for p in problems.train] == ['q', '<|im_end|> s']
+    assert any(text.startswith('3 rows that cannot be read are left out (first: ') and 'line 2: answer: null' in text for text in said)
+    assert any(text.startswith('training problems: 1 chats that spell a turn token') for text in said)
+    assert [list(p['prompt_ids']).count(tokenizer.eos_id) for p in problems.train] == [2, 2]
+
+
+def test_several_processes_tokenise_the_same_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.problems.CHUNK', 16)
+    path, (_, tokenizer) = problems_file(tmp_path, 50), load_model('tiny')
+    cfg = config(datasets=[Source(path)], rewards=['exact'], max_prompt_length=200)
+    one = open_problems(cfg, tokenizer, print).train
+    cfg.dataset_num_proc = 2
+    assert open_problems(cfg, tokenizer, print).train == one
+    assert all(list(problem['prompt_ids']) == prompt_ids(tokenizer, data.problems.prompt(problem)) for problem in one)
 
 
 def test_pairs_are_held_out_by_their_prompt(tmp_path):

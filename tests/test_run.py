@@ -822,11 +822,11 @@ def test_what_can_be_resumed(folder):
 
 
 def test_keys_without_effect_are_said_when_a_run_opens(folder, capsys):
-    cfg = parse(RunConfig, ['--device=cpu', '--dataset_num_proc=4', '--no-low_cpu_mem_usage',
+    cfg = parse(RunConfig, ['--device=cpu', '--dataloader_num_workers=4', '--no-low_cpu_mem_usage',
                             '--distributed=false'])
     Run.open(cfg, 'train_toy.py', 'out')
     said = capsys.readouterr().out
-    assert said.count('changes nothing here') == 2 and 'note      dataset_num_proc=4 changes' in said
+    assert said.count('changes nothing here') == 2 and 'note      dataloader_num_workers=4 changes' in said
 
 
 def test_an_out_of_memory_names_the_flags_of_the_script(folder):

@@ -156,6 +156,8 @@ def main(cfg):
         policy.optimizer = build_optimizer(policy, 'adamw', cfg.learning_rate, cfg.weight_decay)
     optimizers = {f'{policy.name}:': policy.optimizer for policy in policies}
     state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
+    if ended := run.ended(state, cfg.total_training_steps, 'total_training_steps'):
+        return ended
     first_step = state.step
     log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
                     name=board_name(cfg, directory), directory=directory)

@@ -138,8 +138,7 @@ def main(cfg):
         return ended
     header = {'data': [source.name for source in sources], 'model': cfg.base_model_name, 'mode': cfg.mode,
               'loss_type': cfg.loss_type, 'reference': kind}
-    log = run.start(total_steps, state.step, header, cfg.logging_steps, keep=cfg.base_model_name,
-                    data=sources)
+    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources)
     first_step, metrics = state.step, {}
 
     def load_step(step):

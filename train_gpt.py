@@ -319,9 +319,8 @@ def build_model(cfg, corpora, run):
     """(model, tokenizer): float32 weights, new, pretrained or resumed. Fills in the sizes in cfg."""
     tokenizer = load_tokenizer(corpora[0].directory)
     if run.resumed and load_tokenizer(run.resumed).backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise UserError(f'data set {corpora[0].name!r} was prepared again with another tokenizer than that of '
-                        f'this run, and its ids mean something else: prepare it with --tokenizer={run.resumed} '
-                        'or start anew')
+        raise UserError(f'{corpora[0].described()} was prepared again with another tokenizer, in which ids '
+                        f'mean something else: prepare it with --tokenizer={run.resumed}, or start anew')
     if cfg.init_from.startswith('gpt2'):
         model = load_pretrained(cfg, tokenizer, corpora, run)
     else:

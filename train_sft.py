@@ -132,8 +132,7 @@ def main(cfg):
         return ended
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
     header = describe(cfg, model, rows, sources)
-    log = run.start(total, state.step, header, cfg.logging_steps, keep=loaded_path(cfg),
-                    data=sources)
+    log = run.start(total, state.step, header, cfg.logging_steps, data=sources)
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}

@@ -12,17 +12,17 @@ def fingerprints(data):
     embedded and hub data sets have none."""
     marks = {}
     for item in data:
-        if os.path.isfile(item.name):
+        if hasattr(item, 'files'):
+            marks[item.name] = fingerprint(item.files())
+        elif os.path.isfile(item.name):
             marks[item.name] = fingerprint([item.name])
         elif os.path.isdir(item.name):
             marks[item.name] = fingerprint(files_of(item.name, item.split))
-        elif hasattr(item, 'files'):
-            marks[item.name] = fingerprint(item.files())
     return marks
 
 
 def fingerprint(paths):
-    """Sixteen bytes in hexadecimal of the files' sizes and of what stands in them, whatever they are called."""
+    """Sixteen bytes in hexadecimal: a hash of the files' sizes and of what stands in them."""
     sizes = [os.path.getsize(path) for path in paths]
     digest = hashlib.blake2b(repr(sizes).encode(), digest_size=16)
     distance = max(BLOCK, sum(sizes) // BLOCKS)     # from one block to the next

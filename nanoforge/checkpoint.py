@@ -145,11 +145,11 @@ def checkpoint_folders(out_dir):
     return sorted(folders, key=lambda folder: folder[1]['step'])
 
 
-def checkpoints_of(out_dir, run_id):
-    """checkpoint_folders() that the run `run_id` wrote, under the names that it gave them: what was copied or
+def checkpoints_of(out_dir, run_ids):
+    """checkpoint_folders() that these runs wrote, under the names that they gave them: what was copied or
     renamed is somebody's own."""
     return [(path, manifest) for path, manifest in checkpoint_folders(out_dir)
-            if manifest['run'] == run_id and manifest.get('folder', path.name) == path.name]
+            if manifest['run'] in run_ids and manifest.get('folder', path.name) == path.name]
 
 
 def run_of(path):
@@ -175,7 +175,7 @@ def run_of(path):
 
 
 def merged_config(cfg, saved):
-    """The configuration of what run_config.json `saved`, but for the fields that were typed in cfg."""
+    """The configuration of `saved`, a run_config.json, but for the fields that were typed in cfg."""
     merged = from_dict(type(cfg), saved['config'], cfg)
     if saved.get('version', 1) < VERSION and hasattr(merged, 'split_rule'):
         merged.split_rule = 'legacy'        # it goes on with the rows held out that it began with
@@ -249,8 +249,8 @@ def lock_folder(folder, print0):
         holder = file.read()
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
-            raise UserError(f'{folder}: another run is writing there ({holder}): wait for its end or stop it, '
-                            'or name another output folder') from None
+            raise UserError(f'{folder}: another run is writing there ({holder}): stop it or wait for its end, '
+                            'or name another folder') from None
         print0(f'note      no file locks here ({error.strerror}): a second run in {folder} would not be '
                'refused')
         return file
@@ -265,26 +265,32 @@ def start_fresh(run, out_dir, config, keep=None, script=None, lock=None, **more)
     what `more` there is.
 
     What the earlier run of ours in this very folder left moves to out_dir/earlier-K. Nothing else is touched,
-    be it another run in a folder in there, and a folder with somebody else's model is refused. `keep`: the
-    checkpoint that the new run loads, if it lies in there; it stays where it is. `lock`: called before
-    anything is written.
+    be it another run in a folder in there, and a folder with somebody else's model is refused. `keep`: a path
+    or several that the new run loads; what lies in out_dir stays where it is. `lock`: called before anything
+    is written.
     """
-    out_dir, keep = Path(out_dir), os.path.realpath(keep) + os.sep if keep else ''
+    out_dir, loaded = Path(out_dir), [keep] if isinstance(keep, (str, Path)) else keep or ()
+    loaded = [os.path.realpath(resolve_link(path)) + os.sep for path in loaded if path]
     settings = out_dir / 'run_config.json'
 
+    def holds_loaded(path):
+        return any(folder.startswith(os.path.realpath(path) + os.sep) for folder in loaded)
+
     def move_earlier_run():
-        folders = [path for path, _ in checkpoints_of(out_dir, read_manifest(settings).get('run'))]
+        # a checkpoint that a run loaded stayed when the run that wrote it was moved: it was in this folder, too
+        runs = settings, *out_dir.glob(f'earlier-*/{settings.name}')
+        ids = [read_manifest(path).get('run') for path in runs]
+        folders = [path for path, _ in checkpoints_of(out_dir, ids)]
         model = set()
         for path in (out_dir, *folders):
             model.update(read_manifest(path / 'manifest.json').get('files', ()))
         paths = [*folders, *(out_dir / name for name in (*RUN_FILES, *model))]
-        paths = [path for path in paths
-                 if os.path.lexists(path) and not keep.startswith(os.path.realpath(path) + os.sep)
+        paths = [path for path in paths if os.path.lexists(path) and not holds_loaded(path)
                  and not (path / settings.name).exists()]       # `best` may be the name of a run of its own
         # settings last: till then the folder is known as ours
         earlier = move_aside(out_dir, [*paths, settings])
         for path in paths:
-            if keep == os.path.realpath(out_dir) + os.sep and path.relative_to(out_dir).as_posix() in model:
+            if os.path.realpath(out_dir) + os.sep in loaded and path.relative_to(out_dir).as_posix() in model:
                 # the new run loads the model of the root
                 hardlink(earlier / path.relative_to(out_dir), path)
         run.print0(f'{out_dir} held an earlier run: its files are now in {earlier}')
@@ -327,7 +333,7 @@ class Checkpoints:
 
     def own(self):
         """[(path, manifest)] of this run's checkpoints, oldest first; those of another run may lie beside."""
-        return checkpoints_of(self.out_dir, self.settings().get('run'))
+        return checkpoints_of(self.out_dir, {self.settings().get('run')})
 
     def lock(self):
         """Until unlock() no other process writes in out_dir. The main rank calls it."""

@@ -40,6 +40,8 @@ from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
+# settings that may name a checkpoint in the output folder
+LOADED = 'base_model_name', 'load_checkpoint', 'value_model_name', 'reward_model_path', 'gpt2_type'
 DTYPES = {'float32': torch.float32, 'fp32': torch.float32, 'bfloat16': torch.bfloat16, 'bf16': torch.bfloat16,
           'float16': torch.float16, 'fp16': torch.float16}
 
@@ -137,6 +139,7 @@ class Run:
             only_reads = getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
             if run.resumed and not only_reads:
                 run.on_main(run.checkpoints.lock)       # a new run: where start() makes its folder
+            run.print0(f'resume    {run.resumed or "no checkpoint is whole: a new run"}')
         if cfg.reports_to('wandb'):
             run.on_main(check_wandb)
         for line in without_effect(cfg):
@@ -201,12 +204,11 @@ class Run:
                            f'{self.checkpoints.out_dir}: the run has ended at step {state.step}; '
                            f'{self.resume_flag} {way}')
 
-    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None,
-              flops_per_token=0, data=()):
+    def start(self, total_steps, step, header, log_interval, name=None, directory=None, flops_per_token=0,
+              data=()):
         """Makes the output folder ready (a fresh one, or cut back to the resumed step) and opens the log.
 
         header           what this run is, for the first line of log.jsonl
-        keep             a checkpoint that was loaded from the folder: it stays where it is
         directory, name  of the log, if not those of the output folder
         data             what is read, Sources or Corpus objects: a resume says where it has changed
         """
@@ -218,7 +220,8 @@ class Run:
             self.checkpoints.discard_later(self.resumed)
             self.on_main(lambda: self.update_settings(marks))
         else:
-            start_fresh(self, out_dir, as_dict(cfg), keep, self.script, self.checkpoints.lock, data=marks)
+            loaded = [getattr(cfg, name, None) for name in LOADED]
+            start_fresh(self, out_dir, as_dict(cfg), loaded, self.script, self.checkpoints.lock, data=marks)
         header = {'script': self.script, **header, 'machine': describe_device(self)}
         wandb = {key: getattr(cfg, f'wandb_{key}') for key in ('project', 'entity', 'name', 'tags')}
         wandb = {key: value for key, value in wandb.items() if value}

@@ -158,11 +158,10 @@ def main(cfg):
     state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
     if ended := run.ended(state, cfg.total_training_steps, 'total_training_steps'):
         return ended
-    first_step = state.step
-    log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
+    log = run.start(cfg.total_training_steps, state.step, {'task': task.__name__}, log_interval=1,
                     name=board_name(cfg, directory), directory=directory)
     # trajectories after the resumed step come again, as their log lines do
-    run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), first_step))
+    run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), state.step))
     if demo_seconds:
         log.write(0, {'demonstrations/seconds': demo_seconds})
 
@@ -172,7 +171,7 @@ def main(cfg):
     while True:
         # ---- once in a while: validate, checkpoint, draw; a resumed run has done that at its first step
         last = state.step >= cfg.total_training_steps
-        is_due = state.step % cfg.val_freq == 0 and state.step > first_step
+        is_due = state.step % cfg.val_freq == 0 and state.step > log.first_step
         if last or is_due or (state.step == 0 and cfg.val_before_train):
             with log.pause():
                 metrics = validate(cfg, team, task, held_out, state.step, directory, run)

@@ -159,7 +159,7 @@ def run_of(path):
     is asked, and the earlier-K in there.
     """
     folder = Path(os.path.realpath(resolve_link(path)))
-    for owner in (folder, folder.parent):           # the folder, or the checkpoint or run that it is a part of
+    for owner in (folder, folder.parent):       # the folder, or the checkpoint or run that it is a part of
         manifest, part = read_manifest(owner / 'manifest.json'), folder.name + '/'
         is_part = folder.name in PARTS or any(name.startswith(part) for name in manifest.get('files', ()))
         if owner != folder and not is_part:
@@ -249,7 +249,7 @@ def lock_folder(folder, print0):
         holder = file.read()
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
-            raise UserError(f'{folder}: another run is writing there ({holder}): stop it or wait for its end, '
+            raise UserError(f'{folder}: another run is writing there ({holder}): stop it, wait for its end, '
                             'or name another folder') from None
         print0(f'note      no file locks here ({error.strerror}): a second run in {folder} would not be '
                'refused')
@@ -277,7 +277,7 @@ def start_fresh(run, out_dir, config, keep=None, script=None, lock=None, **more)
         return any(folder.startswith(os.path.realpath(path) + os.sep) for folder in loaded)
 
     def move_earlier_run():
-        # a checkpoint that a run loaded stayed when the run that wrote it was moved: it was in this folder, too
+        # what a run loaded stayed here when the earlier run that wrote it was moved
         runs = settings, *out_dir.glob(f'earlier-*/{settings.name}')
         ids = [read_manifest(path).get('run') for path in runs]
         folders = [path for path, _ in checkpoints_of(out_dir, ids)]
@@ -308,7 +308,8 @@ def start_fresh(run, out_dir, config, keep=None, script=None, lock=None, **more)
             if read_manifest(settings):
                 move_earlier_run()
             write_json(settings, {'written_by': 'nanoforge', 'version': VERSION, 'run': secrets.token_hex(8),
-                                  'script': script or os.path.basename(sys.argv[0]), 'config': config, **more})
+                                  'script': script or os.path.basename(sys.argv[0]), 'config': config,
+                                  **more})
     run.on_main(make_ready)
 
 

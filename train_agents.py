@@ -159,7 +159,7 @@ def main(cfg):
     if ended := run.ended(state, cfg.total_training_steps, 'total_training_steps'):
         return ended
     log = run.start(cfg.total_training_steps, state.step, {'task': task.__name__}, log_interval=1,
-                    name=board_name(cfg, directory), directory=directory)
+                    name=board_name(cfg, directory), directory=directory, data=stored.files_read)
     # trajectories after the resumed step come again, as their log lines do
     run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), state.step))
     if demo_seconds:

@@ -8,16 +8,17 @@ BLOCK, BLOCKS = 1 << 18, 256        # up to 64 MiB are read whole, of more so ma
 
 
 def fingerprints(data):
-    """{name: fingerprint of its files} of Corpus objects, and of the Sources that are files or directories:
-    embedded and hub data sets have none."""
+    """{name: fingerprint of its files} of Corpus objects, paths of files, and Sources that are files or
+    directories: embedded and hub data sets have none."""
     marks = {}
     for item in data:
+        name = getattr(item, 'name', item)
         if hasattr(item, 'files'):
-            marks[item.name] = fingerprint(item.files())
-        elif os.path.isfile(item.name):
-            marks[item.name] = fingerprint([item.name])
-        elif os.path.isdir(item.name):
-            marks[item.name] = fingerprint(files_of(item.name, item.split))
+            marks[name] = fingerprint(item.files())
+        elif os.path.isfile(name):
+            marks[name] = fingerprint([name])
+        elif os.path.isdir(name):
+            marks[name] = fingerprint(files_of(name, item.split))
     return marks
 
 

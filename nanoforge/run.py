@@ -210,7 +210,7 @@ class Run:
 
         header           what this run is, for the first line of log.jsonl
         directory, name  of the log, if not those of the output folder
-        data             what is read, Sources or Corpus objects: a resume says where it has changed
+        data             what is read, as fingerprints() takes it: a resume says where it has changed
         """
         cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
         marks = self.on_main(lambda: fingerprints(data))

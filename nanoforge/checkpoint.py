@@ -332,6 +332,11 @@ class Checkpoints:
         """What run_config.json says."""
         return read_manifest(self.out_dir / 'run_config.json')
 
+    def note(self, **changes):
+        """Changes what run_config.json says. The main rank calls it."""
+        with writing(self.out_dir):
+            write_json(self.out_dir / 'run_config.json', {**self.settings(), **changes})
+
     def own(self):
         """[(path, manifest)] of this run's checkpoints, oldest first; those of another run may lie beside."""
         return checkpoints_of(self.out_dir, {self.settings().get('run')})

@@ -35,7 +35,7 @@ from configurator import MainRankFailed, UserError, as_dict, launched, without_e
 from data.fingerprint import fingerprints
 from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
-                                  start_fresh, write_json)
+                                  start_fresh)
 from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
 
@@ -218,7 +218,7 @@ class Run:
             if hasattr(cfg, 'per_device_train_batch_size'):     # else a batch is counted over all ranks
                 self.checkpoints.say_processes(self.resumed)
             self.checkpoints.discard_later(self.resumed)
-            self.on_main(lambda: self.update_settings(marks))
+            self.on_main(lambda: self.note_resume(marks))
         else:
             loaded = [getattr(cfg, name, None) for name in LOADED]
             start_fresh(self, out_dir, as_dict(cfg), loaded, self.script, self.checkpoints.lock, data=marks)
@@ -233,17 +233,15 @@ class Run:
             self.log.take_up(self.window)
         return self.log
 
-    def update_settings(self, marks):
-        """run_config.json of a resumed run: what was typed, and the fingerprints of its data as they are now.
-        Says which are not what they were."""
+    def note_resume(self, marks):
+        """Puts into run_config.json what was typed, and the fingerprints of the data as they are now; says
+        which are not what they were."""
         before = self.saved.get('data') or {}       # a run of an earlier version has none
         for name, mark in marks.items():
             if before.get(name, mark) != mark:
                 self.print0(f'note      {name} has changed since this run was saved: from here on it trains '
                             'on other data')
-        settings = {**self.saved, 'config': as_dict(self.cfg), 'data': marks}
-        settings.pop('ended_at', None)
-        write_json(self.checkpoints.out_dir / 'run_config.json', settings)
+        self.checkpoints.note(config=as_dict(self.cfg), data=marks, ended_at=None)
 
     # ---- a gradient step
 
@@ -355,8 +353,7 @@ class Run:
     def finish(self, metrics, text):
         """Closes everything, prints `text`, and returns the metrics of the run."""
         if self.log:                # it trained: notes where it ended, and so that nothing is left to do
-            settings = {**self.checkpoints.settings(), 'ended_at': self.log.last_step}
-            self.on_main(lambda: write_json(self.checkpoints.out_dir / 'run_config.json', settings))
+            self.on_main(lambda: self.checkpoints.note(ended_at=self.log.last_step))
         self.close()
         self.print0(text)
         return metrics

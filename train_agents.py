@@ -160,8 +160,7 @@ def main(cfg):
         return ended
     log = run.start(cfg.total_training_steps, state.step, {'task': task.__name__}, log_interval=1,
                     name=board_name(cfg, directory), directory=directory, data=stored.files_read)
-    # trajectories after the resumed step come again, as their log lines do
-    run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), state.step))
+    run.on_main(lambda: cut_log(os.path.join(directory, 'episodes.jsonl'), state.step))     # they come again
     if demo_seconds:
         log.write(0, {'demonstrations/seconds': demo_seconds})
 

@@ -97,6 +97,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         super().check()
         if self.freeze and self.use_lora:
             raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of them out')
+        by_steps = self.max_steps > 0 or 'save_steps' in self.typed
+        self.save_strategy = self.save_strategy or ('steps' if by_steps else 'epoch')
         name = self.checkpoint_name
         if not re.search(r'\{(step|epoch)\}', name) or os.path.basename(name) != name:
             raise UserError(f'checkpoint_name={name}: a name with {{step}} or {{epoch}}, so that none '
@@ -487,10 +489,8 @@ def refuse_or_warn(cfg, rows, issues, run):
 def resolve_defaults(cfg, model, sources, run):
     """Sets what was left open, and says so."""
     embedded = is_embedded(sources)
-    by_epochs = cfg.max_steps < 0 and 'save_steps' not in cfg.typed
     chosen = fill_in(cfg, learning_rate=default_learning_rate(cfg, model, small=SMALL_MODEL_RATE),
-                     num_train_epochs=EMBEDDED_EPOCHS if embedded else EPOCHS, group_by_length=embedded,
-                     save_strategy='epoch' if by_epochs else 'steps')
+                     num_train_epochs=EMBEDDED_EPOCHS if embedded else EPOCHS, group_by_length=embedded)
     if chosen:
         run.print0(f'chosen    {chosen} (type the flags for others)')
     if cfg.min_lr > cfg.learning_rate:

@@ -6,10 +6,11 @@
 
 Perplexity and token accuracy are of the right answers, read with the prompt before them; everything else
 compares what the model writes after the prompt with the right answer. Without --data and --task the held-out
-rows are those of the data that the checkpoint was trained on (its run_config.json), or of the embedded
+rows are those of the data that the checkpoint was trained on, which it remembers, or of the embedded
 tool-calling set. Leaves evaluation.json, .md and .html, pictures inside.
 """
 import importlib
+import tempfile
 import time
 import types
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,7 @@ def main(cfg):
     out_dir = Path(cfg.output_dir or Path('evaluation', Path(names[0]).name))
     earlier_results(out_dir)            # files of something else are found before the work, not after
     data = read_data(cfg, names[0])
+    make_folder(out_dir)
     if cfg.baselines and not data.training:
         raise UserError(f'--baselines look at training rows, and {data.name} has none: mark them with '
                         'metadata "train", others with "eval"')
@@ -137,7 +139,7 @@ from data.splits import is_held_out, legacy_sft
 from data.tokenized import pieces_of, remarks_on
 from model import load_model
 from nanoforge import eval_report, metrics
-from nanoforge.checkpoint import move_aside, read_manifest, write_json, write_text
+from nanoforge.checkpoint import move_aside, read_manifest, run_of, write_json, write_text
 from nanoforge.data_checks import DataIssues
 from nanoforge.run import describe_device, explain_out_of_memory, seed_for, setup
 from sample import generate
@@ -183,7 +185,7 @@ class Data:
 def read_data(cfg, model_path):
     """What the command names, else what the run that wrote the checkpoint held out, else the embedded tool
     calls -> Data."""
-    saved = {} if cfg.data or cfg.task else saved_run(model_path)
+    saved = {} if cfg.data or cfg.task else run_of(model_path)
     task = cfg.task or task_trained_on(saved)
     if task:
         return read_task(task, cfg.num_samples or 200)
@@ -224,15 +226,6 @@ def read_task(name, count):
     problems = task.problems('eval', count, 0)
     training = records_of(task.problems('train', 1000, 0), 'train')
     return Data(f'the task {name}', records_of(problems, 'eval'), training, task, problems)
-
-
-def saved_run(model_path):
-    """The run_config.json of the run that wrote a checkpoint, {} where there is none."""
-    folder = Path(model_path).absolute()
-    for parent in (folder, *folder.parents[:2]):        # out/, out/checkpoint-N/ or out/checkpoint-N/policy/
-        if saved := read_manifest(parent / 'run_config.json'):
-            return saved
-    return {}
 
 
 def task_trained_on(saved):
@@ -478,9 +471,18 @@ def earlier_results(out_dir):
     return paths
 
 
+def make_folder(out_dir):
+    """UserError where nothing can be written into it: before the work, not after."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as error:
+        raise UserError(f'cannot write {out_dir}: {error.strerror}; --output-dir names another '
+                        'folder') from None
+
+
 def write_results(out_dir, evaluation, num_examples):
     """The JSON, Markdown and HTML files; those of an earlier evaluation move to earlier-1/ in the folder."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     if paths := earlier_results(out_dir):
         print(f'{out_dir} held an earlier evaluation: it is now in {move_aside(out_dir, paths)}')
     markdown, html = eval_report.evaluation_pages(evaluation, num_examples)

@@ -156,11 +156,11 @@ def main(cfg):
         policy.optimizer = build_optimizer(policy, 'adamw', cfg.learning_rate, cfg.weight_decay)
     optimizers = {f'{policy.name}:': policy.optimizer for policy in policies}
     state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
-    first_step = state.step
-    log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
-                    name=board_name(cfg, directory), directory=directory)
-    # trajectories after the resumed step come again, as their log lines do
-    run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), first_step))
+    if ended := run.ended(state, cfg.total_training_steps, 'total_training_steps'):
+        return ended
+    log = run.start(cfg.total_training_steps, state.step, {'task': task.__name__}, log_interval=1,
+                    name=board_name(cfg, directory), directory=directory, data=stored.files_read)
+    run.on_main(lambda: cut_log(os.path.join(directory, 'episodes.jsonl'), state.step))     # they come again
     if demo_seconds:
         log.write(0, {'demonstrations/seconds': demo_seconds})
 
@@ -170,7 +170,7 @@ def main(cfg):
     while True:
         # ---- once in a while: validate, checkpoint, draw; a resumed run has done that at its first step
         last = state.step >= cfg.total_training_steps
-        is_due = state.step % cfg.val_freq == 0 and state.step > first_step
+        is_due = state.step % cfg.val_freq == 0 and state.step > log.first_step
         if last or is_due or (state.step == 0 and cfg.val_before_train):
             with log.pause():
                 metrics = validate(cfg, team, task, held_out, state.step, directory, run)

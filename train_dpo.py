@@ -134,9 +134,11 @@ def main(cfg):
         precompute(cfg, reference, held_out, run)       # these come again at each evaluation
     optimizer = make_optimizer(cfg.optimizer, policy, cfg.learning_rate, cfg.weight_decay, betas=(0.9, 0.999))
     state = run.restore(State(cfg.optimizer), optimizer)
+    if ended := run.ended(state, total_steps):
+        return ended
     header = {'data': [source.name for source in sources], 'model': cfg.base_model_name, 'mode': cfg.mode,
               'loss_type': cfg.loss_type, 'reference': kind}
-    log = run.start(total_steps, state.step, header, cfg.logging_steps, keep=cfg.base_model_name)
+    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources)
     first_step, metrics = state.step, {}
 
     def load_step(step):

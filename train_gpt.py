@@ -140,10 +140,13 @@ def main(cfg):
         with ema.swapped():
             metrics = validate(cfg, model, corpora, run)
         return run.finish(metrics, '  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
+    if ended := run.ended(state, cfg.max_iters, 'max_iters'):
+        return ended
     print_summary(cfg, model, corpora, run)
     first_step, metrics = state.step, {}
     log = run.start(cfg.max_iters, first_step, describe(model, corpora), cfg.log_interval,
-                    flops_per_token=flops_per_token(model, cfg.block_size))
+                    flops_per_token=flops_per_token(model, cfg.block_size),
+                    data=corpora)
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     targets_per_step = tokens_per_step * num_streams(cfg)
     if cfg.compile:
@@ -315,6 +318,9 @@ class MultiContextGPT(GPT):
 def build_model(cfg, corpora, run):
     """(model, tokenizer): float32 weights, new, pretrained or resumed. Fills in the sizes in cfg."""
     tokenizer = load_tokenizer(corpora[0].directory)
+    if run.resumed and load_tokenizer(run.resumed).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(f'{corpora[0].described()} was prepared again with another tokenizer, in which ids '
+                        f'mean something else: prepare it with --tokenizer={run.resumed}, or start anew')
     if cfg.init_from.startswith('gpt2'):
         model, tokenizer = load_pretrained(cfg, tokenizer, corpora, run)
     else:

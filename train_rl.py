@@ -149,6 +149,9 @@ def main(cfg):
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
     optimizers, parameters = make_optimizers(cfg, policy, critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
+    if ended := run.ended(state, sizes.total_steps):
+        scorer.close()
+        return ended
     print_summary(cfg, policy, critic, tokenizer, problems, sizes, run)
     log = start_log(cfg, state, sizes, run)
     if 'model' in cfg.rewards and not reward_model:                 # in the folder that is ready now
@@ -1174,7 +1177,7 @@ def start_log(cfg, state, sizes, run):
                       interval=cfg.logging_steps)
         return run.log
     header = {'algorithm': cfg.algorithm, 'model': cfg.base_model_name}
-    log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps)
+    log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps, data=cfg.sources())
     if run.resumed:                             # what was sampled after the checkpoint is sampled again
         run.on_main(functools.partial(cut_rollouts, rollouts_path(cfg), state.step))
     return log

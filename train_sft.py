@@ -35,6 +35,8 @@ HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
 EPOCHS, EMBEDDED_EPOCHS = 3, 8      # a model of a million parameters needs more passes over the embedded rows
 SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is nearly pretraining
+# load_checkpoint takes over the settings of the run that wrote it, but for where and how this one runs
+NOT_LOADED = 'output_dir', 'load_checkpoint', 'resume', 'resume_from_checkpoint'
 
 
 @configclass
@@ -82,8 +84,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     sample_rows: int = setting(2, min=0)  # held-out prompts that are answered at each evaluation; 0 = none
     patience: int = setting(0, min=0, also=('early_stopping_patience',))  # stop after so many evaluations
         # without a better one; 0 = never
-    save_strategy: str = setting('steps', choices=('steps', 'epoch', 'best', 'no'))  # when to save, besides
-        # the best and the end
+    save_strategy: str | None = setting(None, choices=('steps', 'epoch', 'best', 'no'))  # when to save,
+        # besides the best and the end; after each epoch if neither it nor save_steps nor max_steps is set
     load_best_model_at_end: bool = True  # the root holds the best model by eval_loss; false: the last
     checkpoint_name: str = 'checkpoint-{step}'  # of checkpoint folders, with {step} or {epoch}
     save_merged: bool = setting(False, needs=('use_lora=true',))  # LoRA: also the whole model with
@@ -94,6 +96,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         super().check()
         if self.freeze and self.use_lora:
             raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of them out')
+        by_steps = self.max_steps > 0 or 'save_steps' in self.typed
+        self.save_strategy = self.save_strategy or ('steps' if by_steps else 'epoch')
         name = self.checkpoint_name
         if not re.search(r'\{(step|epoch)\}', name) or os.path.basename(name) != name:
             raise UserError(f'checkpoint_name={name}: a name with {{step}} or {{epoch}}, so that none '
@@ -125,9 +129,11 @@ def main(cfg):
     ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
     before = epochs_of_loaded(cfg)
     state = run.restore(State(cfg.optimizer, epochs_before=before, epoch=before), optimizer, ema)
+    if ended := run.ended(state, total):
+        return ended
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
     header = describe(cfg, model, rows, sources)
-    log = run.start(total, state.step, header, cfg.logging_steps, keep=loaded_path(cfg))
+    log = run.start(total, state.step, header, cfg.logging_steps, data=sources)
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
@@ -223,7 +229,7 @@ from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
 from model import load_model, merge_lora, save_model
 from nanoforge import plots
-from nanoforge.checkpoint import resolve_link
+from nanoforge.checkpoint import loaded_config, resolve_link
 from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, print_mixture, show_check
 from nanoforge.kernels import document_lengths
 from nanoforge.policy import default_learning_rate, load_policy
@@ -574,7 +580,11 @@ class State(RunState):
 
 
 def open_run(cfg):
-    """(Run, its configuration). resume_from_checkpoint names a checkpoint, or says only whether to resume."""
+    """(Run, its configuration). resume_from_checkpoint names a checkpoint, or says only whether to resume;
+    load_checkpoint brings the settings of its run."""
+    taken = ''
+    if cfg.load_checkpoint:
+        cfg, taken = loaded_config(cfg, cfg.load_checkpoint, 'train_sft.py', NOT_LOADED)
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
     if wanted.lower() not in ('', 'false', 'no'):       # transformers takes a bool or a path here
@@ -590,6 +600,9 @@ def open_run(cfg):
     run = Run.open(cfg, 'train_sft.py', cfg.output_dir, resume, memory_flags=memory_flags,
                    checkpoint=checkpoint)
     run.cfg.resume_from_checkpoint = cfg.resume_from_checkpoint         # not what an earlier resume named
+    if taken and not run.resumed:
+        run.print0(f'load      {cfg.load_checkpoint}, with the settings of its run: {taken} (what is typed '
+                   'beats them)')
     return run, run.cfg
 
 

@@ -70,6 +70,8 @@ class Log:
                                            purge_step=None if resume_step is None else resume_step + 1)
             except ImportError:
                 run.print0('no TensorBoard events: pip install tensorboard')
+            except OSError as error:            # the output folder may lie where it can be written
+                run.print0(f'no TensorBoard events: cannot write {os.path.abspath("logs")}: {error.strerror}')
         if wandb:
             settings = wandb if isinstance(wandb, dict) else {'project': wandb}
             run_id = name.replace('/', '-')

@@ -32,13 +32,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import MainRankFailed, UserError, as_dict, launched, without_effect
+from data.fingerprint import fingerprints
 from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
-                                  start_fresh, write_json)
+                                  start_fresh)
 from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
+# settings that may name a checkpoint in the output folder
+LOADED = 'base_model_name', 'load_checkpoint', 'value_model_name', 'reward_model_path', 'gpt2_type'
 DTYPES = {'float32': torch.float32, 'fp32': torch.float32, 'bfloat16': torch.bfloat16, 'bf16': torch.bfloat16,
           'float16': torch.float16, 'fp16': torch.float16}
 
@@ -133,6 +136,10 @@ class Run:
             if not run.resumed and resume != 'auto':
                 raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without '
                                 f'{resume_flag}')
+            only_reads = getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
+            if run.resumed and not only_reads:
+                run.on_main(run.checkpoints.lock)       # a new run: where start() makes its folder
+            run.print0(f'resume    {run.resumed or "no checkpoint is whole: a new run"}')
         if cfg.reports_to('wandb'):
             run.on_main(check_wandb)
         for line in without_effect(cfg):
@@ -176,23 +183,45 @@ class Run:
         self.bad_steps, self.window = saved.get('bad_steps', 0), saved.get('window')
         return state
 
-    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None,
-              flops_per_token=0):
+    def ended(self, state, total_steps, flag='num_train_epochs'):
+        """Where the resumed run had ended before: says how it goes on, and returns what main() does. Else
+        None.
+
+        flag    what sets its length, if not max_steps
+        """
+        cfg = self.cfg
+        has_patience = not 0 < getattr(cfg, 'patience', 0) <= state.evaluations_since_best
+        if not self.resumed or self.saved.get('ended_at') != state.step:
+            return None         # it may have been killed after its last checkpoint: there is something to do
+        if state.step < total_steps and has_patience:
+            return None
+        if getattr(cfg, 'max_steps', 0) > 0:
+            flag = 'max_steps'
+        way = f'--{flag}=N goes on, with N above {getattr(cfg, flag):g}'
+        if not has_patience:
+            way = f'--patience=0 goes on, as it stopped by patience={cfg.patience}'
+        return self.finish({'step': state.step, 'best_eval_loss': state.best_eval_loss},
+                           f'{self.checkpoints.out_dir}: the run has ended at step {state.step}; '
+                           f'{self.resume_flag} {way}')
+
+    def start(self, total_steps, step, header, log_interval, name=None, directory=None, flops_per_token=0,
+              data=()):
         """Makes the output folder ready (a fresh one, or cut back to the resumed step) and opens the log.
 
         header           what this run is, for the first line of log.jsonl
-        keep             a checkpoint that was loaded from the folder: it stays where it is
         directory, name  of the log, if not those of the output folder
+        data             what is read, as fingerprints() takes it: a resume says where it has changed
         """
         cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
+        marks = self.on_main(lambda: fingerprints(data))
         if self.resumed:
             if hasattr(cfg, 'per_device_train_batch_size'):     # else a batch is counted over all ranks
                 self.checkpoints.say_processes(self.resumed)
             self.checkpoints.discard_later(self.resumed)
-            config = {**self.saved, 'config': as_dict(cfg)}
-            self.on_main(lambda: write_json(os.path.join(out_dir, 'run_config.json'), config))
+            self.on_main(lambda: self.note_resume(marks))
         else:
-            start_fresh(self, out_dir, as_dict(cfg), keep=keep, script=self.script)
+            loaded = [getattr(cfg, name, None) for name in LOADED]
+            start_fresh(self, out_dir, as_dict(cfg), loaded, self.script, self.checkpoints.lock, data=marks)
         header = {'script': self.script, **header, 'machine': describe_device(self)}
         wandb = {key: getattr(cfg, f'wandb_{key}') for key in ('project', 'entity', 'name', 'tags')}
         wandb = {key: value for key, value in wandb.items() if value}
@@ -203,6 +232,16 @@ class Run:
         if isinstance(self.window, dict):
             self.log.take_up(self.window)
         return self.log
+
+    def note_resume(self, marks):
+        """Puts into run_config.json what was typed, and the fingerprints of the data as they are now; says
+        which are not what they were."""
+        before = self.saved.get('data') or {}       # a run of an earlier version has none
+        for name, mark in marks.items():
+            if before.get(name, mark) != mark:
+                self.print0(f'note      {name} has changed since this run was saved: from here on it trains '
+                            'on other data')
+        self.checkpoints.note(config=as_dict(self.cfg), data=marks, ended_at=None)
 
     # ---- a gradient step
 
@@ -313,6 +352,8 @@ class Run:
 
     def finish(self, metrics, text):
         """Closes everything, prints `text`, and returns the metrics of the run."""
+        if self.log:                # it trained: notes where it ended, and so that nothing is left to do
+            self.on_main(lambda: self.checkpoints.note(ended_at=self.log.last_step))
         self.close()
         self.print0(text)
         return metrics
@@ -320,7 +361,9 @@ class Run:
     def close(self):
         if self.log:
             self.log.close()
-        if self.world_size > 1:
+        if self.checkpoints:
+            self.checkpoints.unlock()
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     # ---- the ranks

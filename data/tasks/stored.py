@@ -114,8 +114,12 @@ def puzzle_of(row, where, Env, keys):
     return puzzle
 
 
+files_read = set()      # paths, of which a run notes fingerprints
+
+
 @functools.lru_cache(maxsize=64)
 def rows_of(path):
+    files_read.add(path)
     from data.formats import read_file      # here: its import takes longer than --print_config may
     return list(read_file(path))
 

@@ -124,10 +124,6 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
 
     def check(self):
         super().check()
-        # the critic that a recipe names beside its policy follows the policy that is typed instead
-        of_recipe = self.value_model_name and 'value_model_name' in self.typed - self.flags
-        if of_recipe and 'base_model_name' in self.flags:
-            self.value_model_name = self.base_model_name
         check_algorithm(self)
 
 
@@ -315,6 +311,10 @@ def check_composition(ratio, surrogate, mean, dual_clip=None):
 
 def check_algorithm(cfg):
     """Combinations of settings that make no sense, before anything is loaded."""
+    # the critic that a recipe names beside its policy follows the policy that is typed instead
+    of_recipe = cfg.value_model_name and 'value_model_name' in cfg.typed - cfg.flags
+    if of_recipe and 'base_model_name' in cfg.flags:
+        cfg.value_model_name = cfg.base_model_name
     c, ppo = composition(cfg), cfg.algorithm == 'ppo'
     check_composition(c['ratio'], c['surrogate'], c['mean'], c['dual_clip'])
     if ppo and not cfg.value_model_name:

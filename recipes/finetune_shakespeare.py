@@ -23,18 +23,22 @@ log_interval = 1
 # seed = 1337  # of data order, sampling, dropout and new weights
 # resume = False  # go on with the run in the output folder; auto: if there is one
 
-# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor, adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
+# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor,
+#     # adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
 # weight_decay = 0.1  # of matrices; norms and biases are spared
 # beta1 = 0.9  # decay of the first moment
 # beta2 = 0.99  # decay of the second: high where a step sees few tokens
 # momentum = None  # of sgd (0.9), muon (0.95)
 # grad_clip = 1.0  # highest gradient norm; 0 = no clipping
-# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate stays constant, else 0
-# lr_scheduler = 'none'  # none = constant, or the cosine with --decay_lr (none, constant, cosine, exponential, linear, wsd, cosine_restarts, plateau)
+# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
+#     # stays constant, else 0
+# lr_scheduler = 'none'  # none = constant, or the cosine with --decay_lr (none, constant, cosine,
+#     # exponential, linear, wsd, cosine_restarts, plateau)
 # lr_decay_iters = 3500  # step at which the schedule reaches min_lr
 # min_lr = 0.0001  # the lowest, about a tenth of learning_rate
 
-# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide (tensorboard, wandb, none, all)
+# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide
+#     # (tensorboard, wandb, none, all)
 # tensorboard = True  # events under logs/<run>/
 # wandb_enabled = False  # also log to Weights & Biases
 # wandb_project = 'nanoforge'  # its project
@@ -50,7 +54,8 @@ log_interval = 1
 # num_gpus = 1  # processes on this machine, one for each GPU
 # nohup = False  # in the background: prints PID and log, logs/training_DATE_TIME.log
 
-# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several; multicontext: aligned streams
+# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several;
+#     # multicontext: aligned streams
 # dataset_list = []  # multidataset: the data sets
 # dataset_sampling_probs = []  # multidataset: how often each is drawn; empty = equally
 # multicontext_datasets = []  # multicontext: one aligned stream of tokens each

@@ -32,14 +32,18 @@ compile = True
 # seed = 1337  # of data order, sampling, dropout and new weights
 # resume = False  # go on with the run in the output folder; auto: if there is one
 
-# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor, adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
+# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor,
+#     # adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
 # beta1 = 0.9  # decay of the first moment
 # momentum = None  # of sgd (0.9), muon (0.95)
 # grad_clip = 1.0  # highest gradient norm; 0 = no clipping
-# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate stays constant, else 0
-# lr_scheduler = 'none'  # none = constant, or the cosine with --decay_lr (none, constant, cosine, exponential, linear, wsd, cosine_restarts, plateau)
+# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
+#     # stays constant, else 0
+# lr_scheduler = 'none'  # none = constant, or the cosine with --decay_lr (none, constant, cosine,
+#     # exponential, linear, wsd, cosine_restarts, plateau)
 
-# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide (tensorboard, wandb, none, all)
+# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide
+#     # (tensorboard, wandb, none, all)
 # tensorboard = True  # events under logs/<run>/
 # wandb_enabled = False  # also log to Weights & Biases
 # wandb_project = 'nanoforge'  # its project
@@ -55,12 +59,14 @@ compile = True
 # num_gpus = 1  # processes on this machine, one for each GPU
 # nohup = False  # in the background: prints PID and log, logs/training_DATE_TIME.log
 
-# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several; multicontext: aligned streams
+# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several;
+#     # multicontext: aligned streams
 # dataset_list = []  # multidataset: the data sets
 # dataset_sampling_probs = []  # multidataset: how often each is drawn; empty = equally
 # multicontext_datasets = []  # multicontext: one aligned stream of tokens each
 
-# init_from = 'scratch'  # scratch: new weights; resume: the run in out_dir, as --resume; gpt2...: a pretrained model (scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl)
+# init_from = 'scratch'  # scratch: new weights; resume: the run in out_dir, as --resume; gpt2...: a
+#     # pretrained model (scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl)
 # gpt2_type = 'gpt2'  # what init_from=gpt2 begins as: one of the four sizes, or a local model directory
 
 # n_kv_head = None  # fewer key/value heads than n_head; as many if not set

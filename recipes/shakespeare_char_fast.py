@@ -31,10 +31,12 @@ eval_interval = 100
 # beta1 = 0.9  # decay of the first moment
 # momentum = None  # of sgd (0.9), muon (0.95)
 # grad_clip = 1.0  # highest gradient norm; 0 = no clipping
-# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate stays constant, else 0
+# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
+#     # stays constant, else 0
 # decay_lr = False  # decay the rate; typed --no-decay_lr beats lr_scheduler
 
-# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide (tensorboard, wandb, none, all)
+# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide
+#     # (tensorboard, wandb, none, all)
 # tensorboard = True  # events under logs/<run>/
 # wandb_enabled = False  # also log to Weights & Biases
 # wandb_project = 'nanoforge'  # its project
@@ -49,12 +51,14 @@ eval_interval = 100
 # num_gpus = 1  # processes on this machine, one for each GPU
 # nohup = False  # in the background: prints PID and log, logs/training_DATE_TIME.log
 
-# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several; multicontext: aligned streams
+# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several;
+#     # multicontext: aligned streams
 # dataset_list = []  # multidataset: the data sets
 # dataset_sampling_probs = []  # multidataset: how often each is drawn; empty = equally
 # multicontext_datasets = []  # multicontext: one aligned stream of tokens each
 
-# init_from = 'scratch'  # scratch: new weights; resume: the run in out_dir, as --resume; gpt2...: a pretrained model (scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl)
+# init_from = 'scratch'  # scratch: new weights; resume: the run in out_dir, as --resume; gpt2...: a
+#     # pretrained model (scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl)
 # gpt2_type = 'gpt2'  # what init_from=gpt2 begins as: one of the four sizes, or a local model directory
 
 # arch = 'qwen3'  # family, and so the format on disk (qwen3, llama, gpt2)

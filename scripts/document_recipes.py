@@ -1,13 +1,14 @@
-"""Writes into each recipe the settings of its script that it leaves alone: commented, with default and meaning.
+"""Writes into each recipe the settings of its script that it leaves alone, with default and meaning.
 
     python scripts/document_recipes.py [FILE ...]       all of recipes/ if none is named
 
-They stand below MARK and are made anew; what stands above is the recipe's own and stays as it is.
+They stand below MARK, commented, and are made anew; what stands above is the recipe's own and stays as it is.
 """
 import dataclasses
 import importlib
 import json
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from configurator import comments, entry_type, path_of, read_file, run_script, s
 RECIPES = sorted([*ROOT.glob('recipes/*.py'), *ROOT.glob('recipes/training/*/*.yaml')])
 SCRIPTS = {'sft': 'train_sft', 'dpo': 'train_dpo', 'agents': 'train_agents'}    # of other folders: train_rl
 MARK = '# ---- All other settings, with their defaults: take away a # to change one.'
-ENTRIES = {'datasets': '[0]', 'base_models': '.policy_0', 'agents': '.agent_0'}     # where the first one stands
+# where the first entry of a list or dict stands
+ENTRIES = {'datasets': '[0]', 'base_models': '.policy_0', 'agents': '.agent_0'}
 
 
 def config_of(path):
@@ -63,8 +65,11 @@ def documented(path):
             if is_python:
                 line = f'# {field.name} = {default!r}  # {text}'
             else:
-                line, heading = f'# {key}: {as_yaml(default)}  # {text}', key.rpartition('.')[0].partition('.')[0]
-            groups.setdefault(heading, []).append(line)
+                line = f'# {key}: {as_yaml(default)}  # {text}'
+                heading = key.rpartition('.')[0].partition('.')[0]
+            # a line that goes on is a comment still when its # is taken away
+            lines = textwrap.wrap(line, 110, subsequent_indent='#     # ', break_on_hyphens=False)
+            groups.setdefault(heading, []).extend(lines)
     own = path.read_text('utf-8-sig').partition(MARK)[0].rstrip()
     blocks = ['\n'.join(lines) for lines in groups.values() if lines]
     return '\n\n'.join([own, MARK, *blocks]) + '\n'

@@ -492,7 +492,9 @@ def test_rows_of_arrow_and_of_pandas_are_written_as_json(tmp_path):
     (tmp_path / 'rows.jsonl').write_text(json.dumps({'question': 'q', 'answer': '1', 'level': math.nan, 'scores': [math.inf], 'note': 'cut \ud83d'}))
     _, tokenizer = load_model('tiny')
     cfg = config(datasets=[Source(str(tmp_path / 'rows.parquet')), Source(str(tmp_path / 'rows.jsonl'))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300)
-    problems = open_problems(cfg, tokenizer, print).train
+    said = []
+    problems = open_problems(cfg, tokenizer, said.append).train
+    assert said[0].startswith('data      2 data sets are mixed: ') and 'rows.jsonl (weight 1)' in said[0]
     assert problems[3]['answer'] == '3' and problems[3]['created'] == '2024-01-01T00:00:00' and problems[-1]['scores'] == [None]
     shown = [{key: value for key, value in problem.items() if key != 'prompt_ids'} for problem in problems]
     completions = [Completion(0, i, 0, problem, [1], [2], [0.0], True, 'x', {}, 1.0) for i, problem in enumerate(shown)]

@@ -124,6 +124,7 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
 
     def check(self):
         super().check()
+        let_critic_follow(self)
         check_algorithm(self)
 
 
@@ -309,12 +310,15 @@ def check_composition(ratio, surrogate, mean, dual_clip=None):
                         f'not to {surrogate}')
 
 
-def check_algorithm(cfg):
-    """Combinations of settings that make no sense, before anything is loaded."""
-    # the critic that a recipe names beside its policy follows the policy that is typed instead
+def let_critic_follow(cfg):
+    """The critic that a recipe names beside its policy follows the policy that is typed instead."""
     of_recipe = cfg.value_model_name and 'value_model_name' in cfg.typed - cfg.flags
     if of_recipe and 'base_model_name' in cfg.flags:
         cfg.value_model_name = cfg.base_model_name
+
+
+def check_algorithm(cfg):
+    """Combinations of settings that make no sense, before anything is loaded."""
     c, ppo = composition(cfg), cfg.algorithm == 'ppo'
     check_composition(c['ratio'], c['surrogate'], c['mean'], c['dual_clip'])
     if ppo and not cfg.value_model_name:

@@ -147,7 +147,6 @@ def main(cfg):
     optimizers, parameters = make_optimizers(cfg, policy, critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
     if ended := run.ended(state, sizes.total_steps):
-        scorer.close()
         return ended
     print_summary(cfg, policy, critic, tokenizer, problems, sizes, run)
     log = start_log(cfg, state, sizes, run)

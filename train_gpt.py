@@ -145,8 +145,7 @@ def main(cfg):
     print_summary(cfg, model, corpora, run)
     first_step, metrics = state.step, {}
     log = run.start(cfg.max_iters, first_step, describe(model, corpora), cfg.log_interval,
-                    flops_per_token=flops_per_token(model, cfg.block_size),
-                    data=corpora)
+                    flops_per_token=flops_per_token(model, cfg.block_size), data=corpora)
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     targets_per_step = tokens_per_step * num_streams(cfg)
     if cfg.compile:

@@ -35,8 +35,6 @@ HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
 EPOCHS, EMBEDDED_EPOCHS = 3, 8      # a model of a million parameters needs more passes over the embedded rows
 SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is nearly pretraining
-# load_checkpoint takes over the settings of the run that wrote it, but for where and how this one runs
-NOT_LOADED = 'output_dir', 'load_checkpoint', 'resume', 'resume_from_checkpoint'
 
 
 @configclass
@@ -584,7 +582,7 @@ def open_run(cfg):
     load_checkpoint brings the settings of its run."""
     taken = ''
     if cfg.load_checkpoint:
-        cfg, taken = loaded_config(cfg, cfg.load_checkpoint, 'train_sft.py', NOT_LOADED)
+        cfg, taken = loaded_config(cfg, cfg.load_checkpoint, 'train_sft.py')
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
     if wanted.lower() not in ('', 'false', 'no'):       # transformers takes a bool or a path here
@@ -601,8 +599,7 @@ def open_run(cfg):
                    checkpoint=checkpoint)
     run.cfg.resume_from_checkpoint = cfg.resume_from_checkpoint         # not what an earlier resume named
     if taken and not run.resumed:
-        run.print0(f'load      {cfg.load_checkpoint}, with the settings of its run: {taken} (what is typed '
-                   'beats them)')
+        run.print0(f'load      {cfg.load_checkpoint}, with what was set in its run: {taken}')
     return run, run.cfg
 
 

@@ -183,13 +183,14 @@ def merged_config(cfg, saved):
     return merged
 
 
-def loaded_config(cfg, path, script, anew):
+def loaded_config(cfg, path, script):
     """(configuration, text) of a new run of `script` on the weights of a checkpoint `path`.
 
-    Model, data and training are as in the run that wrote the checkpoint, but for what is typed, the fields
-    named in `anew`, and all of the data where other data sets are typed. The text says what was taken over:
-    '' where no run of `script` is known to have written it.
+    Model, data and training are as in the run that wrote the checkpoint, but for what is typed, for where and
+    how this run goes, and for all of the data where other data sets are typed. The text says what was taken
+    over: '' where no run of `script` is known to have written it.
     """
+    anew = ['output_dir', 'load_checkpoint', 'resume', 'resume_from_checkpoint']
     saved = run_of(path)
     if saved.get('script') != script:
         return cfg, ''
@@ -198,7 +199,7 @@ def loaded_config(cfg, path, script, anew):
     if not cfg.typed & {'dataset_path', 'datasets'}:
         sections.add('data')
     if 'num_train_epochs' in cfg.typed:
-        anew = (*anew, 'max_steps')         # which would beat it
+        anew.append('max_steps')            # which would beat it
     for field in dataclasses.fields(cfg):
         name, section = field.name, path_of(field).partition('.')[0]
         if name in anew or section not in sections:

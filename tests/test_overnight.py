@@ -125,7 +125,7 @@ def test_the_guides_commands_go_on_with_the_run_that_they_name(tmp_path, monkeyp
     capsys.readouterr()
     cfg = train('--epochs', '1', '--batch-size', '4', '--load-checkpoint', 'models/theta_checkpoint_epoch_2')
     said = capsys.readouterr().out
-    assert 'models/theta_checkpoint_epoch_2, with the settings of its run: ' in said
+    assert 'models/theta_checkpoint_epoch_2, with what was set in its run: ' in said
     assert 'learning_rate=5e-05' in said and 'dataset_path=mine.json' in said and 'chosen' not in said
     assert (cfg.prompt_column, cfg.learning_rate, cfg.num_train_epochs, cfg.max_grad_norm) == ('asked', 5e-5, 1, 0.5)
     assert {'theta_checkpoint_epoch_2', 'theta_checkpoint_epoch_3'} <= set(os.listdir('models'))

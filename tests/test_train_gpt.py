@@ -416,6 +416,8 @@ def test_wandb_is_asked_before_anything_is_loaded(data, monkeypatch, wandb, says
     with pytest.raises(UserError, match=says):
         main(config(data, wandb_enabled=True))
     assert not os.path.exists('out')
+    with pytest.raises(TypeError, match='NoneType'):                # an evaluation logs nothing: it comes to open_data
+        main(config(data, wandb_enabled=True, eval_only=True))
 
 
 def test_wandb_that_does_not_begin_is_one_line(data, monkeypatch):

@@ -337,7 +337,7 @@ import torch
 
 from data import sandbox
 from data.batches import cut, pack, padded
-from data.chat import prompt_ids, render, with_system
+from data.chat import fold_system, prompt_ids, render
 from data.tasks import stored
 from model import load_model, save_model
 from nanoforge import pages
@@ -460,7 +460,7 @@ def score(trajectory, group):
 def sample_candidates(cfg, policy, agent, trajectories, turn, seed, num_samples, temperature):
     """The candidates of an agent in the present state of each trajectory -> [Group]."""
     tokenizer = policy.tokenizer
-    chats = [with_system(tokenizer, trajectory.env.prompt(agent)) for trajectory in trajectories]
+    chats = [fold_system(tokenizer, trajectory.env.prompt(agent)) for trajectory in trajectories]
     whole = [prompt_ids(tokenizer, messages) for messages in chats]
     prompts = [prompt[-cfg.max_prompt_length:] for prompt in whole]         # what is new stands at the end
     # no top_k, top_p or repetition penalty: the distribution that is sampled is the one that is trained
@@ -724,7 +724,7 @@ def warm_up(cfg, policies, task, run):
 
 def supervised_step(cfg, policy, optimizer, chats, step, run):
     """One step of next-token loss on the last message of each chat; the mean over all of its tokens."""
-    rows = [render(policy.tokenizer, with_system(policy.tokenizer, messages)) for messages in chats]
+    rows = [render(policy.tokenizer, fold_system(policy.tokenizer, messages)) for messages in chats]
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
     answers = []

@@ -104,7 +104,9 @@ class Config(RunFlags, OptimizerFlags):
         if names_model and self.init_from not in ('gpt2', 'resume'):
             raise UserError(f'gpt2_type={self.gpt2_type} is what init_from=gpt2 begins as, not '
                             f'init_from={self.init_from}: leave one of them out')
-        if 'min_lr' in self.typed and self.decays() and self.min_lr > self.learning_rate:
+        # a recipe's min_lr follows the rate of a flag
+        stands = 'min_lr' in (self.flags if 'learning_rate' in self.flags else self.typed)
+        if stands and self.decays() and self.min_lr > self.learning_rate:
             raise UserError(f'min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: the rate '
                             'falls from learning_rate to min_lr')
         needed = DATASETS_OF.get(self.training_mode)

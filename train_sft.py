@@ -95,6 +95,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         if self.freeze and self.use_lora:
             raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of them out')
         by_steps = self.max_steps > 0 or 'save_steps' in self.typed
+        if 'save_steps' in self.typed and 'save_strategy' not in self.typed:
+            self.save_strategy = None           # that of a run that goes on
         self.save_strategy = self.save_strategy or ('steps' if by_steps else 'epoch')
         name = self.checkpoint_name
         if not re.search(r'\{(step|epoch)\}', name) or os.path.basename(name) != name:

@@ -97,7 +97,7 @@ def prompt_ids(tokenizer, messages, tools=None, **variables):
     return render(tokenizer, messages, tools, 'completion', True, **variables).ids
 
 
-def with_system(tokenizer, messages):
+def fold_system(tokenizer, messages):
     """A chat as this tokenizer's template can say it: where that has no system role (Gemma's refuses it, some
     drop it), a system message begins the user's after it."""
     system, *rest = messages

@@ -15,10 +15,11 @@ import re
 from dataclasses import dataclass
 
 from configurator import UserError, closest
-from data.chat import REMARKS, encode, remarks, segments
+from data.chat import encode, remarks, segments
 from data.formats import as_messages, check_values, checked_messages, checked_tools, columns_in, fill, parsed
 from data.formats import read_rows, split_of_row, with_system, without_nan
 from data.parallel_map import map_chunks
+from nanoforge.data_checks import DataIssues
 
 # looked for in this order where none is named
 PROMPT_COLUMNS = ('prompt', 'question', 'instruction', 'input')
@@ -244,12 +245,12 @@ def encode_pairs(tokenizer, pairs, max_length, max_prompt_length=None, num_proc=
 
 def remarks_on(tokenizer, pairs):
     """A line for each kind of data.chat.REMARKS: how many Pairs, what it means, the first."""
-    found = {}
+    issues = DataIssues()
     for pair in pairs:
         if not isinstance(pair.prompt, str):
             for kind in remarks(tokenizer, [*pair.prompt, pair.chosen, pair.rejected], pair.tools):
-                found.setdefault(kind, []).append(pair.where)
-    return [f'{len(rows):,} {kind}: {REMARKS[kind]} (first: {rows[0]})' for kind, rows in found.items()]
+                issues.add(kind, pair.where)
+    return issues.lines()
 
 
 def encode_chunk(tokenizer, pairs):

@@ -14,14 +14,14 @@ from array import array
 from dataclasses import dataclass, field
 
 from configurator import UserError
-from data.chat import REMARKS, encode, remarks, segments
+from data.chat import encode, remarks, segments
 from data.formats import check_values, checked_tools, read_rows, split_of_row, strict_json, text_of
 from data.formats import without_nan
 from data.parallel_map import map_chunks
 from data.preferences import encode_pairs, read_pairs, remarks_on
 from data.rewards import extract_answer
 from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_pairs, legacy_rl
-from nanoforge.data_checks import print_mixture
+from nanoforge.data_checks import DataIssues, print_mixture
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
@@ -210,16 +210,16 @@ def fitting(cfg, tokenizer, task, problems, name, print0):
         for start in range(0, len(problems), CHUNK):
             yield [(task.prompt(problem), problem.get('tools')) for problem in problems[start:start + CHUNK]]
 
-    found, rest = {}, iter(problems)            # {kind of remark: questions}
+    issues, rest = DataIssues(), iter(problems)
     processes = min(cfg.dataset_num_proc, math.ceil(len(problems) / CHUNK))
     for _, encoded in map_chunks(functools.partial(encode_prompts, tokenizer), chunks(), processes):
         for ids, of_prompt in encoded:
             problem = next(rest)
             problem['prompt_ids'] = ids
             for kind in of_prompt:
-                found.setdefault(kind, []).append(problem['question'])
-    for kind, questions in found.items():
-        print0(f'{name} problems: {len(questions):,} {kind}: {REMARKS[kind]} (first: {questions[0][:60]!r})')
+                issues.add(kind, repr(problem['question'][:60]))
+    for line in issues.lines():
+        print0(f'{name} problems: {line}')
     kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
     if len(kept) < len(problems):
         longest = max(len(problem['prompt_ids']) for problem in problems)

@@ -89,7 +89,7 @@ def call(function, name, path, completions, records):
         return {'error': wrong}
     try:
         values = function(completions, records)
-        if inspect.isgenerator(values):
+        if hasattr(values, '__next__'):         # a generator or map, which may still raise
             values = list(values)
     except BaseException as error:
         return {'raised': explain(error, path)}

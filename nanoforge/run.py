@@ -131,16 +131,16 @@ class Run:
         limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
         save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
+        only_reads = from_start or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':
                 raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without '
                                 f'{resume_flag}')
-            only_reads = getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
             if run.resumed and not only_reads:
                 run.on_main(run.checkpoints.lock)       # a new run: where start() makes its folder
             run.print0(f'resume    {run.resumed or "no checkpoint is whole: a new run"}')
-        if cfg.reports_to('wandb'):
+        if cfg.reports_to('wandb') and not only_reads:
             run.on_main(check_wandb)
         for line in without_effect(cfg):
             run.print0(f'note      {line}')

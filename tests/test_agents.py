@@ -16,7 +16,7 @@ import torch
 import train_agents
 from conftest import ROOT
 from configurator import UserError, as_dict, check_settings, from_dict, parse
-from data.chat import with_system
+from data.chat import fold_system
 from data.tasks import env as environments
 from data.tasks.env import Outcome
 from data.tokenizer import load_tokenizer
@@ -637,12 +637,12 @@ def test_all_models_but_the_embedded_one_are_told_the_rules(small):
 def test_rules_reach_a_model_whose_template_has_no_system_role(small):
     tokenizer = load_tokenizer(small)
     messages = [{'role': 'system', 'content': 'The rules.'}, {'role': 'user', 'content': 'Play.'}]
-    assert with_system(tokenizer, messages) == messages
+    assert fold_system(tokenizer, messages) == messages
     for first in ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}", ''):
         tokenizer = load_tokenizer(small)
         tokenizer.chat_template = first + ("{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
                                            "{% if add_generation_prompt %}[assistant]{% endif %}")
-        assert with_system(tokenizer, messages) == [{'role': 'user', 'content': 'The rules.\n\nPlay.'}]
+        assert fold_system(tokenizer, messages) == [{'role': 'user', 'content': 'The rules.\n\nPlay.'}]
 
 
 def test_a_recipes_demonstrations_are_for_the_embedded_model(small, tmp_path):

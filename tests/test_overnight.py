@@ -14,7 +14,7 @@ import yaml
 import evaluate
 import train_sft
 from conftest import ROOT
-from configurator import UserError, from_dict, parse
+from configurator import UserError, as_dict, from_dict, parse
 from data.tasks import questions
 from train_sft import Config as Training
 
@@ -154,6 +154,10 @@ def test_the_manual_command_leaves_a_checkpoint_after_each_epoch_and_the_best_ap
     assert set(os.listdir('models')) == {'theta_custom'}
     for argv, strategy in ((['--max_steps=4'], 'steps'), (['--save_steps=2', '--epochs=1'], 'steps'), ([], 'epoch')):
         assert parse(Training, argv).save_strategy == strategy
+    saved = as_dict(parse(Training, []))                # a run by epochs, resumed by steps
+    cfg = from_dict(Training, saved, parse(Training, ['--save_steps=2']))
+    cfg.check()
+    assert cfg.save_strategy == 'steps'
 
 
 def test_an_evaluation_whose_results_cannot_be_written_stops_before_the_work(tmp_path, monkeypatch):

@@ -173,6 +173,18 @@ def test_what_raises_is_unscored_and_nothing_else_is(tmp_path):
     scorer.close()
 
 
+@pytest.mark.parametrize('result', ['(1 / int(c) for c in completions)', 'map(lambda c: 1 / int(c), completions)'])
+def test_what_is_made_one_by_one_may_raise_late(tmp_path, result):
+    """One sample is unscored, and the process goes on."""
+    path = user_file(tmp_path, f'def score(completions, records):\n    return {result}\n')
+    scorer = Scorer([f'{path}:score'])
+    process = scorer.servers[f'{path}:score'].process
+    scores = scorer(['1', '0', '4'], [{}] * 3, [1] * 3)
+    assert [scorer.total(s) for s in scores] == [1, None, 0.25] and 'mine.py line 2: ZeroDivisionError' in scorer.last_error
+    assert scorer.servers[f'{path}:score'].process is process
+    scorer.close()
+
+
 def test_what_hangs_is_killed_and_unscored(tmp_path):
     path = user_file(tmp_path, 'import time\n'
                                'def score(completions, records):\n'

@@ -380,7 +380,7 @@ def test_a_named_model_is_where_training_begins(data, capsys):
     assert 'init_from=gpt2: training begins with the weights of some/model' in capsys.readouterr().out
 
 
-def test_rates_that_would_rise(data, capsys):
+def test_rates_that_would_rise(data, capsys, tmp_path):
     run = setup('cpu')
     cfg = config(data, learning_rate=3e-5, lr_scheduler='cosine')
     train_gpt.resolve_defaults(cfg, run)
@@ -390,6 +390,13 @@ def test_rates_that_would_rise(data, capsys):
     assert cfg.min_lr == 1e-4 and 'min_lr' not in capsys.readouterr().out
     with pytest.raises(UserError, match='min_lr=0.01 is above learning_rate=0.001'):
         config(data, min_lr=0.01, decay_lr=True)
+    recipe = tmp_path / 'recipe.py'
+    recipe.write_text('learning_rate = 1e-3\nmin_lr = 1e-4\ndecay_lr = True\n')
+    cfg = parse(Config, [str(recipe), '--learning_rate=5e-5'])      # a recipe's min_lr follows the rate of a flag
+    train_gpt.resolve_defaults(cfg, run)
+    assert cfg.min_lr == pytest.approx(5e-6) and 'min_lr=5e-06' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(Config, [str(recipe), '--learning_rate=5e-5', '--min_lr=1e-4'])
 
 
 def test_a_warm_up_that_would_not_end_is_clamped(data, capsys):
@@ -409,6 +416,8 @@ def test_wandb_is_asked_before_anything_is_loaded(data, monkeypatch, wandb, says
     with pytest.raises(UserError, match=says):
         main(config(data, wandb_enabled=True))
     assert not os.path.exists('out')
+    with pytest.raises(TypeError, match='NoneType'):                # an evaluation logs nothing: it comes to open_data
+        main(config(data, wandb_enabled=True, eval_only=True))
 
 
 def test_wandb_that_does_not_begin_is_one_line(data, monkeypatch):

@@ -37,7 +37,6 @@ import os
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from configurator import UserError, closest, convert, describe
@@ -146,11 +145,10 @@ def list_settings():
 def needs_rules(path):
     """Whether the model of a path is to be told the rules in its prompts: any but the embedded one, and a
     team that an earlier run trained without."""
-    from nanoforge.checkpoint import read_manifest      # here: it imports torch
-    for folder in (Path(path), *Path(path).resolve().parents[:2]):      # of a checkpoint, or a policy in one
-        saved = read_manifest(folder / 'run_config.json')
-        if saved.get('script') == 'train_agents.py':
-            return bool(saved['config']['env'].get('rules'))
+    from nanoforge.checkpoint import run_of     # here: it imports torch
+    saved = run_of(path)
+    if saved.get('script') == 'train_agents.py':
+        return bool(saved['config']['env'].get('rules'))
     return path != 'tiny'
 
 

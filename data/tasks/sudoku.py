@@ -65,7 +65,8 @@ def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=Fals
                         f'not {map_size}, {min_blanks} and {max_blanks}')
 
     def fits(puzzle):
-        return puzzle['size'] == map_size and min_blanks <= len(blanks_of(puzzle['grid'])) <= max_blanks
+        num_blanks = sum(row.count(0) for row in puzzle['grid'])
+        return puzzle['size'] == map_size and min_blanks <= num_blanks <= max_blanks
 
     if stored := stored_puzzles(('sudoku', *DATASETS), from_row, fits, split, n, seed, dataset, data_dir):
         return [{**puzzle, 'rules': rules} for puzzle in stored]

@@ -284,8 +284,8 @@ def test_nothing_was_learned(tmp_path, capsys):
         assert ('<think>' in asked) == ('system_prompt' not in how) and f'prompt    {asked[:20]!r}'[:-1] in said
         assert ('--system_prompt= leaves it out' in said) == ('system_prompt' not in how)
         assert json.loads(read('out', 'last', 'trainer_state.json'))['rewards_differed'] is False
-    cfg = Config(resume=True, output_dir='out')
-    cfg.typed = frozenset({'resume', 'output_dir'})
+    cfg = Config(resume=True, output_dir='out', max_steps=3)
+    cfg.typed = frozenset({'resume', 'output_dir', 'max_steps'})
     main(cfg)
     assert 'nothing was learned' in capsys.readouterr().out
     main(config(max_steps=2, eval_steps=0))

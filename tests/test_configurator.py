@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -816,10 +817,16 @@ def test_a_mistake_is_told_before_anything_is_launched(script):
     assert code == 2 and "'--mode'" in err and not (script.folder / 'logs').exists()
 
 
+def processor_seconds():
+    """What the processes that have ended took of the processors: no busy neighbour changes that much."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_answers_at_once_and_without_torch(script):
     check = "import sys, configurator; assert not {'torch', 'yaml', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, '-c', check], cwd=ROOT, check=True)
     for flag in ('--help', '--print_config'):
-        started = time.perf_counter()
+        before = processor_seconds()
         assert finish(script(flag))[0] == 0
-        assert time.perf_counter() - started < 0.5
+        assert processor_seconds() - before < 0.5       # which on an idle machine is what the user waits

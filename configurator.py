@@ -4,7 +4,7 @@ Both become (key, value) pairs; assign() finds the field that a key names, conve
 type and sets it. Files come first, then the command line, left to right. Nothing that is read is executed.
 
     --batch_size=32  --batch-size 32  --names a b  --bf16  --no-bf16  --bf16=false      flags, in any spelling
-    seed=1  training.learning_rate=3e-4  data.datasets[0].name=x                        the same by path
+    seed=1  training.learning_rate=3e-4  "data.datasets[0].name=x"                      the same by path
     recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
 import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
@@ -18,12 +18,86 @@ BOOLS = {'true': True, 'yes': True, 'on': True, '1': True,
 FILES = ('.py', '.yaml', '.yml')
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ROLE = 'NANOFORGE_ROLE'  # tells a process that launch() starts what it is: 'detached' or 'worker'
+FAILED = 'NANOFORGE_FAILED'  # and a folder of the ranks, in which the first that fails leaves a file
+LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun sets
+# How others say the number of processes, without what torch needs to join them
+OTHER_LAUNCHERS = {'SLURM_STEP_NUM_TASKS': 'srun', 'OMPI_COMM_WORLD_SIZE': 'mpirun', 'PMI_SIZE': 'mpirun'}
+LOST_RANK = re.compile('Connection (closed|reset) by peer|Connection was likely closed|Broken pipe')
 BOUNDS = {'min': (operator.ge, '{} or more'), 'max': (operator.le, '{} or less'),
           'above': (operator.gt, 'above {}'), 'below': (operator.lt, 'below {}')}
 
 
+# For "did you mean": ours (the first of them that a script has), and what others call it
+OTHER_NAMES = (
+    ('recipe', 'config config_file cfg conf yaml'),
+    ('base_model_name model_path model',
+     'base_model pretrained pretrained_model_name_or_path checkpoint ckpt ckpt_path checkpoint_path '
+     'model_dir base_model_name model_name_or_path adapter'),
+    ('max_steps', 'steps num_steps iters num_iters max_iters max_train_steps train_steps total_steps'),
+    ('num_train_epochs max_steps', 'epochs num_epochs num_train_epochs max_epochs n_epochs'),
+    ('learning_rate', 'lr peak_lr max_lr learning_rate base_lr'),
+    ('lr_scheduler_type lr_scheduler', 'scheduler schedule lr_schedule lr_scheduler_type'),
+    ('per_device_train_batch_size batch_size train_batch_size',
+     'bs batch batch_size micro_batch_size device_batch_size per_device_batch_size '
+     'per_device_train_batch_size per_gpu_train_batch_size'),
+    ('gradient_accumulation_steps',
+     'grad_acc grad_accum grad_accum_steps gradient_accumulation ga accumulation_steps '
+     'accumulate_grad_batches'),
+    ('num_gpus', 'gpus gpu n_gpus ngpus num_gpu nproc nproc_per_node devices num_processes world_size'),
+    ('device', 'cuda device_map no_cuda use_cpu'),
+    ('dtype', 'precision mixed_precision amp fp32'),
+    ('output_dir', 'output out save_dir output_path log_dir logging_dir out_dir'),
+    ('dataset_path dataset',
+     'data datasets data_path data_file data_files data_dir train_file train_data train_dataset '
+     'dataset_name dataset_path input_file'),
+    ('prompt_column', 'question_column input_column instruction_column text_column text_field'),
+    ('answer_column', 'response_column completion_column label_column output_column target_column'),
+    ('max_length block_size max_prompt_length',
+     'seq_len seq_length sequence_length context_length ctx_len max_len max_seq_len max_seq_length '
+     'model_max_length max_length block_size cutoff_len'),
+    ('max_new_tokens max_completion_length max_response_length',
+     'max_tokens max_new_tokens max_response_length max_completion_length length num_tokens'),
+    ('warmup_steps warmup_iters lr_warmup_steps', 'warmup num_warmup_steps warmup_steps warmup_iters'),
+    ('warmup_ratio warmup_steps warmup_iters lr_warmup_steps', 'warmup_ratio warmup_proportion'),
+    ('weight_decay', 'wd decay'),
+    ('max_grad_norm grad_clip', 'clip clip_grad clip_grad_norm gradient_clip_val max_norm grad_norm'),
+    ('optimizer', 'optim optimiser'),
+    ('eval_steps eval_interval val_freq', 'eval_every eval_freq eval_interval eval_steps evaluation_steps'),
+    ('save_steps eval_interval val_freq', 'save_every save_freq save_interval save_steps'),
+    ('logging_steps log_interval', 'log_every log_freq log_steps log_interval logging_steps'),
+    ('use_lora specialization', 'lora peft use_peft'),
+    ('lora_r lora_rank', 'lora_dim lora_rank lora_r'),
+    ('lora_target_modules', 'target_modules lora_targets'),
+    ('load_in_4bit', 'qlora quantize quantization load_4bit bits'),
+    ('use_flash_attention', 'flash_attn flash_attention attn_implementation use_flash_attn'),
+    ('eval_fraction', 'test_size val_split val_size validation_split val_ratio'),
+    ('num_generations train_sample_num num_samples',
+     'group_size num_samples n_samples num_return_sequences n'),
+    ('temperature', 'temp temperature'),
+    ('reward', 'reward_fn reward_func reward_funcs reward_function'),
+    ('epsilon clip_low', 'clip_range clip_eps clip_epsilon cliprange epsilon'),
+    ('beta', 'kl_coef init_kl_coef kl_beta'),
+    ('algorithm', 'algo method trainer'),
+    ('wandb_enabled', 'wandb use_wandb'),
+    ('experiment_name wandb_name', 'run_name exp_name experiment'),
+    ('resume', 'continue resume_training resume_from resume_from_checkpoint'),
+    ('system_prompt', 'system system_message'),
+    ('patience', 'early_stopping early_stopping_patience'),
+    ('dataloader_num_workers', 'workers num_workers'),
+    ('dataset_num_proc', 'num_proc preprocessing_num_workers'),
+    ('compile', 'torch_compile'),
+    ('seed', 'random_seed manual_seed'),
+)
+# a name of ours that a script lacks is one, too: what is merely spelled like it would mislead
+SYNONYMS = {word: ours.split() for ours, words in OTHER_NAMES for word in f'{ours} {words}'.split()}
+
+
 class UserError(Exception):
     """A mistake of the user's: one line that says what, where, what was meant and how to fix it."""
+
+
+class MainRankFailed(UserError):
+    """On the other ranks, where the main one fails: that one prints why."""
 
 
 class Accepted(typing.NamedTuple):
@@ -34,7 +108,7 @@ class Accepted(typing.NamedTuple):
     also: tuple = ()  # other spellings
 
 
-def setting(default, path=None, also=None, choices=None, positional=None, open=None,
+def setting(default, path=None, also=None, choices=None, positional=None, open=None, needs=None, empty=None,
             min=None, max=None, above=None, below=None):
     """A field of a config class: what the documents call it, and the values that it may have.
 
@@ -43,12 +117,14 @@ def setting(default, path=None, also=None, choices=None, positional=None, open=N
     choices     its values; min and max are inclusive bounds, above and below exclusive ones. None is allowed
                 besides where the annotation allows it.
     positional  a word without a flag is its value
+    empty       '' is a value of its own, not None
     open        a dict field that takes any key of the section `path` that names no other field. cfg.check()
                 judges them; open() gives what --help shows: (key, default, text)
+    needs       ('name=value', ...): without one of these it changes nothing, which is said where it is a flag
     A list or dict default is copied for each instance.
     """
-    facts = dict(path=path, also=also, choices=choices, positional=positional, open=open,
-                 min=min, max=max, above=above, below=below)
+    facts = dict(path=path, also=also, choices=choices, positional=positional, open=open, needs=needs,
+                 empty=empty, min=min, max=max, above=above, below=below)
     metadata = {key: fact for key, fact in facts.items() if fact is not None}
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
@@ -86,15 +162,19 @@ def path_of(field):
 
 
 def spellings(cls):
-    """{key: field of `cls` that it names}. A field without a section answers to training.NAME, too."""
-    table = {}
+    """{key: field of `cls` that it names}, each name also behind its section.
+
+    A field without a section answers to training.NAME, too.
+    """
+    table, behind_section = {}, {}
     for field in dataclasses.fields(cls):
         path = path_of(field)
         for key in (field.name, path, *field.metadata.get('also', ())):
-            table[key.replace('-', '_')] = field
-        if path == field.name:
-            table.setdefault(f'training.{path}', field)
-    return table
+            key = key.replace('-', '_')
+            table[key] = field
+            if '.' not in key:
+                behind_section[f'{path.rpartition(".")[0] or "training"}.{key}'] = field
+    return {**behind_section, **table}
 
 
 def accepted_key(cls, key):
@@ -130,11 +210,17 @@ def describe(hint):
     return ' or '.join(words)
 
 
-def closest(word, known):
-    """What was meant, for the end of a message."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1) or [key for key in known if key.startswith(word)]
-    return f"; did you mean '{near[0]}'?" if near else ''
+def closest(word, known, mark=''):
+    """What was meant, for the end of a message: what others call so, else what is spelled alike."""
+    known = known if isinstance(known, dict) else list(known)
+    name = word.rpartition('.')[2].replace('-', '_').lower()
+    near = [key for key in (name, *SYNONYMS.get(name, ())) if key in known]
+    if not near and name not in SYNONYMS:
+        near = difflib.get_close_matches(word, known, 1, 0.7)
+        near = near or [key for key in known if key.startswith(word)]
+    if near and '.' in word and isinstance(known, dict):
+        near = [path_of(known[near[0]])]
+    return f"; did you mean '{mark}{near[0]}'?" if near else ''
 
 
 def convert(value, hint):
@@ -148,8 +234,8 @@ def convert(value, hint):
             except ValueError:
                 pass
     elif typing.get_origin(hint) is list and isinstance(value, (list, tuple, str)):
-        if isinstance(value, str):  # 'a b', 'a,b' or '[a, b]'
-            value = [word.strip('\'"') for word in re.split(r'[,\s]+', value.strip('[] ')) if word]
+        if isinstance(value, str):
+            value = split_list(value.strip('[] '))
         return [convert(item, entry_type(hint)) for item in value]
     elif hint is bool and str(value).lower() in BOOLS:
         return BOOLS[str(value).lower()]
@@ -161,6 +247,20 @@ def convert(value, hint):
         if math.isfinite(value) and hint(value) == value:  # 1e5 is an int, 1.5 is not
             return hint(value)
     raise ValueError
+
+
+def split_list(text):
+    """The words of 'a b' or 'a,b'. Quotes, and the path of a file that is there (as in path.py:function), may
+    have spaces and commas inside."""
+    words, found = [], list(re.finditer(r'''"[^"]*"|'[^']*'|[^,\s]+''', text))
+    while found:
+        for n in range(len(found), 0, -1):  # the longest run that is a path, else one word
+            word = text[found[0].start():found[n - 1].end()]
+            if n == 1 or os.path.exists(re.sub(r':\w+$', '', word)):
+                break
+        words.append(word.strip('\'"'))
+        found = found[n:]
+    return words
 
 
 def assign(owner, key, value, where=''):
@@ -219,11 +319,26 @@ def accept(owner, path, key, value, where):
 
 
 def without_effect(cfg):
-    """A line for each key that was set and changes nothing, with the reason."""
+    """A line for each key that was set and changes nothing, with the reason.
+
+    What depends on another setting is said of flags alone: a recipe may well spell out what it does not use.
+    """
+    for field in dataclasses.fields(cfg):
+        needs = field.metadata.get('needs', ())
+        if field.name in cfg.flags and needs and not any(holds(cfg, need) for need in needs):
+            value = as_text(getattr(cfg, field.name))
+            yield f'{field.name}={value} changes nothing: it is for {needs[0]}'
     for path, value in getattr(cfg, 'accepted_values', {}).items():
         known = type(cfg).accepted[path]
         if value != known.default:
             yield f'{path.rpartition(".")[2]}={json.dumps(value)} changes nothing here: {known.why}'
+
+
+def holds(cfg, need):
+    """Whether 'name=value' is so in cfg, or among a list's entries; True where cfg has no such setting."""
+    name, _, value = need.partition('=')
+    held = getattr(cfg, name, value)
+    return value in [as_text(item).lower() for item in (held if isinstance(held, list) else [held])]
 
 
 def check_settings(cfg):
@@ -256,9 +371,13 @@ def as_text(value):
 def checked(field, hint, key, value, where):
     """convert(), then the choices of the field; UserError where either fails."""
     try:
-        value = convert(value, hint)
+        value = value if value == '' and field.metadata.get('empty') else convert(value, hint)
     except (ValueError, OverflowError):
-        raise UserError(f"{where}{key}: '{value}' is not {describe(hint)}") from None
+        entries = ''
+        if dataclasses.is_dataclass(entry_type(hint)):
+            first = dataclasses.fields(entry_type(hint))[0].name
+            entries = f": its entries are set one by one, \"{path_of(field)}[0].{first}={value}\""
+        raise UserError(f"{where}{key}: '{value}' is not {describe(hint)}{entries}") from None
     choices = field.metadata.get('choices')
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices and not isinstance(item, (bool, type(None))):
@@ -315,25 +434,56 @@ def read_python(path, text):
     return names
 
 
+def read_yaml(path, text):
+    """{key: value} of a YAML file, where a repeated key is a mistake: YAML itself keeps the last."""
+    import yaml
+
+    class Loader(yaml.BaseLoader):  # leaves text as text: `3e-4`, `no`, `null` mean what a field's type says
+        def construct_scalar(self, node):  # `key: ''` is an empty text, `key:` is None
+            return node.value if node.value or node.style else None
+
+        def construct_mapping(self, node, deep=False):
+            lines = {}
+            for key, _ in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise UserError(f"{path} line {line}: '{name}' stands in line {lines[name]} already: "
+                                    'put them together')
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f'{path} is not YAML: {error}') from None
+
+
 def read_file(cls, path):
     """[(key, value, where)] of the settings in a file."""
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:  # Windows' editors put a byte order mark in front
             text = file.read()
-        if path.endswith('.py'):
-            tree = read_python(path, text)
-        else:
-            import yaml
-            try:  # BaseLoader leaves text as text: `3e-4`, `no` and `null` mean what the field's type says
-                tree = yaml.load(text, Loader=yaml.BaseLoader) or {}
-            except yaml.YAMLError as error:
-                raise UserError(f'{path} is not YAML: {error}') from None
-    except (OSError, UnicodeDecodeError, ImportError) as error:
+        tree = read_python(path, text) if path.endswith('.py') else read_yaml(path, text)
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is not UTF-8: save it in that encoding') from None
+    except (OSError, ImportError) as error:
         raise UserError(f'{path}: {getattr(error, "strerror", None) or error}') from None
     if not isinstance(tree, dict):
         raise UserError(f'{path}: a recipe is made of `section:` and `key: value` lines')
-    sections = {key.rpartition('.')[0] for key in spellings(cls)}
-    found = [(key, value, f'{path}: ') for key, value in flatten(tree) if value != '' or key not in sections]
+    table, named = spellings(cls), {}
+    sections = {key.rpartition('.')[0] for key in table}
+    found = []
+    for key, value in flatten(tree):
+        field = table.get(key.replace('-', '_'))
+        if value is None and not path.endswith('.py') and not (field and field.metadata.get('empty')):
+            value = ''
+        if value == '' and key in sections:
+            continue
+        found.append((key, value, f'{path}: '))
+        if field and field.name in named:
+            raise UserError(f'{path}: {named[field.name]} and {key} are one setting: leave one of them out')
+        if field:
+            named[field.name] = key
     # is it a recipe for this script at all?
     return sorted(found, key=lambda pair: pair[0] != 'training.algorithm')
 
@@ -374,7 +524,7 @@ def command_line(cls, argv):
                 hint = type(cls.accepted[path].default)
             elif key not in aliases:
                 if not re.search(r'[.[]', key):  # assign() judges dotted keys
-                    raise UserError(f'there is no flag {name}{closest(key, table)}')
+                    raise UserError(f"there is no flag {name}{closest(key, {**table, **aliases}, '--')}")
                 key = name[2:]
             takes = '' if equals else takes_of(hint)
             if takes == 'bool':
@@ -478,6 +628,12 @@ def help_page(cls):
     return parser.format_help()
 
 
+def print_anywhere():
+    """What the console's encoding lacks is printed as '?' (a pipe on Windows, LC_ALL=C), not an error."""
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's is of another kind; stderr's never fails
+        sys.stdout.reconfigure(errors='replace')
+
+
 def parse(cls, argv=None):
     """The configuration of this run: an instance of the dataclass `cls`, with the names of the fields that
     were set as cfg.typed, and of those that the command line itself set, not a file, as cfg.flags.
@@ -486,6 +642,7 @@ def parse(cls, argv=None):
     nothing, as launched processes come here again. Exits 0 after --help and --print_config, 2 after a
     mistake. Then launch().
     """
+    print_anywhere()
     argv = sys.argv[1:] if argv is None else argv
     try:
         words = command_line(cls, argv)
@@ -511,18 +668,40 @@ def parse(cls, argv=None):
 
 def run_script(main, cfg):
     """main(cfg); a UserError becomes one line and exit status 2, Ctrl-C exit status 130."""
+    print_anywhere()
     try:
         main(cfg)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if os.environ.get('WORLD_SIZE', '1') == '1' or not LOST_RANK.search(str(error)):
+            raise
+        time.sleep(1)  # the one that ended has the first word
+        fail('another process of this run ended, and the others cannot go on without it: was it killed?')
 
 
 def fail(error):
-    rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
-    print(f"{os.path.basename(sys.argv[0])}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Prints an error in one line and exits with status 2. Of a machine's ranks only the first prints."""
+    if not isinstance(error, MainRankFailed) and is_first_to_fail():
+        rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
+        text = ' '.join(str(error).split())
+        print(f'{os.path.basename(sys.argv[0])}{rank}: error: {text}', file=sys.stderr)
     sys.exit(2)
+
+
+def is_first_to_fail():
+    """Whether no other rank of this run on this machine has asked this before."""
+    of_torchrun = os.environ.get('TORCHELASTIC_ERROR_FILE', '')  # FOLDER/LOCAL_RANK/error.json
+    folder = os.environ.get(FAILED) or os.path.dirname(os.path.dirname(of_torchrun))
+    if os.environ.get('WORLD_SIZE', '1') == '1' or not folder:
+        return True
+    try:
+        os.close(os.open(os.path.join(folder, 'failed'), os.O_CREAT | os.O_EXCL))
+    except OSError as error:
+        return not isinstance(error, FileExistsError)  # rather twice than never
+    return True
 
 
 def as_dict(cfg):
@@ -574,19 +753,16 @@ def launch(cfg, argv):
     """
     role, ranks = os.environ.pop(ROLE, None), getattr(cfg, 'num_gpus', None) or 1
     command = [sys.executable, sys.argv[0], *argv]
-    if role == 'worker' or 'RANK' in os.environ:
+    rank, _, size = launched()
+    if size > 1 and ranks not in (1, size) and rank == 0:
+        print(f'num_gpus={ranks} changes nothing: the launcher started {size} processes', file=sys.stderr)
+    if role == 'worker' or size > 1:
         return
     if getattr(cfg, 'nohup', False) and role is None:
-        os.makedirs('logs', exist_ok=True)
-        log = None
-        while log is None:  # two starts in one second get two logs
-            try:
-                log = open(time.strftime('logs/training_%Y%m%d_%H%M%S.log'), 'x')
-            except FileExistsError:
-                time.sleep(0.1)
-        process = subprocess.Popen(command, env={**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1'},
-                                   stdout=log,
-                                   stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        log = open_log()
+        env = {**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8'}
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                   start_new_session=True)
         print(f'started as PID {process.pid}; follow it: tail -f {log.name}')
         sys.exit(0)
     if ranks > 1 or role == 'detached':
@@ -594,12 +770,52 @@ def launch(cfg, argv):
         if role == 'detached':
             print(f'exit status {status}', flush=True)
         sys.exit(status)
-    if getattr(cfg, 'accepted_values', {}).get('distributed'):
+    if getattr(cfg, 'accepted_values', {}).get('distributed') and 'RANK' not in os.environ:
         print('--distributed without a launcher is one process: --num_gpus=N starts N', file=sys.stderr)
+
+
+def open_log():
+    """A new file logs/training_<date>_<time>.log; two starts in one second get two."""
+    while True:
+        try:
+            os.makedirs('logs', exist_ok=True)
+            return open(time.strftime('logs/training_%Y%m%d_%H%M%S.log'), 'x', encoding='utf-8')
+        except OSError as error:
+            if not isinstance(error, FileExistsError) or not os.path.isdir('logs'):
+                raise UserError(f'--nohup writes into {os.path.abspath("logs")}: {error.strerror}') from None
+            time.sleep(0.1)
+
+
+def launched():
+    """(rank, local rank, number of processes) as torchrun, or launch(), puts them into the environment.
+
+    (0, 0, 1) where nobody did. UserError where it says half of it, as what another job left over does.
+    """
+    env = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
+    if not {'RANK', 'WORLD_SIZE'} & env.keys():
+        for name, launcher in OTHER_LAUNCHERS.items():
+            if os.environ.get(name, '1') != '1':
+                raise UserError(f'{launcher} started {os.environ[name]} processes that do not know of each '
+                                'other: let it start one torchrun on each node, or set RANK=0 WORLD_SIZE=1 '
+                                'for one alone')
+        return 0, 0, 1
+    if env.get('WORLD_SIZE') == '1' and env.get('RANK', '0') == '0':
+        return 0, 0, 1
+    numbers = ('RANK', 'WORLD_SIZE', 'MASTER_PORT', *env.keys() & {'LOCAL_RANK'})
+    wrong = [name for name in numbers if not re.fullmatch(r'[0-9]{1,9}', env.get(name, ''))]
+    if 'MASTER_ADDR' not in env or wrong or int(env['RANK']) >= int(env['WORLD_SIZE']):
+        found = ' '.join(f'{name}={value}' for name, value in env.items())
+        missing = ', '.join(name for name in LAUNCHER if name not in env and name != 'LOCAL_RANK')
+        fault = f'without {missing}' if missing else 'which do not fit together'
+        raise UserError(f'the environment has {found}, {fault}: for one process `unset {" ".join(env)}`; '
+                        'torchrun and --num_gpus=N set them all')
+    local = env.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID', '0')
+    return int(env['RANK']), int(local), int(env['WORLD_SIZE'])
 
 
 def supervise(command, ranks):
     """The exit status of `command` in `ranks` processes: 0, or the first failure's (128 + signal)."""
+    import shutil, tempfile  # here: --help and --print_config shall answer at once
     env, workers, stopped = {**os.environ, ROLE: 'worker'}, [], []
 
     def stop(signum, frame):
@@ -613,6 +829,7 @@ def supervise(command, ranks):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
+        env[FAILED] = tempfile.mkdtemp(prefix='nanoforge-')
         env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // ranks)))
     # in sessions of their own: Ctrl-C reaches this process only, which passes it on once
     for rank in range(ranks):
@@ -627,4 +844,5 @@ def supervise(command, ranks):
             for worker in workers:
                 worker.kill()
         time.sleep(0.05)
+    shutil.rmtree(env.get(FAILED, ''), ignore_errors=True)
     return 128 - status if status < 0 else status

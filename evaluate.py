@@ -6,10 +6,11 @@
 
 Perplexity and token accuracy are of the right answers, read with the prompt before them; everything else
 compares what the model writes after the prompt with the right answer. Without --data and --task the held-out
-rows are those of the data that the checkpoint was trained on (its run_config.json), or of the embedded
+rows are those of the data that the checkpoint was trained on, which it remembers, or of the embedded
 tool-calling set. Leaves evaluation.json, .md and .html, pictures inside.
 """
 import importlib
+import tempfile
 import time
 import types
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,7 @@ def main(cfg):
     out_dir = Path(cfg.output_dir or Path('evaluation', Path(names[0]).name))
     earlier_results(out_dir)            # files of something else are found before the work, not after
     data = read_data(cfg, names[0])
+    make_folder(out_dir)
     if cfg.baselines and not data.training:
         raise UserError(f'--baselines look at training rows, and {data.name} has none: mark them with '
                         'metadata "train", others with "eval"')
@@ -132,12 +134,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.chat import encode, parse_tool_calls
-from data.formats import Record, Source, read_rows, to_record
+from data.formats import Record, Source, read_rows, split_of_row, to_record
 from data.splits import is_held_out, legacy_sft
-from data.tokenized import pieces_of
+from data.tokenized import pieces_of, remarks_on
 from model import load_model
 from nanoforge import eval_report, metrics
-from nanoforge.checkpoint import move_aside, read_manifest, write_json, write_text
+from nanoforge.checkpoint import move_aside, read_manifest, run_of, write_json, write_text
 from nanoforge.data_checks import DataIssues
 from nanoforge.run import describe_device, explain_out_of_memory, seed_for, setup
 from sample import generate
@@ -183,7 +185,7 @@ class Data:
 def read_data(cfg, model_path):
     """What the command names, else what the run that wrote the checkpoint held out, else the embedded tool
     calls -> Data."""
-    saved = {} if cfg.data or cfg.task else saved_run(model_path)
+    saved = {} if cfg.data or cfg.task else run_of(model_path)
     task = cfg.task or task_trained_on(saved)
     if task:
         return read_task(task, cfg.num_samples or 200)
@@ -211,7 +213,7 @@ def read_data(cfg, model_path):
 
 def read_task(name, count):
     """data/tasks/<name>.py, which must have what an evaluation needs, and its problems -> Data."""
-    known = sorted(path.stem for path in TASKS.glob('*.py') if '\ndef reward(' in path.read_text())
+    known = sorted(path.stem for path in TASKS.glob('*.py') if '\ndef reward(' in path.read_text('utf-8'))
     if name not in known:
         raise UserError(f"there is no task '{name}'{closest(name, known)} (tasks: {', '.join(known)})")
     task = importlib.import_module(f'data.tasks.{name}')
@@ -224,15 +226,6 @@ def read_task(name, count):
     problems = task.problems('eval', count, 0)
     training = records_of(task.problems('train', 1000, 0), 'train')
     return Data(f'the task {name}', records_of(problems, 'eval'), training, task, problems)
-
-
-def saved_run(model_path):
-    """The run_config.json of the run that wrote a checkpoint, {} where there is none."""
-    folder = Path(model_path).absolute()
-    for parent in (folder, *folder.parents[:2]):        # out/, out/checkpoint-N/ or out/checkpoint-N/policy/
-        if saved := read_manifest(parent / 'run_config.json'):
-            return saved
-    return {}
 
 
 def task_trained_on(saved):
@@ -291,7 +284,7 @@ def read_records(sources, config, issues):
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue
-            if 'metadata' not in row:
+            if split_of_row(row) is None:
                 record.split = saved_split(record, fraction, seed, data.get('split_rule'))
                 held_out += record.split == 'eval'
             records.append(record)
@@ -336,14 +329,23 @@ def encode_records(tokenizer, records, problems=None):
     """Records -> Rows with the ids that training uses and the sampler sees."""
     chats = encode(tokenizer, [render(tokenizer, record) for record in records])
     problems = problems or [None] * len(records)
-    rows = []
+    rows, issues = [], DataIssues()
     for record, chat, problem in zip(records, chats, problems, strict=True):
+        for remark in remarks_on(tokenizer, record):
+            issues.add(remark, record.where)
+        if True not in chat.mask:
+            issues.add('fully masked rows', record.where)
+            continue
         start = chat.mask.index(True) or 1      # a text that follows no prompt: its first token asks for it
         answer = [token for token, is_target in zip(chat.ids[start:], chat.mask[start:]) if is_target]
         reference = text_of(tokenizer, answer)
         wanted = calls_of(record) or read_calls(reference) or []
         rows.append(Row(record.where, question_of(record), reference, chat.ids[:start], answer, wanted,
                         problem))
+    for line in issues.lines():
+        print(line)
+    if not rows:
+        raise UserError('no row has an answer to evaluate')
     return rows
 
 
@@ -469,9 +471,18 @@ def earlier_results(out_dir):
     return paths
 
 
+def make_folder(out_dir):
+    """UserError where nothing can be written into it: before the work, not after."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as error:
+        raise UserError(f'cannot write {out_dir}: {error.strerror}; --output-dir names another '
+                        'folder') from None
+
+
 def write_results(out_dir, evaluation, num_examples):
     """The JSON, Markdown and HTML files; those of an earlier evaluation move to earlier-1/ in the folder."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     if paths := earlier_results(out_dir):
         print(f'{out_dir} held an earlier evaluation: it is now in {move_aside(out_dir, paths)}')
     markdown, html = eval_report.evaluation_pages(evaluation, num_examples)

@@ -307,7 +307,13 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     if (hf.get('nanoforge') or {}).get('multicontext'):
         raise UserError(f'{name_or_path} is a multicontext model (several token streams at each position): '
                         'it has no single text to continue, and only train_gpt.py opens it')
-    cfg = config_from_hf(hf)
+    try:
+        cfg = config_from_hf(hf)
+    except UserError as e:
+        raise UserError(f'{directory}: {e}') from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise UserError(f'{directory}: its config.json describes no language model '
+                        f'({type(e).__name__}: {e}); copy it again from the model\'s source') from None
     if cfg is not None:
         model = load_gpt(cfg, hf, directory, device, dtype, quantization)
     else:
@@ -320,6 +326,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     if tokenizer and max(tokenizer.backend.get_vocab(with_added_tokens=False).values()) >= vocab_size:
         raise UserError(f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only '
                         f'{vocab_size} embeddings: one of the two belongs to another model')
+    if tokenizer:
+        tokenizer.restrict(vocab_size)
     return model.eval(), tokenizer
 
 
@@ -330,6 +338,7 @@ def load_gpt(cfg, hf, directory, device, dtype, quantization):
         weights = {name: tensor for name, tensor in weights.items()
                    if not re.search('vision_tower|multi_modal', name)}
     state = from_hf_weights(cfg, weights)
+    cfg.tied = cfg.tied and 'lm_head.weight' not in state
     if cfg.arch == 'gpt2' and not cfg.bias:   # saved by us without biases: still so, or trained on elsewhere?
         biases = [name for name in state if name.endswith('.bias')]
         cfg.bias = any(state[name].any() for name in biases)
@@ -359,7 +368,14 @@ def load_with_base(directory, base, trainable, *settings):
         raise UserError(f'{directory} is an adapter, and its base does not load ({e}); give another '
                         'base') from None
     load_adapter(model, directory, trainable=trainable, any_base=base is not None)
-    return model.eval(), load_tokenizer(directory) if has_tokenizer(directory) else tokenizer
+    if has_tokenizer(directory):
+        theirs = load_tokenizer(directory)
+        if tokenizer:           # other tools leave generation_config.json with the base
+            theirs.stop_ids |= {token for token in tokenizer.stop_ids
+                                if theirs.backend.id_to_token(token) == tokenizer.backend.id_to_token(token)}
+        theirs.restrict(model.config.vocab_size)
+        tokenizer = theirs
+    return model.eval(), tokenizer
 
 
 def save_model(model, tokenizer, directory, dtype=None):
@@ -392,13 +408,10 @@ def save_gpt(model, tokenizer, directory, dtype):
     save_file(weights, path + '.new', metadata={'format': 'pt'})
     os.replace(path + '.new', path)
     if tokenizer is not None:
-        stop_ids = sorted(tokenizer.stop_ids)
-        ids = {'bos_token_id': tokenizer.bos_id, 'pad_token_id': tokenizer.pad_id,
-               'eos_token_id': stop_ids[0] if len(stop_ids) == 1 else stop_ids}
-        for key, value in ids.items():
-            if hf.get(key) is None and value not in (None, []):
+        for key, value in tokenizer.named_ids().items():
+            if hf.get(key) is None:
                 hf[key] = value
-    with open(os.path.join(directory, 'config.json'), 'w') as f:
+    with open(os.path.join(directory, 'config.json'), 'w', encoding='utf-8') as f:
         json.dump(hf, f, indent=2)
 
 

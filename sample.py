@@ -308,7 +308,7 @@ def read_prompt(prompt):
     if not prompt.startswith('FILE:'):
         return prompt
     try:
-        with open(prompt[5:], encoding='utf-8', newline='') as file:
+        with open(prompt[5:], encoding='utf-8-sig', newline='') as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--prompt={prompt}: '

@@ -25,7 +25,6 @@ import json
 import math
 import operator
 import os
-import random
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
-from data.tasks.env import find_task, known_tasks, list_settings, load_task, read_settings
-from nanoforge.flags import Flags, RunFlags, StepFlags
+from data.tasks.env import (demonstrations, find_task, known_tasks, list_settings, load_task, needs_rules,
+                            read_settings)
+from nanoforge.flags import MODEL_NAMES, Flags, RunFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -58,8 +58,8 @@ class TeamFlags(Flags):
     base_models: dict[str, BaseModel] = {}  # policy_0, policy_1, ...: where each begins; others as policy_0
     specialization: str = setting('prompt', choices=('prompt', 'lora', 'full', 'model'))  # L1 one model,
         # roles by prompt; L2 one LoRA per agent on one base; L3 (full, model) a model per agent
-    lora_rank: int = setting(16, min=1)  # with specialization=lora
-    lora_alpha: float = setting(32.0, above=0)  # with specialization=lora: adapters count alpha / rank times
+    lora_rank: int = setting(16, min=1, needs=('specialization=lora',))  # with specialization=lora
+    lora_alpha: float = setting(32.0, above=0, needs=('specialization=lora',))  # counts alpha / rank times
     GPU_num: int = setting(1, min=1)  # GPUs (or processes on a CPU) that share each model: tensor parallelism
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
@@ -82,7 +82,7 @@ class TeamFlags(Flags):
     ppo_epochs: int = setting(1, min=1)  # passes over the candidates of a step
     # demonstrations
     demo_steps: int = setting(0, path='demonstrations.steps', min=0)  # optimizer steps on noisy
-        # scripted ones, before the training
+        # scripted ones, before the training; a recipe's are for tiny alone
     demo_batch_size: int = setting(64, path='demonstrations.batch_size', min=1)  # answers in each
     demo_learning_rate: float = setting(2e-3, path='demonstrations.learning_rate', above=0)  # of Muon,
         # of AdamW for adapters; falls linearly to 0
@@ -99,15 +99,17 @@ class EnvFlags(Flags):
     dataset: str | None = None  # training problems: a game, or data sets joined by + (polaris, code_contests)
     benchmark: str | None = None  # held-out problems: a game, or data sets (AIME24, code_contests)
     max_turns: int = setting(4, min=1)  # turns of a trajectory; in each, every agent acts once
+    rules: bool | None = None  # prompts explain the task and the form of an answer; not set: not to tiny
     env: dict = setting({}, path='env', open=list_settings)  # settings of the environment's own
 
 
 @configclass
 class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     section = 'training'
-    aliases = {'model': 'base_models.policy_0.path'}
+    aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
     # training
     experiment_name: str = 'agents'  # names the run: logs/<experiment_name>/
+    output_dir: str | None = setting(None, also=('out_dir',))  # of its runs; logs/<experiment_name> if unset
     total_training_steps: int = setting(200, min=0, also=('max_steps',))  # iterations: rollout and updates
     epoch_size: int = setting(20, min=1)  # problems that are rolled out per iteration
     train_batch_size: int = setting(32, min=1)  # sequences per optimizer step
@@ -118,8 +120,7 @@ class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     val_before_train: bool = True  # validate before the first iteration, too
     validate_episodes: int = setting(100, min=1)  # held-out problems, each played greedily and sampled
     micro_batch_tokens: int = setting(8192, min=1)  # of a pass on a rank: lower it when memory is short
-    lr_scheduler: str = setting('constant', choices=tuple(s for s in SCHEDULES if s != 'plateau'))
-        # over iterations
+    lr_scheduler: str = setting('constant', choices=SCHEDULES[:-1])  # over iterations; there is no plateau
     lr_warmup_steps: int = setting(0, min=0)  # iterations of linear warm-up
     min_lr_ratio: float = setting(0.1, min=0, max=1)  # where the schedule ends, as a share of learning_rate
     weight_decay: float = setting(0.01, min=0)  # of matrices
@@ -144,8 +145,8 @@ def main(cfg):
     policies = load_policies(cfg, run)                          # one, or an adapter or model for each agent
     team = {agent: policy for policy in policies for agent in policy.agents}
     temperatures = {name: agent.temperature for name, agent in agents_of(cfg).items()}
+    resolve_defaults(cfg, policies, task, run)                  # learning rate, lengths, rules
     held_out = held_out_problems(cfg, task, run)                # the same ones at every validation
-    resolve_defaults(cfg, policies, run)                        # learning rate, lengths
     print_summary(cfg, policies, task, directory, run)
     if cfg.eval_only:
         metrics = validate(cfg, team, task, held_out, 0, directory, run)
@@ -155,11 +156,11 @@ def main(cfg):
         policy.optimizer = build_optimizer(policy, 'adamw', cfg.learning_rate, cfg.weight_decay)
     optimizers = {f'{policy.name}:': policy.optimizer for policy in policies}
     state = run.restore(State(), optimizers)                    # step, best_success_rate, where it resumes
-    first_step = state.step
-    log = run.start(cfg.total_training_steps, first_step, {'task': task.__name__}, log_interval=1,
-                    name=os.path.relpath(directory, 'logs'), directory=directory)
-    # trajectories after the resumed step come again, as their log lines do
-    run.on_main(functools.partial(cut_log, os.path.join(directory, 'episodes.jsonl'), first_step))
+    if ended := run.ended(state, cfg.total_training_steps, 'total_training_steps'):
+        return ended
+    log = run.start(cfg.total_training_steps, state.step, {'task': task.__name__}, log_interval=1,
+                    name=board_name(cfg, directory), directory=directory, data=stored.files_read)
+    run.on_main(lambda: cut_log(os.path.join(directory, 'episodes.jsonl'), state.step))     # they come again
     if demo_seconds:
         log.write(0, {'demonstrations/seconds': demo_seconds})
 
@@ -169,7 +170,7 @@ def main(cfg):
     while True:
         # ---- once in a while: validate, checkpoint, draw; a resumed run has done that at its first step
         last = state.step >= cfg.total_training_steps
-        is_due = state.step % cfg.val_freq == 0 and state.step > first_step
+        is_due = state.step % cfg.val_freq == 0 and state.step > log.first_step
         if last or is_due or (state.step == 0 and cfg.val_before_train):
             with log.pause():
                 metrics = validate(cfg, team, task, held_out, state.step, directory, run)
@@ -245,16 +246,20 @@ def main(cfg):
         metrics = step_metrics(cfg, trajectories, stats, norms, run)
         write_summary(state.step, metrics, directory, run)
         log.train(state.step, learned, learning_rate=lr, num_tokens=state.num_tokens, **metrics)
-    best = state.best_success_rate
+    best, folder = state.best_success_rate, os.path.join(directory, 'checkpoints')
+    result = f'best validation success_rate {best:.4f}; the team is in {folder}/'
+    if state.best_step == 0:
+        result = (f'no validation was better than that before the training, success_rate {best:.4f}, whose '
+                  f'model is in {folder}/; the trained team is in {folder}/last')
     return run.finish({**metrics, 'best_success_rate': best, 'step': state.step},
-                      f'best validation success_rate {best:.4f}; the team is in {directory}/checkpoints/, '
-                      f'its trajectories in {directory}/episodes.html')
+                      f'{result}, its trajectories in {directory}/episodes.html')
 
 
 def check_team(cfg, task):
     """UserError where settings contradict the environment or each other. Types env.*, fills in turn_order."""
     cfg.num_gpus = max(cfg.num_gpus, cfg.GPU_num)       # so many processes are started
     cfg.env = read_settings(task, cfg.env)
+    read_settings(task, {'rules': cfg.rules})           # where they are set it must have some
     order = cfg.turn_order = cfg.turn_order or list(task.ROLES)
     for agent in order:
         if agent not in task.ROLES:
@@ -271,6 +276,10 @@ def check_team(cfg, task):
                         'fit: std and mean need a ratio above 0, the others have none')
     if cfg.specialization == 'lora' and cfg.GPU_num > 1:
         raise UserError('GPU_num above 1 shards whole models, not adapters: specialization=prompt or full')
+    # a second model means one for each agent, unless specialization was set in the same place
+    if set(cfg.base_models) - {'policy_0', *policies_of(cfg)}:
+        if 'specialization' not in (cfg.flags if 'base_models' in cfg.flags else cfg.typed):
+            cfg.specialization = 'full'
     policies = policies_of(cfg)
     if unknown := set(cfg.base_models) - {'policy_0', *policies}:
         raise UserError(f'base_models.{min(unknown)}: no agent plays with it, since specialization='
@@ -311,6 +320,12 @@ def policies_of(cfg):
     return policies
 
 
+def paths_of(cfg):
+    """{policy: what it begins with}: the model that base_models name for it, else policy_0's."""
+    first = cfg.base_models.get('policy_0', BaseModel())
+    return {name: cfg.base_models.get(name, first).path for name in policies_of(cfg)}
+
+
 def name_of(task):
     return task.__name__.rpartition('.')[2]
 
@@ -322,7 +337,8 @@ import torch
 
 from data import sandbox
 from data.batches import cut, pack, padded
-from data.chat import prompt_ids, render
+from data.chat import fold_system, prompt_ids, render
+from data.tasks import stored
 from model import load_model, save_model
 from nanoforge import pages
 from nanoforge.checkpoint import append_text, symlink, writing
@@ -337,11 +353,13 @@ from sample import generate
 @dataclass
 class State(RunState):
     best_success_rate: float = -1.0
+    best_step: int | None = None
 
     def note_success(self, success_rate):
         """True where a validation is the best so far."""
         best = success_rate > self.best_success_rate
-        self.best_success_rate = max(success_rate, self.best_success_rate)
+        if best:
+            self.best_success_rate, self.best_step = success_rate, self.step
         return best
 
 
@@ -442,7 +460,7 @@ def score(trajectory, group):
 def sample_candidates(cfg, policy, agent, trajectories, turn, seed, num_samples, temperature):
     """The candidates of an agent in the present state of each trajectory -> [Group]."""
     tokenizer = policy.tokenizer
-    chats = [trajectory.env.prompt(agent) for trajectory in trajectories]
+    chats = [fold_system(tokenizer, trajectory.env.prompt(agent)) for trajectory in trajectories]
     whole = [prompt_ids(tokenizer, messages) for messages in chats]
     prompts = [prompt[-cfg.max_prompt_length:] for prompt in whole]         # what is new stands at the end
     # no top_k, top_p or repetition penalty: the distribution that is sampled is the one that is trained
@@ -475,17 +493,22 @@ def draw_problems(cfg, task, step, run):
 
 
 def held_out_problems(cfg, task, run):
-    """This rank's (number, problem) of every validation."""
+    """This rank's (number, problem) of every validation. Those of the training are read, too: what is wrong
+    with them is said before any work, and where they all come from, in train.log as well."""
     settings = env_settings(cfg, task, cfg.benchmark)
-    problems = task.problems('eval', cfg.validate_episodes, 'validation', **settings)
+    with stored.reported_by(run.print0):
+        problems = task.problems('eval', cfg.validate_episodes, 'validation', **settings)
+        if not cfg.eval_only:
+            draw_problems(cfg, task, 0, run)
     return list(enumerate(problems))[run.rank::run.world_size]
 
 
 def env_settings(cfg, task, dataset):
     """What problems() of the task takes: env.* where they are set, else the task's defaults."""
     settings = {name: default for name, (default, _) in task.SETTINGS.items()}
-    if 'dataset' in settings:
-        settings['dataset'] = dataset
+    for name, value in (('dataset', dataset), ('rules', cfg.rules)):
+        if name in settings:
+            settings[name] = value
     return {**settings, **cfg.env}
 
 
@@ -583,13 +606,12 @@ def forward(model, candidates, run):
 
 def load_policies(cfg, run):
     """[Policy], still without optimizers: from the resumed checkpoint, else from what base_models name."""
-    named, paths = policies_of(cfg), {name: model.path for name, model in cfg.base_models.items()}
-    first, policies = paths.get('policy_0', 'tiny'), []
+    paths, policies = paths_of(cfg), []
     with explain_out_of_memory('--GPU_num (a higher one shards each model)'):
         if cfg.specialization == 'lora':        # one base for all: an agent costs the memory of an adapter
-            base = load_model(base_of(first), run.device)
-        for name, agents in named.items():
-            path = str(run.resumed or paths.get(name) or first)
+            base = load_model(base_of(cfg.base_models.get('policy_0', BaseModel()).path), run.device)
+        for name, agents in policies_of(cfg).items():
+            path = str(run.resumed or paths[name])
             if os.path.isdir(os.path.join(path, name)):         # a team's checkpoint has a folder for each
                 path = os.path.join(path, name)
             if cfg.specialization != 'lora':
@@ -639,9 +661,14 @@ def build_optimizer(policy, kind, lr, weight_decay):
     return AdamW(own, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)     # Muon is for whole matrices
 
 
-def resolve_defaults(cfg, policies, run):
-    """Fills in what depends on the models: the learning rate, and lengths that fit into the context."""
-    if chosen := fill_in(cfg, learning_rate=1e-4 if cfg.specialization == 'lora' else 1e-5):
+def resolve_defaults(cfg, policies, task, run):
+    """Fills in what depends on the models: the learning rate, whether they are told the rules, and lengths
+    that fit into the context."""
+    values = {'learning_rate': 1e-4 if cfg.specialization == 'lora' else 1e-5}
+    if 'rules' in task.SETTINGS:
+        # a run of an earlier version that goes on had none
+        values['rules'] = not run.resumed and any(map(needs_rules, paths_of(cfg).values()))
+    if chosen := fill_in(cfg, **values):
         run.print0(f'chosen    {chosen}')
     cfg.lr_warmup_steps = warmup_within(cfg.lr_warmup_steps, cfg.total_training_steps, run.print0)
     context = min(policy.model.config.block_size for policy in policies)
@@ -658,6 +685,21 @@ def resolve_defaults(cfg, policies, run):
 def warm_up(cfg, policies, task, run):
     """Supervised steps on noisy scripted demonstrations: afterwards a model knows the form of an answer, much
     of the task, and the demonstrators' faults. Returns the seconds that it took."""
+    def draw_chats(step):
+        settings, seed = env_settings(cfg, task, cfg.dataset), f'{cfg.seed}/demonstrations/{step}'
+        chats = demonstrations(task, cfg.turn_order, cfg.max_turns, seed, settings)
+        return list(itertools.islice(chats, cfg.demo_batch_size))
+
+    if not cfg.demo_steps:
+        return 0.0
+    others, reason = set(paths_of(cfg).values()) - {'tiny'}, ''
+    if others and 'demo_steps' not in cfg.flags:        # a recipe's
+        reason = f'they are for the embedded model, and {min(others)} begins with what it knows'
+    elif not draw_chats(0):
+        reason = 'they are made of generated problems, and these are not'
+    if reason:
+        run.print0(f'note      trains without demonstrations: {reason}')
+        return 0.0
     kind = 'adamw' if isinstance(run, ShardedRun) else 'muon'           # which needs whole matrices
     optimizers = {p.name: build_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in policies}
     began, losses = time.perf_counter(), []
@@ -666,7 +708,7 @@ def warm_up(cfg, policies, task, run):
             run.print0('stopped during the demonstrations, of which nothing is kept: start again')
             run.close()
             raise SystemExit(run.stop.code)
-        chats = demonstrations(cfg, task, step)
+        chats = draw_chats(step)
         for policy in policies:
             rows = [messages for agent, messages in chats if agent in policy.agents]
             if rows:
@@ -677,29 +719,12 @@ def warm_up(cfg, policies, task, run):
             left = seconds / (step + 1) * (cfg.demo_steps - step - 1)
             run.print0(f'demonstrations {step + 1}/{cfg.demo_steps}  loss {loss:.4f}  {seconds:.0f} s, about '
                        f'{left:.0f} s to go')
-    return time.perf_counter() - began if cfg.demo_steps else 0.0
-
-
-def demonstrations(cfg, task, step):
-    """[(agent, messages)] of a step: what demonstrators answer in the situations that they get into."""
-    draw, rows, number = random.Random(f'{cfg.seed}/demonstrations/{step}'), [], 0
-    settings = env_settings(cfg, task, cfg.dataset)
-    while len(rows) < cfg.demo_batch_size:
-        problem, = task.problems('train', 1, f'{cfg.seed}/demonstrations/{step}/{number}', **settings)
-        env, number = task.Env(problem), number + 1     # what is learned are answers to states that occur
-        for _ in range(cfg.max_turns):
-            if env.done:
-                break
-            for agent in cfg.turn_order:
-                text, messages = env.demonstration(agent, draw), env.prompt(agent)
-                rows.append((agent, [*messages, {'role': 'assistant', 'content': text}]))
-                env.step(agent, env.score(agent, text))
-    return rows[:cfg.demo_batch_size]
+    return time.perf_counter() - began
 
 
 def supervised_step(cfg, policy, optimizer, chats, step, run):
     """One step of next-token loss on the last message of each chat; the mean over all of its tokens."""
-    rows = [render(policy.tokenizer, messages) for messages in chats]
+    rows = [render(policy.tokenizer, fold_system(policy.tokenizer, messages)) for messages in chats]
     rows = [row for row in rows if len(row.ids) <= policy.model.config.block_size]
     tokens = sum(sum(row.mask) for row in rows)
     answers = []
@@ -761,12 +786,16 @@ def means(rows, width, run):
 
 def latest_directory(cfg):
     """The folder of the experiment's newest run; logs/EXPERIMENT/latest where there is none."""
-    return os.path.relpath(os.path.realpath(os.path.join('logs', cfg.experiment_name, 'latest')))
+    return os.path.relpath(os.path.realpath(experiment_directory(cfg) / 'latest'))
+
+
+def experiment_directory(cfg):
+    return Path(cfg.output_dir or Path('logs', cfg.experiment_name))
 
 
 def new_directory(cfg, run):
     """Makes logs/EXPERIMENT/DATE/TIME, which is `latest` from now on; the run's checkpoints go there."""
-    root = Path('logs', cfg.experiment_name)
+    root = experiment_directory(cfg)
 
     def create():
         name = time.strftime('%Y-%m-%d/%H-%M-%S')
@@ -781,6 +810,12 @@ def new_directory(cfg, run):
     directory = latest_directory(cfg)
     run.checkpoints.out_dir = Path(directory, 'checkpoints')
     return directory
+
+
+def board_name(cfg, directory):
+    """EXPERIMENT/DATE_TIME: TensorBoard's events lie beside the folder, in which `latest` would show them
+    again."""
+    return os.path.join(cfg.experiment_name, '_'.join(Path(directory).parts[-2:]))
 
 
 def step_metrics(cfg, trajectories, stats, norms, run):

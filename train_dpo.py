@@ -2,7 +2,7 @@
 
     python train_dpo.py
     python train_dpo.py --recipe recipes/training/dpo/llama3_3B_lora.yaml --num-gpus 8
-    python train_dpo.py data.datasets[0].name=pairs.jsonl --loss_type=simpo --beta=2 --gamma=1
+    python train_dpo.py --dataset_path pairs.jsonl --loss_type=simpo --beta=2 --gamma=1
     python train_dpo.py --resume
 
 The policy p is trained to prefer the chosen answer y_w to the rejected one y_l, measured from a frozen
@@ -46,11 +46,13 @@ LOSSES = {
     'orpo': Loss(per_token=True, reference_free=True),  # with SFT in it: from a base model
     'apo_zero': Loss(),  # chosen up, rejected down, each alone
 }
+SAMPLES = ('prediction_loss_only=false',)
 
 
 @configclass
 class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     section = 'training'
+    unread_columns = ('answer_column',)
 
     algorithm: str = setting('dpo', choices=('dpo',))  # what a recipe is for
     loss_type: str = setting('sigmoid', choices=tuple(LOSSES))  # see dpo_loss
@@ -63,13 +65,14 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # the chosen answer's tokens; if not set 1 for small models, which would forget how to speak, else 0
     reference: str = setting('auto', choices=('auto', 'adapters_off', 'copy', 'cache'))  # auto: adapters off
         # under LoRA, else a frozen copy; cache: log-probabilities computed once, kept on disk
-    reference_cache: str = 'models/reference_logps'  # folder of these, shared by runs
+    reference_cache: str = setting('models/reference_logps', needs=('reference=cache',))  # folder of
+        # these, shared by runs
     disable_dropout: bool = True  # false: the adapter's dropout acts on the policy
     apply_chat_template: bool = setting(True, path='data.apply_chat_template')  # false: texts as they are,
         # for models that do not chat
     max_eval_pairs: int = setting(512, path='data.max_eval_pairs', min=0)  # held-out pairs that are evaluated
-    eval_samples: int = setting(64, min=0)  # held-out prompts that are answered at each evaluation
-    max_new_tokens: int = setting(64, min=1)  # of such an answer
+    eval_samples: int = setting(64, min=0, needs=SAMPLES)  # held-out prompts answered at each evaluation
+    max_new_tokens: int = setting(64, min=1, needs=SAMPLES)  # of such an answer
     prediction_loss_only: bool = False  # evaluate losses and rewards only, without sampling answers
 
     output_dir = 'models/dpo'
@@ -94,7 +97,7 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         if self.reference == 'adapters_off' and not self.use_lora:
             raise UserError('reference=adapters_off needs an adapter: add model.use_lora=true, or use '
                             'reference=copy or cache')
-        if self.system_prompt is not None and not self.apply_chat_template:
+        if self.system_prompt and not self.apply_chat_template:
             raise UserError('system_prompt is a message of the chat template, which '
                             'apply_chat_template=false leaves out')
         if SCHEDULER_NAMES[self.lr_scheduler_type] in ('plateau', 'exponential'):
@@ -131,9 +134,11 @@ def main(cfg):
         precompute(cfg, reference, held_out, run)       # these come again at each evaluation
     optimizer = make_optimizer(cfg.optimizer, policy, cfg.learning_rate, cfg.weight_decay, betas=(0.9, 0.999))
     state = run.restore(State(cfg.optimizer), optimizer)
+    if ended := run.ended(state, total_steps):
+        return ended
     header = {'data': [source.name for source in sources], 'model': cfg.base_model_name, 'mode': cfg.mode,
               'loss_type': cfg.loss_type, 'reference': kind}
-    log = run.start(total_steps, state.step, header, cfg.logging_steps, keep=cfg.base_model_name)
+    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources)
     first_step, metrics = state.step, {}
 
     def load_step(step):
@@ -217,11 +222,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.batches import Epochs, Prefetcher, micro_batches, pack
-from data.preferences import encode_pairs, read_pairs
+from data.preferences import encode_pairs, read_pairs, remarks_on
 from data.splits import is_held_out, legacy_dpo
 from data.tasks import facts
 from nanoforge import plots
 from nanoforge.checkpoint import atomic_write, writing
+from nanoforge.data_checks import print_mixture
 from nanoforge.lora import adapters_off, lora_layers, merge_lora
 from nanoforge.policy import RATES, is_adapter, is_small, load_policy
 from nanoforge.run import Run, State, describe_device, explain_out_of_memory, seed_for
@@ -333,10 +339,12 @@ def load_pairs(cfg, sources, tokenizer, context, run):
     if cfg.max_prompt_length and cfg.max_prompt_length >= max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} leaves no room for an answer in the '
                         f'model\'s context of {context}')
+    print_mixture(sources, [cfg.system_prompt], run.print0)
     # A mistake in a row's form is an error that names it; a pair that teaches nothing is dropped, and counted
     pairs, train, held_out = [], [], []
     for source in sources:
-        texts, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template)
+        texts, drops = read_pairs(source, cfg.system_prompt, cfg.apply_chat_template, cfg.skip_bad_rows)
+        rows = len(texts) + sum(map(len, drops.values()))
         encoded, more_drops, cuts = encode_pairs(tokenizer, texts, max_length, cfg.max_prompt_length,
                                                  cfg.dataset_num_proc)
         drops.update(more_drops)
@@ -344,8 +352,9 @@ def load_pairs(cfg, sources, tokenizer, context, run):
         train.append([len(pairs) + row for row in range(len(encoded)) if not held[row]])
         held_out += [pair for pair, is_held in zip(encoded, held) if is_held]
         pairs += encoded
-        rows = len(texts) + sum(map(len, drops.values()))
         print_source(source.name, rows, len(train[-1]), sum(held), drops, cuts, max_length, run)
+        for line in remarks_on(tokenizer, texts):
+            run.print0(f'          {line}')
 
     # a prompt that is held out anywhere is trained on nowhere: another data set may have it, too
     prompts = {tuple(pair.prompt) for pair in held_out}

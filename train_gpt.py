@@ -20,10 +20,14 @@ import os
 from dataclasses import replace
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
-from nanoforge.flags import OptimizerFlags, RunFlags
-from nanoforge.optim import SCHEDULES, WeightAverage, learning_rate, make_optimizer
+from nanoforge.flags import MODEL_NAMES, OptimizerFlags, RunFlags
+from nanoforge.optim import SCHEDULES, WeightAverage, learning_rate, make_optimizer, warmup_within
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+# what settings of a new model and of a falling rate need
+SCRATCH = ('init_from=scratch', 'init_from=resume')
+DECAY = ('decay_lr=true', *(f'lr_scheduler={name}' for name in SCHEDULES[2:]))      # all but none, constant
+DATASETS_OF = {'multidataset': 'dataset_list', 'multicontext': 'multicontext_datasets'}
 
 
 @configclass
@@ -32,7 +36,8 @@ class Config(RunFlags, OptimizerFlags):
     weight_decay = 0.1
 
     # data
-    dataset: str = 'shakespeare_char'  # a folder in data/; ours are prepared on first use
+    dataset: str = setting('shakespeare_char', needs=('training_mode=single',))  # a folder in data/; ours
+        # are prepared on first use
     training_mode: str = setting('single', choices=('single', 'multidataset', 'multicontext'))
         # single: one data set; multidataset: each micro-batch from one of several; multicontext: aligned
         # streams
@@ -44,32 +49,35 @@ class Config(RunFlags, OptimizerFlags):
     # start
     init_from: str = setting('scratch', choices=('scratch', 'resume', *GPT2))  # scratch: new
         # weights; resume: the run in out_dir, as --resume; gpt2...: a pretrained model
-    gpt2_type: str = 'gpt2'  # with init_from=gpt2: one of the four sizes, or a local model directory
+    gpt2_type: str = setting('gpt2', also=MODEL_NAMES)  # what init_from=gpt2 begins as: one of the four
+        # sizes, or a local model directory
     # model
-    arch: str = setting('qwen3', choices=('qwen3', 'llama', 'gpt2'))  # family, and so the format on disk
+    arch: str = setting('qwen3', choices=('qwen3', 'llama', 'gpt2'), needs=SCRATCH)  # family, and so the
+        # format on disk
     n_layer: int | None = setting(None, min=1)  # by device: 4 on a CPU, 6 on a GPU
     n_head: int | None = setting(None, min=1)  # by device: 4 on a CPU, 6 on a GPU
     n_kv_head: int | None = setting(None, min=1)  # fewer key/value heads than n_head; as many if not set
     n_embd: int | None = setting(None, min=1)  # channels; by device: 128 on a CPU, 384 on a GPU
     n_inner: int | None = setting(None, min=1)  # width of the MLP; 8/3 n_embd when gated, else 4 n_embd
-    activation: str | None = setting(None, choices=('silu', 'gelu', 'gelu_tanh'))  # of the MLP; the
-        # family's own if not set
+    activation: str | None = setting(None, choices=('silu', 'gelu', 'gelu_tanh'), needs=SCRATCH)  # of
+        # the MLP; the family's own if not set
     dropout: float = setting(0.0, min=0, below=1)  # for pretraining 0 is good, for fine-tuning try 0.1
-    bias: bool = False  # in linear layers and layer norms; the published GPT-2 has them
+    bias: bool = setting(False, needs=SCRATCH)  # in linear layers and norms; the published GPT-2 has them
     # optimizer
     max_iters: int = setting(3500, min=0, also=('max_steps',))  # optimizer steps in all
     learning_rate: float = setting(1e-3, above=0, also=('lr',))  # the highest
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second: high where a step sees few tokens
-    momentum: float | None = None  # of sgd (0.9) and muon (0.95)
+    momentum: float | None = setting(None, needs=('optimizer=sgd', 'optimizer=muon'))  # of sgd (0.9), muon
+        # (0.95)
     grad_clip: float = setting(1.0, min=0, also=('max_grad_norm',))  # highest gradient norm; 0 = no clipping
     ema: float | None = setting(None, min=0, below=1)  # decay of the mean of the weights, which is evaluated
         # and saved; 0 = off; 0.998 where the rate stays constant, else 0
     lr_scheduler: str = setting('none', choices=SCHEDULES)  # none = constant, or the cosine with --decay_lr
     decay_lr: bool = False  # decay the rate; typed --no-decay_lr beats lr_scheduler
     warmup_iters: int = setting(100, min=0)  # steps of linear warm-up
-    lr_decay_iters: int = setting(3500, min=0)  # step at which the schedule reaches min_lr
-    min_lr: float = 1e-4  # the lowest, about a tenth of learning_rate
+    lr_decay_iters: int = setting(3500, min=0, needs=DECAY)  # step at which the schedule reaches min_lr
+    min_lr: float = setting(1e-4, needs=DECAY)  # the lowest, about a tenth of learning_rate
     # evaluation and output
     out_dir: str = setting('out', also=('output_dir',))  # checkpoints, log, pictures; the model in its root
     eval_interval: int = setting(250, min=1)  # steps between evaluations, each followed by a checkpoint
@@ -83,8 +91,25 @@ class Config(RunFlags, OptimizerFlags):
 
     def check(self):
         super().check()
-        lists = {'multidataset': 'dataset_list', 'multicontext': 'multicontext_datasets'}
-        needed = lists.get(self.training_mode)
+        lists = [mode for mode, name in DATASETS_OF.items() if getattr(self, name)]
+        if len(lists) == 1 and 'training_mode' not in self.typed:
+            self.training_mode = lists[0]                   # resolve_defaults says so
+        for mode in lists:
+            if mode != self.training_mode:
+                raise UserError(f'{DATASETS_OF[mode]} belongs to training_mode={mode}, not to '
+                                f'{self.training_mode}: leave one of them out')
+        names_model = 'gpt2_type' in self.flags or self.gpt2_type != 'gpt2'
+        if names_model and 'init_from' not in self.typed:
+            self.init_from = 'gpt2'                         # likewise
+        if names_model and self.init_from not in ('gpt2', 'resume'):
+            raise UserError(f'gpt2_type={self.gpt2_type} is what init_from=gpt2 begins as, not '
+                            f'init_from={self.init_from}: leave one of them out')
+        # a recipe's min_lr follows the rate of a flag
+        stands = 'min_lr' in (self.flags if 'learning_rate' in self.flags else self.typed)
+        if stands and self.decays() and self.min_lr > self.learning_rate:
+            raise UserError(f'min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: the rate '
+                            'falls from learning_rate to min_lr')
+        needed = DATASETS_OF.get(self.training_mode)
         if needed and len(getattr(self, needed)) < 2:
             raise UserError(f'training_mode={self.training_mode} needs --{needed} with two data sets or more')
         probs, names = self.dataset_sampling_probs, self.dataset_list
@@ -92,6 +117,9 @@ class Config(RunFlags, OptimizerFlags):
             raise UserError(f'dataset_sampling_probs has {len(probs)} values for {len(names)} data sets')
         if probs and (min(probs) < 0 or sum(probs) == 0):
             raise UserError(f'dataset_sampling_probs must be 0 or more, and not all 0: {probs}')
+
+    def decays(self):
+        return self.decay_lr or self.lr_scheduler not in ('none', 'constant')
 
 
 def main(cfg):
@@ -114,10 +142,12 @@ def main(cfg):
         with ema.swapped():
             metrics = validate(cfg, model, corpora, run)
         return run.finish(metrics, '  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
+    if ended := run.ended(state, cfg.max_iters, 'max_iters'):
+        return ended
     print_summary(cfg, model, corpora, run)
     first_step, metrics = state.step, {}
     log = run.start(cfg.max_iters, first_step, describe(model, corpora), cfg.log_interval,
-                    flops_per_token=flops_per_token(model, cfg.block_size))
+                    flops_per_token=flops_per_token(model, cfg.block_size), data=corpora)
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     targets_per_step = tokens_per_step * num_streams(cfg)
     if cfg.compile:
@@ -184,7 +214,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.corpus import Corpus, check_together, prepare_missing, windows
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, read_safetensors
 from nanoforge import plots
 from nanoforge.kernels import TargetLogp
@@ -289,8 +319,11 @@ class MultiContextGPT(GPT):
 def build_model(cfg, corpora, run):
     """(model, tokenizer): float32 weights, new, pretrained or resumed. Fills in the sizes in cfg."""
     tokenizer = load_tokenizer(corpora[0].directory)
+    if run.resumed and load_tokenizer(run.resumed).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(f'{corpora[0].described()} was prepared again with another tokenizer, in which ids '
+                        f'mean something else: prepare it with --tokenizer={run.resumed}, or start anew')
     if cfg.init_from.startswith('gpt2'):
-        model = load_pretrained(cfg, tokenizer, corpora, run)
+        model, tokenizer = load_pretrained(cfg, tokenizer, corpora, run)
     else:
         if run.device.type == 'cpu':                        # minutes on two cores
             chosen = fill_in(cfg, n_layer=4, n_head=4, n_embd=128, block_size=64)
@@ -321,12 +354,13 @@ def new_model(cfg, corpora):
 
 
 def load_pretrained(cfg, tokenizer, corpora, run):
-    """A GPT-2, or the model directory of gpt2_type, for data of the same tokenizer."""
+    """(model, tokenizer): a GPT-2, or the model directory of gpt2_type, for data of the same tokenizer."""
     name = cfg.gpt2_type if cfg.init_from == 'gpt2' else cfg.init_from
     model, its_tokenizer = load_model(name, run.device)
     data = corpora[0]
     # never character ids for a GPT-2: they would train without an error, and mean nothing
-    if its_tokenizer is None or its_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+    ids = tokenizer.backend.get_vocab().items()
+    if its_tokenizer is None or not ids <= its_tokenizer.backend.get_vocab().items():
         raise UserError(f'data set {data.name!r} has the ids of a {data.meta["tokenizer"]} tokenizer, not '
                         f'those of {name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME '
                         'FILE --tokenizer gpt2)')
@@ -343,7 +377,9 @@ def load_pretrained(cfg, tokenizer, corpora, run):
     for module in model.modules():
         if hasattr(module, 'dropout'):
             module.dropout = cfg.dropout
-    return model
+    # the ids are those of the data; names, stop tokens and chat template are the model's
+    return model, Tokenizer(tokenizer.text, its_tokenizer.config, its_tokenizer.stop_ids,
+                            its_tokenizer.chat_template, its_tokenizer.generation)
 
 
 def load_resumed(model, checkpoint):
@@ -366,12 +402,20 @@ def build_optimizer(cfg, model, run):
 
 
 def resolve_defaults(cfg, run):
-    """Settles lr_scheduler and ema, in cfg, where the flags leave them open."""
+    """Settles in cfg what the flags leave open, and says it: mode, start, schedule, ema."""
+    if cfg.training_mode != 'single' and 'training_mode' not in cfg.typed and not run.resumed:
+        run.print0(f'note      training_mode={cfg.training_mode}: {DATASETS_OF[cfg.training_mode]} is given')
+    if cfg.init_from == 'gpt2' and 'init_from' not in cfg.typed and not run.resumed:
+        run.print0(f'note      init_from=gpt2: training begins with the weights of {cfg.gpt2_type}')
     if cfg.lr_scheduler == 'none' and cfg.decay_lr:
         cfg.lr_scheduler = 'cosine'
     if 'decay_lr' in cfg.typed and not cfg.decay_lr and cfg.lr_scheduler != 'none':
         run.print0(f'--no-decay_lr overrules lr_scheduler={cfg.lr_scheduler}')
         cfg.lr_scheduler = 'none'
+    if cfg.min_lr > cfg.learning_rate and cfg.lr_scheduler not in ('none', 'constant'):
+        cfg.min_lr = cfg.learning_rate / 10                 # else the rate would rise
+        run.print0(f'note      min_lr={cfg.min_lr:g}, a tenth of learning_rate={cfg.learning_rate:g}')
+    cfg.warmup_iters = warmup_within(cfg.warmup_iters, cfg.max_iters, run.print0)
     # A rate that stays high leaves the last step's weights noisy, and their mean is better. One that falls
     # settles them by itself, and the weights of a pretrained model do not move far.
     stays_high = cfg.lr_scheduler in ('none', 'constant') and not cfg.init_from.startswith('gpt2')

@@ -3,7 +3,7 @@
     python train_rl.py                                      # GRPO on the embedded sums, minutes on two cores
     python train_rl.py training.algorithm=ppo model.value_model_name=tiny
     python train_rl.py --recipe recipes/training/grpo/llama3_3B_lora.yaml --num-gpus 8
-    python train_rl.py data.datasets[0].name=problems.jsonl --reward=mine.py:score
+    python train_rl.py --dataset_path problems.jsonl --reward=mine.py:score
     python train_rl.py --resume --output_dir=models/rl      # or --replay=40: look at step 40 again
 
 A rollout samples num_generations completions of each prompt and rewards them. A, the advantage of one, is its
@@ -51,7 +51,8 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
         # with one label: the reward `model`
     torch_dtype = 'float32'
     # data
-    task: str = setting('arithmetic', path='data.task', choices=TASKS)  # the embedded task, without data sets
+    task: str = setting('arithmetic', path='data.task', choices=TASKS, needs=('dataset_path=none',))  # the
+        # embedded task, without data sets
     num_problems: int = setting(20000, path='data.num_problems', min=1)  # how many problems it generates
     eval_problems: int = setting(200, path='data.eval_problems', min=1)  # that an evaluation asks, at most
     max_length = 512
@@ -105,7 +106,8 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
     cliprange: float = setting(0.2, above=0)  # clip range of ppo's ratio, both ways
     cliprange_value: float = setting(0.2, min=0)  # how far a value may move in a rollout's updates; 0 = any
     vf_coef: float = setting(0.1, min=0)  # weight of the value loss
-    value_learning_rate: float | None = setting(None, above=0)  # 1e-3 if small, else the policy's
+    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # 1e-3 if small,
+        # else the policy's
     share_critic: bool = False  # the critic is a head on the policy's own backbone
     # training
     output_dir = 'models/rl'
@@ -122,6 +124,7 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
 
     def check(self):
         super().check()
+        let_critic_follow(self)
         check_algorithm(self)
 
 
@@ -143,14 +146,16 @@ def main(cfg):
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
     optimizers, parameters = make_optimizers(cfg, policy, critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
-    print_summary(cfg, policy, critic, problems, sizes, run)
+    if ended := run.ended(state, sizes.total_steps):
+        return ended
+    print_summary(cfg, policy, critic, tokenizer, problems, sizes, run)
     log = start_log(cfg, state, sizes, run)
     if 'model' in cfg.rewards and not reward_model:                 # in the folder that is ready now
         with log.pause():
             reward_model = train_own_reward_model(cfg, problems, tokenizer, run)
     loss_args = composition(cfg)
     group_args = {name: loss_args.pop(name) for name in ('scale', 'baseline')}
-    metrics, previous = {}, state.step
+    metrics, previous, first_answer = {}, state.step, None
 
     def save(best=False):
         run.save(state, policy, tokenizer, optimizers, best=best, parameters=parameters)
@@ -195,7 +200,7 @@ def main(cfg):
             score_micro_batches(cfg, policy, critic, reference, batches, run)
             if reference:
                 rollout.kl = measure_kl(batches, len(rollout.reward), run)
-            of_rollout = describe_rollout(cfg, rollout, scorer, state.beta)         # {name: number}
+            of_rollout = describe_rollout(cfg, rollout, scorer, state.beta, run)    # {name: number}
             if critic:                              # reward at the last token, KL off each, then gae
                 of_rollout.update(advantages_by_critic(cfg, rollout, batches, state.beta, run))
             elif reference and cfg.kl == 'reward':  # again, now that the KL of each completion is known
@@ -209,6 +214,8 @@ def main(cfg):
             return metrics
         if not is_replay and cfg.rollout_steps and state.rollouts % cfg.rollout_steps == 0:
             write_completions(rollout.records(), rollouts_path(cfg), run)
+        first_answer = first_answer or next(iter(rollout.completions), None)
+        state.rewards_differed = state.rewards_differed or rewards_differ(cfg, rollout)
         state.rollouts += 1
         state.cursor += rollout.groups_drawn
         new_tokens = int(rollout.length.sum())
@@ -276,9 +283,11 @@ def main(cfg):
         if cfg.kl_target and reference:             # a controller: more KL than wanted, more weight on it
             state.beta = adapt_beta(cfg, state.beta, rollout.kl['k1'])
     scorer.close()
+    if state.rewards_differed is False:
+        run.print0(pages.explain_no_signal(cfg.algorithm, cfg.rewards, first_answer))
     return run.finish({**metrics, 'step': state.step, 'best': state.best},
-                      f'the model is in {cfg.output_dir}/: python sample.py {cfg.output_dir} --chat; '
-                      f'samples: {cfg.output_dir}/rollouts.html')
+                      f'the model is in {cfg.output_dir}/: python sample.py {shlex.quote(cfg.output_dir)} '
+                      f'--chat; samples: {cfg.output_dir}/rollouts.html')
 
 
 def check_composition(ratio, surrogate, mean, dual_clip=None):
@@ -298,6 +307,13 @@ def check_composition(ratio, surrogate, mean, dual_clip=None):
     if dual_clip is not None and (surrogate != 'clip' or dual_clip <= 1):
         raise UserError(f'dual_clip={dual_clip} belongs to surrogate=clip and must be above 1 (3 is usual), '
                         f'not to {surrogate}')
+
+
+def let_critic_follow(cfg):
+    """The critic that a recipe names beside its policy follows the policy that is typed instead."""
+    of_recipe = cfg.value_model_name and 'value_model_name' in cfg.typed - cfg.flags
+    if of_recipe and 'base_model_name' in cfg.flags:
+        cfg.value_model_name = cfg.base_model_name
 
 
 def check_algorithm(cfg):
@@ -365,6 +381,7 @@ import contextlib
 import functools
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -375,8 +392,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import PackedBatch, cut, pack
 from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
-from data.problems import draw_problems, load_task, open_problems, uses_pairs
-from data.rewards import Scorer
+from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
+from data.rewards import Scorer, short_names
 from nanoforge import pages, plots
 from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
@@ -528,8 +545,10 @@ def policy_loss(logp, old_logp, advantages, mask, ratio='token', surrogate='clip
     elif surrogate == 'sapo':
         tau = torch.where(A > 0, *(torch.tensor(t, dtype=rho.dtype, device=rho.device) for t in temperatures))
         loss = -A * 4 / tau * torch.sigmoid(tau * (rho - 1))
-    else:
+    elif surrogate == 'reinforce':
         loss = -A * torch.where(mask, logp, 0.0)
+    else:
+        raise NotImplementedError(f'surrogate={surrogate} is one of SURROGATES, but has no formula here')
     total = average(loss if weights is None else loss * weights, mask, mean, normaliser)
     return total, ratio_stats(log_ratio.detach(), mask, ratio, low, high)
 
@@ -678,6 +697,12 @@ def as_number(reward):
     return math.nan if reward is None else reward
 
 
+def rewards_differ(cfg, rollout):
+    """Whether a rollout says what is better: within a group, or to a critic anywhere."""
+    compared = len(rollout.reward) if cfg.algorithm == 'ppo' else cfg.num_generations
+    return bool(has_signal(rollout.reward, compared).any())
+
+
 def has_signal(reward, G):
     """(N,) -> (N / G,): whether the rewards of a group differ. Where they do not, every advantage is 0."""
     lowest = torch.where(reward.isnan(), math.inf, reward).view(-1, G).amin(1)
@@ -692,10 +717,12 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
     groups_at_once = max(1, cfg.per_device_train_batch_size * cfg.steps_per_generation // num_samples)
     completions = []
     for part in cut(numbered, groups_at_once):
-        numbers, prompts = [number for number, _ in part], [problem['prompt_ids'] for _, problem in part]
+        numbers = [number for number, _ in part]
+        prompts = [list(problem['prompt_ids']) for _, problem in part]
         with run.autocast():
             samples = generate(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
                                stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
+        asked = list(map(tokenizer.decode, prompts))
         columns = (samples.tokens, samples.lengths, samples.logp, samples.stopped)
         for i, (tokens, length, logp, stopped) in enumerate(zip(*(column.tolist() for column in columns))):
             number, problem = part[i // num_samples]
@@ -703,8 +730,9 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
             text = tokenizer.decode(ids[:-1] if stopped else ids)
             # the ids have a field of their own in a record
             shown = {key: value for key, value in problem.items() if key != 'prompt_ids'}
-            completions.append(Completion(step, number, i % num_samples, shown, problem['prompt_ids'], ids,
-                                          logp[:length], stopped, text))
+            k = i // num_samples
+            completions.append(Completion(step, number, i % num_samples, shown, prompts[k], ids,
+                                          logp[:length], stopped, text, prompt=asked[k]))
     return completions
 
 
@@ -878,19 +906,21 @@ def answer_reward(scorer):
     return next((name for name in ('task', 'exact') if name in scorer.names), None)
 
 
-def describe_rollout(cfg, rollout, scorer, beta):
+def describe_rollout(cfg, rollout, scorer, beta, run):
     """The metrics of a rollout, the same on every rank."""
     rewards, tokens = rollout.reward[rollout.valid], rollout.length.sum()
     if not len(rewards):
-        reason = scorer.last_error or 'every one was cut off (mask_truncated)'
-        raise UserError(f'no completion of this rollout has a score; the last trouble: {reason}')
+        cut_off = 'those cut off count as none (mask_truncated)' if cfg.mask_truncated else ''
+        reasons = filter(None, (cut_off, scorer.explain_missing(rollout.rewards)))
+        raise UserError(f'no completion of this rollout has a score: {"; ".join(reasons)}')
     metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else 0.0}
     if len(scorer.names) > 1:
+        called = short_names(scorer.names)
         for name, column in rollout.rewards.items():
-            metrics[f'rewards/{os.path.basename(name)}/mean'] = column.nanmean()
+            metrics[f'rewards/{called[name]}/mean'] = column.nanmean()
     if answer_reward(scorer):
         metrics['success_rate'] = rollout.rewards[answer_reward(scorer)].nanmean()
-    if cfg.num_generations > 1:
+    if cfg.algorithm != 'ppo':                  # its critic compares no groups
         differ = has_signal(rollout.reward, cfg.num_generations)
         metrics['frac_reward_zero_std'] = 1 - differ.double().mean()
     metrics.update({'completions/mean_length': rollout.length.mean(),
@@ -900,6 +930,8 @@ def describe_rollout(cfg, rollout, scorer, beta):
         metrics.update(kl=rollout.kl['k3'].sum() / tokens, beta=beta)
     if len(rewards) < len(rollout.reward):
         metrics['unscored'] = len(rollout.reward) - len(rewards)
+        if note := scorer.note_missing(rollout.rewards):
+            run.print0(f'note      unscored: {note}')
     if rollout.groups_drawn * cfg.num_generations > len(rollout.reward):
         metrics['groups_drawn'] = rollout.groups_drawn
     return {key: float(value) for key, value in metrics.items()}
@@ -931,7 +963,8 @@ def show(cfg, log, run):
         name = os.path.basename(os.path.abspath(cfg.output_dir))
         plots.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
         if os.path.exists(rollouts_path(cfg)):
-            pages.rollouts_page(rollouts_path(cfg), os.path.join(cfg.output_dir, 'rollouts.html'), name)
+            pages.rollouts_page(rollouts_path(cfg), os.path.join(cfg.output_dir, 'rollouts.html'), name,
+                                has_critic=cfg.algorithm == 'ppo')
 
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -997,7 +1030,7 @@ def train_own_reward_model(cfg, problems, tokenizer, run):
     directory = os.path.join(cfg.output_dir, 'reward_model')
     model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
     with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
-        train_reward_model(model, problems.pairs, [], run, cfg.reward_epochs, cfg.reward_batch_size,
+        train_reward_model(model, problems.pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
                            cfg.reward_learning_rate, cfg.seed)
     run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
     say_accuracy(model, problems.held_out_pairs, run)
@@ -1019,6 +1052,7 @@ class State(RunState):
     rollouts: int = 0
     cursor: int = 0             # problems that were drawn
     beta: float = 0.0           # the KL's weight, which kl_target adapts
+    rewards_differed: bool | None = None        # in any rollout so far; None: not known, as there was none
     best: float | None = None   # highest eval_accuracy; or eval_reward, where no answer is right or wrong
 
     def note_eval(self, metrics):
@@ -1146,7 +1180,7 @@ def start_log(cfg, state, sizes, run):
                       interval=cfg.logging_steps)
         return run.log
     header = {'algorithm': cfg.algorithm, 'model': cfg.base_model_name}
-    log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps)
+    log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps, data=cfg.sources())
     if run.resumed:                             # what was sampled after the checkpoint is sampled again
         run.on_main(functools.partial(cut_rollouts, rollouts_path(cfg), state.step))
     return log
@@ -1156,7 +1190,7 @@ def rollouts_path(cfg):
     return os.path.join(cfg.output_dir, 'rollouts.jsonl')
 
 
-def print_summary(cfg, policy, critic, problems, sizes, run):
+def print_summary(cfg, policy, critic, tokenizer, problems, sizes, run):
     c = composition(cfg)
     names = ', '.join(source.name for source in cfg.sources()) or f'embedded task {cfg.task}'
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -1170,6 +1204,7 @@ def print_summary(cfg, policy, critic, problems, sizes, run):
         kl = f'beta {cfg.beta:g} ({place})'
     run.print0(f'data      {names}: {len(problems.train):,} problems, {len(problems.held_out):,} held out; '
                f'rewards {" + ".join(cfg.rewards)}')
+    run.print0(f'prompt    {describe_prompt(problems.train[0], tokenizer, cfg.system_prompt)}')
     run.print0(f'model     {model}')
     run.print0(f'algorithm {cfg.algorithm}: {c["ratio"]} ratio, {c["surrogate"]} '
                f'{c["clip_low"]:g}/{c["clip_high"]:g}, {c["mean"]} mean, advantages by {advantages}, {kl}')
@@ -1201,15 +1236,14 @@ def checkpoint_before(cfg, run):
 
 
 def explain_replay(cfg, completions, log):
-    """Compares this rank's completions with rollouts.jsonl, and says of each group what there was to learn
-    from it."""
+    """Compares this rank's completions with rollouts.jsonl, and says of each prompt what it taught."""
     shutil.rmtree(os.path.dirname(log.path))        # its console lines were all that was wanted of it
     path = rollouts_path(cfg)
     written = {(c.group, c.sample): c.completion_ids for c in read_completions(path, cfg.replay)}
     # tokens, not texts: two ways to cut a text into tokens would be two different things to learn
     same = sum(c.completion_ids == written.get((c.group, c.sample)) for c in completions)
     for members in cut(completions, cfg.num_generations):
-        print(pages.explain_group(members))
+        print(pages.explain_group(members, has_critic=cfg.algorithm == 'ppo'))
     print(f'{same} of {len(completions)} completions are those of {path}, token by token')
     return {'same': same, 'completions': len(completions)}
 

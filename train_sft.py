@@ -40,6 +40,7 @@ SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is
 @configclass
 class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     section = 'training'
+    unread_columns = ('chosen_column', 'rejected_column')
     seed = 42
     gradient_accumulation_steps = 4
     lr_scheduler_type = 'cosine'
@@ -59,11 +60,11 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # steps of similar lengths: less padding on a GPU, steps less alike; for the embedded set if not set
     augment: bool = setting(False, path='data.augment')  # reworded copies of training rows: synonyms, typos,
         # other wordings
-    augment_factor: float = setting(2.0, path='data.augment_factor')  # rows with copies to rows without
-    skip_bad_rows: bool = setting(False, path='data.skip_bad_rows')  # leave out rows that would stop the run
+    augment_factor: float = setting(2.0, path='data.augment_factor', needs=('augment=true',))  # rows with
+        # copies to rows without
     # optimization
-    warmup_ratio: float = setting(0.03, min=0, below=1, also=('warmup_proportion',))  # share of the steps in
-        # which the rate rises; warmup_steps beats it
+    warmup_ratio: float = setting(  # share of the steps in which the rate rises; warmup_steps beats it
+        0.03, min=0, below=1, also=('warmup_proportion',), needs=('warmup_steps=none',))
     min_lr: float = setting(0.0, min=0)  # the lowest rate
     adam_beta1: float = setting(0.9, min=0, below=1)  # decay of the first moment
     adam_beta2: float = setting(0.999, min=0, below=1)  # decay of the second
@@ -81,17 +82,22 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     sample_rows: int = setting(2, min=0)  # held-out prompts that are answered at each evaluation; 0 = none
     patience: int = setting(0, min=0, also=('early_stopping_patience',))  # stop after so many evaluations
         # without a better one; 0 = never
-    save_strategy: str = setting('steps', choices=('steps', 'epoch', 'best', 'no'))  # when to save, besides
-        # the best and the end
+    save_strategy: str | None = setting(None, choices=('steps', 'epoch', 'best', 'no'))  # when to save,
+        # besides the best and the end; after each epoch if neither it nor save_steps nor max_steps is set
     load_best_model_at_end: bool = True  # the root holds the best model by eval_loss; false: the last
     checkpoint_name: str = 'checkpoint-{step}'  # of checkpoint folders, with {step} or {epoch}
-    save_merged: bool = False  # LoRA: also the whole model with the adapter in it, in output_dir/merged
+    save_merged: bool = setting(False, needs=('use_lora=true',))  # LoRA: also the whole model with
+        # the adapter in it, in output_dir/merged
     resume_from_checkpoint: str | None = None  # go on from this checkpoint of output_dir; true = the newest
 
     def check(self):
         super().check()
         if self.freeze and self.use_lora:
             raise UserError('freeze: under LoRA all but the adapters is frozen anyway; leave one of them out')
+        by_steps = self.max_steps > 0 or 'save_steps' in self.typed
+        if 'save_steps' in self.typed and 'save_strategy' not in self.typed:
+            self.save_strategy = None           # that of a run that goes on
+        self.save_strategy = self.save_strategy or ('steps' if by_steps else 'epoch')
         name = self.checkpoint_name
         if not re.search(r'\{(step|epoch)\}', name) or os.path.basename(name) != name:
             raise UserError(f'checkpoint_name={name}: a name with {{step}} or {{epoch}}, so that none '
@@ -123,9 +129,11 @@ def main(cfg):
     ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
     before = epochs_of_loaded(cfg)
     state = run.restore(State(cfg.optimizer, epochs_before=before, epoch=before), optimizer, ema)
+    if ended := run.ended(state, total):
+        return ended
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
     header = describe(cfg, model, rows, sources)
-    log = run.start(total, state.step, header, cfg.logging_steps, keep=loaded_path(cfg))
+    log = run.start(total, state.step, header, cfg.logging_steps, data=sources)
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
@@ -215,14 +223,14 @@ import numpy as np
 import torch
 
 from data.batches import Epochs, Prefetcher, best_fit, draw, micro_batches, pack_documents
-from data.formats import read_rows, to_record
+from data.formats import read_rows, split_of_row, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
 from model import load_model, merge_lora, save_model
 from nanoforge import plots
-from nanoforge.checkpoint import resolve_link
-from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, show_check
+from nanoforge.checkpoint import loaded_config, resolve_link
+from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, print_mixture, show_check
 from nanoforge.kernels import document_lengths
 from nanoforge.policy import default_learning_rate, load_policy
 from nanoforge.quantize import check_trainable
@@ -405,6 +413,7 @@ def is_embedded(sources):
 
 def load_rows(cfg, sources, model, tokenizer, run):
     """(TokenizedRows, DataIssues); max_length becomes what the rows need, or what the context allows."""
+    print_mixture(sources, [cfg.system_prompt], run.print0)
     rows, issues = TokenizedRows(), DataIssues()
     context = model.config.block_size
     if cfg.max_length and cfg.max_length > context:
@@ -437,7 +446,7 @@ def read_records(cfg, sources, issues, run):
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue
-            if 'metadata' not in row:           # else the row itself says on which side it is
+            if split_of_row(row) is None:       # else the row itself says on which side it is
                 if cfg.split_rule == 'legacy':
                     is_eval = legacy_sft(record.prompt, cfg.eval_fraction, cfg.seed)
                 else:
@@ -484,6 +493,9 @@ def resolve_defaults(cfg, model, sources, run):
                      num_train_epochs=EMBEDDED_EPOCHS if embedded else EPOCHS, group_by_length=embedded)
     if chosen:
         run.print0(f'chosen    {chosen} (type the flags for others)')
+    if cfg.min_lr > cfg.learning_rate:
+        raise UserError(f'min_lr={cfg.min_lr:g} is above learning_rate={cfg.learning_rate:g}: the rate would '
+                        'rise')
 
 
 def plan_steps(cfg, epochs, run):
@@ -568,7 +580,11 @@ class State(RunState):
 
 
 def open_run(cfg):
-    """(Run, its configuration). resume_from_checkpoint names a checkpoint, or says only whether to resume."""
+    """(Run, its configuration). resume_from_checkpoint names a checkpoint, or says only whether to resume;
+    load_checkpoint brings the settings of its run."""
+    taken = ''
+    if cfg.load_checkpoint:
+        cfg, taken = loaded_config(cfg, cfg.load_checkpoint, 'train_sft.py')
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
     if wanted.lower() not in ('', 'false', 'no'):       # transformers takes a bool or a path here
@@ -584,6 +600,8 @@ def open_run(cfg):
     run = Run.open(cfg, 'train_sft.py', cfg.output_dir, resume, memory_flags=memory_flags,
                    checkpoint=checkpoint)
     run.cfg.resume_from_checkpoint = cfg.resume_from_checkpoint         # not what an earlier resume named
+    if taken and not run.resumed:
+        run.print0(f'load      {cfg.load_checkpoint}, with what was set in its run: {taken}')
     return run, run.cfg
 
 

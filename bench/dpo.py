@@ -55,7 +55,7 @@ def write_inputs(directory, steps):
         return tokenizer.decode(list(itertools.islice(stream, draw.randint(30, 80))))
 
     stream = corpus()
-    with open(pairs_in(directory), 'w') as file:
+    with open(pairs_in(directory), 'w', encoding='utf-8') as file:
         for _ in range(BATCH * steps):
             prompt, chosen, rejected = next_text(), next_text(), next_text()
             pair = {'prompt': prompt + ':', 'chosen': '\n' + chosen, 'rejected': '\n' + rejected}

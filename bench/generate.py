@@ -55,7 +55,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         # a model directory has one; it is not used here
-        with open(os.path.join(directory, 'tokenizer.json'), 'w') as file:
+        with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
             vocabulary = {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}
             json.dump({'version': '1.0', 'model': vocabulary}, file)
         ours, _ = load_model(directory)

@@ -38,7 +38,7 @@ def train(algorithm, seed, out):
     words = [f'training.seed={seed}', f'training.output_dir={folder}', 'training.eval_steps=10',
              '--no-tensorboard', '--rollout_steps=10']
     subprocess.run([sys.executable, os.path.join(ROOT, 'train_rl.py'), *FLAGS[algorithm], *words], check=True)
-    with open(result, 'w') as file:
+    with open(result, 'w', encoding='utf-8') as file:
         json.dump(test(os.path.join(folder, 'last')), file)
 
 
@@ -80,7 +80,7 @@ def baselines():
 def curve(folder):
     """([steps], [seconds of training], [greedy], [sampled]) at each evaluation."""
     seconds, tokens, points = 0.0, 0, []
-    with open(os.path.join(folder, 'log.jsonl')) as file:
+    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as file:
         for line in map(json.loads, file):
             if 'tokens_per_second' in line:
                 seconds += (line['num_tokens'] - tokens) / line['tokens_per_second']
@@ -107,7 +107,7 @@ def draw(out):
         for panel, accuracy in zip(panels, (greedy, sampled)):
             panel.plot(steps, accuracy, color=COLOURS[algorithm], linewidth=1.8,
                        label=algorithm if first else '_')       # _: not in the legend
-        with open(result) as file:
+        with open(result, encoding='utf-8') as file:
             runs[name] = {**json.load(file), 'seconds': round(seconds[-1]),
                           'steps_to_90': min(good, default=None)}
 
@@ -121,7 +121,7 @@ def draw(out):
     panels[0].legend(frameon=False, loc='lower right')
     figure.savefig(os.path.join(ROOT, 'bench', 'rl_demo.png'))
     result = {'start': test('tiny'), **baselines(), 'runs': runs}
-    with open(os.path.join(ROOT, 'bench', 'rl_demo.json'), 'w') as file:
+    with open(os.path.join(ROOT, 'bench', 'rl_demo.json'), 'w', encoding='utf-8') as file:
         json.dump(result, file, indent=1)
     print(json.dumps(result, indent=1))
 

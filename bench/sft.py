@@ -64,10 +64,10 @@ def write_inputs(directory, steps, count):
     from data import chat
     tokenizer = llama_with_words(directory)
     if count:
-        with open(chats_in(directory), 'w') as file:
+        with open(chats_in(directory), 'w', encoding='utf-8') as file:
             for row in chats(count):
                 file.write(json.dumps(row) + '\n')
-    with open(rows_in(directory), 'w') as file:
+    with open(rows_in(directory), 'w', encoding='utf-8') as file:
         for messages, tools in conversations(steps * BATCH // 2):
             (prompt, _), (completion, _), *_ = chat.segments(tokenizer, messages, tools)[0]
             row = {'prompt': prompt, 'completion': completion.rstrip('\n')}

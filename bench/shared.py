@@ -36,7 +36,7 @@ def llama_with_words(directory):
 
 
 def read(path):
-    with open(path) as file:
+    with open(path, encoding='utf-8') as file:
         return [json.loads(line) for line in file]
 
 

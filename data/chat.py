@@ -4,6 +4,12 @@ A chat is a list of {'role', 'content', ...} with roles system, developer, user,
 may have 'tool_calls', arguments as an object or as a JSON string. The model's own template renders it, ours
 (CHAT_TEMPLATE) where it has none. What an assistant said is found by rendering the chat up to there: that
 text must begin the whole.
+
+A message is text. Where it, a tool call or a tool spells a token that begins or ends turns (<|im_end|>,
+</s>), it is encoded in pieces, as any other text: nobody's words become a turn, in no script, and `remarks`
+says of which chats that is so. Tokens that are no part of the frame (<think>, <|python_tag|>) stay what they
+are. Who wants them all writes the whole text himself: rows of `text`, or texts as prompt and completion.
+A template that drops tool calls or what tools returned is an error; one that drops the tools is said.
 """
 import datetime
 import functools
@@ -18,6 +24,17 @@ import jinja2.sandbox
 from configurator import UserError
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
+# Stands within a token that a message spells till it is encoded: Unicode reserves it for use inside a program
+APART = '\ufdd0'
+# kind of remark on a chat: what it means
+REMARKS = {
+    'chats that spell a turn token':
+        'it is encoded as plain text, and is no turn (was a chat template applied to them before? Then leave '
+        'it out, or give them as texts)',
+    'chats whose tools are not written':
+        "the model's chat template leaves them out, so it is not told what it can call; put a "
+        'chat_template.jinja that writes them beside the model',
+}
 
 # ChatML: roles between <|im_start|> and <|im_end|>, tools as JSON schemas in the system turn, one <tool_call>
 # per call.
@@ -80,13 +97,33 @@ def prompt_ids(tokenizer, messages, tools=None, **variables):
     return render(tokenizer, messages, tools, 'completion', True, **variables).ids
 
 
+def fold_system(tokenizer, messages):
+    """A chat as this tokenizer's template can say it: where that has no system role (Gemma's refuses it, some
+    drop it), a system message begins the user's after it."""
+    system, *rest = messages
+    if system['role'] != 'system' or has_system_role(tokenizer):
+        return messages
+    content = f'{system["content"]}\n\n{rest[0]["content"]}'
+    return [{**rest[0], 'content': content}, *rest[1:]]
+
+
+@functools.lru_cache(maxsize=16)
+def has_system_role(tokenizer):
+    user = {'role': 'user', 'content': 'a'}
+    try:
+        with_rules = prompt_ids(tokenizer, [{'role': 'system', 'content': 'b'}, user])
+        return with_rules != prompt_ids(tokenizer, [user])
+    except UserError:
+        return False
+
+
 def render_rows(tokenizer, messages, tools=None, loss_on='completion', **variables):
     """The training rows of one chat: one; but with loss_on='assistant' and a template that rewrites earlier
     turns (drops their <think>, say) a row for every turn, each as the model sees it when it speaks."""
     whole = render(tokenizer, messages, tools, loss_on, **variables)
     if not whole.skipped:
         return [whole]
-    turns = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
+    turns = target_turns(messages, 'assistant', False)
     return [render(tokenizer, messages[:i + 1], tools, 'completion', **variables) for i in turns]
 
 
@@ -98,12 +135,22 @@ def segments(tokenizer, messages, tools=None, loss_on='completion', add_generati
     template = template_of(tokenizer, tools)
     messages = normal_messages(messages, 'developer' in template)
     tools = normal_tools(tools)
+    refuse_what_is_left_out(tokenizer, template, messages, tools)
+    spelled = spelled_marks(tokenizer, template, messages, tools)
+    if spelled:
+        messages, tools = set_apart(spelled, messages), set_apart(spelled, tools)
+    pieces, skipped = cut_turns(tokenizer, template, messages, tools, loss_on, add_generation_prompt,
+                                variables)
+    return [(part, is_target) for text, is_target in pieces for part in text.split(APART)], skipped
 
+
+def cut_turns(tokenizer, template, messages, tools, loss_on, add_generation_prompt, variables):
+    """What `segments` returns, of messages that are checked."""
     def text_until(end, prompt):
         return apply(tokenizer, template, messages[:end], tools, prompt, variables)
 
     full = text_until(len(messages), add_generation_prompt)
-    if loss_on == 'all':
+    if loss_on == 'all' and all(is_learned(message) for message in messages):
         chat = text_until(len(messages), False)
         return [(chat, True), (full[len(chat):], False)], 0
     turns = target_turns(messages, loss_on, add_generation_prompt)
@@ -111,6 +158,7 @@ def segments(tokenizer, messages, tools=None, loss_on='completion', add_generati
         raise UserError('chat template: it has no generation prompt, the model would have to begin its own '
                         'turn; end the template with '
                         '{% if add_generation_prompt %} and the words that open a reply')
+    is_inside = loss_on != 'all'        # whether the turns are what is learned, or all but them
     pieces, position, skipped = [], 0, 0
     for i in turns:
         before = text_until(i, True)
@@ -119,21 +167,30 @@ def segments(tokenizer, messages, tools=None, loss_on='completion', add_generati
         if not (full.startswith(after) and after.startswith(before) and position <= start < end):
             skipped += 1
             continue
-        pieces.append((full[position:start], False))
-        pieces.append((full[start:end], True))
+        pieces.append((full[position:start], not is_inside))
+        pieces.append((full[start:end], is_inside))
         position = end
     if turns and skipped == len(turns):
         raise UserError(f'chat template: the prompt is not the beginning of the whole chat, so the '
                         f'completion cannot be told apart (one has {before[-40:]!r} where the other has '
                         f'{full[:start][-40:]!r}); use a template that writes a turn in the same way before '
                         'and after it is answered')
-    pieces.append((full[position:], False))
+    pieces.append((full[position:], not is_inside))
     return pieces, skipped
 
 
+def is_learned(message):
+    """Whether an answer may be a target: in OpenAI's format one with "weight": 0 is context only."""
+    return message.get('weight') != 0
+
+
 def target_turns(messages, loss_on, add_generation_prompt):
-    """The indices of the messages that are learned with loss_on='completion' or 'assistant'."""
+    """The indices of the messages that are learned with loss_on='completion' or 'assistant'; with 'all', of
+    those that are not."""
     turns = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
+    if loss_on == 'all':
+        return [i for i in turns if not is_learned(messages[i])]
+    turns = [i for i in turns if is_learned(messages[i])]
     if loss_on == 'assistant':
         return turns
     if loss_on != 'completion':
@@ -143,7 +200,106 @@ def target_turns(messages, loss_on, add_generation_prompt):
     if messages[-1]['role'] != 'assistant':
         raise UserError(f'messages: the last one is from {messages[-1]["role"]!r}, '
                         'but what is to be learned is an assistant\'s message at the end')
-    return turns[-1:]
+    return [i for i in turns if i == len(messages) - 1]
+
+
+# ---- what a message must not do, and what a template does not write
+
+# A chat that calls a tool, for what a template makes of it
+PROBE = [
+    {'role': 'user', 'content': 'ping'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [{'id': 'probe0001', 'type': 'function', 'function': {
+        'name': 'probe_call', 'arguments': {'probe_key': 'probe_value'}}}]},
+    {'role': 'tool', 'name': 'probe_call', 'tool_call_id': 'probe0001', 'content': 'probe_result'},
+    {'role': 'assistant', 'content': 'pong'},
+]
+PROBE_TOOL = {'type': 'function', 'function': {'name': 'probe_tool', 'description': 'n', 'parameters': {
+    'type': 'object', 'properties': {'n': {'type': 'string', 'description': 'n'}}}}}
+
+
+@functools.lru_cache(maxsize=16)
+def turn_marks(tokenizer, template):
+    """A pattern of the tokens that begin or end turns of this template, and of those that end a text."""
+    added = {token.content: token.special for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    ends = {tokenizer.backend.id_to_token(token) for token in tokenizer.stop_ids}
+    ends |= {tokenizer.special.get('bos_token'), tokenizer.special.get('eos_token')}
+    user, reply = PROBE[0], PROBE[3]
+    asked = rendered(tokenizer, template, [user])
+    # A reply may begin with <think>, and its calls with a token of their own: these are no frame. Where what
+    # stands around a reply or a tool's result is one, it is a special token
+    called = rendered(tokenizer, template, PROBE[:2])
+    others = rendered(tokenizer, template, PROBE[:3]).removeprefix(called)
+    for messages in ([{'role': 'system', 'content': 'ping'}, user], [user, reply, user]):
+        others += rendered(tokenizer, template, messages, add_generation_prompt=True)
+    marks = [token for token, is_special in added.items()
+             if token in ends or token in asked or is_special and token in others]
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
+
+
+def rendered(tokenizer, template, messages, tools=None, add_generation_prompt=False):
+    """A chat by a template, for a probe; '' where the template refuses it."""
+    try:
+        return apply(tokenizer, template, messages, tools, add_generation_prompt, {})
+    except UserError:
+        return ''
+
+
+def spelled_marks(tokenizer, template, messages, tools):
+    """The pattern of turn_marks where messages or tools spell such a token, else None."""
+    marks = turn_marks(tokenizer, template)
+    return marks if marks.search(str([messages, tools])) else None
+
+
+def set_apart(marks, value):
+    """Messages or tools with APART within every token that they spell."""
+    if isinstance(value, str):
+        return marks.sub(lambda match: match[0][:1] + APART + match[0][1:], value)
+    if isinstance(value, list):
+        return [set_apart(marks, item) for item in value]
+    if isinstance(value, dict):
+        return {set_apart(marks, key): set_apart(marks, item) for key, item in value.items()}
+    return value
+
+
+@functools.lru_cache(maxsize=32)
+def left_out(tokenizer, template, with_tools):
+    """What the template does not write: some of 'tools', 'tool calls', 'arguments' and 'tool results'."""
+    tools = [PROBE_TOOL] if with_tools else None
+    asked, called, whole = (rendered(tokenizer, template, PROBE[:n], tools) for n in (1, 2, 4))
+    wanted = [('tools', 'probe_tool', asked if with_tools else ''), ('tool calls', 'probe_call', called),
+              ('arguments', 'probe_value', called), ('arguments', 'probe_key', called),
+              ('tool results', 'probe_result', whole)]
+    # a text that is empty tells nothing: this template refuses such a chat, and says so of the row itself
+    return {what for what, word, text in wanted if text and word not in text}
+
+
+def refuse_what_is_left_out(tokenizer, template, messages, tools):
+    """UserError where the template would drop a tool call of these messages, or what a tool returned."""
+    kinds = []
+    if any(message.get('tool_calls') for message in messages):
+        kinds += ['tool calls', 'arguments']
+    if any(message['role'] == 'tool' for message in messages):
+        kinds.append('tool results')
+    if not kinds:
+        return
+    dropped = left_out(tokenizer, template, tools is not None)
+    for kind in kinds:
+        if kind in dropped:
+            raise UserError(f'chat template: that of this model does not write {kind}, which would be lost '
+                            'without a word; put a chat_template.jinja that does beside the model, or write '
+                            'them as text into "content"')
+
+
+def remarks(tokenizer, messages, tools=None):
+    """What is to be said of how a chat is written: some of the kinds of REMARKS."""
+    template, tools = template_of(tokenizer, tools), normal_tools(tools)
+    found = []
+    if spelled_marks(tokenizer, template, messages, tools):
+        found.append('chats that spell a turn token')
+    if tools and 'tools' in left_out(tokenizer, template, True):
+        found.append('chats whose tools are not written')
+    return found
 
 
 def encode(tokenizer, chats):
@@ -168,6 +324,7 @@ def encode(tokenizer, chats):
             row.mask += target_mask(tokenizer, ids) if is_target else [False] * len(ids)
         ends_in_target = row.mask and row.mask[-1]
         if ends_in_target and row.ids[-1] not in tokenizer.stop_ids and tokenizer.eos_id is not None:
+            tokenizer.refuse_without_embedding([tokenizer.eos_id])
             row.ids.append(tokenizer.eos_id)
             row.mask.append(True)
             row.stop_added = True
@@ -186,11 +343,14 @@ def target_mask(tokenizer, ids):
 
 def template_of(tokenizer, tools=None):
     """The tokenizer's chat template. One that has none gets ours, to be saved with it; where there is no
-    <|im_end|>, turns end with its end-of-text token."""
+    <|im_end|>, turns end with its end-of-text token. A chat begins with the token that begins a text, if
+    there is one: base models (Llama, Gemma) were trained to see it."""
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
         if tokenizer.id_of('<|im_end|>') is None and tokenizer.special.get('eos_token'):
             tokenizer.chat_template = CHAT_TEMPLATE.replace('<|im_end|>', tokenizer.special['eos_token'])
+        if tokenizer.special.get('bos_token') not in (None, '<|im_start|>'):
+            tokenizer.chat_template = '{{- bos_token }}' + tokenizer.chat_template
     if isinstance(tokenizer.chat_template, dict):
         named = tokenizer.chat_template
         name = 'tool_use' if tools and 'tool_use' in named else 'default'

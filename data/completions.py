@@ -29,6 +29,7 @@ class Completion:
     advantage: float = 0.0                          # with a critic the mean over its tokens
     agent: str | None = None                        # of several, as the page of rollouts groups them
     turn: int = 0
+    prompt: str = ''                                # prompt_ids as text
 
     def line(self):
         """As JSON, log-probabilities to five digits."""
@@ -53,7 +54,7 @@ def write_completions(completions, path, run):
     """Appends the Completions of all ranks to rollouts.jsonl, each rank in its turn."""
     for rank in range(run.world_size):
         if rank == run.rank:
-            with open(path, 'a', encoding='utf-8') as file:
+            with open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
                 file.writelines(completion.line() + '\n' for completion in completions)
         run.barrier()
 

@@ -86,6 +86,10 @@ class Corpus:
             if hashlib.file_digest(file, 'sha256').hexdigest() != self.meta['tokenizer_sha256']:
                 raise UserError(f'{path} is not the tokenizer of the tokens: prepare {self.name!r} again')
 
+    def files(self):
+        """The paths of its tokens."""
+        return [os.path.join(self.directory, f'{split}.bin') for split in SPLITS]
+
     def described(self):
         return f'{self.name!r} ({self.meta["tokenizer"]}, {self.meta["vocab_size"]} ids)'
 

@@ -30,7 +30,8 @@ def read_text(path, separator, bar):
     """Blocks of a text file, or its documents (each in memory as a whole) between lines `separator`."""
     line = separator is not None and re.compile(rf'(?:^|\r?\n){re.escape(separator)}\r?\n')
     rest, new, position = '', True, 0
-    with open(path, encoding='utf-8', newline='') as file:    # newline='': the text as it is
+    # newline='': the text as it is, but for a byte order mark, which is none of it
+    with open(path, encoding='utf-8-sig', newline='') as file:
         while True:
             try:
                 block = file.read(BLOCK)
@@ -73,6 +74,8 @@ def read_jsonl(path, field, bar):
                 row = json.loads(line) if line.strip() else None
             except ValueError as e:
                 raise UserError(f'{where}: not JSON ({e})')
+            if isinstance(row, list):
+                raise UserError(f'{where}: a list, where a JSON Lines file has one object on each line')
             if row is not None:
                 text = row.get(field) if isinstance(row, dict) else None
                 yield True, checked(text, field, where)

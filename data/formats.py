@@ -8,13 +8,20 @@
     text                             all of it is learned
 
 Rows come straight from the file, line by line: Arrow would give every row the keys of all the others, filled
-with null, and a chat template would show them to the model. A mistake is a UserError that names file, row and
-field. torch is not imported.
+with null, and a chat template would show them to the model. A null of JSON Lines is somebody's, and stays. A
+row holds what JSON knows, whatever file it comes from: dates are texts, decimals numbers. A mistake is a
+UserError that names file, row and field. torch is not imported.
+
+A `metadata` of "train" or "eval" says on which side a row is; any other is a column like others. An answer
+with "weight": 0 (OpenAI's format) is context only.
 """
 import csv
+import datetime
+import decimal
 import difflib
 import importlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -33,6 +40,9 @@ EMBEDDED = {
 # name: rows for training and held out, frozen
 SIZES = {'devices': (800, 200), 'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56)}
 LISTS = ('qa_pairs', 'data', 'rows', 'examples')    # under which a JSON object keeps its rows
+SEPARATORS = (',', ';', '\t')                       # of the columns of a CSV file
+NULLABLE = ('default', 'const')                     # keys of a JSON schema whose value may be null
+SCHEMA_VALUES = (*NULLABLE, 'enum', 'examples')     # and those that hold values, not schemas
 SPLITS = {
     'train': ('train', 'training'),
     'eval': ('eval', 'evaluation', 'validation', 'valid', 'val', 'dev'),
@@ -50,6 +60,7 @@ SPEAKERS = {
     'tool': 'tool',
     'observation': 'tool',
 }
+STRICT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str)
 JSON_TYPES = {
     'string': str,
     'integer': int,
@@ -72,7 +83,7 @@ class Record:
 
 def excerpt(value):
     """The beginning of a value, for a message."""
-    return json.dumps(value)[:60]
+    return json.dumps(value, default=str)[:60]
 
 
 def columns_in(row):
@@ -127,8 +138,8 @@ def read_file(path):
     count = 0
     try:
         for count, (where, row) in enumerate(READERS[suffix](path), 1):
-            if isinstance(row, list):                   # a list of message lists
-                row = {'messages': row}
+            if isinstance(row, list):
+                row = {'messages': list_of_messages(row, f'{path} {where}')}
             if not isinstance(row, dict):
                 raise UserError(f'{path} {where}: expected an object of named fields like '
                                 f'{{"question": ..., "answer": ...}}, got {excerpt(row)}')
@@ -140,6 +151,14 @@ def read_file(path):
         raise UserError(f'{path}: {error.strerror or error}') from None
     if not count:
         raise UserError(f'{path}: the file holds no row')
+
+
+def list_of_messages(row, where):
+    """A row that is a list: the messages of a chat, not rows of their own."""
+    if row and isinstance(row[0], dict) and not {'role', 'from'} & row[0].keys():
+        raise UserError(f'{where}: unreadable: a list of rows where one row was expected; a .jsonl file has '
+                        'an object on each line, and one that is a JSON list of objects is named .json')
+    return row
 
 
 def similar_file(path):
@@ -159,7 +178,7 @@ def json_lines(path):
             try:
                 yield f'line {number}', json.loads(line)
             except (ValueError, RecursionError) as error:
-                is_list = number == 1 and line.strip() == '['
+                is_list = number == 1 and line.lstrip().startswith('[')
                 hint = '; the file is one JSON list: name it .json' if is_list else ''
                 raise UserError(f'{path} line {number}: not JSON ({error}); a JSON Lines file has one object '
                                 f'on each line{hint}') from None
@@ -200,17 +219,34 @@ def rows_in_object(value, path):
 def csv_file(path):
     csv.field_size_limit(2 ** 31 - 1)
     with open(path, encoding='utf-8-sig', newline='') as file:
+        line = file.readline()
+        file.seek(0)
+        separator = max(SEPARATORS, key=line.count)         # the first of those that are there equally often
+        header = next(csv.reader([line], delimiter=separator), [])
+        # written as "question, answer": the cells will have that space, too
+        spaced = any(name.startswith(' ') for name in header[1:])
         try:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
-                if None in row:
-                    raise UserError(f'{path} row {number}: {len(row[None])} more cells than the header has '
-                                    'columns; quote cells that hold commas')
-                if None in row.values():
-                    missing = next(key for key, value in row.items() if value is None)
-                    raise UserError(f'{path} row {number}: the row ends before column {missing!r}')
-                yield f'row {number}', row
+            rows = csv.reader(file, delimiter=separator, skipinitialspace=spaced, strict=True)
+            columns = column_names(next(rows, []), path)
+            for number, cells in enumerate(filter(None, rows), 1):
+                if len(cells) > len(columns):
+                    raise UserError(f'{path} row {number}: {len(cells) - len(columns)} more cells than the '
+                                    f'header has columns; quote cells that hold {separator!r}')
+                if len(cells) < len(columns):
+                    raise UserError(f'{path} row {number}: the row ends before column '
+                                    f'{columns[len(cells)]!r}')
+                yield f'row {number}', dict(zip(columns, cells))
         except csv.Error as error:
             raise UserError(f'{path}: not a CSV file ({error})') from None
+
+
+def column_names(header, path):
+    """The cells of a CSV header without the spaces around them."""
+    columns = [name.strip() for name in header]
+    for name in columns:
+        if columns.count(name) > 1:
+            raise UserError(f'{path}: two columns are called {name!r}; rename one of them')
+    return columns
 
 
 def parquet_file(path):
@@ -221,12 +257,18 @@ def parquet_file(path):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f'row {number}', without_nulls(row)
+                yield f'row {number}', as_json(row)
     except pyarrow.ArrowException as error:
         raise UserError(f'{path}: not a whole parquet file ({first_line(error)[:80]})') from None
 
 
-READERS = {'.jsonl': json_lines, '.json': json_file, '.csv': csv_file, '.parquet': parquet_file}
+READERS = {
+    '.jsonl': json_lines,
+    '.json': json_file,
+    '.csv': csv_file,
+    '.tsv': csv_file,
+    '.parquet': parquet_file,
+}
 
 
 def first_line(error):
@@ -258,14 +300,79 @@ def hub_rows(name, split, subset):
         raise UserError(f'{name}: no such file or directory, nor an embedded set ({", ".join(EMBEDDED)}), '
                         f'and hub and local cache do not provide it ({reason})') from None
     for number, row in enumerate(rows, 1):
-        yield f'{name} row {number}', without_nulls(row)
+        yield f'{name} row {number}', as_json(row)
 
 
-def without_nulls(value):
-    """`value` without the keys that hold null: Arrow gives every object the keys of all the others."""
+def as_json(value):
+    """A value of Arrow as JSON has it, without the keys that hold null: Arrow gives every object the keys of
+    all the others."""
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {str(key): as_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(as_json, value), key=str)
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode(errors='backslashreplace')
+    if hasattr(value, 'tolist'):                    # numpy's numbers and arrays
+        return as_json(value.tolist())
+    return str(value)
+
+
+def without_nulls(value, values):
+    """`value` without the keys that hold null, fields that are not set. What stands under one of `values` is
+    somebody's own and stays as it is."""
+    if isinstance(value, dict):
+        return {key: item if key in values else without_nulls(item, values)
+                for key, item in value.items() if item is not None or key in NULLABLE}
+    return [without_nulls(item, values) for item in value] if isinstance(value, list) else value
+
+
+def without_nan(row):
+    """The row with null where a column holds NaN: pandas writes a missing cell so."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in row.items()}
+
+
+def strict_json(row):
+    """The row with null for every number that JSON does not know: to be written, not to be learned."""
+    def no_number(name):
+        return None
+
+    try:
+        STRICT_JSON.encode(row)
+        return row
+    except ValueError:
+        return json.loads(json.dumps(row, default=str), parse_constant=no_number)
+
+
+def check_values(value):
+    """UserError where a text has half a character, or a number is none: no tokenizer or JSON takes them."""
+    try:
+        STRICT_JSON.encode(value).encode()
+    except ValueError:
+        refuse_values(value)
+
+
+def refuse_values(value):
+    """UserError of the first value that is not one of JSON in UTF-8."""
+    if isinstance(value, str) and (half := re.search('[\ud800-\udfff]', value)):
+        before = value[:half.start()][-20:]
+        raise UserError(f'half a character (a surrogate without its other half) behind {before!r}; repair '
+                        'the text')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{value} is no value of JSON; leave it out, or write null')
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            refuse_values(item)
 
 
 # ---- rows -> records
@@ -291,14 +398,16 @@ def to_record(row, where, source=None, system_prompt=None):
                    is learned, all of it.
     """
     try:
-        return read_record(row, where, source or Source(), system_prompt)
+        record = read_record(without_nan(row), where, source or Source(), system_prompt)
+        check_values([record.prompt, record.completion, record.tools])
+        return record
     except UserError as error:
         raise UserError(f'{where}: {error}') from None
 
 
 def read_record(row, where, source, system_prompt):
-    split = split_of_row(row)
-    system = None if system_prompt is None else fill(system_prompt, row, source)
+    split = split_of_row(row) or 'train'
+    system = fill(system_prompt, row, source) if system_prompt else None
     format = known_format(row)
     if format == 'answer' or source.prompt_column or source.answer_column:
         prompt_column = source.prompt_column or ('question' if 'question' in row else 'prompt')
@@ -320,20 +429,22 @@ def read_record(row, where, source, system_prompt):
         if near:
             raise UserError(f'{columns}: did you mean {field!r} by {near[0]!r}?')
     raise UserError(f'{columns}: messages, prompt + completion, question + answer or text; name yours with '
-                    'data.datasets[0].prompt_column=... and .answer_column=...')
+                    '--prompt_column=... and --answer_column=...')
 
 
 def split_of_row(row):
-    """'train' or 'eval', as the row's metadata says."""
-    metadata = row.get('metadata', 'train')
-    if metadata in ('train', 'eval'):
-        return metadata
-    if metadata is None or metadata == '':
+    """'train' or 'eval', as the row's metadata says; None where it says neither: whose data has a column of
+    that name for something else means no split. UserError for a split that is misspelt."""
+    metadata = row.get('metadata')
+    if 'metadata' in row and metadata in (None, ''):
         return 'train'
-    lower = metadata.strip().lower() if isinstance(metadata, str) else ''
-    if lower in ('train', 'eval'):
-        raise UserError(f'metadata: {metadata!r} must be exactly {lower!r}')
-    raise UserError(f'metadata: {excerpt(metadata)} is neither "train" nor "eval"')
+    if not isinstance(metadata, str):
+        return None
+    lower = metadata.strip().lower()
+    split = next((name for name, spellings in SPLITS.items() if lower in spellings), None)
+    if split and metadata not in ('train', 'eval'):
+        raise UserError(f'metadata: {metadata!r} must be exactly {"train" if split == "train" else "eval"!r}')
+    return split
 
 
 def text_of(row, column):
@@ -343,8 +454,9 @@ def text_of(row, column):
                         f'{columns_in(row)})')
     value = row[column]
     if value is None:
-        raise UserError(f'{column}: null where a text was expected')
+        raise UserError(f'{column}: null (or NaN) where a text was expected')
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        check_values(value)
         return str(value)
     if not isinstance(value, str):
         raise UserError(f'{column}: expected a text, got {excerpt(value)}')
@@ -455,7 +567,7 @@ def checked_messages(messages):
         raise UserError('messages: an empty list')
     for i, message in enumerate(messages):
         check_message(message, f'messages[{i}]')
-    return normal_messages([without_nulls(message) for message in messages], True)
+    return normal_messages(without_nulls(messages, ('arguments',)), True)
 
 
 def check_message(message, where):
@@ -463,7 +575,7 @@ def check_message(message, where):
         raise UserError(f'{where}: expected {{"role": ..., "content": ...}}, got {excerpt(message)}')
     if 'role' not in message:
         raise UserError(f'{where}: no "role" (fields: {", ".join(message)})')
-    role, calls = message['role'], message.get('tool_calls') or []
+    role, calls, weight = message['role'], message.get('tool_calls') or [], message.get('weight')
     if role not in ROLES:
         raise UserError(f'{where}: role {json.dumps(role)} is none of '
                         f'{", ".join(ROLES)}{closest(str(role).lower(), ROLES)}')
@@ -471,6 +583,9 @@ def check_message(message, where):
         raise UserError(f'{where}: a message from {role!r} without content')
     if calls and role != 'assistant':
         raise UserError(f'{where}: tool_calls in a message from {role!r}; only the assistant calls tools')
+    if weight is not None and (role != 'assistant' or isinstance(weight, bool) or weight not in (0, 1)):
+        raise UserError(f'{where}: weight {excerpt(weight)} of a message from {role!r}: an answer has 1 '
+                        '(learned) or 0 (context only), and other messages have none')
     if not isinstance(calls, list):
         raise UserError(f'{where}.tool_calls: expected a list of calls, got {excerpt(calls)}')
     for i, call in enumerate(calls):
@@ -508,7 +623,7 @@ def checked_tools(tools):
     for name in names:
         if names.count(name) > 1:
             raise UserError(f'tools: {name!r} is there {names.count(name)} times')
-    return normal_tools(without_nulls(tools))
+    return normal_tools(without_nulls(tools, SCHEMA_VALUES))
 
 
 def check_tool(tool, where):
@@ -564,7 +679,7 @@ def broken_arguments(name, arguments, schema):
 
 
 def broken_value(shown, value, schema):
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or value is None and schema.get('nullable'):
         return []
     types = schema.get('type')
     if not isinstance(types, list):

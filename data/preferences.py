@@ -6,19 +6,20 @@
                                      "\\n\\nHuman: ...\\n\\nAssistant: ..."; what both begin with is the
                                      prompt
 
-A mistake in a row's form is a UserError that names file, row and field. A pair of which nothing can be
-learned (an empty or the same answer on both sides, dialogues that part early) is dropped, counted by its
-reason and said.
+A mistake in a row's form is a UserError that names file, row and field, or, with skip_bad_rows, a pair that
+is dropped. A pair of which nothing can be learned (an empty or the same answer on both sides, dialogues that
+part early) is dropped in any case. Drops are counted by their reason and said.
 """
 import functools
 import re
 from dataclasses import dataclass
 
 from configurator import UserError, closest
-from data.chat import encode, segments
-from data.formats import as_messages, checked_messages, checked_tools, columns_in, fill, parsed, read_rows
-from data.formats import split_of_row, with_system
+from data.chat import encode, remarks, segments
+from data.formats import as_messages, check_values, checked_messages, checked_tools, columns_in, fill, parsed
+from data.formats import read_rows, split_of_row, with_system, without_nan
 from data.parallel_map import map_chunks
+from nanoforge.data_checks import DataIssues
 
 # looked for in this order where none is named
 PROMPT_COLUMNS = ('prompt', 'question', 'instruction', 'input')
@@ -61,11 +62,12 @@ class Drops(dict):
 
 # ---- rows -> pairs
 
-def read_pairs(source, system_prompt=None, chat=True):
+def read_pairs(source, system_prompt=None, chat=True, skip_bad_rows=False):
     """A formats.Source -> ([Pair], Drops).
 
     system_prompt  a template over the row's columns: the system message of every prompt
     chat           False: prompt, chosen and rejected are texts that no chat template is put around
+    skip_bad_rows  drop rows that are not of the form, in place of a UserError
     """
     pairs, drops = [], Drops()
     for where, row in read_rows(source.name, source.split, source.subset):
@@ -73,19 +75,25 @@ def read_pairs(source, system_prompt=None, chat=True):
             pairs.append(to_pair(row, where, source, system_prompt, chat))
         except Dropped as reason:
             drops.add(reason, where)
+        except UserError as error:
+            if not skip_bad_rows:
+                raise UserError(f'{error}; --skip_bad_rows leaves such rows out') from None
+            drops.add('that cannot be read', error)
     return pairs, drops
 
 
 def to_pair(row, where, source, system_prompt=None, chat=True):
     """A row -> Pair; `where` begins the message of a UserError. Raises Dropped."""
     try:
-        return read_pair(row, where, source, system_prompt, chat)
+        pair = read_pair(without_nan(row), where, source, system_prompt, chat)
+        check_values([pair.prompt, pair.chosen, pair.rejected, pair.tools])
+        return pair
     except UserError as error:
         raise UserError(f'{where}: {error}') from None
 
 
 def read_pair(row, where, source, system_prompt, chat):
-    split = split_of_row(row)
+    split = split_of_row(row) or 'train'
     tools = checked_tools(row.get('tools'))
     prompt = find_prompt(row, source)
     chosen = read_side(row, source.chosen_column or 'chosen', 'chosen_column')
@@ -103,7 +111,7 @@ def read_pair(row, where, source, system_prompt, chat):
         raise UserError('prompt: its last message is from the assistant; what is '
                         'answered must be somebody else\'s')
     check_answers(messages[-1]['content'], chosen, rejected)
-    if system_prompt is not None:
+    if system_prompt:
         messages = with_system(messages, fill(system_prompt, row, source))
     return Pair(messages, chosen, rejected, tools, split, where)
 
@@ -119,7 +127,7 @@ def pair_of_chats(prompt, chosen, rejected):
             rejected = [message_of('assistant', rejected)]
     if chosen[0]['role'] == rejected[0]['role'] == 'assistant':
         if prompt is None:
-            raise UserError('there is no prompt: name its column (data.datasets[0].prompt_column=...), or '
+            raise UserError('there is no prompt: name its column (--prompt_column=...), or '
                             'give chosen and rejected as whole dialogues that begin with what the user asks')
         messages = [message_of('user', prompt)] if isinstance(prompt, str) else prompt
     else:
@@ -145,7 +153,7 @@ def read_side(row, column, setting):
     """A column of a text or messages, as text or checked messages. Dropped where it is empty."""
     if column not in row:
         raise UserError(f'there is no column {column!r}{closest(column, map(str, row))} (columns: '
-                        f'{columns_in(row)}); name yours: data.datasets[0].{setting}=...')
+                        f'{columns_in(row)}); name yours: --{setting}=...')
     value = parsed(row[column], column)
     if value is None or value == [] or isinstance(value, str) and not value.strip():
         raise Dropped(f'with an empty {setting.partition("_")[0]}')
@@ -166,7 +174,7 @@ def read_dialogue(text, field):
     if not parts or before.strip():
         raise UserError(f'{field}: there is no prompt: the row has no column '
                         f'{", ".join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]} (name yours: '
-                        'data.datasets[0].prompt_column=...), and the text is no dialogue that begins with '
+                        '--prompt_column=...), and the text is no dialogue that begins with '
                         '"Human:"')
     messages = []
     for speaker, content in zip(parts[0::2], parts[1::2]):
@@ -235,6 +243,16 @@ def encode_pairs(tokenizer, pairs, max_length, max_prompt_length=None, num_proc=
     return token_pairs, drops, cuts
 
 
+def remarks_on(tokenizer, pairs):
+    """A line for each kind of data.chat.REMARKS: how many Pairs, what it means, the first."""
+    issues = DataIssues()
+    for pair in pairs:
+        if not isinstance(pair.prompt, str):
+            for kind in remarks(tokenizer, [*pair.prompt, pair.chosen, pair.rejected], pair.tools):
+                issues.add(kind, pair.where)
+    return issues.lines()
+
+
 def encode_chunk(tokenizer, pairs):
     """For each Pair two chat.Rendered, or Dropped."""
     chats, rows = [], []
@@ -252,13 +270,8 @@ def pieces_of(tokenizer, pair, side):
     """The prompt and one side of a pair as chat.encode takes them."""
     if isinstance(side, str):
         return [(pair.prompt, False), (side, True)], 0
-    messages = [*pair.prompt, side]
-    stops = [tokenizer.decode([token]) for token in sorted(tokenizer.stop_ids)]
-    for message in messages:
-        if any(stop in message['content'] for stop in stops):
-            raise Dropped('with a stop token in a text: was a chat template applied to it before?')
     try:
-        return segments(tokenizer, messages, pair.tools, 'completion')
+        return segments(tokenizer, [*pair.prompt, side], pair.tools, 'completion')
     except UserError as error:
         raise Dropped(f'that the chat template refuses ({error})') from None
 

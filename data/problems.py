@@ -1,25 +1,33 @@
 """Problems with answers that can be checked, from an embedded task or any data set of questions and answers.
 
 A problem is a dict: the row as it is, with 'question' and 'answer' as texts and, where the data set has one,
-the system message that says in which form to answer.
+the system message that says in which form to answer. A row's other columns are for rewards: a dialogue among
+them, which may hold the solution, is never what is asked.
 """
+import functools
 import importlib
 import json
 import math
 import random
 import sys
+from array import array
 from dataclasses import dataclass, field
 
 from configurator import UserError
-from data.chat import prompt_ids
-from data.preferences import encode_pairs, read_pairs
-from data.formats import read_rows, split_of_row, text_of
+from data.chat import encode, remarks, segments
+from data.formats import check_values, checked_tools, read_rows, split_of_row, strict_json, text_of
+from data.formats import without_nan
+from data.parallel_map import map_chunks
+from data.preferences import encode_pairs, read_pairs, remarks_on
 from data.rewards import extract_answer
 from data.splits import MAX_EVAL_ROWS, hash64, is_held_out, legacy_pairs, legacy_rl
+from nanoforge.data_checks import DataIssues, print_mixture
 
 TASKS = ('arithmetic', 'facts', 'plan_path', 'toolcalls')       # modules of data/tasks
 QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
+DIALOGUE = 'dialogue'           # field of a problem that asks by several messages
+CHUNK = 1000                    # prompts that are encoded together
 FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
         'nothing else, between <answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
@@ -35,11 +43,12 @@ def load_task(name):
     return importlib.import_module(f'data.tasks.{name}')
 
 
-def read_problems(sources, system_prompt=None, with_answers=True):
+def read_problems(sources, system_prompt=None, with_answers=True, bad_rows=None):
     """[Source] -> (problems for training, problems held out by their metadata). UserError names file, row,
     column.
 
-    with_answers: False where no reward needs one; then a row may lack it."""
+    with_answers: False where no reward needs one; then a row may lack it. bad_rows: a list to which
+    what is wrong with a row goes, which is then left out; None: it is a UserError."""
     train, held_out = [], []
     for source in sources:
         template = TEMPLATES.get(source.name, {})
@@ -48,21 +57,35 @@ def read_problems(sources, system_prompt=None, with_answers=True):
         for where, row in read_rows(source.name, source.split, source.subset):
             columns = columns or columns_of(source, template, row, where, with_answers)
             try:
-                problem = {**row, 'question': text_of(row, columns[0]), 'system': system}
-                if columns[1]:
-                    problem['answer'] = text_of(row, columns[1])
-                if columns[1] and not extract_answer(problem['answer']):
-                    raise UserError(f'{columns[1]}: no answer in {problem["answer"][:60]!r}')
-                if split_of_row(row) == 'train':
-                    train += [problem] * copies(source, seen)
-                    seen += 1
-                else:
-                    held_out.append(problem)
+                problem = to_problem(without_nan(row), columns, system)
+                is_train = split_of_row(row) != 'eval'
             except UserError as error:
-                raise UserError(f'{where}: {error}') from None
+                if bad_rows is None:
+                    raise UserError(f'{where}: {error}; --skip_bad_rows leaves such rows out') from None
+                bad_rows.append(f'{where}: {error}')
+                continue
+            if is_train:
+                train += [problem] * copies(source, seen)
+                seen += 1
+            else:
+                held_out.append(problem)
         if before == len(train) + len(held_out):
             raise UserError(f'{source.name}: no row of split {source.split!r}')
     return train, held_out
+
+
+def to_problem(row, columns, system):
+    """A row, its columns of question and answer (None: it has none) and the system message -> a problem."""
+    problem = {**strict_json(row), 'question': text_of(row, columns[0]), 'system': system}
+    problem.pop(DIALOGUE, None)
+    if columns[1]:
+        problem['answer'] = text_of(row, columns[1])
+        if not extract_answer(problem['answer']):
+            raise UserError(f'{columns[1]}: no answer in {problem["answer"][:60]!r}')
+    if row.get('tools'):
+        problem['tools'] = checked_tools(row['tools'])
+    check_values([problem['question'], problem.get('answer'), problem.get('tools')])
+    return problem
 
 
 def columns_of(source, template, row, where, with_answers):
@@ -74,7 +97,7 @@ def columns_of(source, template, row, where, with_answers):
         column = typed or template.get(f'{kind}_column') or usual
         if column is None and (kind == 'prompt' or with_answers):
             raise UserError(f'{where}: none of the columns {", ".join(map(str, list(row)[:8]))} is one of '
-                            f'{", ".join(known)}: name it with data.datasets[0].{kind}_column=...')
+                            f'{", ".join(known)}: name it with --{kind}_column=...')
         columns.append(column)
     return columns
 
@@ -89,10 +112,18 @@ def copies(source, place):
 
 def prompt(problem):
     """The chat that asks for it."""
-    if 'messages' in problem:
-        return problem['messages']
+    if DIALOGUE in problem:
+        return problem[DIALOGUE]
     system = [{'role': 'system', 'content': problem['system']}] if problem.get('system') else []
     return [*system, {'role': 'user', 'content': problem['question']}]
+
+
+def describe_prompt(problem, tokenizer, system_prompt):
+    """A prompt as the model reads it, and where its system message is from, if nobody typed it."""
+    text = repr(tokenizer.decode(list(problem['prompt_ids']))[:1000])
+    if system_prompt is None and problem.get('system'):
+        text += '; the system message is the default, --system_prompt= leaves it out'
+    return text
 
 
 def hold_out(problems, fraction, count):
@@ -151,25 +182,44 @@ def open_problems(cfg, tokenizer, print0):
 def split_problems(cfg, print0):
     """(problems for training, held-out ones) of the data sets: as their metadata says, else by hold_out."""
     with_answers = 'exact' in cfg.rewards or 'number' in cfg.rewards
-    rows, held_out = read_problems(cfg.sources(), cfg.system_prompt, with_answers)
-    if cfg.split_rule == 'legacy':
-        return (rows, held_out) if held_out else legacy_rl(rows, cfg.eval_problems, cfg.seed)
-    if held_out:
-        train = without(rows, {problem['question'] for problem in held_out})
-        dropped = len(rows) - len(train)
+    bad_rows = [] if cfg.skip_bad_rows else None
+    rows, marked = read_problems(cfg.sources(), cfg.system_prompt, with_answers, bad_rows)
+    systems = dict.fromkeys(problem['system'] for problem in rows)
+    # the prompt of the first row is shown anyway
+    print_mixture(cfg.sources(), systems if len(systems) > 1 else (), print0)
+    if bad_rows:
+        print0(f'{len(bad_rows):,} rows that cannot be read are left out (first: {bad_rows[0]})')
+    if marked and cfg.split_rule == 'legacy':
+        train, drawn = rows, []
+    elif marked:
+        train, drawn = without(rows, {problem['question'] for problem in marked}), []
+    elif cfg.split_rule == 'legacy':
+        train, drawn = legacy_rl(rows, cfg.eval_problems, cfg.seed)
     else:
-        train, held_out = hold_out(rows, cfg.eval_fraction, cfg.eval_problems)
-        dropped = len(rows) - len(train) - len(held_out)
-    if dropped:
+        train, drawn = hold_out(rows, cfg.eval_fraction, cfg.eval_problems)
+    if dropped := len(rows) - len(train) - len(drawn):
         print0(f'{dropped:,} of {len(rows):,} rows are left out: their questions are held out, and the rows '
                f'of an evaluation are at most eval_problems={cfg.eval_problems}, each question once')
-    return train, held_out
+    return train, marked or drawn
 
 
 def fitting(cfg, tokenizer, task, problems, name, print0):
-    """The problems whose prompts are short enough, with their prompt_ids."""
-    for problem in problems:
-        problem['prompt_ids'] = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
+    """The problems whose prompts are short enough, with their prompt_ids: arrays, of 4 bytes a token, since
+    there may be a million."""
+    def chunks():
+        for start in range(0, len(problems), CHUNK):
+            yield [(task.prompt(problem), problem.get('tools')) for problem in problems[start:start + CHUNK]]
+
+    issues, rest = DataIssues(), iter(problems)
+    processes = min(cfg.dataset_num_proc, math.ceil(len(problems) / CHUNK))
+    for _, encoded in map_chunks(functools.partial(encode_prompts, tokenizer), chunks(), processes):
+        for ids, of_prompt in encoded:
+            problem = next(rest)
+            problem['prompt_ids'] = ids
+            for kind in of_prompt:
+                issues.add(kind, repr(problem['question'][:60]))
+    for line in issues.lines():
+        print0(f'{name} problems: {line}')
     kept = [problem for problem in problems if len(problem['prompt_ids']) <= cfg.max_prompt_length]
     if len(kept) < len(problems):
         longest = max(len(problem['prompt_ids']) for problem in problems)
@@ -178,11 +228,26 @@ def fitting(cfg, tokenizer, task, problems, name, print0):
     return kept
 
 
+def encode_prompts(tokenizer, chats):
+    """[(messages, tools)] -> [(token ids as an array, kinds of data.chat.REMARKS)]"""
+    pieces = []
+    for messages, tools in chats:
+        try:
+            pieces.append(segments(tokenizer, messages, tools, add_generation_prompt=True))
+        except UserError as error:
+            raise UserError(f'the question {messages[-1]["content"][:60]!r}: {error}') from None
+    return [(array('i', row.ids), remarks(tokenizer, *chat))
+            for row, chat in zip(encode(tokenizer, pieces), chats)]
+
+
 def pair_problems(cfg, tokenizer, print0):
     """Preference data -> (prompts for training, held-out prompts, [pairs for training, held-out pairs])."""
     pairs = []
+    print_mixture(cfg.sources(), (), print0)
     for source in cfg.sources():
-        of_source, drops = read_pairs(source, cfg.system_prompt)
+        of_source, drops = read_pairs(source, cfg.system_prompt, skip_bad_rows=cfg.skip_bad_rows)
+        for line in remarks_on(tokenizer, of_source):
+            print0(f'{source.name}: {line}')
         for place, pair in enumerate(of_source):
             pairs += [pair] * copies(source, place)
         if drops:
@@ -190,12 +255,12 @@ def pair_problems(cfg, tokenizer, print0):
     encoded, prompts = [], []
     for split, members in zip(('train', 'eval'), split_pairs(cfg, pairs, print0)):
         longest = min(cfg.max_length, cfg.max_prompt_length + cfg.max_completion_length)
-        ids, drops, cuts = encode_pairs(tokenizer, members, longest)
+        ids, drops, cuts = encode_pairs(tokenizer, members, longest, num_proc=cfg.dataset_num_proc)
         if drops:
             print0(f'{split} pairs left out: {drops}')
         if any(cuts.values()):
             print0(f'{split} pairs cut: {cuts}')
-        asked = {json.dumps(pair.prompt): {'messages': pair.prompt, 'question': pair.prompt[-1]['content']}
+        asked = {json.dumps(pair.prompt): {DIALOGUE: pair.prompt, 'question': pair.prompt[-1]['content']}
                  for pair in members}
         encoded.append(ids)
         prompts.append(list(asked.values()))

@@ -12,97 +12,23 @@
 A function of yours runs in a process of its own: where it raises or hangs, that sample is unscored, which is
 not 0: it leaves the batch, and is counted. torch is not imported.
 """
-import importlib.util
+import atexit
+import contextlib
 import json
-import math
 import os
-import re
+import signal
 import subprocess
 import sys
 import threading
-from fractions import Fraction
 
 from configurator import UserError, closest
+from data.answers import as_number, extract_answer, same_answer
 
 # unless reward_weights says otherwise
 WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0}
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 MAX_HANGS = 3                       # samples of one batch after whose time-outs the rest is left unscored
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-# ---- answers
-
-def extract_answer(text):
-    """The answer that a text gives: the last <answer>...</answer>, in it or else in the whole text the last
-    \\boxed{...}, else what follows the last ####; without any of these all of it."""
-    answers = re.findall(r'<answer>((?:(?!<answer>).)*?)</answer>', text, re.DOTALL)
-    if answers:
-        text = answers[-1]
-    _, boxed, inside = text.rpartition('\\boxed{')
-    if boxed:
-        depth = 1
-        for end, character in enumerate(inside):
-            depth += {'{': 1, '}': -1}.get(character, 0)
-            if depth == 0:
-                return inside[:end].strip()
-    return text.rpartition('####')[2].strip()
-
-
-def as_number(text):
-    """The number that a text writes, exactly (a Fraction), or None.
-
-    It may have a sign, thousands' commas, decimals, an exponent, be a/b, \\frac{a}{b} or mixed 1 1/2, with or
-    without currency, percent sign (left out, not divided by), full stop, $ and LaTeX spaces around it.
-    """
-    text = plain(text)
-    if len(text) > 100:
-        return None
-    text = re.sub(r'^([+-]?)[$€£¥]|[$€£¥%]$', r'\1', text).strip()
-    text = re.sub(r'^([+-]?)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}$', r'\1\2/\3', text)
-    digits = r'(?:\d{1,3}(?:,\d{3})+|\d+)'
-    mixed = re.fullmatch(rf'([+-]?)({digits}) ({digits})/({digits})', text)
-    if mixed:
-        part = fraction(mixed[3], mixed[4])
-        if part is None:
-            return None
-        value = integer(mixed[2]) + part
-        return -value if mixed[1] == '-' else value
-    ratio = re.fullmatch(rf'([+-]?{digits}) ?/ ?([+-]?{digits})', text)
-    if ratio:
-        return fraction(ratio[1], ratio[2])
-    if re.fullmatch(rf'[+-]?(?:{digits}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,2}})?', text):
-        return Fraction(text.replace(',', ''))
-    return None
-
-
-def integer(text):
-    return int(text.replace(',', ''))
-
-
-def fraction(a, b):
-    """a/b of two texts of integers, None where b is 0."""
-    return Fraction(integer(a), integer(b)) if integer(b) else None
-
-
-def plain(text):
-    """An answer without what does not change it: spaces, a final full stop, LaTeX, typographic signs."""
-    for sign, ascii in (('\u2212', '-'), ('\u2013', '-'), ('\\$', '$'), ('\\%', '%'), ('{,}', ',')):
-        text = text.replace(sign, ascii)
-    text = re.sub(r'\\[,;!: ]|\u00a0', ' ', text.strip())
-    for opening, closing in (('\\(', '\\)'), ('\\[', '\\]'), ('$', '$')):
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-            text = text[len(opening):-len(closing)].strip()
-    text = re.sub(r'\\(?:text|mathrm|mathbf)\{([^{}]*)\}', r'\1', text)
-    return re.sub(r'\s+', ' ', text).strip().removesuffix('.').strip()
-
-
-def same_answer(given, wanted):
-    """Whether two answers are the same: as numbers where both are, else as text but for case and spaces."""
-    a, b = as_number(given), as_number(wanted)
-    if a is not None and b is not None:
-        return a == b
-    return plain(given).casefold() == plain(wanted).casefold() != ''
+PROCESS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reward_process.py')
 
 
 # ---- rewards by name: (completions, records) -> a number each
@@ -138,6 +64,12 @@ def length_penalty(length, longest, buffer):
     return -min(1.0, max(0, length - (longest - buffer)) / buffer)
 
 
+def short_names(names):
+    """{name: what logs and pages call it}: a user's function without folders, where that is still its own."""
+    short = [os.path.basename(name) for name in names]
+    return {name: end if short.count(end) == 1 else name for name, end in zip(names, short)}
+
+
 BUILT_IN = {'exact': exact, 'number': number, 'tags': tags}
 
 
@@ -168,7 +100,7 @@ class Scorer:
         self.task = task
         self.longest, self.buffer = longest, buffer
         self.servers = {}           # of users' functions, by name
-        self.last_error = ''
+        self.last_error, self.has_said_error = '', False
         for name in names:
             if ':' in name:
                 self.servers[name] = Server(name, timeout)
@@ -198,7 +130,8 @@ class Scorer:
             return BUILT_IN[name](completions, records)
         server = self.servers[name]
         values = server(completions, records)
-        self.last_error = server.last_error or self.last_error
+        if server.last_error:
+            self.last_error = f'{name}: {server.last_error}'
         return values
 
     def total(self, scores):
@@ -206,6 +139,21 @@ class Scorer:
         if any(value is None for value in scores.values()):
             return None
         return sum(weight * scores[name] for name, weight in zip(self.names, self.weights))
+
+    def explain_missing(self, columns):
+        """Which rewards of {name: (N,) numbers, NaN for none} gave none, and the last error of a function."""
+        reasons = []
+        for name, column in columns.items():
+            if n := sum(value != value for value in column):
+                reasons.append(f'{name} gave no number (None, NaN or an error) for {n} of {len(column)}')
+        return '; '.join(filter(None, (*reasons, self.last_error)))
+
+    def note_missing(self, columns):
+        """explain_missing, once: '' before a function has failed, and after the first time."""
+        if self.has_said_error or not self.last_error:
+            return ''
+        self.has_said_error = True
+        return self.explain_missing(columns)
 
     def close(self):
         for server in self.servers.values():
@@ -226,35 +174,38 @@ class Server:
             raise UserError(f'rewards: {name!r}: write path.py:function')
         if not os.path.isfile(self.path):
             raise UserError(f'rewards: {name}: no file {self.path}')
+        atexit.register(self.stop)
         self.start()
 
     def start(self):
-        program = 'import sys; from data.rewards import serve; serve(*sys.argv[1:])'
-        paths = [path for path in (ROOT, os.environ.get('PYTHONPATH')) if path]
+        # in a session of its own, so that Ctrl-C reaches only the run, which saves first
         self.process = subprocess.Popen(
-            [sys.executable, '-c', program, self.path, self.function],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8',
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+            [sys.executable, PROCESS, self.path, self.function], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, encoding='utf-8', start_new_session=True)
         hello = self.read(60)
         if hello is None:
             hello = {'error': 'its file does not finish loading'}
+        if 'missing' in hello:
+            name = hello['missing']
+            hello['error'] = f'{self.path} has no function {name}{closest(name, hello["public"])}'
         if 'error' in hello:
             self.stop()
             raise UserError(f'rewards: {self.name}: {hello["error"]}')
 
     def read(self, timeout):
         """The next line as an object; None where none came in time or the process ended."""
-        timer = threading.Timer(timeout, self.process.kill)
+        timer = threading.Timer(timeout, self.kill)
         timer.start()
         try:
             line = self.process.stdout.readline()
         finally:
             timer.cancel()
+            timer.join()
         return json.loads(line) if line else None
 
     def ask(self, completions, records):
         """Values for a batch, or None where it raised or hung (last_error says which)."""
-        if self.process.poll() is not None:
+        if self.process is None:
             self.start()
         try:
             self.process.stdin.write(json.dumps({'completions': completions, 'records': records}) + '\n')
@@ -269,10 +220,8 @@ class Server:
         if 'error' in answer:
             self.stop()
             raise UserError(f'rewards: {self.name}: {answer["error"]}')
-        if 'raised' in answer:
-            self.last_error = answer['raised']
-            return None
-        return answer['values']
+        self.last_error = answer.get('raised') or answer['trouble'] or self.last_error
+        return answer.get('values')
 
     def __call__(self, completions, records):
         if not completions:
@@ -287,59 +236,24 @@ class Server:
                 answer = self.ask([text], [record])
                 if answer:
                     value = answer[0]
-                elif self.process.poll() is not None:
+                elif self.process is None:
                     hangs += 1
             values.append(value)
         return values
 
+    def kill(self):
+        """Ends the process with all that it started, as a worker of its pool would hold the pipe open."""
+        if os.name == 'nt':
+            return self.process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)     # not yet waited for, so the number is its own
+
     def stop(self):
         if self.process is None:
             return
-        if self.process.poll() is None:
-            self.process.kill()
+        self.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):          # of a batch that was not read
+            self.process.stdin.close()
         self.process.stdout.close()
-
-
-def serve(path, name):
-    """A Server's process: answers {'completions', 'records'} with {'values'}, {'raised'} or {'error'}."""
-    pipe = os.fdopen(os.dup(1), 'w', encoding='utf-8')
-    os.dup2(2, 1)               # what the function prints goes to the console, not into the pipe
-
-    def send(**fields):
-        pipe.write(json.dumps(fields) + '\n')
-        pipe.flush()
-
-    try:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(path)))      # it may import its neighbours
-        spec = importlib.util.spec_from_file_location('reward', path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        return send(error=f'its file does not load ({type(error).__name__}: {error})')
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
-        return send(error=f'{path} has no function {name}{closest(name, public)}')
-    send(ready=True)
-    for line in sys.stdin:
-        batch = json.loads(line)
-        send(**call(function, name, batch['completions'], batch['records']))
-
-
-def call(function, name, completions, records):
-    """{'values': [number or None]}, {'raised': the function's error} or {'error': what it does wrong}."""
-    try:
-        values = function(completions, records)
-    except BaseException as error:
-        return {'raised': f'{type(error).__name__}: {error}'}
-    try:
-        values = [None if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
-        return {'error': f'{name} must return one number (or None) for each completion, in a list, not '
-                         f'{str(values)[:60]}'}
-    if len(values) != len(completions):
-        return {'error': f'{name} returned {len(values)} values for {len(completions)} completions'}
-    finite = [value is not None and math.isfinite(value) for value in values]
-    return {'values': [value if ok else None for value, ok in zip(values, finite)]}
+        self.process = None

@@ -97,6 +97,8 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
                 findings.add('calls that break their schema', f'{record.where}: {broken[0][1]}')
                 if skip_bad_rows:
                     continue
+            for remark in remarks_on(tokenizer, record):
+                findings.add(remark, record.where)
             called[record.split].update(tools_called(record))
             keys = [digest(record.prompt), digest([record.prompt, record.completion])]
             for row in chats:
@@ -123,6 +125,13 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
                                          'them whole, if the model has such a context',
     })
     return longest
+
+
+def remarks_on(tokenizer, record):
+    """What is to be said of how a Record is written; a text is written as it is."""
+    if isinstance(record.completion, str):
+        return []
+    return chat.remarks(tokenizer, record.prompt + record.completion, record.tools)
 
 
 def tools_called(record):

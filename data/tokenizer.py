@@ -12,31 +12,44 @@ from configurator import UserError
 
 # one of them makes a directory a tokenizer's
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
-NAMED_TOKENS = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+NAMED_TOKENS = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+# where tokenizer_config.json lists tokens that have no name
+EXTRA_TOKENS = ('additional_special_tokens', 'extra_special_tokens')
+TOKEN_FIELDS = ('content', 'single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 
 
 def read_json(path):
-    """The object in a JSON file; {} where there is no such file. UserError where it does not parse."""
+    """The object in a JSON file; {} where there is no such file. UserError where it does not parse, or is no
+    object."""
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
+        with open(path, encoding='utf-8-sig') as file:     # an editor's byte order mark is no JSON
+            value = json.load(file)
     except (ValueError, OSError) as error:
         raise UserError(f'{path}: not readable as JSON ({error}); '
                         'copy the file again from its source') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path}: expected a JSON object, not {str(value)[:40]}; '
+                        'copy the file again from its source')
+    return value
+
+
+def token_text(token):
+    """The text of a token as tokenizer_config.json has it: a string, or an object with its content."""
+    return token['content'] if isinstance(token, dict) else token
 
 
 class Tokenizer:
     """A tokenizer.json and what stands beside it.
 
     text: the content of tokenizer.json;  config: that of tokenizer_config.json;  stop_ids: more ids that end
-    a turn. `special` maps 'bos_token', 'eos_token', ... to strings; `chat_template` is a string, a dict by
-    name, or None; `sha256` is the hash of tokenizer.json, by which data and models recognise one another's
-    ids.
+    a turn;  generation: the content of generation_config.json. `special` maps 'bos_token', 'eos_token', ...
+    to strings; `chat_template` is a string, a dict by name, or None; `sha256` is the hash of tokenizer.json,
+    by which data and models recognise one another's ids.
     """
 
-    def __init__(self, text, config=None, stop_ids=(), chat_template=None):
+    def __init__(self, text, config=None, stop_ids=(), chat_template=None, generation=None):
         import tokenizers
         try:
             self.backend = tokenizers.Tokenizer.from_str(text)
@@ -45,19 +58,21 @@ class Tokenizer:
                             f'of the `tokenizers` library ({error})') from None
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.text, self.config = text, dict(config or {})
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.config, self.generation = dict(config or {}), dict(generation or {})
         self.chat_template = chat_template
-        named = {name: self.config.get(name) for name in NAMED_TOKENS}
-        self.special = {name: token['content'] if isinstance(token, dict) else token
-                        for name, token in named.items() if token}
+        self.special = {name: token_text(self.config[name])
+                        for name in NAMED_TOKENS if self.config.get(name)}
+        self.text = self.backend.to_str() if self._add_missing_tokens() else text
+        self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
         self.bos_id = self.id_of(self.special.get('bos_token'))
         self.eos_id = self.id_of(self.special.get('eos_token'))
         self.pad_id = self.id_of(self.special.get('pad_token'))
-        ends = {self.eos_id, self.id_of('<|im_end|>'), *stop_ids}
-        self.stop_ids = frozenset(ends - {None})
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        # a config.json may name ids of another tokenizer
+        known = [token for token in stop_ids if token in vocabulary.values()]
+        self.stop_ids = frozenset({self.eos_id, self.id_of('<|im_end|>'), *known} - {None})
+        self.without_embedding = {}
         # A char tokenizer drops what it does not know, or turns it into <unk>: there every new character is
         # tried once.
         plain = self.backend.get_vocab(with_added_tokens=False).keys() - self.special.values()
@@ -66,6 +81,39 @@ class Tokenizer:
         # of a text that continues another one.
         adds_space = self.tried is None and self.decode(self.encode('0') * 2).strip() != '00'
         self.anchor = '\n' if adds_space else ''
+
+    def _add_missing_tokens(self):
+        """Tokens that tokenizer_config.json declares and tokenizer.json lacks become the next ids, in the
+        order that transformers takes. Returns how many there were."""
+        from tokenizers import AddedToken
+        missing = {}                # content -> AddedToken
+        declared = self.config.get('added_tokens_decoder', {})
+        for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
+            settings = {key: token[key] for key in TOKEN_FIELDS if key in token}
+            missing[token['content']] = AddedToken(**settings)
+        others = [token for key, token in self.config.items()
+                  if key.endswith('_token') and key not in NAMED_TOKENS and isinstance(token, (str, dict))]
+        for key in EXTRA_TOKENS:
+            extra = self.config.get(key) or []
+            others += extra.values() if isinstance(extra, dict) else extra
+        for content in (*self.special.values(), *map(token_text, others)):
+            missing.setdefault(content, AddedToken(content, special=True))
+        present = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        return self.backend.add_tokens([missing[content] for content in missing if content not in present])
+
+    def restrict(self, num_embeddings):
+        """From now on a text with a token that has no row in a model's embedding is refused: many tokenizers
+        hold tokens that were added without one."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.without_embedding = {id: token for token, id in vocabulary.items() if id >= num_embeddings}
+        self.stop_ids = self.stop_ids - self.without_embedding.keys()
+
+    def refuse_without_embedding(self, ids):
+        for id in self.without_embedding.keys() & set(ids):
+            raise UserError(f'the text has the token {self.without_embedding[id]!r} (id {id}), for which the '
+                            'model has no embedding: leave it out of the data and the chat template, or give '
+                            'the model one in transformers (model.resize_token_embeddings(len(tokenizer)), '
+                            'save_pretrained)')
 
     def id_of(self, token):
         """The id of one token, None where the vocabulary does not have it."""
@@ -82,7 +130,14 @@ class Tokenizer:
         anchor = self.anchor if continued else ''
         cut = len(self.backend.encode(anchor, add_special_tokens=False).ids) if anchor else 0
         texts = [anchor + text for text in texts]
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:           # so the library says that it is no Unicode
+            raise UserError('a text has half a character (a surrogate without its other half): repair '
+                            'it') from None
+        if self.without_embedding:
+            for encoding in encodings:
+                self.refuse_without_embedding(encoding.ids)
         return [encoding.ids[cut:] for encoding in encodings]
 
     def decode(self, ids, skip_special_tokens=False):
@@ -123,8 +178,21 @@ class Tokenizer:
         elif self.chat_template:
             write_text(directory, 'chat_template.jinja', self.chat_template)
         write_text(directory, 'tokenizer.json', self.text)
-        config = json.dumps(config, indent=2, ensure_ascii=False)
-        write_text(directory, 'tokenizer_config.json', config + '\n')
+        write_text(directory, 'tokenizer_config.json', to_json(config))
+        # what ends a turn is neither in a tokenizer's files nor, beside an adapter, in a config.json
+        write_text(directory, 'generation_config.json', to_json({**self.generation, **self.named_ids()}))
+
+    def named_ids(self):
+        """What config.json and generation_config.json say of these ids: one, or a list of several that stop;
+        without those that there are not."""
+        stops = sorted(self.stop_ids)
+        ids = {'bos_token_id': self.bos_id, 'pad_token_id': self.pad_id,
+               'eos_token_id': stops if len(stops) > 1 else next(iter(stops), None)}
+        return {key: value for key, value in ids.items() if value is not None}
+
+
+def to_json(value):
+    return json.dumps(value, indent=2, ensure_ascii=False) + '\n'
 
 
 def write_text(directory, name, text):
@@ -139,10 +207,11 @@ def load_tokenizer(name):
     path = os.path.join(name, 'tokenizer.json')
     config = read_json(os.path.join(name, 'tokenizer_config.json'))
     if os.path.exists(path):
-        with open(path, encoding='utf-8', newline='') as file:
+        with open(path, encoding='utf-8-sig', newline='') as file:
             text = file.read()
-        if not any(config.get(key) for key in NAMED_TOKENS):
+        if 'added_tokens_decoder' not in config:            # the older files, as transformers reads them
             config.update(read_json(os.path.join(name, 'special_tokens_map.json')))
+            config.update(older_tokens(name, config))
         template = config.pop('chat_template', None)
     else:
         text, config, template = convert(name)
@@ -150,13 +219,29 @@ def load_tokenizer(name):
         template = {entry['name']: entry['template'] for entry in template}
     template_file = os.path.join(name, 'chat_template.jinja')
     if os.path.exists(template_file):
-        with open(template_file, encoding='utf-8', newline='') as file:
+        with open(template_file, encoding='utf-8-sig', newline='') as file:
             template = file.read()
-    stop_ids = set()
-    for file in ('config.json', 'generation_config.json'):
-        ends = read_json(os.path.join(name, file)).get('eos_token_id')
-        stop_ids.update(ends if isinstance(ends, list) else [ends])
-    return Tokenizer(text, config, stop_ids, template)
+    generation = read_json(os.path.join(name, 'generation_config.json'))
+    stop_ids = []
+    for file in (read_json(os.path.join(name, 'config.json')), generation):
+        ends = file.get('eos_token_id')
+        stop_ids += ends if isinstance(ends, list) else [ends]
+    try:
+        return Tokenizer(text, config, stop_ids, template, generation)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{name}: tokenizer_config.json declares its tokens in a form that is not known '
+                        f'({type(error).__name__}: {error}); copy the file again from its source') from None
+
+
+def older_tokens(name, config):
+    """The {content: id} of a directory's added_tokens.json as tokenizer_config.json has them today."""
+    ids = read_json(os.path.join(name, 'added_tokens.json'))
+    special = {token_text(config[key]) for key in NAMED_TOKENS if config.get(key)}
+    tokens = {}
+    for content, id in ids.items():
+        is_special = content in special
+        tokens[str(id)] = {'content': content, 'special': is_special, 'normalized': not is_special}
+    return {'added_tokens_decoder': tokens} if tokens else {}
 
 
 def convert(name):

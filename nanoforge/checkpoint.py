@@ -10,12 +10,15 @@ Checkpoints that survive a kill at any instant, and the output folder that they 
     checkpoints.discard_later(path)
 """
 import contextlib
+import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import os
 import secrets
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -23,15 +26,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, check_settings, from_dict
+from configurator import UserError, as_text, check_settings, from_dict, path_of
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None        # Windows
 
 TEMPORARY = '.nanoforge-tmp-'
+LOCK = '.nanoforge-lock'        # of the output folder: held by the process that writes there
 VERSION = 2         # of run_config.json; 1 had no version, and every script its own rule of what is held out
 # of a checkpoint; its other files are the model
 STATE_FILES = ('optimizer.safetensors', 'trainer_state.json')
 # of the root of the output folder, beside the model
+PARTS = ('merged', 'reward_model')      # folders there that are models
 RUN_FILES = ('log.jsonl', 'loss.png', 'reward.png', 'margins.png', 'samples.txt', 'rollouts.jsonl',
-             'rollouts.html', 'reward_model', 'manifest.json', 'last', 'best')
+             'rollouts.html', 'manifest.json', 'last', 'best', *PARTS)
 
 
 @contextlib.contextmanager
@@ -61,7 +71,8 @@ def atomic_write(path, write):
 
 def write_text(path, text):
     def write(temporary):
-        temporary.write_text(text, encoding='utf-8')
+        # half a character, of a path or a row, as JSON spells it
+        temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
         fsync(temporary)
     atomic_write(Path(path), write)
 
@@ -135,6 +146,72 @@ def checkpoint_folders(out_dir):
     return sorted(folders, key=lambda folder: folder[1]['step'])
 
 
+def checkpoints_of(out_dir, run_ids):
+    """checkpoint_folders() that these runs wrote, under the names that they gave them: what was copied or
+    renamed is somebody's own."""
+    return [(path, manifest) for path, manifest in checkpoint_folders(out_dir)
+            if manifest['run'] in run_ids and manifest.get('folder', path.name) == path.name]
+
+
+def run_of(path):
+    """What the run_config.json of the run said that wrote the model in folder `path`, {} where none is known.
+
+    A checkpoint has it in its manifest; of one without, as earlier versions wrote them, the folder around it
+    is asked, and the earlier-K in there.
+    """
+    folder = Path(os.path.realpath(resolve_link(path)))
+    for owner in (folder, folder.parent):       # the folder, or the checkpoint or run that it is a part of
+        manifest, part = read_manifest(owner / 'manifest.json'), folder.name + '/'
+        is_part = folder.name in PARTS or any(name.startswith(part) for name in manifest.get('files', ()))
+        if owner != folder and not is_part:
+            continue
+        if saved := read_manifest(owner / 'run_config.json') or manifest.get('settings'):
+            return saved
+        if manifest or owner.name.startswith('checkpoint-'):
+            for around in (owner.parent, *sorted(owner.parent.glob('earlier-*'))):
+                saved = read_manifest(around / 'run_config.json')
+                if saved and saved.get('run') == manifest.get('run', saved.get('run')):
+                    return saved
+    return {}
+
+
+def merged_config(cfg, saved):
+    """The configuration of `saved`, a run_config.json, but for the fields that were typed in cfg."""
+    merged = from_dict(type(cfg), saved['config'], cfg)
+    if saved.get('version', 1) < VERSION and hasattr(merged, 'split_rule'):
+        merged.split_rule = 'legacy'        # it goes on with the rows held out that it began with
+    return merged
+
+
+def loaded_config(cfg, path, script):
+    """(configuration, text) of a new run of `script` on the weights of a checkpoint `path`.
+
+    Model, data and training are as in the run that wrote the checkpoint, but for what is typed, for where and
+    how this run goes, and for all of the data where other data sets are typed. The text says what was taken
+    over: '' where no run of `script` is known to have written it.
+    """
+    anew = ['output_dir', 'load_checkpoint', 'resume', 'resume_from_checkpoint']
+    saved = run_of(path)
+    if saved.get('script') != script:
+        return cfg, ''
+    merged, default, taken = merged_config(cfg, saved), type(cfg)(), []
+    sections = {'model', 'training'}
+    if not cfg.typed & {'dataset_path', 'datasets'}:
+        sections.add('data')
+    if 'num_train_epochs' in cfg.typed:
+        anew.append('max_steps')            # which would beat it
+    for field in dataclasses.fields(cfg):
+        name, section = field.name, path_of(field).partition('.')[0]
+        if name in anew or section not in sections:
+            setattr(merged, name, getattr(cfg, name))
+        elif name not in cfg.typed and (value := getattr(merged, name)) != getattr(default, name):
+            if name == 'datasets':
+                value = [source.name for source in value]
+            taken.append(f'{name}={as_text(value)}')
+    check_settings(merged)
+    return merged, ', '.join(taken)
+
+
 def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     """(configuration, what run_config.json says) of the run of `script` in out_dir.
 
@@ -152,35 +229,70 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     if not is_there:
         raise UserError(f'{flag}: {out_dir} holds no run of {script} with a checkpoint; start one without '
                         f'{flag}')
-    merged = from_dict(type(cfg), saved['config'], cfg)
-    if saved.get('version', 1) < VERSION and hasattr(merged, 'split_rule'):
-        merged.split_rule = 'legacy'        # it goes on with the rows held out that it began with
+    merged = merged_config(cfg, saved)
     check_settings(merged)
     return merged, saved
 
 
-def start_fresh(run, out_dir, config, keep=None, script=None):
-    """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config'}.
+def lock_folder(folder, print0):
+    """Makes this process the one that writes in `folder`; returns the open file that holds the lock.
 
-    What an earlier run of ours left moves to out_dir/earlier-K; nothing else is touched, and a folder with
-    somebody else's model is refused. `keep`: the checkpoint that the new run loads, if it lies in there; it
-    stays where it is.
+    The system takes the lock away when the process ends, however it does. UserError where another process has
+    it. The locks are POSIX's: a child does not inherit them, and NFS passes them on to other machines. Where
+    there are none (Windows, some network file systems) it is said, and nothing is refused.
     """
-    out_dir, keep = Path(out_dir), os.path.realpath(keep) + os.sep if keep else ''
+    file = open(folder / LOCK, 'a+', encoding='utf-8')      # 'a': what the holder wrote stays
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, 'none on this system')
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise UserError(f'{folder}: another run is writing there ({holder}): stop it, wait for its end, '
+                            'or name another folder') from None
+        print0(f'note      no file locks here ({error.strerror}): a second run in {folder} would not be '
+               'refused')
+        return file
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
+
+
+def start_fresh(run, out_dir, config, keep=None, script=None, lock=None, **more):
+    """Make out_dir ready for a new run, and write its run_config.json: {'run': an id, 'script', 'config'} and
+    what `more` there is.
+
+    What the earlier run of ours in this very folder left moves to out_dir/earlier-K. Nothing else is touched,
+    be it another run in a folder in there, and a folder with somebody else's model is refused. `keep`: a path
+    or several that the new run loads; what lies in out_dir stays where it is. `lock`: called before anything
+    is written.
+    """
+    out_dir, loaded = Path(out_dir), [keep] if isinstance(keep, (str, Path)) else keep or ()
+    loaded = [os.path.realpath(resolve_link(path)) + os.sep for path in loaded if path]
     settings = out_dir / 'run_config.json'
 
+    def holds_loaded(path):
+        return any(folder.startswith(os.path.realpath(path) + os.sep) for folder in loaded)
+
     def move_earlier_run():
-        folders = [path for path, _ in checkpoint_folders(out_dir)]
+        # what a run loaded stayed here when the earlier run that wrote it was moved
+        runs = settings, *out_dir.glob(f'earlier-*/{settings.name}')
+        ids = [read_manifest(path).get('run') for path in runs]
+        folders = [path for path, _ in checkpoints_of(out_dir, ids)]
         model = set()
         for path in (out_dir, *folders):
             model.update(read_manifest(path / 'manifest.json').get('files', ()))
         paths = [*folders, *(out_dir / name for name in (*RUN_FILES, *model))]
-        paths = [path for path in paths
-                 if os.path.lexists(path) and not keep.startswith(os.path.realpath(path) + os.sep)]
+        paths = [path for path in paths if os.path.lexists(path) and not holds_loaded(path)
+                 and not (path / settings.name).exists()]       # `best` may be the name of a run of its own
         # settings last: till then the folder is known as ours
         earlier = move_aside(out_dir, [*paths, settings])
         for path in paths:
-            if keep == os.path.realpath(out_dir) + os.sep and path.relative_to(out_dir).as_posix() in model:
+            if os.path.realpath(out_dir) + os.sep in loaded and path.relative_to(out_dir).as_posix() in model:
                 # the new run loads the model of the root
                 hardlink(earlier / path.relative_to(out_dir), path)
         run.print0(f'{out_dir} held an earlier run: its files are now in {earlier}')
@@ -190,13 +302,16 @@ def start_fresh(run, out_dir, config, keep=None, script=None):
             out_dir.mkdir(parents=True, exist_ok=True)
             present = [name for name in ('config.json', 'model.safetensors', settings.name)
                        if (out_dir / name).exists()]
-            if read_manifest(settings):
-                move_earlier_run()
-            elif present:
+            if present and not read_manifest(settings):
                 raise UserError(f'{out_dir} holds a {present[0]} that nanoforge did not write: choose '
                                 'another folder')
+            if lock:
+                lock()
+            if read_manifest(settings):
+                move_earlier_run()
             write_json(settings, {'written_by': 'nanoforge', 'version': VERSION, 'run': secrets.token_hex(8),
-                                  'script': script or os.path.basename(sys.argv[0]), 'config': config})
+                                  'script': script or os.path.basename(sys.argv[0]), 'config': config,
+                                  **more})
     run.on_main(make_ready)
 
 
@@ -213,14 +328,29 @@ class Checkpoints:
 
     def __init__(self, out_dir, run, limit=2, save_only_model=False):
         self.out_dir, self.run, self.limit, self.save_only_model = Path(out_dir), run, limit, save_only_model
+        self.lock_file = None
 
-    def run_id(self):
-        return read_manifest(self.out_dir / 'run_config.json').get('run')
+    def settings(self):
+        """What run_config.json says."""
+        return read_manifest(self.out_dir / 'run_config.json')
+
+    def note(self, **changes):
+        """Changes what run_config.json says. The main rank calls it."""
+        with writing(self.out_dir):
+            write_json(self.out_dir / 'run_config.json', {**self.settings(), **changes})
 
     def own(self):
         """[(path, manifest)] of this run's checkpoints, oldest first; those of another run may lie beside."""
-        run_id = self.run_id()
-        return [pair for pair in checkpoint_folders(self.out_dir) if pair[1]['run'] == run_id]
+        return checkpoints_of(self.out_dir, {self.settings().get('run')})
+
+    def lock(self):
+        """Until unlock() no other process writes in out_dir. The main rank calls it."""
+        with writing(self.out_dir):
+            self.lock_file = lock_folder(self.out_dir, self.run.print0)
+
+    def unlock(self):
+        if self.lock_file:
+            self.lock_file.close()
 
     def latest(self):
         """The newest whole checkpoint, or None. Damaged ones are skipped, and said."""
@@ -281,8 +411,9 @@ class Checkpoints:
         self.run.on_main(write)
 
     def _write(self, path, step, write_model, optimizer, state, best):
-        manifest = {'written_by': 'nanoforge', 'run': self.run_id(), 'step': step, 'best': best,
-                    'processes': self.run.world_size, 'files': {}}
+        settings = self.settings()      # they stay with the checkpoint, whatever run comes into this folder
+        manifest = {'written_by': 'nanoforge', 'run': settings.get('run'), 'step': step, 'best': best,
+                    'processes': self.run.world_size, 'files': {}, 'settings': settings}
         while os.path.lexists(path):    # of this step already; or of another run, that we loaded; or not ours
             saved = read_manifest(path / 'manifest.json')
             if saved and (saved['run'], saved['step']) == (manifest['run'], step):
@@ -290,6 +421,7 @@ class Checkpoints:
             self.run.print0(f'{path} is there already and not of this run: saving beside it, as '
                             f'{path.name}-new')
             path = path.with_name(path.name + '-new')
+        manifest['folder'] = path.name
         folder = path.with_name(TEMPORARY + path.name)
         folder.mkdir()
         write_model(str(folder))
@@ -311,6 +443,8 @@ class Checkpoints:
         """Links, root, pruning: all follow from the manifests, so the next call does what a kill
         interrupts."""
         saved = self.own()
+        if not saved:       # it goes on from a checkpoint that was renamed
+            return
         last, best = saved[-1], next((pair for pair in reversed(saved) if pair[1]['best']), None)
         symlink(self.out_dir / 'last', last[0].name)
         if best:

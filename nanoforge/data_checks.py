@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 
 from configurator import UserError
+from data.chat import REMARKS
 
 # kind of issue: what to do about it; those of FATAL stop a run
 REMEDIES = {
@@ -23,7 +24,7 @@ REMEDIES = {
     'rows that cannot be rendered':
         'correct them, or leave them out with --skip_bad_rows',
     'fully masked rows':
-        'dropped: nothing in them is learned (an empty completion?)',
+        'dropped: nothing in them is learned (an empty completion, or an answer of weight 0?)',
     'completions that do not fit':
         'dropped',
     'prompts trimmed from the left':
@@ -34,6 +35,7 @@ REMEDIES = {
         "the template writes none, so the tokenizer's was put behind them",
     'models that never learn to stop':
         'neither template nor tokenizer has a stop token: name eos_token in tokenizer_config.json',
+    **REMARKS,
     'rows repeated in training':
         'they count twice; leave them out if that is not meant',
     'rows both trained on and held out':
@@ -78,6 +80,17 @@ class DataIssues:
             raise UserError(f'{self.examples[kind]}{more}; --skip_bad_rows leaves such rows out')
 
 
+def print_mixture(sources, system_prompts, print0):
+    """Says which data sets are mixed and which system message their rows get: who names his own data beside a
+    recipe may not mean the recipe's others, or its prompt."""
+    if len(sources) > 1:
+        names = ', '.join(f'{source.name} (weight {source.weight:g})' for source in sources)
+        print0(f'data      {len(sources)} data sets are mixed: {names}; --dataset_path=... names one in '
+               'place of all')
+    for text in filter(None, system_prompts):
+        print0(f'prompt    rows get the system message {text!r}')
+
+
 def compare_splits(rows, issues):
     """Counts rows that are there twice in training, and those both trained on and held out."""
     first = {}      # hash of a training row: its number
@@ -109,7 +122,7 @@ def show_check(cfg, tokenizer, rows, issues, run):
         run.print0(f'--- {rows.where[i]}: {rows.lengths[i]} tokens, {rows.targets[i]} learned')
         run.print0(highlight(tokenizer, *rows[i], colour=sys.stdout.isatty()))
     run.print0(f'--- {len(rows):,} rows, {rows.held_out.sum():,} of them held out, '
-               f'longest {cfg.max_length} tokens')
+               f'{issues.counts["unreadable rows"]:,} unreadable, longest {cfg.max_length} tokens')
     for line in issues.lines():
         run.print0('- ' + line)
     if not issues.counts:

@@ -16,13 +16,15 @@ from nanoforge.optim import OPTIMIZERS, SCHEDULER_NAMES
 
 SMALL_MODEL = 20_000_000    # parameters below which full fine-tuning needs a rate nearer to pretraining's
 DTYPES = ('float32', 'bfloat16', 'float16')
+MODEL_NAMES = ('model', 'model_name', 'model_id', 'model_name_or_path')  # besides, as others say
+WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what the settings of wandb need
+LORA, FOUR_BITS = ('use_lora=true',), ('load_in_4bit=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
     'model.low_cpu_mem_usage': Accepted(True, 'weights are mapped from disk, never held twice'),
     'data.remove_unused_columns': Accepted(True, 'a row is encoded as it is read, and no column is kept'),
-    'data.dataset_num_proc': Accepted(1, 'problems are tokenised in this process'),
     'training.prediction_loss_only': Accepted(True, 'an evaluation always samples and scores'),
     'training.dataloader_num_workers': Accepted(0, 'batches are made of what was just sampled'),
     'training.dataloader_pin_memory': Accepted(False, 'batches are made of what was just sampled'),
@@ -54,11 +56,12 @@ class RunFlags(Flags):
     tensorboard: bool = True  # events under logs/<run>/
     wandb_enabled: bool = setting(False, path='wandb.enabled', also=('wandb_log',))  # also log to
         # Weights & Biases
-    wandb_project: str = setting('nanoforge', path='wandb.project')  # its project
-    wandb_entity: str | None = setting(None, path='wandb.entity')  # user or team; your own if not set
-    wandb_name: str | None = setting(None, path='wandb.name', also=('wandb_run_name',))  # its run; the
-        # folder's name if not set
-    wandb_tags: list[str] = setting([], path='wandb.tags')  # words to find it by
+    wandb_project: str = setting('nanoforge', path='wandb.project', needs=WANDB)  # its project
+    wandb_entity: str | None = setting(None, path='wandb.entity', needs=WANDB)  # user or team; your own if
+        # not set
+    wandb_name: str | None = setting(None, path='wandb.name', needs=WANDB, also=('wandb_run_name',))  # its
+        # run; the folder's name if not set
+    wandb_tags: list[str] = setting([], path='wandb.tags', needs=WANDB)  # words to find it by
     # machine
     device: str = setting('auto', path='device')  # auto = cuda, mps or cpu; or cuda:1, ...
     dtype: str = setting('auto', path='dtype', choices=('auto', *DTYPES))  # of autocast on a GPU; weights
@@ -100,25 +103,27 @@ class ModelFlags(Flags):
     section = 'model'
 
     base_model_name: str = setting(  # a directory, hub name or PEFT adapter; or tiny, the embedded model
-        'tiny', also=('model', 'model_name', 'model_id', 'model_name_or_path'))
+        'tiny', also=MODEL_NAMES)
     torch_dtype: str = setting('bfloat16', choices=DTYPES)  # of frozen weights on a GPU (under LoRA, a
         # reference); what trains is float32
     use_flash_attention: bool = False  # on a GPU prefer the flash kernel; false: PyTorch chooses among the
         # fused ones
     load_in_8bit: bool = False  # hold the frozen weights under LoRA in 8 bits
     load_in_4bit: bool = False  # hold them in 4 bits: QLoRA
-    bnb_4bit_compute_dtype: str | None = setting(None, choices=DTYPES)  # of products with 4-bit weights; as
-        # all others if not set
-    bnb_4bit_quant_type: str = setting('nf4', choices=('nf4', 'fp4'))  # spacing of the 4-bit values
-    bnb_4bit_use_double_quant: bool = True  # quantise their scales, too
+    bnb_4bit_compute_dtype: str | None = setting(None, choices=DTYPES, needs=FOUR_BITS)  # of products with
+        # 4-bit weights; as all others if not set
+    bnb_4bit_quant_type: str = setting('nf4', choices=('nf4', 'fp4'), needs=FOUR_BITS)  # spacing of the
+        # 4-bit values
+    bnb_4bit_use_double_quant: bool = setting(True, needs=FOUR_BITS)  # quantise their scales, too
     use_lora: bool = False  # train low-rank adapters, not the weights themselves
-    lora_r: int = setting(8, min=1)  # rank of the adapters
-    lora_alpha: float = setting(16, above=0)  # adapters count alpha / r times
-    lora_dropout: float = setting(0.05, min=0, below=1)  # on the input of the adapters, while training
-    lora_target_modules: list[str] = []  # layers with an adapter, named as in PEFT (q_proj); empty = every
-        # linear one but the head
-    lora_bias: str = setting('none', choices=('none', 'all', 'lora_only'))  # which biases train beside the
-        # adapters
+    lora_r: int = setting(8, min=1, needs=LORA)  # rank of the adapters
+    lora_alpha: float = setting(16, above=0, needs=LORA)  # adapters count alpha / r times
+    lora_dropout: float = setting(0.05, min=0, below=1, needs=LORA)  # on the input of the
+        # adapters, while training
+    lora_target_modules: list[str] = setting([], needs=LORA)  # layers with an adapter, named as in PEFT
+        # (q_proj); empty = every linear one but the head
+    lora_bias: str = setting('none', choices=('none', 'all', 'lora_only'), needs=LORA)  # which biases train
+        # beside the adapters
     gradient_checkpointing: bool = setting(False, path='training.gradient_checkpointing')  # compute
         # activations again in backward: less memory, a third more time
 
@@ -158,6 +163,7 @@ class Source:
 class DataFlags(Flags):
     """Rows: where they come from, and how much of them is used."""
     section = 'data'
+    unread_columns = ()     # those of COLUMNS that a script's rows do not have
 
     dataset_path: str | None = setting(None, also=('data_path', 'dataset', 'dataset_name'))  # file,
         # directory, embedded set or hub data set; several with commas. It stands in for `datasets`
@@ -165,8 +171,10 @@ class DataFlags(Flags):
     answer_column: str | None = None  # column of the answer
     chosen_column: str | None = None  # column of the preferred answer
     rejected_column: str | None = None  # column of the other one
-    datasets: list[Source] = []  # the same as a list, with a weight for each
-    system_prompt: str | None = None  # template over the columns of a row: the system message of every prompt
+    datasets: list[Source] = []  # the same as a list, with a weight for each; `data.datasets=` empties that
+        # of a recipe
+    system_prompt: str | None = setting(None, empty=True)  # template over the columns of a row: the system
+        # message of every prompt; '' = none
     max_length: int | None = setting(None, min=1, also=('max_seq_length', 'max_seq_len'))  # tokens of prompt
         # and answer; the model's context if not set
     max_prompt_length: int | None = setting(None, min=1)  # tokens of the prompt
@@ -174,11 +182,17 @@ class DataFlags(Flags):
         # of rows without metadata held out, by a hash of the prompt
     split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
         # held rows out
+    skip_bad_rows: bool = False  # leave out rows that would stop the run, and say how many
+    dataset_num_proc: int = setting(1, min=1)  # processes that render and tokenise
 
     def check(self):
         super().check()
         if self.eval_fraction is None:              # null, as earlier recipes have it
             self.eval_fraction = EVAL_FRACTION
+        for name in self.unread_columns:
+            if name in self.flags:
+                read = ', '.join(column for column in COLUMNS if column not in self.unread_columns)
+                raise UserError(f'{name}: rows have no such column here, but {read}')
         named = [name for name in COLUMNS if getattr(self, name)]
         if named and not self.dataset_path:
             if not self.datasets:
@@ -207,8 +221,6 @@ class DataFlags(Flags):
 @configclass
 class LoaderFlags(Flags):
     """Rows that are rendered once and batched beside the training."""
-    dataset_num_proc: int = setting(1, path='data.dataset_num_proc', min=1)  # processes that
-        # render and tokenise
     dataloader_num_workers: int = setting(0, path='training.dataloader_num_workers', min=0)  # steps whose
         # batches a thread makes ahead
     dataloader_pin_memory: bool = setting(True, path='training.dataloader_pin_memory')  # batches in
@@ -242,8 +254,8 @@ class TrainFlags(OptimizerFlags, StepFlags):
 
     output_dir: str = setting('models', also=('checkpoint_dir', 'out_dir'))  # checkpoints, log and pictures;
         # the model to use ends up in its root
-    num_train_epochs: float | None = setting(None, above=0, also=('epochs', 'num_epochs'))  # passes over
-        # the data
+    num_train_epochs: float | None = setting(  # passes over the data
+        None, above=0, also=('epochs', 'num_epochs'), needs=('max_steps=-1',))
     max_steps: int = setting(-1, min=-1)  # optimizer steps in place of epochs; -1 = by epochs
     per_device_train_batch_size: int = setting(4, min=1, also=('batch_size', 'train_batch_size'))  # rows of a
         # micro-batch in each process
@@ -252,10 +264,10 @@ class TrainFlags(OptimizerFlags, StepFlags):
         also=('lr_scheduler', 'scheduler_type', 'training.lr_scheduler'))
     warmup_steps: int | None = setting(None, min=0)  # optimizer steps in which the rate rises
     logging_steps: int = setting(10, min=1)  # steps between log lines
-    eval_steps: int = setting(50, min=1)  # steps between evaluations
-    save_steps: int = setting(500, min=1)  # steps between checkpoints
-    save_total_limit: int | None = setting(2, min=1)  # the newest checkpoints, kept beside the best;
-        # null = all
+    eval_steps: int = setting(50, min=1, needs=('eval_strategy=steps',))  # steps between evaluations
+    save_steps: int = setting(500, min=1, needs=('save_strategy=steps',))  # steps between checkpoints
+    save_total_limit: int | None = setting(None, min=1)  # so many of the newest checkpoints are kept, and
+        # the best; null = all
     save_only_model: bool = False  # without optimizer, but for the newest, from which a run resumes
     dataloader_drop_last: bool = False  # leave out what does not fill a step at the end of an epoch
 

@@ -2,7 +2,7 @@
 reading a model directory, and causal language models outside the families (HFModel)."""
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import torch
@@ -126,8 +126,15 @@ UNSAID = {
 ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh'}
 
 
+OPTIONAL = ('n_inner',)             # GPT-2's: four times n_embd where it says nothing
+# without these there is no model of that size; transformers would take its class's own
+NEEDED = ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_inner')
+KINDS = {field.name: (int, float) if field.type is float else field.type for field in fields(GPTConfig)}
+
+
 def config_from_hf(hf):
-    """A config.json as dict -> GPTConfig, or None for an architecture outside our families."""
+    """A config.json as dict -> GPTConfig, or None for an architecture outside our families. UserError: a key
+    that is missing or has a value of another kind."""
     if hf.get('model_type') == 'nanoforge':
         return GPTConfig(**hf['nanoforge'])
     if hf.get('model_type') == 'gemma3':            # the language model of a picture model
@@ -139,7 +146,14 @@ def config_from_hf(hf):
     hf = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_activation': None, **UNSAID[arch], **hf}
     values = {**FAMILIES[arch], 'arch': arch}
     for ours, theirs in KEYS[arch].items():
-        values[ours] = hf.get(theirs) or 0
+        value = hf.get(theirs)
+        if not value and ours in NEEDED and theirs not in OPTIONAL:
+            raise UserError(f'config.json has no {theirs}: copy it again from the model\'s source')
+        is_setting = isinstance(value, KINDS[ours]) and isinstance(value, bool) == (KINDS[ours] is bool)
+        if value and (not is_setting or value < 0):
+            raise UserError(f'config.json: {theirs} is {value!r}, which is no such size or setting: copy it '
+                            'again from the model\'s source')
+        values[ours] = value or 0
     values['tied'] = bool(values['tied'])
     name = hf['activation_function'] if arch == 'gpt2' else hf['hidden_activation'] or hf['hidden_act']
     values['activation'] = ACTIVATIONS.get(name)
@@ -155,7 +169,8 @@ def config_from_hf(hf):
         values['layer_types'] = _layer_types(hf, arch)
         values['rope'] = {kind: _rope(hf, kind) for kind in set(values['layer_types'])}
         if arch.startswith('gemma'):
-            values['attn_scale'] = hf['query_pre_attn_scalar'] ** -0.5
+            values['attn_scale'] = float(hf['query_pre_attn_scalar'] ** -0.5)       # complex: no float
+        outside += [kind not in ('full_attention', 'sliding_attention') for kind in values['layer_types']]
         outside += [values['bias'] and not values['o_bias'], hf.get('partial_rotary_factor', 1.0) != 1.0]
         outside += [rope['rope_type'] not in ROPE_TYPES or rope.get('partial_rotary_factor', 1.0) != 1.0
                     for rope in values['rope'].values()]
@@ -280,7 +295,7 @@ def _to_gpt2(cfg, state):
 
 def from_hf_weights(cfg, weights):
     """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of to_hf_weights. An unknown name stays
-    as it is."""
+    as it is; so does the head of a tied model that differs from its embedding, which transformers unties."""
     state = {}
     for name, tensor in weights.items():
         name = re.sub(r'^(language_model\.)?((model|transformer)\.)?(language_model\.)?', '', name)
@@ -291,8 +306,11 @@ def from_hf_weights(cfg, weights):
             state.update(_from_gpt2(name, tensor))
         else:
             state[name] = tensor
-    if cfg.tied:
-        state.pop('lm_head.weight', None)
+    if cfg.tied and 'lm_head.weight' in state:
+        head = state.pop('lm_head.weight')
+        embedding = state.setdefault('embed_tokens.weight', head)
+        if not embedding.equal(head.to(embedding.dtype)):
+            state['lm_head.weight'] = head
     return state
 
 
@@ -383,12 +401,39 @@ def find_model(name_or_path):
     try:
         return snapshot_download(name_or_path, allow_patterns=wanted)
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
-        raise UserError(f'no model {name_or_path!r}: not a local directory, and hub and local cache do not '
-                        f'provide it ({type(e).__name__}); download it where there is a network, give its '
-                        'directory') from None
+        raise UserError(why_not_provided(name_or_path, e)) from None
+
+
+def why_not_provided(name, error):
+    """One line for what the hub's client raised: what is wrong with model `name`, and what helps."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    login = 'log in (hf auth login) or set the environment variable HF_TOKEN to a token of an account'
+    if isinstance(error, GatedRepoError):
+        return (f'{name!r} is a gated model: accept its licence on its page of the Hugging Face hub, then '
+                f'{login} that has accepted it')
+    if isinstance(error, RepositoryNotFoundError):      # a private one looks like none
+        return (f'no model {name!r}: not a local directory, and the hub has none of this name for you; check '
+                f'the spelling, or, if it is private, {login} that may read it')
+    if getattr(getattr(error, 'response', None), 'status_code', None) in (401, 403):
+        return f'the hub refuses access to {name!r}: {login} that may read it'
+    return (f'no model {name!r}: not a local directory, and hub and local cache do not provide it '
+            f'({type(error).__name__}); download it where there is a network, give its directory')
 
 
 # ---- other architectures -----------------------------------------------------------------------------------
+
+# what transformers' configurations call the bound of the logits
+SOFTCAP_KEYS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')
+
+
+def switch_dropout_off(config):
+    """In a transformers configuration and those inside it; models read it there."""
+    for key, value in vars(config).items():
+        if hasattr(value, 'to_dict'):
+            switch_dropout_off(value)
+        elif isinstance(value, float) and 'drop' in key:
+            setattr(config, key, 0.0)
+
 
 class HFModel(nn.Module):
     """Any other causal language model of transformers, behind the calls of model.GPT (without its speed).
@@ -403,21 +448,24 @@ class HFModel(nn.Module):
         super().__init__()
         self.model = model
         config = model.config.get_text_config()
+        embedding = model.get_input_embeddings().weight
+        softcaps = [getattr(config, key, None) for key in SOFTCAP_KEYS]
         self.config = SimpleNamespace(
-            arch=config.model_type, vocab_size=config.vocab_size, n_embd=config.hidden_size, dropout=0.0,
+            arch=config.model_type, vocab_size=len(embedding), n_embd=config.hidden_size, dropout=0.0,
             block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
-            tied=bool(config.tie_word_embeddings),
-            logit_softcap=getattr(config, 'final_logit_softcapping', None) or 0.0)
+            tied=self.lm_head.weight is embedding, logit_softcap=next(filter(None, softcaps), 0.0))
         self.scale = 1.0
         self.scale = self.logit_scale()
 
     @staticmethod
     def load(directory, device, dtype):
-        """A Hugging Face directory -> HFModel. Code that comes with a model is never run."""
-        from transformers import AutoModelForCausalLM
+        """A Hugging Face directory -> HFModel, without dropout. Code that comes with a model is never run."""
+        from transformers import AutoConfig, AutoModelForCausalLM
         try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            switch_dropout_off(config)
             model, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                directory, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True)
         except Exception as e:    # whatever its loading code raises, it is this directory that cannot be used
             reason = (str(e).strip() or type(e).__name__).partition('\n')[0]
@@ -429,11 +477,21 @@ class HFModel(nn.Module):
             problems += [f'{name} {problem}' for name in sorted(info[key], key=str)]
         if problems:
             raise UserError(f'{directory} does not fit its config.json: ' + '; '.join(problems[:3]))
-        return HFModel(model.to(device)).eval()
+        try:
+            return HFModel(model.to(device)).eval()
+        except (AttributeError, TypeError, ValueError, LookupError, ImportError, NotImplementedError) as e:
+            raise UserError(f'{directory}: {model.config.model_type} is not supported: it does not run as a '
+                            f'language model with one head ({type(e).__name__}: {str(e)[:120]})') from None
 
     @property
     def lm_head(self):
         return self.model.get_output_embeddings()
+
+    @property
+    def backbone(self):
+        """The model below the head; some call themselves their own base."""
+        base = self.model.base_model
+        return base if base is not self.model else self.model.model
 
     @property
     def device(self):
@@ -485,7 +543,7 @@ class HFModel(nn.Module):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of '
                             f'{self.config.block_size}: shorten it')
         if positions is None:
-            return self.model.base_model(input_ids=idx, use_cache=False).last_hidden_state
+            return self.backbone(input_ids=idx, use_cache=False).last_hidden_state
         segments, tokens = kernels.continuations(positions.expand(B, T)), idx.flatten()
         rows = [torch.cat([tokens[begin:begin + shared], tokens[start:end]])
                 for begin, shared, start, end in segments]

@@ -70,15 +70,14 @@ class Log:
                                            purge_step=None if resume_step is None else resume_step + 1)
             except ImportError:
                 run.print0('no TensorBoard events: pip install tensorboard')
+            except OSError as error:            # the output folder may lie where it can be written
+                run.print0(f'no TensorBoard events: cannot write {os.path.abspath("logs")}: {error.strerror}')
         if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise UserError('wandb is not installed: pip install wandb, or leave the flag out') from None
             settings = wandb if isinstance(wandb, dict) else {'project': wandb}
             run_id = name.replace('/', '-')
             chosen = {'name': run_id, 'id': run_id, 'resume': 'allow', 'config': header}
-            self.wandb = client.init(**{**chosen, **settings})
+            with wandb_client() as client:
+                self.wandb = client.init(**{**chosen, **settings})
         self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True,
                         leave=False, disable=not sys.stderr.isatty())
 
@@ -212,7 +211,32 @@ class Log:
 
     def _line(self, value):
         with writing(self.path):    # one unbuffered write: a kill loses nothing
-            os.write(self.file, (json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n').encode())
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n'
+            os.write(self.file, text.encode(errors='backslashreplace'))
+
+
+@contextlib.contextmanager
+def wandb_client():
+    """The module wandb; whatever it raises inside is one line. UserError where it is not installed."""
+    try:
+        import wandb
+        if not hasattr(wandb, 'init'):      # a folder wandb/, which its runs leave behind
+            raise ImportError
+    except ImportError:
+        raise UserError('wandb is not installed: pip install wandb, or leave it out '
+                        '(--no-wandb_enabled)') from None
+    try:
+        yield wandb
+    except Exception as error:
+        raise UserError(f'wandb: {error} (`wandb login` before the run, WANDB_MODE=offline, or '
+                        '--no-wandb_enabled)') from None
+
+
+def check_wandb():
+    """Logs in before models are loaded: a run shall not end when it comes to its first line."""
+    with wandb_client() as client:
+        if hasattr(client, 'login'):
+            client.login()
 
 
 def new_window():

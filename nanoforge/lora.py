@@ -17,15 +17,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
+from data.tokenizer import read_json
 from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, dithered, keep_copies
-from nanoforge.quantize import head_of, is_quantized
+from nanoforge.quantize import head_of, is_linear, is_quantized
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
 # what PEFT can put into an adapter and these layers cannot hold: refused rather than dropped
 REFUSED = ('modules_to_save', 'lora_bias', 'layer_replication', 'trainable_token_indices',
-           'target_parameters', 'alora_invocation_tokens', 'use_bdlora', 'use_qalora')
+           'target_parameters', 'alora_invocation_tokens', 'use_bdlora', 'use_qalora', 'arrow_config',
+           'kasa_config', 'monteclora_config')
+# Mamba's kernels take the matrices of these layers, past any adapter; PEFT refuses them, too
+READ_AS_MATRICES = r'\b(mixer|mamba)\.(out_proj|dt_proj)$'
+ONLY_PEFT = ', which only PEFT runs; merge it there (merge_and_unload), save and load the result'
+# ways to begin an adapter that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part of
+# it away, which PEFT computes anew whenever it loads one
+INITIALISATIONS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
 
 class Adapter(nn.Module):
@@ -153,9 +161,20 @@ def linear_groups(model):
     """{transformers' path: [our layers that make it up]} of every linear layer."""
     groups = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
+        if is_linear(layer):
             groups.setdefault(hf_name(model, path), []).append(layer)
     return groups
+
+
+def stacked_weights(model):
+    """{end of a parameter's name: how many numbers} of matrices that lie stacked in one tensor, as experts of
+    a mixture do: neither LoRA nor 4- and 8-bit weights reach them."""
+    sizes = {}
+    for name, p in model.named_parameters():
+        if p.dim() == 3 and min(p.shape) > 1:               # (1: a convolution along the tokens)
+            end = '.'.join(name.split('.')[-3:])
+            sizes[end] = sizes.get(end, 0) + p.numel()
+    return sizes
 
 
 def find_targets(model, target_modules):
@@ -165,7 +184,13 @@ def find_targets(model, target_modules):
     if named is None:
         named = ['c_attn'] if any(path.endswith('.c_attn') for path in groups) else ['q_proj', 'v_proj']
     if named == 'all-linear' or list(named) == ['all-linear']:
-        return [path for path, layers in groups.items() if head_of(model) not in layers]
+        paths = [path for path, layers in groups.items()
+                 if head_of(model) not in layers and not re.search(READ_AS_MATRICES, path)]
+        if not paths:
+            raise UserError(f'LoRA: {model.config.arch} has no linear layer that could take an adapter (its '
+                            'matrices are in layers of another kind): train the whole model, without '
+                            'use_lora')
+        return paths
     is_pattern = isinstance(named, str)
     named = [named] if is_pattern else named
 
@@ -405,7 +430,7 @@ def save_adapter(model, directory, base_model_name=None, name=None):
     os.makedirs(directory, exist_ok=True)
     weights = {key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()}
     save_file(weights, os.path.join(directory, 'adapter_model.safetensors'), metadata={'format': 'pt'})
-    with open(os.path.join(directory, 'adapter_config.json'), 'w') as f:
+    with open(os.path.join(directory, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=2)
 
 
@@ -430,6 +455,8 @@ def load_adapter(model, directory, name='default', trainable=False, any_base=Fal
         if re.search(r'(lm_head(\.base_layer)?|embed_tokens)\.weight$', key) and head is not None:
             if weights[key].shape == head.shape and weights[key].to(head).equal(head):
                 del weights[key]
+    if any('.lora_embedding_' in key for key in weights):
+        raise UserError(f'{directory} has an adapter on the embedding' + ONLY_PEFT)
     paths = adapted_paths(weights)
     if not paths:
         raise UserError(f'{file} holds no LoRA weights')
@@ -437,6 +464,8 @@ def load_adapter(model, directory, name='default', trainable=False, any_base=Fal
     mismatch = f'{directory} is an adapter for another base{for_base}: '
     groups = linear_groups(model)
     absent = [path for path in paths if path not in groups]
+    if any('.experts.' in path for path in absent):
+        raise UserError(f'{directory} has adapters on the experts of a mixture' + ONLY_PEFT)
     if absent:
         raise UserError(mismatch + f'the model has no {absent[0]}')
     before = getattr(model, 'active_adapter', None)
@@ -468,12 +497,18 @@ def read_adapter_config(directory):
     path = os.path.join(directory, 'adapter_config.json')
     if not os.path.exists(path):
         raise UserError(f'{directory} has no adapter_config.json: not an adapter')
-    with open(path) as f:
-        config = json.load(f)
+    config = read_json(path)
     refused = [f'{key} is set' for key in REFUSED if config.get(key)]
+    if config.get('init_lora_weights') not in INITIALISATIONS:
+        refused = [f'init_lora_weights is {config["init_lora_weights"]}']
     if config.get('peft_type') != 'LORA':
         refused = [f'peft_type is {config.get("peft_type")}']
     if refused:
-        raise UserError(f'{path}: {refused[0]}, which only PEFT runs; merge it there (merge_and_unload), '
-                        'save and load the result')
-    return {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        raise UserError(f'{path}: {refused[0]}' + ONLY_PEFT)
+    settings = {key: default if config.get(key) is None else config[key] for key, default in DEFAULTS.items()}
+    for key, default in DEFAULTS.items():
+        kind = (int, float) if type(default) in (int, float) else type(default)
+        if default is not None and not isinstance(settings[key], kind):
+            raise UserError(f'{path}: {key} is {settings[key]!r}, of another type than PEFT writes; copy the '
+                            'adapter again from its source')
+    return settings

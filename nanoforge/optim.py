@@ -418,7 +418,8 @@ def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentu
     """
     if name not in OPTIMIZERS:
         raise UserError(f'no optimizer {name!r}; there are {", ".join(OPTIMIZERS)}')
-    tables = {id(m.weight) for m in model.modules() if 'Embedding' in type(m).__name__}
+    from torch import nn, optim
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups = {}  # (is a matrix, is for Muon) -> [(name, parameter)]
     for key, p in model.named_parameters():
         in_a_block = any(map(str.isdigit, key.split('.')))
@@ -428,7 +429,6 @@ def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentu
               for (matrix, hidden), members in groups.items()]
     kind = {'adamw': AdamW, 'sgd': SGD, 'muon': Muon}.get(name)
     if not kind:
-        from torch import optim
         kind = {key.lower(): value for key, value in vars(optim).items() if isinstance(value, type)}[name]
     settings = dict(lr=lr, betas=betas, momentum=momentum, nesterov=nesterov, adam_lr=adam_lr,
                     ns_dtype=ns_dtype)

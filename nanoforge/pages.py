@@ -2,7 +2,8 @@
 
     rollouts_page       rollouts.html of train_rl.py: samples, the likelier and the less likely ones
     episodes_page       episodes.html of train_agents.py: trees of turns
-    explain_group       a group of completions, in words
+    explain_group       the completions of a prompt, in words
+    explain_no_signal   a run from which there was nothing to learn, in words
 
 They are made from what a run wrote down, so a resumed run's are whole.
 """
@@ -11,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from data.completions import read_completions
+from data.rewards import short_names
 from nanoforge.checkpoint import write_text
 from nanoforge.plots import BLUE, GREEN, ORANGE, read_log
 
@@ -72,12 +74,11 @@ def html_table(headers, rows, executed=None):
 STEPS_SHOWN = 12            # spread over the run, the first and the last among them
 GROUPS_SHOWN = 12           # of each step
 TEXT_SHOWN = 2000           # characters of a completion
-COLOUR_KEY = ((1, 'made likelier'), (-1, 'made less likely'),
-              (0, 'nothing to learn (equal rewards, or unscored)'))        # of an advantage
 
 
-def rollouts_page(jsonl_path, html_path, title):
-    """rollouts.jsonl as a page: of a long run some steps are shown, of a step some groups."""
+def rollouts_page(jsonl_path, html_path, title, has_critic=False):
+    """rollouts.jsonl as a page: of a long run some steps are shown, of a step some groups: the completions of
+    a prompt. With a critic they are not compared with each other."""
     by_step = {}
     for completion in read_completions(jsonl_path):
         by_step.setdefault(completion.step, []).append(completion)
@@ -86,11 +87,17 @@ def rollouts_page(jsonl_path, html_path, title):
         return
     spacing = (len(steps) - 1) / max(1, STEPS_SHOWN - 1)
     shown = sorted({steps[round(i * spacing)] for i in range(STEPS_SHOWN)})
-    note = (f'{len(shown)} of {len(steps)} rollouts, up to {GROUPS_SHOWN} groups of each; '
+    note = (f'{len(shown)} of {len(steps)} rollouts, up to {GROUPS_SHOWN} prompts of each; '
             f'all are in {Path(jsonl_path).name}.')
-    key = ''.join(cell(advantage, 1) + meaning for advantage, meaning in COLOUR_KEY)
-    parts = [html_step(step, by_step[step], is_open=step == shown[-1]) for step in shown]
-    body = '\n'.join([element('p', note) + f'<p class=key>{key}</p>', *parts])
+    if has_critic:
+        note += " An advantage is the mean over a completion's tokens, each by the critic."
+    grey = 'unscored' if has_critic else 'nothing to learn (equal rewards, or unscored)'
+    key = ''.join(cell(advantage, 1) + meaning for advantage, meaning in
+                  ((1, 'made likelier'), (-1, 'made less likely'), (0, grey)))
+    prompt = by_step[shown[0]][0].prompt
+    asked = f'<p>The first prompt, as the model read it:</p><div class=question>{escape(prompt)}</div>'
+    parts = [html_step(step, by_step[step], step == shown[-1], has_critic) for step in shown]
+    body = '\n'.join([element('p', note) + f'<p class=key>{key}</p>', asked if prompt else '', *parts])
     write_text(html_path, html_page(title, body))
 
 
@@ -108,20 +115,20 @@ def cell(advantage, strongest):
     return f'<i style="background:{shade(advantage, strongest)}"></i>'
 
 
-def html_step(step, completions, is_open):
+def html_step(step, completions, is_open, has_critic):
     groups = {}
     for completion in completions:
         groups.setdefault((completion.group, completion.agent, completion.turn), []).append(completion)
     rewards = rewards_of(completions)
     mean_reward = sum(rewards) / len(rewards) if rewards else float('nan')
     mean_length = sum(len(completion.completion_ids) for completion in completions) / len(completions)
-    facts = f'step {step}: reward {mean_reward:.3f}, {len(groups)} groups'
-    if equal := sum(map(has_equal_rewards, groups.values())):
+    facts = f'step {step}: reward {mean_reward:.3f}, {len(groups)} {"prompts" if has_critic else "groups"}'
+    if not has_critic and (equal := sum(map(has_equal_rewards, groups.values()))):
         facts += f' ({equal} with equal rewards)'
     facts += f', {mean_length:.0f} tokens a completion'
     strongest = max(abs(completion.advantage) for completion in completions)
     in_order = sorted(groups, key=lambda key: key[::2])         # by group and turn; agents as they came
-    parts = '\n'.join(html_group(key, groups[key], strongest) for key in in_order[:GROUPS_SHOWN])
+    parts = '\n'.join(html_group(key, groups[key], strongest, has_critic) for key in in_order[:GROUPS_SHOWN])
     opened = ' open' if is_open else ''
     return f'<details class=step{opened}>{element("summary", facts)}\n{parts}</details>'
 
@@ -135,15 +142,17 @@ def rewards_of(completions):
     return [completion.reward for completion in completions if completion.reward is not None]
 
 
-def html_group(key, members, strongest):
+def html_group(key, members, strongest, has_critic):
     """The completions of one prompt; in the summary a cell for each."""
     group, agent, turn = key
     members = sorted(members, key=lambda member: member.sample)
     problem = members[0].problem
-    name = f'group {group}, {agent}, turn {turn}' if agent else f'group {group}'
+    name = f'prompt {group}' if has_critic else f'group {group}'
+    if agent:
+        name += f', {agent}, turn {turn}'
     question = str(problem.get('question', ''))
     start = question if len(question) < 120 else question[:117] + '...'
-    whole = '' if start == question else f'<div class=question>{escape(question)}</div>'
+    whole = f'<div class=question>{escape(members[0].prompt or question)}</div>'
     answer = f' &rarr; {escape(str(problem["answer"]))}' if 'answer' in problem else ''
     cells = ''.join(cell(member.advantage, strongest) for member in members)
     samples = ''.join(html_sample(member, strongest) for member in members)
@@ -157,8 +166,9 @@ def html_sample(completion, strongest):
     if not completion.stopped:
         more += ', cut off'
     if len(completion.rewards) > 1:
-        parts = completion.rewards.items()
-        more += '; ' + ', '.join(f'{name.rpartition("/")[2]} {score(value, "none")}' for name, value in parts)
+        called = short_names(completion.rewards)
+        more += '; ' + ', '.join(f'{called[name]} {score(value, "none")}'
+                                 for name, value in completion.rewards.items())
     text = completion.text
     if len(text) > TEXT_SHOWN:
         text = f'{text[:TEXT_SHOWN]} ... ({len(text) - TEXT_SHOWN} more characters)'
@@ -170,28 +180,41 @@ def score(reward, missing):
     return missing if reward is None else f'{reward:g}'
 
 
-def explain_group(members):
-    """A group in words: the question, every completion with its reward and advantage, and what the update
-    made of it. members: completions of one prompt."""
+def explain_group(members, has_critic=False):
+    """The completions of one prompt in words: the question, each with its reward and advantage, and what the
+    update made of them, compared with each other or, has_critic, with what a critic expected."""
     rewards, problem = rewards_of(members), members[0].problem
     question, answer = problem.get('question', ''), problem.get('answer')
-    lines = [f'--- group {members[0].group}: {question!r}, answer {answer!r}']
+    lines = [f'--- {"prompt" if has_critic else "group"} {members[0].group}: {question!r}, answer {answer!r}']
     for member in members:
         reward = 'unscored' if member.reward is None else member.reward
         cut = '' if member.stopped else '(cut off) '
         lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{member.text!r}')
-    if len(members) == 1:
-        verdict = 'advantages come from the critic'
+    likelier = sum(member.advantage > 0 for member in members)
+    if has_critic:
+        verdict = (f'{likelier} of {len(members)} completions are made likelier: their tokens were better '
+                   'than the critic expected, in the mean')
     elif len(rewards) < 2:
         verdict = (f'nothing to learn: {len(rewards)} of {len(members)} completions have a score, '
                    'and one is compared with others')
     elif min(rewards) == max(rewards):
         verdict = f'nothing to learn: all rewards are {rewards[0]:g}, so every advantage is 0'
     else:
-        likelier = sum(member.advantage > 0 for member in members)
         verdict = (f'{likelier} of {len(members)} completions are made likelier: '
                    f'rewards from {min(rewards):g} to {max(rewards):g}')
     return '\n'.join([*lines, '  ' + verdict])
+
+
+def explain_no_signal(algorithm, rewards, completion):
+    """The end of a run in which rewards never differed, with a completion of it, or None."""
+    where = 'rollout' if algorithm == 'ppo' else 'prompt'
+    text = f'nothing was learned: no completion ever earned more than another of its {where}'
+    if completion is None:          # the run had ended before
+        return text
+    wanted = f'  wanted    {completion.problem["answer"]!r}\n' if 'answer' in completion.problem else ''
+    return (f'{text}. The first one:\n  asked     {completion.prompt[-300:]!r}\n'
+            f'  answered  {completion.text[:300]!r}\n{wanted}'
+            f'  reward    {score(completion.reward, "none")}, by {" + ".join(rewards)}')
 
 
 # ---- episodes of agents -----------------------------------------------------------------------------------

@@ -51,11 +51,6 @@ class ShardedRun(Run):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)      # over all processes
         return int(tensor)
 
-    def close(self):
-        if self.log:
-            self.log.close()
-        dist.destroy_process_group()
-
     def clip_grad_norm(self, optimizer, max_norm):
         """As the optimizer's own: the norm is that of the whole model's gradient.
 

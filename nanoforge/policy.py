@@ -8,7 +8,7 @@ from data.tokenizer import read_json
 from model import load_model
 from nanoforge.flags import SMALL_MODEL
 from nanoforge.hf import find_model
-from nanoforge.lora import add_lora
+from nanoforge.lora import add_lora, stacked_weights
 from nanoforge.quantize import check_trainable
 from nanoforge.run import seed_for
 
@@ -51,6 +51,11 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
         if run.resumed and is_adapter(run.resumed):     # a critic has adapters where the policy has them
             targets = read_json(os.path.join(run.resumed, 'adapter_config.json'))['target_modules']
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.lora_bias)
+    stacked = stacked_weights(model) if trainable and cfg.use_lora else {}
+    if stacked:
+        share = sum(stacked.values()) / model.num_params()
+        run.print0(f'note      LoRA is for linear layers: {", ".join(sorted(stacked))} ({share:.0%} of the '
+                   'parameters) get no adapter, stay as they are, and are never in 4 or 8 bits')
     if trainable:
         check_trainable(model)
     else:

@@ -81,6 +81,13 @@ def is_quantized(layer):
     return isinstance(layer, Quantized)
 
 
+def is_linear(layer):
+    """Whether it is a plain product, quantised or not. What is made in another way than nn.Linear does more,
+    as a router that returns several tensors."""
+    made_alike = type(layer).__init__ is nn.Linear.__init__
+    return isinstance(layer, nn.Linear) and (made_alike or is_quantized(layer))
+
+
 def dequantize(layer):
     """A quantised layer's weight (out, in) without adapters, in the dtype that it was quantised from."""
     if layer.bits == 4:
@@ -111,7 +118,7 @@ def quantize(model, bits=4, quant_type='nf4', double_quant=True, compute_dtype=N
                         f'{", ".join(DTYPES)}; not {bits}, {quant_type}, {compute_dtype}')
     bnb = bitsandbytes()
     layers = [(path, layer) for path, layer in model.named_modules()
-              if isinstance(layer, nn.Linear) and layer is not head_of(model)]
+              if is_linear(layer) and layer is not head_of(model)]
     if any(hasattr(layer, 'lora') or is_quantized(layer) for _, layer in layers):
         raise UserError('quantize the plain model, before add_lora and only once')
     device = torch.device(device or next(model.parameters()).device)

@@ -128,7 +128,9 @@ def load_reward_model(name_or_path, device, tokenizer):
     score = weights.pop('score.weight')
     with torch.device('meta'):
         backbone = GPT(shape)
-    load_weights(backbone, from_hf_weights(shape, weights), directory, torch.float32, device)
+    state = from_hf_weights(shape, weights)
+    state.pop('lm_head.weight', None)           # a language model's, left over
+    load_weights(backbone, state, directory, torch.float32, device)
     model = ValueModel(backbone)
     model.score.weight.data.copy_(score)
     return model.requires_grad_(False).eval()
@@ -152,19 +154,18 @@ def save_reward_model(model, tokenizer, directory):
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     save_file(weights, os.path.join(directory, 'model.safetensors'), metadata={'format': 'pt'})
     tokenizer.save(directory)
-    with open(os.path.join(directory, 'config.json'), 'w') as file:
+    with open(os.path.join(directory, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(hf, file, indent=2)
 
 
 # ---- Bradley-Terry -----------------------------------------------------------------------------------------
 
-def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=1e-4, seed=0):
+def train_reward_model(model, pairs, run, epochs=1, batch_size=32, lr=1e-4, seed=0):
     """Fits a ValueModel to preference pairs by -log sigmoid(r_chosen - r_rejected) (Bradley and Terry 1952),
     averaged over the pairs of a step.
 
-    pairs, held_out: [data.preferences.TokenPair]. Returns {'loss': of the last step, 'accuracy': the share of
-    held-out pairs whose chosen side scores higher}. The two completions of a pair lie behind one prompt,
-    which is computed once.
+    pairs: [data.preferences.TokenPair]; the two completions of one lie behind one prompt, which is computed
+    once.
     """
     optimizer = make_optimizer('adamw', model, lr, weight_decay=0.01, betas=(0.9, 0.99))
     steps, loss, step = max(1, epochs * len(pairs) // batch_size), torch.zeros(()), 0
@@ -183,7 +184,6 @@ def train_reward_model(model, pairs, held_out, run, epochs=1, batch_size=32, lr=
         step += 1
         if step % max(1, steps // 5) == 0:
             run.print0(f'reward model: step {step}/{steps}  loss {loss.item():.4f}')
-    return {'loss': loss.item(), 'accuracy': pair_accuracy(model, held_out, run, batch_size)}
 
 
 def batches(pairs, epochs, batch_size, seed):
@@ -205,6 +205,7 @@ def margins(model, pairs):
 
 @torch.no_grad()
 def pair_accuracy(model, pairs, run, batch_size=32):
+    """The share of pairs whose chosen side scores higher."""
     model.eval()
     correct = torch.zeros((), device=run.device)
     for start in range(run.rank * batch_size, len(pairs), run.world_size * batch_size):

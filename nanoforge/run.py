@@ -23,6 +23,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -30,14 +31,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError, as_dict, without_effect
+from configurator import MainRankFailed, UserError, as_dict, launched, without_effect
+from data.fingerprint import fingerprints
 from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
-                                  start_fresh, write_json)
-from nanoforge.log import Log
+                                  start_fresh)
+from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
+# settings that may name a checkpoint in the output folder
+LOADED = 'base_model_name', 'load_checkpoint', 'value_model_name', 'reward_model_path', 'gpt2_type'
 DTYPES = {'float32': torch.float32, 'fp32': torch.float32, 'bfloat16': torch.bfloat16, 'bf16': torch.bfloat16,
           'float16': torch.float16, 'fp16': torch.float16}
 
@@ -127,11 +131,17 @@ class Run:
         limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
         save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
+        only_reads = from_start or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':
                 raise UserError(f'{out_dir} holds no whole checkpoint to resume from; start anew without '
                                 f'{resume_flag}')
+            if run.resumed and not only_reads:
+                run.on_main(run.checkpoints.lock)       # a new run: where start() makes its folder
+            run.print0(f'resume    {run.resumed or "no checkpoint is whole: a new run"}')
+        if cfg.reports_to('wandb') and not only_reads:
+            run.on_main(check_wandb)
         for line in without_effect(cfg):
             run.print0(f'note      {line}')
         return run
@@ -175,23 +185,45 @@ class Run:
         self.bad_steps, self.window = saved.get('bad_steps', 0), saved.get('window')
         return state
 
-    def start(self, total_steps, step, header, log_interval, keep=None, name=None, directory=None,
-              flops_per_token=0):
+    def ended(self, state, total_steps, flag='num_train_epochs'):
+        """Where the resumed run had ended before: says how it goes on, and returns what main() does. Else
+        None.
+
+        flag    what sets its length, if not max_steps
+        """
+        cfg = self.cfg
+        has_patience = not 0 < getattr(cfg, 'patience', 0) <= state.evaluations_since_best
+        if not self.resumed or self.saved.get('ended_at') != state.step:
+            return None         # it may have been killed after its last checkpoint: there is something to do
+        if state.step < total_steps and has_patience:
+            return None
+        if getattr(cfg, 'max_steps', 0) > 0:
+            flag = 'max_steps'
+        way = f'--{flag}=N goes on, with N above {getattr(cfg, flag):g}'
+        if not has_patience:
+            way = f'--patience=0 goes on, as it stopped by patience={cfg.patience}'
+        return self.finish({'step': state.step, 'best_eval_loss': state.best_eval_loss},
+                           f'{self.checkpoints.out_dir}: the run has ended at step {state.step}; '
+                           f'{self.resume_flag} {way}')
+
+    def start(self, total_steps, step, header, log_interval, name=None, directory=None, flops_per_token=0,
+              data=()):
         """Makes the output folder ready (a fresh one, or cut back to the resumed step) and opens the log.
 
         header           what this run is, for the first line of log.jsonl
-        keep             a checkpoint that was loaded from the folder: it stays where it is
         directory, name  of the log, if not those of the output folder
+        data             what is read, as fingerprints() takes it: a resume says where it has changed
         """
         cfg, out_dir = self.cfg, str(self.checkpoints.out_dir)
+        marks = self.on_main(lambda: fingerprints(data))
         if self.resumed:
             if hasattr(cfg, 'per_device_train_batch_size'):     # else a batch is counted over all ranks
                 self.checkpoints.say_processes(self.resumed)
             self.checkpoints.discard_later(self.resumed)
-            config = {**self.saved, 'config': as_dict(cfg)}
-            self.on_main(lambda: write_json(os.path.join(out_dir, 'run_config.json'), config))
+            self.on_main(lambda: self.note_resume(marks))
         else:
-            start_fresh(self, out_dir, as_dict(cfg), keep=keep, script=self.script)
+            loaded = [getattr(cfg, name, None) for name in LOADED]
+            start_fresh(self, out_dir, as_dict(cfg), loaded, self.script, self.checkpoints.lock, data=marks)
         header = {'script': self.script, **header, 'machine': describe_device(self)}
         wandb = {key: getattr(cfg, f'wandb_{key}') for key in ('project', 'entity', 'name', 'tags')}
         wandb = {key: value for key, value in wandb.items() if value}
@@ -202,6 +234,16 @@ class Run:
         if isinstance(self.window, dict):
             self.log.take_up(self.window)
         return self.log
+
+    def note_resume(self, marks):
+        """Puts into run_config.json what was typed, and the fingerprints of the data as they are now; says
+        which are not what they were."""
+        before = self.saved.get('data') or {}       # a run of an earlier version has none
+        for name, mark in marks.items():
+            if before.get(name, mark) != mark:
+                self.print0(f'note      {name} has changed since this run was saved: from here on it trains '
+                            'on other data')
+        self.checkpoints.note(config=as_dict(self.cfg), data=marks, ended_at=None)
 
     # ---- a gradient step
 
@@ -312,6 +354,8 @@ class Run:
 
     def finish(self, metrics, text):
         """Closes everything, prints `text`, and returns the metrics of the run."""
+        if self.log:                # it trained: notes where it ended, and so that nothing is left to do
+            self.on_main(lambda: self.checkpoints.note(ended_at=self.log.last_step))
         self.close()
         self.print0(text)
         return metrics
@@ -319,7 +363,9 @@ class Run:
     def close(self):
         if self.log:
             self.log.close()
-        if self.world_size > 1:
+        if self.checkpoints:
+            self.checkpoints.unlock()
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     # ---- the ranks
@@ -374,7 +420,7 @@ class Run:
             except Exception as error:
                 failure = error
         if self.any(failure):
-            raise failure or UserError('the main rank stopped; its message says why')
+            raise failure or MainRankFailed('the main rank stopped; its message says why')
         return result
 
     def print0(self, text):
@@ -395,8 +441,7 @@ def setup(device='auto', dtype='auto', matmul='auto'):
     matmul  auto, float32, bf16. On a CPU auto is bf16 where the processor multiplies it (AVX-512 bf16, AMX).
             On CUDA it concerns what autocast leaves in float32: TF32, unless float32 is asked for.
     """
-    rank, local_rank = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    rank, local_rank, world_size = launched()
     kind, _, index = device.partition(':')
     for flag, value, known in (('device', kind, ('auto', 'cuda', 'mps', 'cpu')),
                                ('dtype', dtype, ('auto', *DTYPES)),
@@ -448,11 +493,29 @@ def setup(device='auto', dtype='auto', matmul='auto'):
         local = os.environ.get('MASTER_ADDR') in ('127.0.0.1', 'localhost', '::1')
         if local and 'lo' in dict(socket.if_nameindex()).values():
             os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')       # which is there without a network, too
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo',
-                                device_id=run.device if kind == 'cuda' else None)
+        with explain_waiting(world_size):
+            dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo',
+                                    device_id=run.device if kind == 'cuda' else None)
     for note in notes:
         run.print0(note)
     return run
+
+
+@contextlib.contextmanager
+def explain_waiting(world_size):
+    """Says for whom the ranks wait where they do not all come; UserError where torch has waited enough."""
+    where = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+    line = f'waiting for all of WORLD_SIZE={world_size} processes at {where}'
+    timer = threading.Timer(20, print, [line], {'file': sys.stderr, 'flush': True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'the WORLD_SIZE={world_size} processes do not meet at {where}: {reason}') from None
+    finally:
+        timer.cancel()
 
 
 def cpu_multiplies_bf16():

@@ -17,3 +17,63 @@ warmup_iters = 0
 eval_interval = 5
 eval_iters = 40
 log_interval = 1
+
+# ---- All other settings, with their defaults: take away a # to change one.
+
+# seed = 1337  # of data order, sampling, dropout and new weights
+# resume = False  # go on with the run in the output folder; auto: if there is one
+
+# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor,
+#     # adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
+# weight_decay = 0.1  # of matrices; norms and biases are spared
+# beta1 = 0.9  # decay of the first moment
+# beta2 = 0.99  # decay of the second: high where a step sees few tokens
+# momentum = None  # of sgd (0.9), muon (0.95)
+# grad_clip = 1.0  # highest gradient norm; 0 = no clipping
+# ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
+#     # stays constant, else 0
+# lr_scheduler = 'none'  # none = constant, or the cosine with --decay_lr (none, constant, cosine,
+#     # exponential, linear, wsd, cosine_restarts, plateau)
+# lr_decay_iters = 3500  # step at which the schedule reaches min_lr
+# min_lr = 0.0001  # the lowest, about a tenth of learning_rate
+
+# report_to = []  # where to log, as Hugging Face says it; if empty, tensorboard and wandb.enabled decide
+#     # (tensorboard, wandb, none, all)
+# tensorboard = True  # events under logs/<run>/
+# wandb_enabled = False  # also log to Weights & Biases
+# wandb_project = 'nanoforge'  # its project
+# wandb_entity = None  # user or team; your own if not set
+# wandb_name = None  # its run; the folder's name if not set
+# wandb_tags = []  # words to find it by
+
+# device = 'auto'  # auto = cuda, mps or cpu; or cuda:1, ...
+# dtype = 'auto'  # of autocast on a GPU; weights stay float32 (auto, float32, bfloat16, float16)
+# bf16 = None  # the same as dtype=bfloat16; false: float32
+# fp16 = None  # the same as dtype=float16, with loss scaling
+# matmul = 'auto'  # matrix products on a CPU; auto = bf16 where the processor has it (auto, float32, bf16)
+# num_gpus = 1  # processes on this machine, one for each GPU
+# nohup = False  # in the background: prints PID and log, logs/training_DATE_TIME.log
+
+# training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several;
+#     # multicontext: aligned streams
+# dataset_list = []  # multidataset: the data sets
+# dataset_sampling_probs = []  # multidataset: how often each is drawn; empty = equally
+# multicontext_datasets = []  # multicontext: one aligned stream of tokens each
+# block_size = None  # tokens in a row; by device: 64 on a CPU, 256 on a GPU
+
+# gpt2_type = 'gpt2'  # what init_from=gpt2 begins as: one of the four sizes, or a local model directory
+
+# arch = 'qwen3'  # family, and so the format on disk (qwen3, llama, gpt2)
+# n_layer = None  # by device: 4 on a CPU, 6 on a GPU
+# n_head = None  # by device: 4 on a CPU, 6 on a GPU
+# n_kv_head = None  # fewer key/value heads than n_head; as many if not set
+# n_embd = None  # channels; by device: 128 on a CPU, 384 on a GPU
+# n_inner = None  # width of the MLP; 8/3 n_embd when gated, else 4 n_embd
+# activation = None  # of the MLP; the family's own if not set (silu, gelu, gelu_tanh)
+# dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1
+# bias = False  # in linear layers and norms; the published GPT-2 has them
+
+# eval_only = False  # evaluate what init_from names, and stop
+# patience = 0  # stop after so many evaluations without a better one; 0 = never
+# sample_tokens = 160  # tokens sampled at each evaluation; 0 = none
+# compile = False  # torch.compile each layer: faster on a GPU after half a minute

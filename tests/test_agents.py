@@ -3,6 +3,7 @@ and short real runs."""
 import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import train_agents
 from conftest import ROOT
 from configurator import UserError, as_dict, check_settings, from_dict, parse
+from data.chat import fold_system
 from data.tasks import env as environments
 from data.tasks.env import Outcome
 from data.tokenizer import load_tokenizer
@@ -552,7 +554,8 @@ def test_levels_run_resume_and_are_evaluated(small, level):
     (['env.map_size=big'], ['env.map_size', 'big', 'int']), (['env.benchmrk=sudoku'], ['env.benchmrk', 'benchmark']),
     (['turn_order=tool_agent'], ['plan_agent']), (['turn_order=reader plan_agent'], ['reader', 'tool_agent']),
     (['filter_method=std'], ['filter_ratio']), (['filter_ratio=0.3'], ['filter_method']), (['training.epoch_size=0'], ['epoch_size']),
-    (['specialization=lora', 'GPU_num=2'], ['GPU_num', 'adapters']), (['base_models.policy_1.path=tiny'], ['policy_1', 'specialization=full']),
+    (['specialization=lora', 'GPU_num=2'], ['GPU_num', 'adapters']), (['base_models.policy_1.path=tiny', 'specialization=prompt'], ['policy_1', 'specialization=full']),
+    (['base_models.policy_1.path=tiny', 'specialization=lora'], ['policy_1', 'specialization=full']), (['env.rules=maybe'], ['env.rules', 'maybe']),
     (['base_models.policy_7.path=tiny', 'specialization=full'], ['policy_7', 'policy_0, policy_1']), (['env.dataset=polaris', 'env.benchmark=sokoban'], ['polaris', 'sokoban']),
     (['agent_policy_configs.agent_configs.agent_0.name=judge'], ['judge', 'plan_agent']), (['training.learning_rate=-1'], ['learning_rate'])])
 def test_mistakes_are_one_line(words, said, capsys):
@@ -577,7 +580,7 @@ def test_an_environment_has_its_settings_from_its_file(scratch):
     cfg = parse(Config, ['env.name=scripted', 'env.size=6', '--env.rate=2', 'env.hard=yes', 'env.path=3', 'env.seeds=7'])
     assert cfg.env == {'size': 6, 'rate': 2.0, 'hard': True, 'path': '3', 'seeds': 7} and isinstance(cfg.env['rate'], float)
     saved = as_dict(cfg)
-    assert saved['env'] == {'name': 'scripted', 'dataset': None, 'benchmark': None, 'max_turns': 4, **cfg.env}
+    assert saved['env'] == {'name': 'scripted', 'dataset': None, 'benchmark': None, 'max_turns': 4, 'rules': None, **cfg.env}
     again = parse(Config, ['env.name=scripted', 'env.size=5', 'env.seeds=a'])
     # null: of an earlier version
     resumed = from_dict(Config, {**saved, 'env': {**saved['env'], 'map_size': None}}, again)
@@ -588,8 +591,162 @@ def test_an_environment_has_its_settings_from_its_file(scratch):
         'size': 4, 'rate': 0.5, 'hard': False, 'path': 'here', 'seeds': None}
 
 
+@pytest.mark.parametrize('words', [['base_models.policy_1.path=a'], ['base_models.policy_0.path=tiny', '--base_models.policy_1.path', 'a'],
+                                   [os.path.join(ROOT, 'recipes/training/agents/sokoban.yaml'), 'base_models.policy_1.path=a']])
+def test_a_second_model_means_a_model_per_agent(words):
+    cfg = parse(Config, words)
+    assert cfg.specialization == 'full' and train_agents.paths_of(cfg) == {'policy_0': 'tiny', 'policy_1': 'a'}
+
+
+def test_a_policy_of_agent_configs_stays_what_it_is():
+    words = ['agent_policy_configs.agent_configs.agent_0.name=plan_agent', 'agent_policy_configs.agent_configs.agent_0.policy_name=policy_1']
+    assert parse(Config, [*words, 'base_models.policy_1.path=tiny']).specialization == 'prompt'
+
+
 @pytest.mark.parametrize('words, said', [('--model=x', 'base_models.policy_0.path'), ('max_steps=7', 'total_training_steps'), ('lr=0.1', 'learning_rate')])
 def test_the_words_of_other_scripts_are_known(words, said):
     cfg = parse(Config, [words])
     value = words.partition('=')[2]
     assert str(cfg.base_models['policy_0'].path if 'path' in said else getattr(cfg, said)) == value
+
+
+# ---- real models and real data -----------------------------------------------------------------------------
+
+def test_all_models_but_the_embedded_one_are_told_the_rules(small):
+    """Unless they were trained without; a team goes on, and is evaluated, as it was trained."""
+    words = ['training.total_training_steps=1', 'training.val_freq=1']
+    assert 'rules=True' in go(small, *words)
+    first = json.loads(open('logs/x/latest/episodes.jsonl').readline())['turns'][0]
+    assert [message['role'] for message in first['messages']] == ['system', 'user'] and '####' in first['messages'][0]['content']
+    assert 'rules=False' in go('tiny', *words, 'training.experiment_name=toy', 'training.total_training_steps=0')
+    first = json.loads(open('logs/toy/latest/validate/step-0.jsonl').readline())['turns'][0]
+    assert [message['role'] for message in first['messages']] == ['user']
+    for path in ('', '/last'):
+        folder = os.path.realpath(f'logs/toy/latest/checkpoints{path}')
+        assert not environments.needs_rules(folder)
+        assert environments.needs_rules(os.path.realpath(f'logs/x/latest/checkpoints{path}'))
+    assert 'rules' not in go(small, *words, 'env.rules=false', 'training.experiment_name=z').partition('task')[0]
+    # a run of an earlier version had none, and goes on without
+    path = 'logs/x/latest/checkpoints/run_config.json'
+    saved = json.load(open(path))
+    del saved['config']['env']['rules']
+    json.dump(saved, open(path, 'w'))
+    assert 'rules=False' in go(small, '--resume', 'training.total_training_steps=1')
+
+
+def test_rules_reach_a_model_whose_template_has_no_system_role(small):
+    tokenizer = load_tokenizer(small)
+    messages = [{'role': 'system', 'content': 'The rules.'}, {'role': 'user', 'content': 'Play.'}]
+    assert fold_system(tokenizer, messages) == messages
+    for first in ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}", ''):
+        tokenizer = load_tokenizer(small)
+        tokenizer.chat_template = first + ("{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                                           "{% if add_generation_prompt %}[assistant]{% endif %}")
+        assert fold_system(tokenizer, messages) == [{'role': 'user', 'content': 'The rules.\n\nPlay.'}]
+
+
+def test_a_recipes_demonstrations_are_for_the_embedded_model(small, tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('demonstrations:\n  steps: 3\n  batch_size: 8\n')
+    text = go(small, str(recipe), 'training.total_training_steps=0')
+    assert f'trains without demonstrations: they are for the embedded model, and {small} begins' in text
+    assert 'demonstrations 3/3' in go('tiny', str(recipe), 'training.total_training_steps=0', 'training.experiment_name=y')
+
+
+def test_a_team_that_no_validation_found_better_is_not_called_the_trained_one(small):
+    text = go(small, 'training.total_training_steps=1', 'training.val_freq=1')
+    assert 'no validation was better than that before the training' in text and os.readlink('logs/x/latest/checkpoints/best') == 'checkpoint-0'
+    assert 'the trained team is in logs/x/' in text and 'checkpoints/last' in text
+    state = train_agents.State(step=0)
+    assert state.note_success(0.1) and not state.note_success(0.1) and state.best_step == 0
+    state.step = 10
+    assert state.note_success(0.2) and state.best_step == 10
+
+
+def test_tensorboard_shows_a_run_once(small):
+    io_wrapper = pytest.importorskip('tensorboard.backend.event_processing.io_wrapper')
+    go(small, '--tensorboard', 'training.total_training_steps=1', 'training.val_freq=1')
+    go(small, '--tensorboard', '--resume', 'training.total_training_steps=2')
+    runs = list(io_wrapper.GetLogdirSubdirectories('logs'))
+    assert len(runs) == 1 and runs[0].startswith(os.path.join('logs', 'x', time.strftime('%Y-')))
+
+
+REAL_ROWS = {
+    'math': [{'question': f'Let $x = {n}$. Find $x^2$.', 'solution': str(n * n), 'source': 'POLARIS-Project/Polaris-Dataset-53K'} for n in range(9)],
+    'code': [{'question': f'Print the number plus {n}.', 'test_input': ['1\n', '2\n'], 'test_output': [f'{n + 1}\n', f'{n + 2}\n'],
+              'solution': f'print(int(input()) + {n})', 'examples': [['5\n', f'{n + 5}\n']], 'source': 'deepmind/code_contests'} for n in range(9)]}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the project in it, whose datasets/ and logs/ are its own."""
+    for name in ('train_agents.py', 'recipes', 'data'):
+        (tmp_path / name).symlink_to(os.path.join(ROOT, name))
+    shutil.copytree(os.path.join(ROOT, 'scripts'), tmp_path / 'scripts')
+    return tmp_path
+
+
+def bash(script, *words):
+    return subprocess.run(['bash', script, *words], capture_output=True, text=True, timeout=120, env={**os.environ, 'PYTHON': sys.executable})
+
+
+@pytest.mark.usefixtures('workers')
+@pytest.mark.parametrize('task, train, test', [('math', 'polaris', 'AIME24'), ('code', 'code_contests', 'code_contests')])
+def test_scripts_train_on_rows_of_the_hub(checkout, task, train, test):
+    """Prepare data, run the script: as it stands, and with another model."""
+    for split, name, rows in (('train', train, REAL_ROWS[task][:6]), ('test', test, REAL_ROWS[task][6:])):
+        path = checkout / 'datasets' / task / split / f'{name}.jsonl'
+        path.parent.mkdir(parents=True)
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    script = str(checkout / 'scripts' / 'train' / task / f'{task}_L1_prompt.sh')
+    done = bash(script, 'training.total_training_steps=1', 'training.epoch_size=2', 'training.train_sample_num=2', 'env.max_turns=1',
+                'training.validate_episodes=2', '--no-tensorboard', '--device=cpu', '--allow_weak_sandbox')
+    assert done.returncode == 0, done.stderr
+    assert 'the model is tiny, so the half toy: recipes/' in done.stderr
+    with open(checkout / 'logs' / f'{task}_L1_prompt' / 'latest' / 'train.log') as file:
+        said = file.read()
+    assert 'trains without demonstrations: they are made of generated problems, and these are not' in said
+    assert f'6 problems in datasets/{task}/train/{train}.jsonl' in said and f'3 problems in datasets/{task}/test/{test}.jsonl' in said
+    assert 'demonstrations ' not in said.replace('without demonstrations', '') and 'stand in' not in said
+
+
+def test_the_line_that_problems_are_generated_is_in_the_log(scratch):
+    go('tiny', 'env.benchmark=AIME24', 'training.total_training_steps=0', '--allow_weak_sandbox')
+    assert 'env.benchmark=AIME24: not in datasets/math/test, so problems of the generator' in open('logs/x/latest/train.log').read()
+
+
+SCRIPTS = sorted(glob.glob(os.path.join(ROOT, 'scripts', 'train', '*', '*.sh')))
+DOCUMENTED = {'total_training_steps': 200, 'epoch_size': 20, 'train_batch_size': 32, 'max_prompt_length': 8192, 'max_response_length': 8192,
+              'val_freq': 10}
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=os.path.basename)
+def test_a_script_has_a_half_for_tiny_and_one_for_other_models(script):
+    """What is typed beats both, the half is said, and every key of the guide is a line to edit."""
+    with open(script) as file:
+        lines = file.read()
+    for key, value in DOCUMENTED.items():
+        assert f'\n    training.{key}={value} ' in lines
+    for key in ('base_models.policy_0.path', 'training.experiment_name', 'env.dataset', 'env.benchmark'):
+        assert f'\n    {key}=' in lines
+    with_bash = ('math_L1_prompt', 'code_L0_single_agent', 'sokoban_two_policy')       # each takes a second
+    if os.path.basename(script).removesuffix('.sh') not in with_bash:
+        return
+    resolved = {}
+    for half, words in (('toy', []), ('real', ['--model', 'some/model']), ('typed', ['base_models.policy_0.path=some/model', '--val_freq=7'])):
+        done = bash(script, *words, '--print_config')
+        assert done.returncode == 0 and f'so the half {"toy" if half == "toy" else "real"}: ' in done.stderr, done.stderr
+        resolved[half] = json.loads(done.stdout)
+    name = os.path.basename(script).removesuffix('.sh')
+    assert {cfg['training']['experiment_name'] for cfg in resolved.values()} == {name}
+    assert resolved['toy']['demonstrations']['steps'] >= 200 and resolved['toy']['training']['max_response_length'] <= 80
+    assert resolved['real']['demonstrations']['steps'] == 0
+    assert {key: resolved['real']['training'][key] for key in DOCUMENTED} == DOCUMENTED
+    assert resolved['typed']['training'] == {**resolved['real']['training'], 'val_freq': 7}
+
+
+def test_a_script_refuses_what_its_lines_would_replace():
+    done = bash(SCRIPTS[0], 'mine.yaml')
+    assert done.returncode == 2 and 'run python train_agents.py mine.yaml instead' in done.stderr
+    done = bash(SCRIPTS[0], 'training.val_frq=7')
+    assert done.returncode == 2 and 'did you mean' in done.stderr and 'so the half' not in done.stderr

@@ -429,7 +429,8 @@ def test_nanogpt_without_meta_is_gpt2(tmp_path, small_gpt2):
     ('a.txt', b'a\0b', {}, 'not a text file'),
     ('a.jsonl', b'{"text": "a"}\n{"text"\n', {}, 'a.jsonl, line 2: not JSON'),
     ('a.jsonl', b'{"text": "a"}\n{"body": "b"}\n', {}, "a.jsonl, line 2: 'text' must be text, not NoneType.*--field"),
-    ('a.jsonl', b'["a"]\n', {}, "line 1: 'text' must be text"),
+    ('a.jsonl', b'"a"\n', {}, "line 1: 'text' must be text"),
+    ('a.jsonl', b'[{"text": "a"}, {"text": "b"}]\n', {}, 'line 1: a list, where a JSON Lines file has one object on each line'),
     ('a.jsonl', b'{"text": "\\ud800"}\n', {}, 'line 1: .*half a character'),
     ('a.parquet', b'PAR1', {}, 'not a parquet file'),
     ('a.txt', b'some text here', {'tokenizer': 'zzz'}, '--tokenizer=zzz is not char, byte, gpt2, bpe'),
@@ -491,3 +492,10 @@ def test_command(tmp_path, monkeypatch):
 def test_mistakes_on_the_command_line_are_one_line(argv):
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    from data.documents import read_files
+    path = tmp_path / 'book.txt'
+    path.write_bytes(b'\xef\xbb\xbfonce upon\r\na time')
+    assert ''.join(text for _, text in read_files([str(path)])) == 'once upon\r\na time'

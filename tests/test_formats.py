@@ -1,5 +1,7 @@
 """Every documented format and place of rows is read; forty kinds of malformed input are each refused
 by a check of their own."""
+import datetime
+import decimal
 import inspect
 import json
 import os
@@ -8,12 +10,13 @@ import subprocess
 import sys
 import traceback
 
+import numpy as np
 import pytest
 
 from configurator import UserError
 from data import formats
 from data.batches import best_fit
-from data.formats import Source, broken_calls, read_rows, to_record
+from data.formats import Source, broken_calls, read_rows, split_of_row, to_record
 from data.parallel_map import map_chunks
 from data.tasks import devices, toolcalls
 
@@ -52,17 +55,30 @@ def test_formats(row, prompt, completion):
     assert (record.prompt, record.completion, record.split, record.tools) == (prompt, completion, 'train', None)
 
 
-def test_tool_calls_as_objects_and_as_json_strings_without_nulls():
+def test_tool_calls_as_objects_and_as_json_strings():
     as_text = {'id': '1', 'function': {'name': 'ring', 'arguments': '{"who": "Tom"}'}}
-    filled = {'function': {'name': 'ring', 'arguments': {'who': 'Tom', 'minutes': None}}, 'id': None}
+    unset = {'function': {'name': 'ring', 'arguments': {'who': 'Tom'}}, 'id': None}
     null_tool = json.loads(json.dumps(TOOL))
-    null_tool['function']['parameters']['properties']['minutes'] = None
-    for call, tool in ((CALL, TOOL), (as_text, TOOL), (filled, null_tool), (CALL, json.dumps(TOOL))):
+    null_tool['function']['parameters']['properties']['minutes'] = None         # no schema: a key that Arrow filled in
+    for call, tool in ((CALL, TOOL), (as_text, TOOL), (unset, null_tool), (CALL, json.dumps(TOOL))):
         tools = f'[{tool}]' if isinstance(tool, str) else [tool]
         record = to_record({**calling(call, metadata='eval'), 'tools': tools}, 'x')
         assert record.completion[0]['tool_calls'][0]['function'] == CALL['function']
         assert record.tools == [{'type': 'function', **TOOL}] and record.split == 'eval'
         assert not broken_calls(record)
+
+
+def test_a_null_that_somebody_wrote_stays():
+    """As an object as in a JSON string; where the schema does not allow it that is said."""
+    schema = {'type': 'object', 'properties': {'unit': {'type': ['string', 'null'], 'default': None}, 'kind': {'const': None, 'enum': [None]}}}
+    for arguments in ({'unit': None}, '{"unit": null}'):
+        row = chat(ASK, {'role': 'assistant', 'content': None, 'tool_calls': [{'function': {'name': 'set', 'arguments': arguments}}]},
+                   tools=[{'name': 'set', 'description': None, 'parameters': schema}])
+        record = to_record(row, 'x')
+        assert record.completion[0]['tool_calls'][0]['function']['arguments'] == {'unit': None}
+        assert record.tools[0]['function'] == {'name': 'set', 'parameters': schema} and not broken_calls(record)
+    call = {'function': {'name': 'ring', 'arguments': {'who': None}}}
+    assert broken_calls(to_record(calling(call), 'x')) == [('wrong type', 'ring: who=null is not of type string')]
 
 
 def test_columns_and_system_prompt_of_a_recipe():
@@ -90,6 +106,52 @@ def test_places(tmp_path):
         assert [row for _, row in read_rows(name)] == wanted, name
     assert [row['answer'] for _, row in read_rows(str(tmp_path / 'set'), 'test')] == ['test']
     assert [where for where, _ in read_rows(files[0])][1] == f'{files[0]} line 2'
+
+
+@pytest.mark.parametrize('text', [
+    'question, answer\nwhat?, it\n"a, b", "c, d"\n', '\ufeffquestion;answer\nwhat?;it\na, b;c, d\n', 'question\tanswer\nwhat?\tit\na, b\tc, d\n',
+    '\ufeff question ,answer \r\nwhat?,it\r\n\r\n"a, b","c, d"\r\n'])
+def test_a_csv_as_spreadsheets_write_it(tmp_path, text):
+    """Spaces behind the commas, a byte order mark, semicolons, tabs."""
+    (tmp_path / 'rows.csv').write_bytes(text.encode())
+    assert [row for _, row in read_rows(str(tmp_path / 'rows.csv'))] == [{'question': 'what?', 'answer': 'it'}, {'question': 'a, b', 'answer': 'c, d'}]
+
+
+def test_a_space_that_belongs_to_a_cell_stays(tmp_path):
+    (tmp_path / 'rows.csv').write_text('prompt,completion\n2 +, 3\n')
+    assert next(read_rows(str(tmp_path / 'rows.csv')))[1] == {'prompt': '2 +', 'completion': ' 3'}
+
+
+def test_values_of_arrow_become_those_of_json(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    row = {'question': 'when?', 'answer': decimal.Decimal('2.50'), 'n': decimal.Decimal('3.00'), 'at': datetime.datetime(2024, 1, 2, 3),
+           'day': datetime.date(2024, 1, 2), 'raw': b'caf\xc3\xa9 \xff', 'took': datetime.timedelta(hours=1), 'unset': None}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / 'rows.parquet')
+    (where, read), = read_rows(str(tmp_path / 'rows.parquet'))
+    assert read == {'question': 'when?', 'answer': 2.5, 'n': 3, 'at': '2024-01-02T03:00:00', 'day': '2024-01-02', 'raw': 'café \\xff', 'took': '1:00:00'}
+    assert to_record(read, where).completion[0]['content'] == '2.5'
+    assert formats.as_json({'a': np.float32(0.5), 'b': np.arange(3), 'c': {'y', 'x'}, 4: (1, True)}) == {'a': 0.5, 'b': [0, 1, 2], 'c': ['x', 'y'], '4': [1, True]}
+
+
+def test_nan_of_pandas_is_no_text():
+    nan = float('nan')
+    for row in ({'question': nan, 'answer': 'a'}, {'question': 'q', 'answer': nan}, {'text': nan}, {'question': 'q', 'answer': float('inf')},
+                {'prompt': 'p', 'completion': nan}, chat(ASK, {**ANSWER, 'content': nan}), {'messages': nan}):
+        with pytest.raises(UserError, match='null|expected|no value of JSON'):
+            to_record(row, 'x')
+    # a cell that is not set, as null
+    record = to_record({**chat(ASK, ANSWER), 'tools': nan, 'metadata': nan}, 'x', Source(), 'Be {tools}kind.')
+    assert record.tools is None and record.prompt[0]['content'] == 'Be kind.'
+
+
+def test_metadata_is_a_split_only_where_it_says_one():
+    for metadata in ({'source': 'web'}, 'gsm8k', ['eval'], 7, {}):
+        assert split_of_row({'metadata': metadata}) is None and to_record({**chat(ASK, ANSWER), 'metadata': metadata}, 'x').split == 'train'
+    assert [split_of_row({'metadata': metadata}) for metadata in ('train', 'eval', None, '')] == ['train', 'eval', 'train', 'train'] and split_of_row({}) is None
+    for metadata in ('test', 'Train', 'validation '):
+        with pytest.raises(UserError, match='must be exactly'):
+            split_of_row({'metadata': metadata})
 
 
 def test_rows_keep_their_own_keys(tmp_path):
@@ -128,14 +190,15 @@ FILES = [
     ('number.jsonl', '{"text": "a"}\n7\n', 'line 2: expected an object'), ('object.json', '{"version": 1}', 'expected a list of rows'),
     ('pairs.json', '{"qa_pairs": 3}', '"qa_pairs" is int'), ('word.json', '"text"', 'one str'), ('empty.jsonl', '\n', 'holds no row'),
     ('long.csv', 'question,answer\na,b,c\n', 'more cells'), ('short.csv', 'question,answer\na\n', "before column 'answer'"),
+    ('one_list.jsonl', '[{"text": "a"}, {"text": "b"}]', 'a JSON list of objects is named .json'), ('twice.csv', 'text,text\na,b\n', "two columns are called 'text'"),
     ('quote.csv', 'question,answer\n"a,b\n', 'not a CSV'), ('bad.parquet', 'PAR1', 'not a whole parquet'), ('folder/', None, 'no data in'),
     ('only_test/test.jsonl', '{"text": "a"}', 'no file of the split'), ('what ever', None, 'no name of a data set'),
 ]
 ROWS = [
-    ({'mesages': []}, "did you mean 'messages' by 'mesages'"), ({'a': 'x', 'b': 'y'}, 'data.datasets[0].prompt_column'),
+    ({'mesages': []}, "did you mean 'messages' by 'mesages'"), ({'a': 'x', 'b': 'y'}, '--prompt_column'),
     ({'chosen': 'a', 'rejected': 'b'}, 'train_dpo.py'), ({'text': None}, 'null'), ({'text': ['a']}, 'expected a text'),
     ({'question': ' ', 'answer': 'a'}, 'question: an empty text'), (chat(ASK, ANSWER, metadata='Eval'), "exactly 'eval'"),
-    (chat(ASK, ANSWER, metadata='test'), 'neither "train" nor "eval"'), ({'messages': 'hi'}, 'expected a list'),
+    ({'messages': 'hi'}, 'expected a list'),
     ({'messages': '[{"role"'}, 'not a JSON list'), (chat(), 'an empty list'), (chat('hi'), 'expected {"role"'),
     (chat({'content': 'a'}), 'no "role"'),
     (chat({'role': 'User', 'content': 'a'}, ANSWER), "did you mean 'user'"), (chat({'role': 'user'}, ANSWER), 'without content'),
@@ -155,6 +218,8 @@ ROWS = [
     ({'conversations': [{'from': 'human', 'text': 'a'}]}, '"value" must be'),
     ({'prompt': 'a', 'completion': [ANSWER]}, 'make both the same'),
     ({'prompt': [ASK], 'completion': [ASK]}, 'one message from the assistant'),
+    (chat(ASK, {**ANSWER, 'weight': 0.5}), 'an answer has 1 (learned) or 0'), ({'question': 'cut \ud83d', 'answer': 'a'}, "behind 'cut '"),
+    (calling({'function': {'name': 'ring', 'arguments': {'who': float('nan')}}}), 'nan is no value of JSON'),
 ]
 COLUMNS = [({'q': 'a', 'answer': 'b'}, Source(prompt_column='question'), None, "no column 'question'"),
            ({'question': 'a', 'answer': 'b'}, Source(dataset_columns=['question']), '{questoin}', "did you mean 'question'"),

@@ -2,13 +2,14 @@
 and no reward without a solution."""
 import copy
 import itertools
+import json
 import random
 
 import pytest
 
 from configurator import UserError
 from data.chat import prompt_ids
-from data.tasks import env, plan_path, sokoban, sudoku
+from data.tasks import env, plan_path, sokoban, stored, sudoku
 from data.tokenizer import load_tokenizer
 from model import find_model
 
@@ -17,7 +18,14 @@ SIGNS = {'U': (-1, 0), 'D': (1, 0), 'L': (0, -1), 'R': (0, 1)}
 
 
 def settings(game):
-    return {name: default for name, (default, _) in game.SETTINGS.items()}
+    """The defaults of env.*; no file is read."""
+    return {**{name: default for name, (default, _) in game.SETTINGS.items()}, 'data_dir': None}
+
+
+@pytest.fixture(autouse=True)
+def nothing_read():
+    for function in (stored.warn, stored.rows_of, stored.stored_problems):
+        function.cache_clear()
 
 
 def some(game, n=50, split='train', seed=0, **changes):
@@ -263,6 +271,61 @@ def test_prompts_fit_the_embedded_model(game):
     assert longest < 250
     explained = game.Env({**some(game, 1)[0], 'rules': True}).prompt('plan_agent')
     assert [message['role'] for message in explained] == ['system', 'user'] and '####' in explained[0]['content']
+
+
+def store(tmp_path, game, split, problems):
+    """A file as load_sokoban.py writes it."""
+    path = tmp_path / 'game' / split / f'{game.__name__.rpartition(".")[2]}.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{'question': game.Env(problem).prompt('plan_agent')[-1]['content'], 'problem': problem} for problem in problems]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return path
+
+
+@pytest.mark.parametrize('game', GAMES)
+def test_prepared_puzzles_are_played(game, tmp_path, capsys):
+    """Those of the size that is asked for; held-out ones are no training puzzles; where none fits the
+    generator goes on as without files."""
+    made, held = some(game, 12, seed='mine'), some(game, 5, 'eval', 'mine')
+    store(tmp_path, game, 'train', [*made, held[0]])
+    store(tmp_path, game, 'test', held)
+    found = some(game, 12, data_dir=str(tmp_path), rules=True)
+    key = 'grid' if game is sudoku else 'walls'
+    assert sorted(str(p[key]) for p in found) == sorted(str(p[key]) for p in made) and all(p['rules'] for p in found)
+    assert '1 of 13 problems dropped: a held-out file has them too' in capsys.readouterr().err
+    found = some(game, 5, 'eval', data_dir=str(tmp_path), dataset=game.__name__.rpartition('.')[2])
+    assert sorted(str(p[key]) for p in found) == sorted(str(p[key]) for p in held)
+    for problem in found:
+        env = game.Env(problem)
+        act(env, 'plan_agent', env.solution('plan_agent'))
+        assert env.success
+    size = 9 if game is sudoku else 7
+    others = {'map_size': size, 'max_blanks': 9} if game is sudoku else {'map_size': size}
+    assert some(game, 3, data_dir=str(tmp_path), **others) == some(game, 3, data_dir=None, **others)
+    assert '0 of the 12 are of the size that env.* asks for: the generator makes others' in capsys.readouterr().err
+
+
+def test_the_other_spelling_of_sudoku_reads_the_same_file(tmp_path):
+    store(tmp_path, sudoku, 'train', some(sudoku, 3, seed='mine'))
+    assert some(sudoku, 3, data_dir=str(tmp_path), dataset='suduku') == some(sudoku, 3, data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize('game, change', [(sokoban, {'walls': [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]], 'box': [3, 3]}),
+                                          (plan_path, {'goal': None}), (sudoku, {'solution': [[1, 1, 1, 1]] * 4})])
+def test_a_puzzle_without_a_solution_is_one_line(game, change, tmp_path):
+    problem, = some(game, 1)
+    path = store(tmp_path, game, 'train', [problem])
+    row = json.loads(path.read_text())
+    row['problem'].update(change)
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match='jsonl line 1: "problem" must be a puzzle that can be solved'):
+        some(game, 1, data_dir=str(tmp_path))
+    path.write_text('{"question": "a"}')
+    stored.stored_problems.cache_clear(), stored.rows_of.cache_clear()
+    with pytest.raises(UserError, match='jsonl line 1: "problem" must be'):
+        some(game, 1, data_dir=str(tmp_path))
+    with pytest.raises(UserError, match='env.dataset=chess: .* has no such file'):
+        some(game, 1, data_dir=str(tmp_path), dataset='chess')
 
 
 @pytest.mark.parametrize('game, wrong', [(plan_path, {'map_size': 2}), (plan_path, {'min_moves': 90}), (sokoban, {'map_size': 3}),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -17,12 +18,15 @@ from transformers import AutoModelForCausalLM
 from bench import roundtrip
 from configurator import UserError
 from conftest import ROOT
+from data.chat import render
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, load_model, save_model
 from nanoforge import kernels
 from nanoforge.decode import make_decoder
 from nanoforge.hf import FAMILIES as FIELDS
-from nanoforge.hf import UNSAID, from_hf_weights
+from nanoforge.hf import UNSAID, HFModel, from_hf_weights, why_not_provided
+from nanoforge.lora import add_lora, find_targets, stacked_weights
+from nanoforge.optim import make_optimizer
 from sample import generate, logp_gap
 
 transformers.logging.set_verbosity_error()
@@ -385,6 +389,29 @@ def test_small_differences_of_old_files(pairs, tmp_path):
     close(load_model(str(tmp_path))[0](tokens(2, 9)), ours(tokens(2, 9)), 0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('family', ['gpt2', 'smollm', 'gemma3'])
+def test_a_tied_model_whose_file_has_another_head(pairs, family, tmp_path):
+    """It is untied, as transformers does; and where the head alone is there, the embedding is that."""
+    _, ours, directory = pairs(family)
+    embedding = 'transformer.wte.weight' if family == 'gpt2' else 'model.embed_tokens.weight'
+    shutil.copytree(directory, tmp_path / 'own')
+    edit_weights(tmp_path / 'own', lambda weights: {**weights, 'lm_head.weight': weights[embedding] + 0.1})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'own', attn_implementation='eager')
+    idx = tokens(2, 20)
+    own = load_model(str(tmp_path / 'own'))[0]
+    close(own(idx), theirs(idx).logits)
+    assert not own.config.tied and (own(idx) - ours(idx)).abs().max() > 0.1
+    save_model(own, None, str(tmp_path / 'saved'))
+    close(load_model(str(tmp_path / 'saved'))[0](idx), own(idx), 0)
+    close(AutoModelForCausalLM.from_pretrained(tmp_path / 'saved', attn_implementation='eager')(idx).logits, own(idx))
+
+    shutil.copytree(directory, tmp_path / 'head')
+    edit_weights(tmp_path / 'head', lambda weights: {
+        'lm_head.weight' if name == embedding else name: w for name, w in weights.items()})
+    close(load_model(str(tmp_path / 'head'))[0](idx), ours(idx), 0)
+
+
 def test_half_precision(pairs):
     _, ours, directory = pairs('gemma3')
     model = load_model(directory, dtype=torch.bfloat16)[0]
@@ -502,6 +529,34 @@ def test_keys_that_do_not_fit(pairs, tmp_path):
     refused(directory, 'lm_head.weight is missing')
 
 
+@pytest.mark.parametrize('family, changes, words', [
+    ('qwen2', dict(num_hidden_layers=None), 'no num_hidden_layers'),
+    ('qwen2', dict(hidden_size='32'), "hidden_size is '32'"),
+    ('llama2', dict(num_attention_heads=-4), 'num_attention_heads is -4'),
+    ('gpt2', dict(n_embd=None, n_head=0), 'no n_head'),
+    ('gemma3', dict(rope_parameters=3), 'config.json'),
+    ('llama2', dict(hidden_act=['silu']), 'config.json'),
+    ('llama2', dict(model_type={}), 'config.json'),
+])
+def test_a_config_that_lacks_a_key_or_has_another_kind_of_value(pairs, family, changes, words, tmp_path):
+    directory = broken(pairs, tmp_path, family)
+    edit_config(directory, **changes)
+    refused(directory, directory, words)
+
+
+def test_what_the_hub_does_not_give():
+    """The client's own errors, made without a network."""
+    from huggingface_hub import errors
+    refusal = SimpleNamespace(status_code=403, headers={}, request=None)
+    gated = why_not_provided('org/name', errors.GatedRepoError('no', response=refusal))
+    assert all(word in gated for word in ('org/name', 'gated', 'licence', 'log in', 'HF_TOKEN')) and 'network' not in gated
+    private = why_not_provided('org/name', errors.RepositoryNotFoundError('no', response=refusal))
+    assert all(word in private for word in ('spelling', 'log in', 'HF_TOKEN'))
+    assert 'HF_TOKEN' in why_not_provided('org/name', errors.HfHubHTTPError('no', response=refusal))
+    offline = why_not_provided('org/name', errors.LocalEntryNotFoundError('no'))
+    assert 'network' in offline and 'HF_TOKEN' not in offline
+
+
 def tokenizer_of(size):
     vocabulary = {'<unk>': 0, **{f't{i}': i for i in range(1, size)}}
     return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, '<unk>')).to_str())
@@ -515,6 +570,22 @@ def test_a_tokenizer_of_another_model(pairs, tmp_path):
     refused(directory, '100', '99', 'another model')
 
 
+def test_a_token_that_was_added_without_an_embedding(pairs, tmp_path):
+    """The model loads; only a text that has the token is refused, and a chat that would end with it."""
+    directory = broken(pairs, tmp_path)
+    backend = tokenizer_of(99).backend
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(['<tool>', '<end>'])
+    config = {'eos_token': '<end>'}
+    Tokenizer(backend.to_str(), config, chat_template='{% for m in messages %}{{ m.content }} {% endfor %}').save(directory)
+    _, tokenizer = load_model(directory)
+    assert tokenizer.encode('t1 t2') == [1, 2] and tokenizer.stop_ids == {2}
+    with pytest.raises(UserError, match="'<tool>'.*resize_token_embeddings"):
+        tokenizer.encode('t1 <tool>')
+    with pytest.raises(UserError, match='<end>'):
+        render(tokenizer, [{'role': role, 'content': 't1'} for role in ('user', 'assistant')])
+
+
 def test_rows_longer_than_the_context(pairs):
     for family in ('gpt2', 'llama2'):
         ours = pairs(family)[1]
@@ -526,6 +597,66 @@ def test_rows_longer_than_the_context(pairs):
 # ---- architectures outside the families --------------------------------------------------------------------
 
 OTHERS = {'GPTNeoX': {}, 'Phi': {}, 'Granite': dict(logits_scaling=8.0, embedding_multiplier=3.0)}
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'rope_theta': 1e4, 'original_max_position_embeddings': 16}
+NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+EXPERTS = dict(SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+TRAINED = {
+    'Llama': dict(SIZES, rope_parameters=YARN), 'Olmo2': SIZES, 'Phi3': {**SIZES, **NO_TOKENS}, 'Cohere': SIZES,
+    'SmolLM3': {**SIZES, **NO_TOKENS}, 'GPTNeoX': {**SIZES, 'num_key_value_heads': 4}, 'Qwen3Moe': EXPERTS,
+    'Mixtral': dict(SIZES, num_local_experts=4), 'Phimoe': dict(SIZES, num_local_experts=4),
+    'RecurrentGemma': dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                           num_attention_heads=4, lru_width=32, attention_window_size=16),
+    'OPT': dict(vocab_size=99, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=1, dropout=0.5)}
+
+
+def other(name, directory):
+    """Saves a random model of an architecture outside the families; returns transformers' model."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(getattr(transformers, f'{name}Config')(**TRAINED[name])).eval()
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+@pytest.mark.parametrize('name', TRAINED)
+def test_other_architectures_train_and_come_back(name, tmp_path):
+    """A step of every parameter, a step of adapters alone; what is saved opens here and there."""
+    theirs, idx = other(name, tmp_path / 'there'), tokens(2, 12)
+    for lora in (False, True):
+        ours = load_model(str(tmp_path / 'there'))[0]
+        with torch.no_grad():
+            close(ours(idx), theirs(idx).logits)
+            if name != 'Phimoe':                            # whose router draws lots in training
+                close(ours.train()(idx), theirs(idx).logits)            # no dropout
+        if lora:
+            add_lora(ours, 4, 8, 0.0, 'all-linear')
+        optimizer, losses = make_optimizer('muon', ours.train(), 1e-2), []
+        for _ in range(2):
+            loss = -ours(idx[:, :-1], idx[:, 1:]).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[1] < losses[0]
+        save_model(ours.eval(), None, str(tmp_path / f'lora_{lora}'))
+        with torch.no_grad():
+            close(load_model(str(tmp_path / f'lora_{lora}'))[0](idx), ours(idx))
+            if not lora:
+                close(AutoModelForCausalLM.from_pretrained(tmp_path / 'lora_False')(idx).logits, ours(idx))
+
+
+def test_what_lora_leaves_out_is_known(tmp_path):
+    """Stacked experts and matrices in other layers than linear ones."""
+    other('Qwen3Moe', tmp_path / 'experts')
+    experts = stacked_weights(load_model(str(tmp_path / 'experts'))[0])
+    assert experts == {'mlp.experts.gate_up_proj': 4 * 4 * 32 * 32, 'mlp.experts.down_proj': 4 * 4 * 32 * 16}
+    mamba = HFModel(transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, state_size=8)))
+    assert find_targets(mamba, 'all-linear') == [f'backbone.layers.0.mixer.{name}' for name in ('in_proj', 'x_proj')]
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True))
+    theirs.save_pretrained(tmp_path / 'conv')
+    with pytest.raises(UserError, match='gpt2 has no linear layer .* without use_lora'):
+        add_lora(load_model(str(tmp_path / 'conv'))[0], target_modules='all-linear')
 
 
 @pytest.mark.parametrize('name', OTHERS)
@@ -588,9 +719,9 @@ def test_check_says_what_it_finds(pairs, monkeypatch, capsys):
 
 # ---- torch.compile -----------------------------------------------------------------------------------------
 
-def test_compiled_layers_have_the_same_gradients():
+def test_compiled_layers_have_the_same_gradients(recwarn):
     """Layer by layer, as train_gpt.py compiles them, in the plain forms that a GPU takes,
-    without a graph break."""
+    without a graph break, and without a warning on the console."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**FIELDS['qwen3'], **{**SMALL, 'n_layer': 1})).init_weights(0.3)
     idx, parameters = tokens(2, 16), list(model.parameters())
@@ -600,6 +731,7 @@ def test_compiled_layers_have_the_same_gradients():
     for a, b in zip(torch.autograd.grad(model(idx, idx).sum(), parameters), expected):
         assert b.any()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not [w for w in recwarn if 'Dynamo' in str(w.message)]
 
 
 def test_target_logp_compiles():

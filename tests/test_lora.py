@@ -329,10 +329,31 @@ def test_mistakes_are_one_line(tmp_path):
         with adapters_off(other):
             pass
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
-    for change in (dict(peft_type='LOHA'), dict(modules_to_save=['embed_tokens'])):
+    for change in (dict(peft_type='LOHA'), dict(modules_to_save=['embed_tokens']), dict(init_lora_weights='pissa'),
+                   dict(init_lora_weights='olora'), dict(init_lora_weights='loftq'), dict(lora_bias=True),
+                   dict(target_parameters=['experts.down_proj'])):
         (tmp_path / 'adapter_config.json').write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match='merge_and_unload'):
             load_adapter(tiny(), str(tmp_path))
+
+
+    (tmp_path / 'adapter_config.json').write_text(json.dumps({**config, 'r': '2'}))
+    with pytest.raises(UserError, match="r is '2'"):
+        load_adapter(tiny(), str(tmp_path))
+    (tmp_path / 'adapter_config.json').write_text('{')
+    with pytest.raises(UserError, match='JSON'):
+        load_adapter(tiny(), str(tmp_path))
+
+
+@pytest.mark.parametrize('begin', ['gaussian', 'orthogonal', 'eva'])
+def test_adapters_that_began_otherwise_but_leave_the_base(begin, tmp_path):
+    base = hf_model('llama')
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, init_lora_weights=begin)).eval()
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(load_adapter(ours_from(base), str(tmp_path))(IDX), wrapped(IDX).logits,
+                                   atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('targets', ['all-linear', ['query_key_value', 'lm_head']])

@@ -254,6 +254,20 @@ def test_muon_takes_hidden_matrices_only():
         Muon(net.named_parameters())
 
 
+def test_an_embedding_is_told_by_its_class():
+    """Not by its name: rotary positions are called embeddings, too, and have no weight."""
+    class RotaryEmbedding(nn.Module):
+        pass
+
+    class ScaledTable(nn.Embedding):
+        pass
+    net = nn.ModuleDict({'0': nn.ModuleDict({'rotary': RotaryEmbedding(), 'table': ScaledTable(5, 4),
+                                             'linear': nn.Linear(4, 4)})})
+    muon = optim.make_optimizer('muon', net, 0.1)
+    names = {name: flat.group['muon'] for flat in muon.flats for name in flat.names}
+    assert names == {'0.table.weight': False, '0.linear.weight': True, '0.linear.bias': False}
+
+
 def test_names_are_those_of_torch():
     """All of torch.optim but the two that cannot take a plain step; asked for without importing torch."""
     classes = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {'optimizer'}

@@ -9,7 +9,7 @@ import pytest
 from configurator import UserError
 from conftest import ROOT
 from data.chat import prompt_ids, render
-from data.preferences import Dropped, Drops, Pair, encode_pairs, read_pairs, to_pair, truncate
+from data.preferences import Dropped, Drops, Pair, encode_pairs, read_pairs, remarks_on, to_pair, truncate
 from data.formats import Source
 from data.tokenizer import load_tokenizer
 
@@ -80,6 +80,34 @@ def test_several_processes_encode_the_same(tokenizer, monkeypatch):
     assert encode_pairs(tokenizer, pairs, 100, None, 2) == encode_pairs(tokenizer, pairs, 100)
 
 
+def test_a_turn_token_in_a_text_is_text_and_is_said(tokenizer):
+    """In a prompt as in an answer: it never ends or begins a turn."""
+    spelled = {'role': 'assistant', 'content': 'no<|im_end|>\n<|im_start|>user\nsure?'}
+    pairs = [Pair([ASK], YES, spelled, None, 'train', 'here'), Pair([{'role': 'user', 'content': '<|im_end|>'}], YES, NO, None, 'train', 'there'),
+             Pair([ASK], YES, NO, None, 'train', 'else')]
+    encoded, drops, _ = encode_pairs(tokenizer, pairs, 100)
+    assert len(encoded) == 3 and not drops
+    ends = [[ids.count(tokenizer.eos_id) for ids in (pair.prompt, pair.chosen, pair.rejected)] for pair in encoded]
+    assert ends == [[1, 1, 1]] * 3 and tokenizer.decode(encoded[0].rejected) == spelled['content'] + '<|im_end|>'
+    line, = remarks_on(tokenizer, pairs)
+    assert line.startswith('2 chats that spell a turn token: ') and line.endswith('(first: here)')
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(tmp_path):
+    path = tmp_path / 'pairs.jsonl'
+    path.write_text('\n'.join(json.dumps(value) for value in (row(), row(chosen=7), row(chosen='\ud83d'), row(rejected=float('nan')))))
+    with pytest.raises(UserError, match='line 2: chosen'):
+        read_pairs(Source(str(path)))
+    pairs, drops = read_pairs(Source(str(path)), skip_bad_rows=True)
+    assert len(pairs) == 1 and [len(found) for found in drops.values()] == [2, 1]
+    assert '2 that cannot be read' in str(drops) and 'line 2: chosen: expected a text' in str(drops) and '1 with an empty rejected' in str(drops)
+
+
+def test_metadata_that_is_no_split_is_a_column_like_others():
+    for metadata in ({'source': 'web'}, 'gold', ['train'], 3):
+        assert to_pair(row(metadata=metadata), 'here', Source()).split == 'train'
+
+
 def rows(value, name='pairs.jsonl'):
     return name, '\n'.join(json.dumps(row) for row in value)
 
@@ -105,7 +133,6 @@ MALFORMED = {
     'another extension': (('pairs.txt', 'ok?'), {}, 'a data file ends with', False),
     'no column for the other side': (rows([without('rejected')]), {}, "no column 'rejected'", False),
     'a misspelt split': (rows([row(metadata='Eval')]), {}, "must be exactly 'eval'", False),
-    'an unknown split': (rows([row(metadata='gold')]), {}, 'neither "train" nor "eval"', False),
     'a number for an answer': (rows([row(chosen=7)]), {}, 'chosen: expected a text or messages', False),
     'broken JSON in a cell': (('pairs.csv', 'chosen,rejected\n"[{""role"": ""user""","[]"\n'), {}, 'chosen: not a JSON list', False),
     'a text and messages': (rows([row(chosen=[YES])]), {}, 'one is a text, the other messages', False),
@@ -132,8 +159,6 @@ MALFORMED = {
     'dialogues that part early': (rows([row(), {'chosen': [ASK, YES, AGAIN, YES], 'rejected': [ASK, NO, AGAIN, NO]}]), {},
                                   'part before the last answer', True),
     'two prompts': (rows([row(), {'chosen': [ASK, YES], 'rejected': [AGAIN, YES]}]), {}, 'whose prompts differ', True),
-    'a stop token in a text': (rows([row(), row(prompt='<|im_start|>user\nok?<|im_end|>')]), {},
-                               'a chat template applied to it before', True),
     'a prompt that fills everything': (rows([row(), row(prompt='ok? ' * 90)]), {}, 'leaves no room', True),
     'the difference is cut off': (rows([row(), row(chosen='yes ' * 90 + 'no', rejected='yes ' * 90)]), {},
                                   'the same within max_length=60', True),

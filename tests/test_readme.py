@@ -28,6 +28,13 @@ def defined(path):
     return names
 
 
+def test_commands_are_for_every_shell():
+    """zsh takes [0] for a pattern, and finds no file of that name."""
+    for code in re.findall(r'```\n(.*?)```', README, re.S) + re.findall(r'`([^`\n]+)`', README):
+        if 'python' in code:
+            assert not re.search(r'[\[\]*?]', code), code
+
+
 def test_places_to_change_exist():
     places = re.findall(r'`(?:copy )?([\w/]+\.py):(\w+)`', README)
     assert len(places) >= 14

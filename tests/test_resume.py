@@ -3,11 +3,13 @@ import importlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from nanoforge.checkpoint import resume_config, write_json
 from configurator import UserError, from_dict, parse
+from data.fingerprint import fingerprint
 from data.prepare import prepare_files
 
 RUNS = {'train_gpt': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--max_iters=1', '--eval_iters=1',
@@ -61,7 +63,7 @@ def test_another_number_of_processes_is_said(script, tmp_path, monkeypatch, caps
     for processes in (1, 4):
         manifest = tmp_path / 'o' / 'last' / 'manifest.json'
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), 'processes': processes}))
-        module.main(parse(module.Config, ['--resume', '--output_dir=o']))
+        module.main(parse(module.Config, ['--resume', '--output_dir=o', f'--max_steps={processes + 1}']))
         assert ('of 4 processes, this is 1: from here on an optimizer step has 0.25 times' in capsys.readouterr().out) == (processes == 4)
 
 
@@ -97,9 +99,9 @@ def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize('script', RUNS)
-def test_a_run_that_has_ended_is_left_as_it_is(script, tmp_path, monkeypatch):
-    """Resumed once more, as by a scheduler that does not know:
-    no second line for the last step, the same state."""
+def test_a_run_that_has_ended_says_how_it_goes_on(script, tmp_path, monkeypatch, capsys):
+    """Resumed once more, as by a scheduler that does not know: one line, and nothing is written;
+    with what the line says it goes on, and data that changed meanwhile are named."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     module = importlib.import_module(script)
@@ -112,5 +114,75 @@ def test_a_run_that_has_ended_is_left_as_it_is(script, tmp_path, monkeypatch):
             return [line for line in file if 'step' in json.loads(line)], json.load(state)
     before = left()
     assert any('eval' in line for line in before[0])
-    module.main(parse(module.Config, [resume, out]))
-    assert left() == before
+    capsys.readouterr()
+    assert module.main(parse(module.Config, [resume, out]))['step'] == 1
+    longer, said = 'max_iters' if script == 'train_gpt' else 'max_steps', capsys.readouterr().out
+    assert said.endswith(f'o: the run has ended at step 1; {resume} --{longer}=N goes on, with N above 1\n')
+    assert 'the model is in' not in said and left() == before
+    for steps, changes in ((2, False), (3, True), (4, False)):      # said once
+        if changes:
+            change_data()
+        assert module.main(parse(module.Config, [resume, out, f'--{longer}={steps}']))['step'] == steps
+        said = capsys.readouterr().out
+        has_files = script in ('train_gpt', 'train_sft')            # the others have embedded data here
+        assert ('has changed since this run was saved' in said) == (changes and has_files)
+
+
+def change_data():
+    Path('letters.txt').write_text('abdc\n' * 200)
+    prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
+    Path('rows.jsonl').write_text(''.join(f'{{"question": "Who was {i}?", "answer": "Tim."}}\n' for i in range(20)))
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('train_dpo', ['--dataset_path=pairs.jsonl']),
+    ('train_rl', ['data.datasets[0].name=sums', '--reward=exact', '--steps_per_generation=1'])])
+def test_preferences_and_problems_that_changed_are_named(script, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    os.mkdir('sums')
+    for answer in ('1', '2'):
+        pairs = [{'prompt': f'Who is {i}?', 'chosen': f'Tom {answer}.', 'rejected': 'No.'} for i in range(40)]
+        sums = [{'question': f'What is {i} less {i}?', 'answer': answer} for i in range(40)]
+        for path, rows in (('pairs.jsonl', pairs), ('sums/train.jsonl', sums)):
+            Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        resumed = answer == '2'
+        argv = ['--resume', '--max_steps=2'] if resumed else [*RUNS[script], *flags]
+        module.main(parse(module.Config, [*argv, '--output_dir=o']))
+        assert ('has changed since this run was saved' in capsys.readouterr().out) == resumed
+
+
+def test_pretraining_goes_on_with_the_tokenizer_that_it_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    from train_gpt import Config, main
+    main(parse(Config, [*RUNS['train_gpt'], '--out_dir=o']))
+    before = Path('o/tokenizer.json').read_bytes()
+    Path('letters.txt').write_text('wxyz\n' * 200)                  # as many ids, of other letters
+    prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
+    resume = ['--init_from=resume', '--out_dir=o', '--max_iters=2']
+    with pytest.raises(UserError, match="'letters' .* another tokenizer.*--tokenizer=o/checkpoint-1,"):
+        main(parse(Config, resume))
+    assert Path('o/tokenizer.json').read_bytes() == before
+    Path('letters.txt').write_text('dcba\n' * 200)
+    prepare_files('letters', ['letters.txt'], 'o/checkpoint-1', 'written by the test')
+    assert main(parse(Config, resume))['step'] == 2                 # as the message says
+    assert 'letters has changed since this run was saved' in capsys.readouterr().out
+
+
+def test_a_fingerprint_sees_both_ends_and_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.fingerprint.BLOCK', 16)
+    monkeypatch.setattr('data.fingerprint.BLOCKS', 8)
+    path, text = tmp_path / 'rows.jsonl', bytes(range(250)) * 4
+    marks = set()
+    for place in (None, 0, 500, 999):           # 1000 bytes: blocks of 16 begin 125 apart, and 16 from the end
+        changed = bytearray(text)
+        if place is not None:
+            changed[place] ^= 1
+        path.write_bytes(changed)
+        marks.add(fingerprint([path]))
+    path.write_bytes(text + b'.')
+    marks.add(fingerprint([path]))
+    path.write_bytes(text)
+    assert len(marks) == 5 and fingerprint([path]) in marks
+    assert fingerprint([path, path]) not in marks

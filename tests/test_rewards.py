@@ -9,7 +9,8 @@ import pytest
 from configurator import UserError
 from data.problems import FORM, hold_out, prompt, read_problems
 from data.formats import Source
-from data.rewards import Scorer, as_number, exact, extract_answer, length_penalty, number, same_answer, tags
+from data.answers import as_number, extract_answer, same_answer
+from data.rewards import Scorer, exact, length_penalty, number, short_names, tags
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
@@ -44,6 +45,83 @@ def test_as_number(text, value):
     ('x^2', 'x^2', True), ('x^2', 'x^3', False), ('', '', False), ('12 ', '13', False), ('5 apples', '5', False)])
 def test_same_answer(given, wanted, same):
     assert same_answer(given, wanted) is same
+
+
+# Each line: ways in which answers of MATH write one thing, of which no two lines write the same.
+FORMS = r'''
+1/2 | \frac12 | \frac1{2} | \frac{1}2 | \tfrac12 | \dfrac{1}{2} | \cfrac{1}{2} | \frac 12 | 0.5 | $\frac{1}{2}$. | \displaystyle\frac12
+-1/2 | -\frac12 | \frac{-1}{2} | -0.5
+1/12 | \frac{1}{12} | \frac1{12}
+\frac123 | \frac{1}{2}3
+3/2 | 1\frac12 | 1 \frac{1}{2} | 1 1/2 | 1.5
+11/2 | 5\frac12
+2\frac32
+\sqrt2 | \sqrt{2} | \sqrt 2
+\sqrt{12}
+\sqrt12 | \sqrt{1}2
+2\sqrt3 | 2 \sqrt{3} | 2\,\sqrt 3
+\frac{\sqrt3}2 | \frac{\sqrt{3}}{2} | \dfrac{ \sqrt{3} }{2}
+\frac x2 | \dfrac{x}{2}
+2\pi | 2 \pi
+2 pi
+90 | 90^\circ | 90^{\circ} | 90°
+0.9 | \frac{9}{10}
+10080 | 10,080 | 10,\!080 | 10{,}080 | \$10,080
+(0,1] | (0, 1] | \left( 0, 1 \right] | \left(0,1\right]
+[0,1] | \left[0, 1\right]
+(0,1) | (0, 1)
+(1,0)
+(-\infty,3) | ( -\infty , 3 ) | (−∞, 3)
+(0,\infty) | (0,+\infty)
+(0,1)\cup(2,3) | (0, 1) \cup (2, 3)
+(100,200) | (100, 200)
+(1234, 5) | (1,234, 5)
+(1, 234, 5) | (1,234,5)
+(1,\frac12) | (1, 0.5)
+\{1,2\} | \{2, 1\} | \left\{ 1, 2 \right\} | {1, 2} | \lbrace 2,1 \rbrace
+\{1,2,2\} | \{2,1,2\}
+\{1,1,2\}
+\{(1,2),(3,4)\} | \{(3, 4), (1, 2)\}
+3,5,7 | 3, 5, 7
+1,-2 | 1, -2
+-2, 1
+1, 234
+1,234 | 1234
+x=1,234 | x = 1,234
+x=1, 234
+\text{Monday} | monday | \textbf{Monday}
+5x | 5\text{x}
+5 million | 5\text{ million}
+5000000
+5m
+12 dozen
+'''.strip().splitlines()
+
+
+def test_answers_of_math_are_the_same_in_every_form():
+    lines = [line.split(' | ') for line in FORMS]
+    for i, forms in enumerate(lines):
+        for j, others in enumerate(lines):
+            for a in forms:
+                wrong = [b for b in others if same_answer(a, b) != (i == j)]
+                assert not wrong, (a, wrong)
+
+
+@pytest.mark.parametrize('value, same, other', [
+    (r'5 \text{ cm}', [r'5\text{cm}', '5 cm', '5 centimeters', r'5\mbox{ cm}', '5'], ['5 m', r'5\text{ m}', '5 mm', '5 square cm', '6', '6 cm', '5x']),
+    (r'5 \text{ cm}^2', ['5 square centimeters', '5 cm^2', r'5 \mathrm{cm}^{2}', '5'], ['5 cm', '5 cm^3', '25']),
+    ('12 square units', ['12', r'12\text{ units}'], ['144']),
+    (r'10\text{ m/s}', ['10 meters per second', '10'], ['10 mph', '10 km/s', r'10\text{ m}']),
+    (r'\$5', ['5', '5 dollars', '$5.00'], ['5 cents', '€5', '5%']),
+    (r'50\%', ['50', '50%', '50 percent', r'$50\%$'], ['0.5', '1/2', '$50']),
+    ('90 degrees', ['90', r'90^\circ', '90°'], ['90%', '90 radians']),
+    (r'\frac12\text{ hour}', ['0.5 hours', '1/2'], ['30 minutes', '0.5 minutes']),
+    (r'4\sqrt3\text{ cm}', [r'4\sqrt{3}', r'4\sqrt{3}\text{ cm}'], [r'4\sqrt{3}\text{ m}', r'4\sqrt{2}'])])
+def test_units_may_be_left_out_but_not_exchanged(value, same, other):
+    for form in same:
+        assert same_answer(value, form) and same_answer(form, value), form
+    for form in other:
+        assert not same_answer(value, form) and not same_answer(form, value), form
 
 
 def test_rewards_by_hand():
@@ -95,6 +173,18 @@ def test_what_raises_is_unscored_and_nothing_else_is(tmp_path):
     scorer.close()
 
 
+@pytest.mark.parametrize('result', ['(1 / int(c) for c in completions)', 'map(lambda c: 1 / int(c), completions)'])
+def test_what_is_made_one_by_one_may_raise_late(tmp_path, result):
+    """One sample is unscored, and the process goes on."""
+    path = user_file(tmp_path, f'def score(completions, records):\n    return {result}\n')
+    scorer = Scorer([f'{path}:score'])
+    process = scorer.servers[f'{path}:score'].process
+    scores = scorer(['1', '0', '4'], [{}] * 3, [1] * 3)
+    assert [scorer.total(s) for s in scores] == [1, None, 0.25] and 'mine.py line 2: ZeroDivisionError' in scorer.last_error
+    assert scorer.servers[f'{path}:score'].process is process
+    scorer.close()
+
+
 def test_what_hangs_is_killed_and_unscored(tmp_path):
     path = user_file(tmp_path, 'import time\n'
                                'def score(completions, records):\n'
@@ -108,7 +198,104 @@ def test_what_hangs_is_killed_and_unscored(tmp_path):
     scorer.close()
 
 
+SCORES = 'def score(c, r):\n    return [float(text) for text in c]\n'
+POOL = 'def number(text):\n    return float(text)\ndef score(c, r):\n    with Pool(2) as pool:\n        return pool.map(number, c)\n'
+
+
+@pytest.mark.parametrize('name, body', [
+    ('mine.py', 'from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Rule:\n    weight: float = 1.0\n' + SCORES),
+    ('mine.py', 'import pickle\nclass Rule: pass\nassert type(pickle.loads(pickle.dumps(Rule()))) is Rule\n' + SCORES),
+    ('mine.py', 'from multiprocessing.pool import Pool\n' + POOL),
+    ('mine.py', 'import multiprocessing, functools\nPool = multiprocessing.get_context("spawn").Pool\n' + POOL),
+    ('mine.py', 'import data, model\nassert (data.A, model.B) == (1, 2)\n' + SCORES),                     # neighbours, not the project's
+    ('mine.py', 'from data.answers import same_answer\n' + SCORES.replace('float(text)', 'same_answer(text, "1")')),
+    ('mine.py', 'import pathlib\nassert pathlib.Path(__file__).with_name("mine.py").exists()\n' + SCORES),
+    ('mine.py', SCORES + 'if __name__ == "__main__":\n    raise ValueError\n'),
+    ('mine.py', '\ufeff# a byte order mark\n' + SCORES),
+    ('my reward-2.py', 'from dataclasses import dataclass\n@dataclass\nclass Rule:\n    weight: "float" = 1.0\n' + SCORES),
+    ('json.py', 'import json\nassert json.loads("1") == 1\n' + SCORES)])
+def test_a_reward_file_is_a_module_like_any_other(tmp_path, name, body):
+    if 'import data, model' in body:
+        user_file(tmp_path, 'A = 1\n', 'data.py')
+        user_file(tmp_path, 'B = 2\n', 'model.py')
+    scorer = Scorer([user_file(tmp_path, body, name) + ':score'])
+    scores = scorer(['1', '0'], [{}] * 2, [1] * 2)
+    assert [scorer.total(s) for s in scores] == [1, 0], scorer.last_error
+    scorer.close()
+
+
+def test_a_source_in_another_encoding(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_bytes('# -*- coding: latin-1 -*-\nWORD = "\u00e9"\n'.encode('latin-1') + SCORES.encode())
+    Scorer([f'{path}:score']).close()
+    path.write_bytes('\nWORD = "\u00e9"\n'.encode('latin-1') + SCORES.encode())
+    with pytest.raises(UserError, match='mine.py line [12].*utf-8'):
+        Scorer([f'{path}:score'])
+
+
+def test_two_files_with_one_name_are_two_rewards(tmp_path):
+    paths = []
+    for folder in 'ab':
+        (tmp_path / folder).mkdir()
+        paths.append(user_file(tmp_path / folder, f'def score(c, r):\n    return [{ord(folder)}] * len(c)\n') + ':score')
+    scorer = Scorer(paths)
+    assert scorer(['x'], [{}], [1]) == [dict(zip(paths, [97, 98]))]
+    assert short_names([*paths, 'exact']) == {paths[0]: paths[0], paths[1]: paths[1], 'exact': 'exact'}
+    assert short_names([paths[0], 'exact']) == {paths[0]: 'mine.py:score', 'exact': 'exact'}
+    scorer.close()
+
+
+@pytest.mark.parametrize('signature', ['prompts, completions, **kwargs', 'completions, **kwargs', 'completions, answer, **kwargs',
+                                       'prompts, completions, answer, **kwargs', '*args, **kwargs', 'completions', 'completions, records, more',
+                                       'completions, records, *, weight', 'records, completions', 'prompts, answers'])
+def test_a_signature_that_takes_something_else_is_refused(tmp_path, signature):
+    path = user_file(tmp_path, f'def score({signature}):\n    return [1.0] * len(completions)\n')
+    with pytest.raises(UserError) as error:
+        Scorer([f'{path}:score'])
+    assert f'score({signature}) does not take' in str(error.value) and 'write score(completions, records)' in str(error.value)
+
+
+@pytest.mark.parametrize('signature, first, second', [
+    ('completions, records, **kwargs', 'completions', 'records'), ('completions, records, weight=2', 'completions', 'records'),
+    ('c, rows', 'c', 'rows'), ('texts, problems, /', 'texts', 'problems'), ('*both', 'both[0]', 'both[1]')])
+def test_any_two_arguments_are_completions_and_records(tmp_path, signature, first, second):
+    path = user_file(tmp_path, f'def score({signature}):\n    return [len(t) + r["level"] for t, r in zip({first}, {second})]\n')
+    scorer = Scorer([f'{path}:score'])
+    assert scorer(['abc'], [{'level': 2}], [1]) == [{f'{path}:score': 5}]
+    scorer.close()
+
+
+def test_an_argument_called_like_a_column_is_not_all_records(tmp_path):
+    scorer = Scorer([user_file(tmp_path, 'def score(completions, answer):\n    return [1.0]\n') + ':score'])
+    with pytest.raises(UserError, match=r'score\(completions, answer\) does not take'):
+        scorer(['x'], [{'question': 'q', 'answer': 'a'}], [1])
+
+
+def test_an_error_in_the_function_says_where_it_was_raised(tmp_path):
+    user_file(tmp_path, '\n\ndef half(text):\n    return 1 / int(text)\n', 'helper.py')
+    path = user_file(tmp_path, 'import json\nfrom helper import half\ndef score(c, r):\n'
+                               '    return [json.loads(t) if t == "{" else half(t) for t in c]\n')
+    scorer = Scorer([f'{path}:score'])
+    for text, words in (('0', 'helper.py line 4: ZeroDivisionError: division by zero'), ('{', 'mine.py line 4: JSONDecodeError')):
+        scorer([text], [{}], [1])
+        assert words in scorer.last_error and f'{path}:score' in scorer.last_error
+    scorer.close()
+
+
+def test_workers_that_the_function_left_do_not_hold_up_the_run(tmp_path):
+    """They inherit the pipe to the run, which waited for its end."""
+    path = user_file(tmp_path, 'import multiprocessing, os, time\nPOOL = None\ndef score(c, r):\n    global POOL\n'
+                               '    POOL = multiprocessing.Pool(2)\n    time.sleep(60) if c == ["hang"] else os._exit(1)\n')
+    scorer, began = Scorer([f'{path}:score'], timeout=1.0), time.monotonic()
+    for text in ('hang', 'die'):
+        assert scorer([text], [{}], [1]) == [{f'{path}:score': None}]
+    assert time.monotonic() - began < 15
+    scorer.close()
+
+
 @pytest.mark.parametrize('body, spec, words', [
+    ('x = 1\ndef score(c, r:\n', 'score', ['mine.py line 2: SyntaxError']),
+    ('\nimport nothing_of_that_name\n', 'score', ['mine.py line 2: ModuleNotFoundError']),
     ('def score(c, r):\n    return [1]\n', 'scores', ['no function scores', "did you mean 'score'"]),
     ('def score(c, r:\n', 'score', ['does not load', 'SyntaxError']),
     ('import nothing_of_that_name\n', 'score', ['does not load', 'nothing_of_that_name']),

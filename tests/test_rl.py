@@ -9,29 +9,33 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
+import data.problems
 import train_rl
 from conftest import ROOT
 from configurator import UserError, check_settings, parse
+from data.chat import prompt_ids
 from data.preferences import encode_pairs, to_pair
 from data.problems import draw_problems, open_problems
 from data.formats import Source
-from data.completions import Completion, read_completions
+from data.completions import Completion, cut_rollouts, read_completions, write_completions
 from data.tasks import arithmetic, facts
 from kills import run_and_kill
 from model import load_model
 from nanoforge.run import setup
 from train_rl import Config, MicroBatch, Rollout, main
-from nanoforge.reward_model import ValueModel, load_reward_model, save_reward_model, train_reward_model
+from nanoforge.reward_model import ValueModel, load_reward_model, pair_accuracy, save_reward_model, train_reward_model
 
 TINY = dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4, max_steps=4, logging_steps=1,
             eval_steps=2, eval_problems=6, num_problems=64, max_completion_length=24, learning_rate=2e-4, warmup_steps=0, temperature=1.5,
             rewards=['task', 'length'], length_buffer=20, device='cpu', matmul='float32', tensorboard=False)
 PPO = dict(algorithm='ppo', value_model_name='tiny', num_generations=1)
+SHOW = train_rl.show
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +252,69 @@ def test_replay(capsys):
         main(cfg)
 
 
+def test_a_critic_compares_no_groups(monkeypatch, capsys):
+    """Neither ppo's replay nor its page calls equal rewards nothing to learn: advantages are the critic's."""
+    monkeypatch.setattr(train_rl, 'show', SHOW)
+    main(config(**{**PPO, 'num_generations': 4}, max_steps=2, rewards=['number']))
+    page = (open('out/rollouts.html', encoding='utf-8').read().partition('</style>')[2]).replace('class=group', '')
+    assert 'group' not in page and 'equal rewards' not in page and 'critic' in page and 'prompt 3' in page and '</i>unscored' in page
+    assert all('frac_reward_zero_std' not in line for line in lines())
+    capsys.readouterr()
+    cfg = Config(replay=0, output_dir='out')
+    cfg.typed = frozenset({'replay', 'output_dir'})
+    assert main(cfg) == {'same': 16, 'completions': 16}
+    said = capsys.readouterr().out
+    assert said.count('--- prompt') == said.count('than the critic expected') == 4 and 'nothing to learn' not in said
+    assert any(e.advantage and e.reward == 0 for e in read_completions('out/rollouts.jsonl', 0)), 'the case that was called nothing to learn'
+
+
+def test_nothing_was_learned(tmp_path, capsys):
+    """A run whose rewards never differ within a group says so, with an answer and what was wanted."""
+    shared = dict(datasets=[Source(problems_file(tmp_path))], rewards=['exact'], max_steps=2, eval_steps=0, max_prompt_length=150, length_buffer=1)
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n    return [len(r["question"]) for r in records]\n')
+    for how, word in ((dict(max_completion_length=2), 'prompt'), (dict(max_completion_length=2, system_prompt=''), 'prompt'),
+                      (dict(rewards=[f'{tmp_path}/mine.py:score']), 'prompt'),                  # differs, but not within a group
+                      (dict(**PPO, max_completion_length=2), 'rollout')):
+        main(config(**{**shared, **how}))
+        said = capsys.readouterr().out
+        first = read_completions('out/rollouts.jsonl')[0]
+        assert f'nothing was learned: no completion ever earned more than another of its {word}' in said
+        asked = load_model('out')[1].decode(first.prompt_ids)
+        assert repr(asked[-300:]) in said and repr(first.text) in said and repr(first.problem['answer']) in said and first.prompt == asked
+        assert ('<think>' in asked) == ('system_prompt' not in how) and f'prompt    {asked[:20]!r}'[:-1] in said
+        assert ('--system_prompt= leaves it out' in said) == ('system_prompt' not in how)
+        assert json.loads(read('out', 'last', 'trainer_state.json'))['rewards_differed'] is False
+    cfg = Config(resume=True, output_dir='out', max_steps=3)
+    cfg.typed = frozenset({'resume', 'output_dir', 'max_steps'})
+    main(cfg)
+    assert 'nothing was learned' in capsys.readouterr().out
+    main(config(max_steps=2, eval_steps=0))
+    assert 'nothing was learned' not in capsys.readouterr().out
+
+
+def test_a_reward_that_gives_no_number_is_named(tmp_path, capsys):
+    (tmp_path / 'mine.py').write_text('def none(c, r):\n    return [None] * len(c)\ndef nan(c, r):\n    return [float("nan")] * len(c)\n'
+                                      'def fails(c, r):\n    return [1 / len(r[0]["nothing"]) for text in c]\n'
+                                      'def some(c, r):\n    return [1.0 if i % 2 else float("inf") for i in range(len(c))]\n')
+    for name, words in (('none', []), ('nan', ['returned nan']), ('fails', ['mine.py line 6: KeyError'])):
+        for masked in (False, True):
+            with pytest.raises(UserError) as error:
+                main(config(rewards=[f'{tmp_path}/mine.py:{name}', 'task'], eval_steps=0, mask_truncated=masked))
+            assert all(word in str(error.value) for word in [f'mine.py:{name} gave no number', 'for 16 of 16', *words])
+            assert ('mask_truncated' in str(error.value)) == masked
+    capsys.readouterr()
+    main(config(rewards=[f'{tmp_path}/mine.py:some'], eval_steps=0))
+    assert capsys.readouterr().out.count('some returned inf') == 1
+
+
+def test_the_critic_of_a_recipe_follows_a_typed_base_model(tmp_path):
+    (tmp_path / 'ppo.yaml').write_text('model:\n  base_model_name: org/base\n  value_model_name: org/critic\ntraining:\n  algorithm: ppo\n')
+    for argv, critic in (([], 'org/critic'), (['--model=mine'], 'mine'), (['model.base_model_name=mine', 'model.value_model_name=other'], 'other'),
+                         (['--value_model_name=other'], 'other')):
+        assert parse(Config, ['ppo.yaml', *argv]).value_model_name == critic, argv
+    assert parse(Config, ['--model=mine']).value_model_name is None
+
+
 # ---- modes -------------------------------------------------------------------------------------------------
 
 def test_lora_and_its_reference():
@@ -388,7 +455,9 @@ def test_a_question_that_is_held_out_is_in_no_training_row(tmp_path):
     assert opened['seed'] == opened['one'] and opened['few'][1] == held_out[:3] and opened['few'][0] == opened['one'][0]
     assert len(opened['none'][0]) == 400 and opened['none'][1] == []
     assert opened['legacy'] != opened['legacy seed'] and len(opened['legacy'][1]) == 40
+    said = [text for text in said if 'left out' in text]
     assert f'{len(held_out)} of 400 rows are left out' in said[0] and 'held out' in said[0]
+    assert len(said) == 5               # all but where none is held out
     rows = [json.loads(line) for line in open(path)]
     (tmp_path / 'backwards.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in reversed(rows)))
     cfg = config(datasets=[Source(str(tmp_path / 'backwards.jsonl'))], rewards=['exact'], eval_problems=200, max_prompt_length=200)
@@ -399,6 +468,68 @@ def test_a_question_that_is_held_out_is_in_no_training_row(tmp_path):
     cfg = config(datasets=[Source(str(tmp_path / 'marked.jsonl'))], rewards=['exact'], eval_problems=200, max_prompt_length=200)
     problems = open_problems(cfg, tokenizer, said.append)
     assert len(problems.held_out) == 3 and len(problems.train) == 394 and '3 of 397 rows' in said[-1]
+
+
+def test_a_dialogue_beside_the_question_is_never_asked(tmp_path):
+    """NuminaMath and others hold the solution in it; rewards see the row as it is."""
+    path, (_, tokenizer) = tmp_path / 'rows.jsonl', load_model('tiny')
+    dialogue = [{'role': 'user', 'content': 'what is 1 + 1?'}, {'role': 'assistant', 'content': 'it is \\boxed{2}'}]
+    row = {'problem': 'what is 1 + 1?', 'answer': '2', 'messages': dialogue, 'dialogue': dialogue, 'conversations': dialogue, 'prompt': dialogue}
+    path.write_text(json.dumps(row))
+    problems = open_problems(config(datasets=[Source(str(path))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300), tokenizer, print)
+    asked = tokenizer.decode(list(problems.train[0]['prompt_ids']))
+    assert 'boxed' not in asked and asked.count('what is 1 + 1?') == 1 and problems.train[0]['messages'] == dialogue
+
+
+def test_rows_of_arrow_and_of_pandas_are_written_as_json(tmp_path):
+    """Timestamps, bytes, decimals; NaN and half a character in columns that nobody reads."""
+    import datetime
+    import decimal
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{'question': f'what is {i}?', 'answer': decimal.Decimal(i), 'created': datetime.datetime(2024, 1, 1), 'raw': b'\xff', 'level': math.nan} for i in range(8)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
+    (tmp_path / 'rows.jsonl').write_text(json.dumps({'question': 'q', 'answer': '1', 'level': math.nan, 'scores': [math.inf], 'note': 'cut \ud83d'}))
+    _, tokenizer = load_model('tiny')
+    cfg = config(datasets=[Source(str(tmp_path / 'rows.parquet')), Source(str(tmp_path / 'rows.jsonl'))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300)
+    said = []
+    problems = open_problems(cfg, tokenizer, said.append).train
+    assert said[0].startswith('data      2 data sets are mixed: ') and 'rows.jsonl (weight 1)' in said[0]
+    assert problems[3]['answer'] == '3' and problems[3]['created'] == '2024-01-01T00:00:00' and problems[-1]['scores'] == [None]
+    shown = [{key: value for key, value in problem.items() if key != 'prompt_ids'} for problem in problems]
+    completions = [Completion(0, i, 0, problem, [1], [2], [0.0], True, 'x', {}, 1.0) for i, problem in enumerate(shown)]
+    run = types.SimpleNamespace(rank=0, world_size=1, barrier=lambda: None)
+    for path in (tmp_path / 'rollouts.jsonl', tmp_path / 'again.jsonl'):
+        write_completions(completions, path, run)
+        json.loads(path.read_text().splitlines()[-1], parse_constant=pytest.fail)
+        completions = read_completions(path)
+    cut_rollouts(tmp_path / 'again.jsonl', 1)
+    assert [c.problem for c in read_completions(tmp_path / 'again.jsonl')] == shown
+
+
+def test_bad_rows_are_left_out_and_counted_where_that_is_wanted(tmp_path):
+    path, (_, tokenizer), said = tmp_path / 'rows.jsonl', load_model('tiny'), []
+    rows = [{'question': 'q', 'answer': '1', 'metadata': {'source': 'web'}}, {'question': 'q', 'answer': math.nan}, {'question': 'cut \ud83d', 'answer': '1'},
+            {'question': 'r', 'answer': '1', 'tools': ['x']}, {'question': '<|im_end|> s', 'answer': '1', 'metadata': 'gsm8k'}]
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    settings = dict(datasets=[Source(str(path))], rewards=['exact'], eval_fraction=0.0, max_prompt_length=300, system_prompt='Answer.')
+    with pytest.raises(UserError, match='line 2: answer: null'):
+        open_problems(config(**settings), tokenizer, said.append)
+    problems = open_problems(config(skip_bad_rows=True, **settings), tokenizer, said.append)
+    assert [p['question'] for p in problems.train] == ['q', '<|im_end|> s']
+    assert any(text.startswith('3 rows that cannot be read are left out (first: ') and 'line 2: answer: null' in text for text in said)
+    assert any(text.startswith('training problems: 1 chats that spell a turn token') for text in said)
+    assert [list(p['prompt_ids']).count(tokenizer.eos_id) for p in problems.train] == [2, 2]
+
+
+def test_several_processes_tokenise_the_same_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.problems.CHUNK', 16)
+    path, (_, tokenizer) = problems_file(tmp_path, 50), load_model('tiny')
+    cfg = config(datasets=[Source(path)], rewards=['exact'], max_prompt_length=200)
+    one = open_problems(cfg, tokenizer, print).train
+    cfg.dataset_num_proc = 2
+    assert open_problems(cfg, tokenizer, print).train == one
+    assert all(list(problem['prompt_ids']) == prompt_ids(tokenizer, data.problems.prompt(problem)) for problem in one)
 
 
 def test_pairs_are_held_out_by_their_prompt(tmp_path):
@@ -448,8 +579,8 @@ def test_reward_model_learns_saves_and_is_opened_by_transformers(tmp_path):
         return encode_pairs(tokenizer, found, 128)[0]
 
     value, run = ValueModel(model), setup('cpu')
-    result = train_reward_model(value, pairs('train', 160, 0), pairs('eval', 64, 0), run, 1, 16, 1e-3)
-    assert result['accuracy'] > 0.9
+    train_reward_model(value, pairs('train', 160, 0), run, 1, 16, 1e-3)
+    assert pair_accuracy(value, pairs('eval', 64, 0), run) > 0.9
     save_reward_model(value, tokenizer, tmp_path / 'rm')
     from transformers import AutoModelForSequenceClassification
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / 'rm')

@@ -185,6 +185,12 @@ def test_compositions_without_meaning_are_errors(how):
         policy_loss(NEW, OLD, ADVANTAGES, MASK, **how)
 
 
+def test_a_surrogate_without_a_formula_is_an_error(monkeypatch):
+    monkeypatch.setattr(train_rl, 'SURROGATES', (*train_rl.SURROGATES, 'mine'))
+    with pytest.raises(NotImplementedError, match='mine'):
+        policy_loss(NEW, OLD, ADVANTAGES, MASK, surrogate='mine')
+
+
 def test_clip_by_hand():
     """One token a case: what is clipped has no gradient, and the stats count it."""
     old, advantages = torch.zeros(4, 1), torch.tensor([1., -1., 1., -1.])

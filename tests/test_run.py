@@ -1,5 +1,6 @@
 """run.py, log.py and checkpoint.py: real files, real signals, real ranks. Child processes are forked, which
 is fast."""
+import importlib
 import itertools
 import json
 import math
@@ -20,8 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, configclass, parse
-from nanoforge.checkpoint import Checkpoints, damage, read_checkpoint, resolve_link, start_fresh, symlink
+from configurator import SCRIPTS, UserError, configclass, parse
+from conftest import ROOT
+from nanoforge.checkpoint import (Checkpoints, damage, read_checkpoint, resolve_link, run_of, start_fresh,
+                                  symlink)
 from nanoforge.flags import RunFlags
 from nanoforge.log import Log, device_peak_flops
 from nanoforge.optim import SGD, AdamW, WeightAverage
@@ -606,6 +609,7 @@ def test_wandb_is_told_what_it_is(run, log_folder, monkeypatch):
 @configclass
 class RunConfig(RunFlags):
     section = ''
+    eval_only: bool = False  # as train_gpt.py has it
 
 
 @dataclass
@@ -822,11 +826,11 @@ def test_what_can_be_resumed(folder):
 
 
 def test_keys_without_effect_are_said_when_a_run_opens(folder, capsys):
-    cfg = parse(RunConfig, ['--device=cpu', '--dataset_num_proc=4', '--no-low_cpu_mem_usage',
+    cfg = parse(RunConfig, ['--device=cpu', '--dataloader_num_workers=4', '--no-low_cpu_mem_usage',
                             '--distributed=false'])
     Run.open(cfg, 'train_toy.py', 'out')
     said = capsys.readouterr().out
-    assert said.count('changes nothing here') == 2 and 'note      dataset_num_proc=4 changes' in said
+    assert said.count('changes nothing here') == 2 and 'note      dataloader_num_workers=4 changes' in said
 
 
 def test_an_out_of_memory_names_the_flags_of_the_script(folder):
@@ -885,3 +889,165 @@ def test_ranks_log_one_sum(log_folder):
         log.close()
     assert ranks(work) == [0, 0]
     assert [(line['loss'], line['learning_rate']) for line in lines() if 'loss' in line] == [(13.0, 0.5)]
+
+
+# folders that lie in one another, and runs at the same time
+
+def tree(folder):
+    """{path: content} of all that is in it, but for the lock."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob('*') if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.endswith('.nanoforge-lock')}
+
+
+def finished_run(run, out, steps=(2, 4), **options):
+    start_fresh(run, out, {'out': str(out)}, script='train_sft.py')
+    checkpoints = Checkpoints(out, run, limit=None)
+    for step in steps:
+        save(checkpoints, step, best=True, **options)
+    (out / 'log.jsonl').write_text('{}\n')
+    return checkpoints
+
+
+def without_folder_and_settings(out):
+    """As earlier versions wrote it."""
+    for path in (*out.glob('*/manifest.json'), out / 'manifest.json'):
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({key: manifest[key] for key in manifest if key not in ('folder', 'settings')}))
+
+
+@pytest.mark.parametrize('is_old', [False, True])
+def test_a_new_run_moves_no_run_that_lies_in_its_folder(run, tmp_path, is_old):
+    models = tmp_path / 'models'
+    others = [models / name for name in ('dpo', 'theta_custom', 'best_of_all', 'merged', 'rl/second', 'checkpoint-9')]
+    for out in (models, *others):
+        finished_run(run, out)
+        if is_old:
+            without_folder_and_settings(out)
+    shutil.copytree(models / 'dpo' / 'checkpoint-2', models / 'checkpoint-3')       # copied by its user
+    if not is_old:
+        shutil.copytree(models / 'checkpoint-2', models / 'my_favourite')
+        os.rename(models / 'checkpoint-2', models / 'the_other_one')
+    (models / 'config.yaml').write_text('mine')
+    kept = [*others, models / 'checkpoint-3', *models.glob('my_*'), *models.glob('the_*')]
+    before = [tree(path) for path in kept]
+    start_fresh(run, models, {}, script='train_sft.py')
+    assert [tree(path) for path in kept] == before
+    moved = {'best', 'last', 'checkpoint-4', 'config.json', 'manifest.json', 'model.safetensors', 'log.jsonl', 'run_config.json'}
+    assert set(names(models / 'earlier-1')) == moved | ({'checkpoint-2'} if is_old else set())
+    assert Checkpoints(models / 'rl' / 'second', run).latest() == str(models / 'rl' / 'second' / 'checkpoint-4')
+    for step in range(10, 15):                          # nor does it prune them
+        save(Checkpoints(models, run, limit=1), step)
+    assert [tree(path) for path in kept] == before
+
+
+def test_a_run_in_a_folder_above_moves_nothing(run, tmp_path):
+    finished_run(run, tmp_path / 'out' / 'first')
+    before = tree(tmp_path)
+    start_fresh(run, tmp_path / 'out', {})
+    assert {**tree(tmp_path), 'out/run_config.json': ''} == {**before, 'out/run_config.json': ''}
+
+
+def test_what_was_loaded_moves_with_the_next_run_that_does_not_load_it(run, tmp_path):
+    finished_run(run, tmp_path, name='epoch_1', steps=[4])
+    first = load_file(tmp_path / 'epoch_1' / 'model.safetensors')
+    start_fresh(run, tmp_path, {}, keep=[None, 'tiny', tmp_path / 'epoch_1'])
+    assert names(tmp_path / 'epoch_1') and run_of(tmp_path / 'epoch_1')['config'] == {'out': str(tmp_path)}
+    save(Checkpoints(tmp_path, run), 8, name='epoch_2')
+    start_fresh(run, tmp_path, {})
+    assert names(tmp_path / 'earlier-2') == ['best', 'config.json', 'epoch_1', 'epoch_2', 'last',
+                                             'manifest.json', 'model.safetensors', 'run_config.json']
+    assert torch.equal(load_file(tmp_path / 'earlier-2' / 'epoch_1' / 'model.safetensors')['w'], first['w'])
+
+
+def test_a_checkpoint_knows_its_run_wherever_it_is(run, tmp_path):
+    out = tmp_path / 'models'
+    finished_run(run, out)
+    (out / 'merged').mkdir()
+    first = {'out': str(out)}
+    for path in (out, out / 'last', out / 'checkpoint-2', out / 'merged'):
+        assert run_of(path)['config'] == first
+    shutil.copytree(out / 'checkpoint-2', tmp_path / 'copy')
+    start_fresh(run, out, {'second': True}, keep=out / 'checkpoint-2')
+    (out / 'llama').mkdir()                             # downloaded
+    (out / 'llama' / 'config.json').write_text('{}')
+    for path in (out / 'checkpoint-2', out / 'earlier-1' / 'checkpoint-4', tmp_path / 'copy'):
+        assert run_of(path)['config'] == first
+    assert run_of(out)['config'] == {'second': True} and run_of(out / 'llama') == run_of(tmp_path / 'none') == {}
+    without_folder_and_settings(out / 'earlier-1')
+    path = out / 'checkpoint-2' / 'manifest.json'
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != 'settings'}
+    for content in (old, {**old, 'files': {'policy_0/model.safetensors': {}}}):
+        path.write_text(json.dumps(content))            # of an earlier version: its run's settings were moved
+        part = 'policy_0' if 'policy_0/model.safetensors' in content['files'] else ''
+        assert run_of(out / 'checkpoint-2' / part)['config'] == first
+    path.write_text(json.dumps({**old, 'run': 'another'}))
+    assert run_of(out / 'checkpoint-2') == {}
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_two_runs_never_write_one_folder(folder, resume):
+    """The second is refused and has touched nothing; a run that was killed holds nothing, though a child of
+    it lives on."""
+    reader, writer = os.pipe()
+
+    def first():
+        toy = Toy('out')
+        toy.step(1.0, 2.0)
+        toy.save()
+        if os.fork():
+            os.write(writer, b'.')
+            time.sleep(60)
+        time.sleep(5)                                   # the child
+
+    def meanwhile(pids):
+        os.read(reader, 1)
+        before = tree(Path('out'))
+        with pytest.raises(UserError, match=rf'^out: another run is writing there \(process {pids[0]} on .*stop it'):
+            Toy('out', resume=resume)
+        assert tree(Path('out')) == before
+        assert Toy('other').state.step == 0
+        Run.open(parse(RunConfig, ['--eval_only']), 'train_toy.py', 'out', True)            # it only reads
+        os.kill(pids[0], signal.SIGKILL)
+    assert forked(first, between=meanwhile) == [-signal.SIGKILL]
+    assert Toy('out', resume=resume).state.step == int(resume)
+
+
+def test_a_run_that_has_ended_lets_its_folder_go(folder):
+    toy = Toy('out')
+    toy.save()
+    toy.run.finish({}, '')
+    assert forked(lambda: Toy('out', resume=True).state.step) == [0]
+
+
+def test_the_ranks_of_a_run_share_its_folder(folder):
+    def work(run):
+        run.checkpoints = Checkpoints('out', run)
+        start_fresh(run, 'out', {}, lock=run.checkpoints.lock)
+        save(run.checkpoints, 1)
+    assert ranks(work) == [0, 0] and Path('out/.nanoforge-lock').read_text().startswith('process ')
+
+
+def test_where_a_file_system_has_no_locks_it_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setattr('nanoforge.checkpoint.fcntl', None)
+    Toy('out')
+    assert 'note      no file locks here' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('obstacle', ['file', 'link to itself'])      # which stop root, too
+def test_without_a_folder_for_tensorboard_it_goes_on(run, log_folder, capsys, obstacle):
+    Path('logs').touch() if obstacle == 'file' else Path('logs').symlink_to('logs')
+    log = Log(run, '.', {}, 1)
+    log.write(1, {'loss': 1.0})
+    log.close()
+    assert lines()[-1] == {'step': 1, 'loss': 1.0}
+    assert f'no TensorBoard events: cannot write {log_folder}/logs: ' in capsys.readouterr().out
+
+
+def test_documented_recipes_keep_every_checkpoint():
+    recipes = sorted(Path(ROOT, 'recipes', 'training').glob('*/*.yaml'))
+    kept = {path.parent.name for path in recipes if 'save_total_limit: null' in path.read_text()}
+    assert kept == {'sft', 'dpo', 'ppo', 'grpo', 'gspo'}
+    for path in recipes:
+        script = SCRIPTS[{'agents': 'at_grpo'}.get(path.parent.name, path.parent.name)]
+        cfg = parse(importlib.import_module(script[:-3]).Config, [str(path)])
+        assert getattr(cfg, 'save_total_limit', None) is None, path

@@ -375,8 +375,7 @@ def test_stored_problems(tmp_path, capsys):
     found = math.problems('eval', 9, 0, **settings)
     assert sorted(problem['answer'] for problem in found) == list('01234') and 'all 5 problems, not 9' in capsys.readouterr().err
     assert act(math.Env(found[0]), 'reasoner', f'\\boxed{{{found[0]["answer"]}}}').team == 1
-    with pytest.raises(UserError, match='only generated problems have demonstrations'):
-        math.Env(found[0]).demonstration('tool', random.Random(0))
+    assert math.Env(found[0]).demonstration('tool', random.Random(0)) is None       # it is no generated one
     assert len(math.problems('train', 3, 0, dataset='gsm8k', **settings)) == 3
     assert 'env.dataset=gsm8k: not in' in capsys.readouterr().err
     with pytest.raises(UserError, match="env.dataset=polari: .* did you mean 'polaris'"):
@@ -420,24 +419,47 @@ def script(name, *flags):
 def test_scripts_store_generated_problems(tmp_path, name, domain, files):
     result = script(name, '--offline', '--num-rows=7')
     assert result.returncode == 0, result.stderr
+    ending = '.jsonl' if domain == 'game' else '.generated.jsonl'      # where a data set has that name
     for file in files.split():
-        with open(tmp_path / 'datasets' / domain / f'{file}.jsonl') as lines:
+        with open(tmp_path / 'datasets' / domain / f'{file}{ending}') as lines:
             rows = [json.loads(line) for line in lines]
         assert len(rows) == 7 and all(row['source'] == 'generated' and row['question'] for row in rows)
     if domain != 'game':
         assert 'not the data sets whose names they bear' in result.stderr
         task = {'math': math, 'code': code}[domain]
         assert task.problems('train', 7, 0) and task.problems('eval', 7, 0)
-    stamp = os.stat(tmp_path / 'datasets' / domain / f'{file}.jsonl').st_mtime_ns
+    stamp = os.stat(tmp_path / 'datasets' / domain / f'{file}{ending}').st_mtime_ns
     assert 'is there already' in script(name, '--offline', '--num-rows=7').stdout
-    assert os.stat(tmp_path / 'datasets' / domain / f'{file}.jsonl').st_mtime_ns == stamp
+    assert os.stat(tmp_path / 'datasets' / domain / f'{file}{ending}').st_mtime_ns == stamp
     wrong = script(name, '--names', 'nothing')
     assert wrong.returncode == 2 and "invalid choice: 'nothing'" in wrong.stderr
 
 
 def test_generated_files_say_so(capsys):
     assert script('load_math.py', '--offline', '--num_rows=5', '--names', 'polaris', 'AIME24').returncode == 0
-    assert len(math.problems('train', 3, 0)) == 3 and 'generated ones, not the data set of that name' in capsys.readouterr().err
+    assert len(math.problems('train', 3, 0)) == 3
+    assert 'polaris.generated.jsonl are generated ones, not the data set of that name' in capsys.readouterr().err
+
+
+def test_a_data_set_is_read_before_the_generated_file_of_its_name(tmp_path, capsys):
+    write(tmp_path / 'math/test/AIME24.generated.jsonl', [{'question': 'Made?', 'solution': '1', 'source': 'generated'}])
+    write(tmp_path / 'math/test/AIME24.jsonl', [{'question': 'Real?', 'solution': '2', 'source': 'hub'}])
+    problem, = math.problems('eval', 1, 0, data_dir=str(tmp_path))
+    said = capsys.readouterr().err
+    assert problem['question'] == 'Real?' and 'AIME24.jsonl' in said and 'generated' not in said
+    # as an earlier version called it: the column says what it is
+    write(tmp_path / 'math/test/AIME25.jsonl', [{'question': 'Old?', 'solution': '2', 'source': 'generated'}])
+    assert math.problems('eval', 1, 0, dataset='AIME25', data_dir=str(tmp_path))
+    assert 'AIME25.jsonl are generated ones' in capsys.readouterr().err
+
+
+def test_a_run_has_what_is_said_once_again(tmp_path):
+    for _ in range(2):
+        said = []
+        with stored.reported_by(said.append):
+            math.problems('train', 1, 0, data_dir=str(tmp_path))
+            math.problems('train', 1, 1, data_dir=str(tmp_path))
+        assert len(said) == 1 and 'problems of the generator in data/tasks/math.py stand in for it' in said[0]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -353,3 +354,73 @@ def test_gradients_that_are_not_finite_skip_and_then_stop(data):
     with pytest.raises(UserError, match='in a row'):
         main(config(data, learning_rate=1e30, optimizer='sgd', max_iters=50, eval_interval=50, grad_clip=0.0))
     assert not [name for name in os.listdir('out') if name.startswith('checkpoint')]
+
+
+# ---- settings that depend on each other
+
+def test_a_list_of_data_sets_chooses_its_mode(data):
+    cfg = parse(Config, ['--dataset_list', 'a', 'b'])
+    assert cfg.training_mode == 'multidataset' and parse(Config, []).training_mode == 'single'
+    assert parse(Config, ['--multicontext_datasets=a,b']).training_mode == 'multicontext'
+    lists = dict(dataset_list=['a', 'b'], multicontext_datasets=['a', 'b'])
+    for changes in (dict(training_mode='single', dataset_list=['a', 'b']), lists,
+                    dict(training_mode='multicontext', **lists)):
+        with pytest.raises(UserError, match='leave one of them out'):
+            config(data, **changes)
+
+
+def test_a_named_model_is_where_training_begins(data, capsys):
+    assert parse(Config, ['--gpt2_type=gpt2-xl']).init_from == 'gpt2'
+    cfg = parse(Config, ['--model', 'some/model'])
+    assert (cfg.init_from, cfg.gpt2_type) == ('gpt2', 'some/model')
+    assert parse(Config, ['--init_from=resume', '--gpt2_type=gpt2-xl']).init_from == 'resume'
+    with pytest.raises(UserError, match='init_from=scratch: leave one of them out'):
+        config(data, init_from='scratch', gpt2_type='gpt2-xl')
+    train_gpt.resolve_defaults(cfg, setup('cpu'))
+    assert 'init_from=gpt2: training begins with the weights of some/model' in capsys.readouterr().out
+
+
+def test_rates_that_would_rise(data, capsys, tmp_path):
+    run = setup('cpu')
+    cfg = config(data, learning_rate=3e-5, lr_scheduler='cosine')
+    train_gpt.resolve_defaults(cfg, run)
+    assert cfg.min_lr == pytest.approx(3e-6) and 'min_lr=3e-06, a tenth of' in capsys.readouterr().out
+    cfg = config(data, learning_rate=3e-5)                          # constant: nothing reads min_lr
+    train_gpt.resolve_defaults(cfg, run)
+    assert cfg.min_lr == 1e-4 and 'min_lr' not in capsys.readouterr().out
+    with pytest.raises(UserError, match='min_lr=0.01 is above learning_rate=0.001'):
+        config(data, min_lr=0.01, decay_lr=True)
+    recipe = tmp_path / 'recipe.py'
+    recipe.write_text('learning_rate = 1e-3\nmin_lr = 1e-4\ndecay_lr = True\n')
+    cfg = parse(Config, [str(recipe), '--learning_rate=5e-5'])      # a recipe's min_lr follows the rate of a flag
+    train_gpt.resolve_defaults(cfg, run)
+    assert cfg.min_lr == pytest.approx(5e-6) and 'min_lr=5e-06' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(Config, [str(recipe), '--learning_rate=5e-5', '--min_lr=1e-4'])
+
+
+def test_a_warm_up_that_would_not_end_is_clamped(data, capsys):
+    cfg = config(data, warmup_iters=100, max_iters=50)
+    train_gpt.resolve_defaults(cfg, setup('cpu'))
+    assert cfg.warmup_iters == 5 and 'clamped to 5' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('wandb, says', [
+    (None, 'wandb is not installed'),
+    (types.ModuleType('wandb'), 'wandb is not installed'),          # a folder that its runs left behind
+    (types.SimpleNamespace(init=None, login=lambda: 1 / 0), 'wandb: division by zero'),
+])
+def test_wandb_is_asked_before_anything_is_loaded(data, monkeypatch, wandb, says):
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setattr(train_gpt, 'open_data', None)               # not reached
+    with pytest.raises(UserError, match=says):
+        main(config(data, wandb_enabled=True))
+    assert not os.path.exists('out')
+    with pytest.raises(TypeError, match='NoneType'):                # an evaluation logs nothing: it comes to open_data
+        main(config(data, wandb_enabled=True, eval_only=True))
+
+
+def test_wandb_that_does_not_begin_is_one_line(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(UserError, match='wandb: division by zero'):
+        main(config(data, wandb_enabled=True))

@@ -16,7 +16,7 @@ import re
 from configurator import UserError
 from data.sandbox import same_output
 from data.tasks.env import Outcome, chat
-from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct, warn
+from data.tasks.stored import code_block, compiles, excerpt, fenced, pick, run_distinct, warn
 from data.tasks.stored import stored_problems
 from data.tasks.world import lines, split_of
 
@@ -384,7 +384,8 @@ class Env:
 
     def demonstration(self, role, draw):
         parts = self.problem['parts']
-        need_generated(parts)
+        if not parts:
+            return None
         without = {**parts, 'condition': ''}
         if role == 'coder':
             if parts['condition']:

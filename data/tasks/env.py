@@ -7,7 +7,9 @@ A new environment is a file data/tasks/NAME.py with these names:
                                 n problems (dicts that JSON can hold) of 'train' or 'eval'; the two splits
                                 share no problem, whatever the seeds (world.split_of decides by a hash)
     SETTINGS                    {name: (default, help)}: the env.* keys that problems() takes, typed by their
-                                defaults (None: a number where it is one, else text)
+                                defaults (None: a number where it is one, else text). dataset gets
+                                env.dataset or env.benchmark; rules (whether prompts explain the task and
+                                the form of an answer) is true for every model but the embedded one
     ROLES                       the agents in the order of their turns
     ACTS                        the agent without whom nothing happens; alone it is a team of one
     DATASETS                    a tuple of more names of it in env.dataset and env.benchmark (may be left out)
@@ -23,13 +25,16 @@ and its Env has these (role is one of ROLES; text is what a model wrote, which i
     env.turn                    rounds of all roles so far, from 0
     env.view()                  the state as text for a terminal
     env.demonstration(role, draw)   (draw: random.Random)
-                                the answer of a scripted noisy demonstrator, which the warm-up learns
+                                the answer of a scripted noisy demonstrator, which the warm-up of the
+                                embedded model learns; None where the problem has none
     env.solution(role)          a right answer in the present state
 """
 import ast
 import functools
 import importlib
+import itertools
 import os
+import random
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +42,7 @@ from typing import Any
 from configurator import UserError, closest, convert, describe
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
+ATTEMPTS = 20       # problems that are looked at for a demonstration before giving up
 
 
 @dataclass(frozen=True)
@@ -110,12 +116,40 @@ def read_settings(task, given):
     return settings
 
 
+def demonstrations(task, turn_order, max_turns, seed, settings):
+    """(role, messages) without end: what demonstrators answer in the situations that they get into. None
+    where the first ATTEMPTS problems have none."""
+    draw, found = random.Random(seed), False
+    for number in itertools.count():
+        problem, = task.problems('train', 1, f'{seed}/{number}', **settings)
+        env = task.Env(problem)
+        for _ in range(max_turns):
+            for role in turn_order if not env.done else ():
+                text, messages = env.demonstration(role, draw), env.prompt(role)
+                if text is not None:
+                    found = True
+                    yield role, [*messages, {'role': 'assistant', 'content': text}]
+                    env.step(role, env.score(role, text))
+        if number + 1 == ATTEMPTS and not found:
+            return
+
+
 def list_settings():
     """(name, default, help) of the settings of all environments, for --help."""
     for name in known_tasks():
         for setting, (default, text) in load_task(name).SETTINGS.items():
-            if setting != 'dataset':            # a flag of its own
+            if setting not in ('dataset', 'rules'):     # flags of their own
                 yield setting, default, f'{name}: {text}'
+
+
+def needs_rules(path):
+    """Whether the model of a path is to be told the rules in its prompts: any but the embedded one, and a
+    team that an earlier run trained without."""
+    from nanoforge.checkpoint import run_of     # here: it imports torch
+    saved = run_of(path)
+    if saved.get('script') == 'train_agents.py':
+        return bool(saved['config']['env'].get('rules'))
+    return path != 'tiny'
 
 
 def chat(text, rules=None):

@@ -15,7 +15,7 @@ import random
 from configurator import UserError
 from data.rewards import as_number, extract_answer, same_answer
 from data.tasks.env import Outcome, chat
-from data.tasks.stored import code_block, compiles, excerpt, fenced, need_generated, pick, run_distinct
+from data.tasks.stored import code_block, compiles, excerpt, fenced, pick, run_distinct
 from data.tasks.stored import stored_problems
 from data.tasks.world import ITEMS, NAMES, lines, split_of
 
@@ -32,11 +32,12 @@ SETTINGS = {
     'rules': (False, 'explain the task in a system message, for models that were not warmed up on it'),
 }
 RULES = {
-    'tool': 'Write a Python program that computes the answer to the problem and prints it, and nothing else. '
-            'Put the program between ```python and ```. Earlier tries are shown, if there are any: keep what '
-            'was right, or do better.',
-    'reasoner': 'Solve the problem. Somebody wrote a program for it, which was run; check it, and look at '
-                'the earlier tries, if there are any. End with the final answer in \\boxed{}.',
+    'tool': 'Write a Python program that computes the answer to the problem and prints it, without any other '
+            'word. Put the program between ```python and ```. Earlier tries are shown, if there are any: '
+            'keep what was right, or do better.',
+    'reasoner': 'Solve the problem. If a program for it is shown, it was run: check it, and look at the '
+                'earlier tries, if there are any. End with the final answer in \\boxed{}, such as: '
+                '\\boxed{42}',
 }
 # mistakes of the demonstrators
 P_WRONG_PROGRAM = 0.5
@@ -266,7 +267,8 @@ class Env:
 
     def demonstration(self, role, draw):
         numbers, signs = self.problem['numbers'], self.problem['signs']
-        need_generated(numbers)
+        if not numbers:
+            return None
         if role == 'tool':
             if draw.random() < P_WRONG_PROGRAM:
                 signs = wrong_signs(signs, draw)

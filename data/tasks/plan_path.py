@@ -17,6 +17,7 @@ import string
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
+from data.tasks.stored import puzzle_of, stored_puzzles
 from data.tasks.world import lines, split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -24,12 +25,16 @@ SETTINGS = {
     'map_size': (4, 'rows and columns of the grid'),
     'min_moves': (4, 'moves of the shortest way at least'),
     'apart': (True, 'no goal with its walls occurs in both splits, from whatever start'),
+    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
+    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
+                             'store the generator makes'),
     'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
 }
 RULES = {
     'tool_agent': 'Propose the shortest way from the start to the goal of a grid, around the walls.',
-    'plan_agent': 'Walk from the start to the goal of a grid, around the walls. A way that somebody proposes '
-                  'was tried out; check it, or find a better one.',
+    'plan_agent': 'Walk from the start to the goal of a grid, around the walls. If a way is proposed, it was '
+                  'tried out: check it, or find a better one. It is written as its moves, each with the cell '
+                  'that it leads to.',
 }
 EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and a grid of {size} rows ends '
              'at {last}. Moves: U up, D down, L left, R right. End with the '
@@ -151,7 +156,8 @@ def shortest(start, goal, walls, size):
 
 # ---- problems
 
-def problems(split, n, seed, map_size=4, min_moves=1, apart=False, rules=False):
+def problems(split, n, seed, map_size=4, min_moves=1, apart=False, rules=False, dataset=None,
+             data_dir=None):
     """n problems {'size', 'start', 'goal', 'walls', 'answer', 'question', 'rules'} of a split.
 
     answer is a shortest way, as its moves, of which there are min_moves or more. A grid with its start
@@ -160,6 +166,12 @@ def problems(split, n, seed, map_size=4, min_moves=1, apart=False, rules=False):
     """
     if not 3 <= map_size <= 26:
         raise UserError(f'env.map_size={map_size}: Plan-Path has grids of 3 to 26 rows')
+
+    def fits(puzzle):
+        return puzzle['size'] == map_size and len(puzzle['answer']) >= min_moves
+
+    if stored := stored_puzzles(('plan_path',), from_row, fits, split, n, seed, dataset, data_dir):
+        return [{**puzzle, 'rules': rules} for puzzle in stored]
     draw = random.Random(f'plan_path/{split}/{seed}/{map_size}')
     wordings = [wording for wording in WORDINGS if split_of(wording) == split]
     made = []
@@ -176,6 +188,11 @@ def problems(split, n, seed, map_size=4, min_moves=1, apart=False, rules=False):
             'rules': rules,
         })
     return made
+
+
+def from_row(row, where):
+    """A stored row {'question', 'problem'} as a problem."""
+    return puzzle_of(row, where, Env, ('size', 'start', 'goal', 'walls', 'answer'))
 
 
 def draw_grid(draw, split, size, min_moves, apart):

@@ -16,6 +16,7 @@ from configurator import UserError
 from data.tasks.env import Outcome, chat
 from data.tasks.plan_path import MOVES, distance, draw_map, grid_cells, in_grid, name_of, names_of
 from data.tasks.plan_path import proposal_text, read_moves, straight
+from data.tasks.stored import puzzle_of, stored_puzzles
 from data.tasks.world import split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -23,16 +24,21 @@ SETTINGS = {
     'map_size': (6, 'rows and columns of the map, its frame of walls included'),
     'min_moves': (4, 'moves of the shortest solution at least'),
     'max_moves': (12, 'and at most'),
+    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
+    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
+                             'store the generator makes'),
     'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
 }
 RULES = {
     'tool_agent': 'Propose moves that push the box onto the goal.',
-    'plan_agent': 'Push the box onto the goal. Moves that somebody proposes were tried out; check them, or '
-                  'find better ones.',
+    'plan_agent': 'Push the box onto the goal. If a way is proposed, it was tried out: check it, or find a '
+                  'better one. It is written as its moves, each with the cell that it leads to, and where it '
+                  'pushes the box.',
 }
-EXPLAINED = (' Rows are letters from the top, columns numbers from the left, and around rows a to {row} and '
-             'columns 1 to {column} there is a wall. Walk into the box to push it; it cannot be pulled. '
-             'Moves: U up, D down, L left, R right. End with the moves after ####, such as: #### [D, R, R]')
+EXPLAINED = (' You start from the first cell that is named. Rows are letters from the top, columns numbers '
+             'from the left, and around rows a to {row} and columns 1 to {column} there is a wall. Walk into '
+             'the box to push it; it cannot be pulled. Moves: U up, D down, L left, R right. End with the '
+             'moves after ####, such as: #### [D, R, R]')
 # rewards
 STEP = -0.01
 ILLEGAL = -0.05
@@ -59,7 +65,8 @@ BRUSHES = [
 
 # ---- problems
 
-def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False):
+def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False, dataset=None,
+             data_dir=None):
     """n problems {'size', 'player', 'box', 'goal', 'walls', 'rules', 'answer'} of a split.
 
     Cells (row, column) count from the first one inside the frame; answer is a shortest solution as its moves.
@@ -67,6 +74,12 @@ def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False)
     if not 5 <= map_size <= 28 or not 1 <= min_moves <= max_moves:
         raise UserError('Sokoban needs 5 <= env.map_size <= 28 and 1 <= env.min_moves <= env.max_moves, not '
                         f'{map_size}, {min_moves} and {max_moves}')
+
+    def fits(puzzle):
+        return puzzle['size'] == map_size and min_moves <= len(puzzle['answer']) <= max_moves
+
+    if stored := stored_puzzles(('sokoban',), from_row, fits, split, n, seed, dataset, data_dir):
+        return [{**puzzle, 'rules': rules} for puzzle in stored]
     draw = random.Random(f'sokoban/{split}/{seed}/{map_size}')
     made, failures = [], 0
     while len(made) < n:
@@ -98,6 +111,11 @@ def problems(split, n, seed, map_size=6, min_moves=4, max_moves=12, rules=False)
             'answer': solve(free, goal, player, box),
         })
     return made
+
+
+def from_row(row, where):
+    """A stored row {'question', 'problem'} as a problem."""
+    return puzzle_of(row, where, Env, ('size', 'player', 'box', 'goal', 'walls', 'answer'))
 
 
 def draw_room(draw, inside):

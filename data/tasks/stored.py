@@ -1,7 +1,9 @@
-"""What math.py and code.py share: problems that scripts/dataprocess stored, and programs that agents write.
+"""What tasks share: problems that scripts/dataprocess stored, and programs that agents write.
 
-Problems are rows of DATA_DIR/{math,code}/{train,test}/STEM.jsonl (or .parquet).
+Problems are rows of DATA_DIR/{math,code,game}/{train,test}/STEM.jsonl (or .parquet). STEM.generated.jsonl
+holds those of the project's own generator, and is read where the data set of that name is not there.
 """
+import contextlib
 import functools
 import os
 import random
@@ -11,7 +13,9 @@ import sys
 from configurator import UserError, closest
 from data.sandbox import run_many
 
-GENERATED = 'generated'             # the column `source` of rows that the project's own generator made
+GENERATED = 'generated'     # the column `source` of what the project's own generator made, and in file names
+GAME = 'game'               # the domain whose problems are the generator's own, and bear no data set's name
+SCRIPTS = {'math': 'load_math.py', 'code': 'load_code.py', GAME: 'load_sokoban.py'}     # which write files
 
 
 # ---- problems
@@ -20,9 +24,9 @@ GENERATED = 'generated'             # the column `source` of rows that the proje
 def stored_problems(domain, split, stems, data_dir, known, from_row):
     """The problems from_row(row, where) of the stored stems (several joined by +) of a split.
 
-    None where none of them is stored and all are `known`: then the project's own generator stands in for
-    them. Training problems that a held-out file of the same folder has too are dropped, and counted.
-    UserError: neither stored nor known, only some of them stored, none left.
+    None where none of them is stored and all are `known`: then the project's own generator makes problems,
+    which stand in for a data set. Training problems that a held-out file of the same folder has too are
+    dropped, and counted. UserError: neither stored nor known, only some of them stored, none left.
     """
     key, folder = ('dataset', 'train') if split == 'train' else ('benchmark', 'test')
     folder = os.path.join(data_dir, domain, folder)
@@ -34,18 +38,23 @@ def stored_problems(domain, split, stems, data_dir, known, from_row):
             raise UserError(f'env.{key}={stem}: {folder} has no such file, and it is none of '
                             f'{", ".join(known)}{closest(stem, names)}')
     missing = [stem for stem in wanted if stem not in files]
-    script = f'python scripts/dataprocess/load_{domain}.py'
+    script = f'python scripts/dataprocess/{SCRIPTS[domain]}'
     if missing and len(missing) < len(wanted):
         raise UserError(f'env.{key}={stems}: {folder} has no {missing[0]}; {script} writes it')
     if missing:
-        warn(f'env.{key}={stems}: not in {folder}, so problems of the generator in data/tasks/{domain}.py '
-            f'stand in for it (the real ones: {script}, with a network)')
+        if domain != GAME:
+            warn(f'env.{key}={stems}: not in {folder}, so problems of the generator in data/tasks/'
+                 f'{domain}.py stand in for it (the real ones: {script}, with a network)')
         return None
     rows = []
     for stem in wanted:
-        rows += rows_of(files[stem])
-    if any(row.get('source') == GENERATED for _, row in rows):
-        warn(f'env.{key}={stems}: the problems in {folder} are generated ones, not the data set of that name')
+        found = rows_of(files[stem])
+        rows += found
+        if domain != GAME and any(row.get('source') == GENERATED for _, row in found):
+            warn(f'env.{key}={stems}: the {len(found):,} problems in {files[stem]} are generated ones, not '
+                 'the data set of that name')
+        else:
+            warn(f'env.{key}={stems}: {len(found):,} problems in {files[stem]}')
     problems = [from_row(row, where) for where, row in rows]
     if split == 'train':
         held_out = held_out_questions(domain, data_dir)
@@ -60,17 +69,57 @@ def stored_problems(domain, split, stems, data_dir, known, from_row):
 
 
 def files_of(folder):
-    """{stem in lower case: path} of the data files in a folder."""
-    files = {}
+    """{stem in lower case: path} of the data files in a folder; a generated one where there is no other."""
+    files, generated = {}, {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        stem, suffix = os.path.splitext(name)
+        stem, suffix = os.path.splitext(name.lower())
         if suffix in ('.jsonl', '.parquet'):
-            files[stem.lower()] = os.path.join(folder, name)
-    return files
+            kind = generated if stem.endswith(f'.{GENERATED}') else files
+            kind[stem.removesuffix(f'.{GENERATED}')] = os.path.join(folder, name)
+    return {**generated, **files}
+
+
+def stored_puzzles(names, from_row, fits, split, n, seed, dataset, data_dir):
+    """n of the puzzles that load_sokoban.py stored for a game, those that fits(puzzle) lets through.
+
+    None where there is no file, or nothing in it fits: then the game's generator makes them. names: what
+    `dataset` may call the game, the first is its file. data_dir: None for none.
+    """
+    stems = names[0] if not dataset or dataset.lower() in names else dataset
+    stored = data_dir and stored_problems(GAME, split, stems, data_dir, names, from_row)
+    if not stored:
+        return None
+    puzzles = [puzzle for puzzle in stored if fits(puzzle)]
+    if len(puzzles) < len(stored):
+        key = 'dataset' if split == 'train' else 'benchmark'
+        instead = '' if puzzles else ': the generator makes others'
+        warn(f'env.{key}={stems}: {len(puzzles):,} of the {len(stored):,} are of the size that env.* asks '
+             f'for{instead}')
+    return pick(puzzles, split, n, seed) if puzzles else None
+
+
+def puzzle_of(row, where, Env, keys):
+    """The puzzle in a stored row {'question', 'problem'}; UserError where it lacks a key or has no
+    solution."""
+    acts = Env.roles[-1]
+    try:
+        puzzle = {**row['problem'], 'question': row['question']}
+        env = Env({key: puzzle[key] for key in keys})
+        is_solved = env.score(acts, env.solution(acts)).note == 'works'
+    except (LookupError, TypeError, ValueError, AttributeError):
+        is_solved = False
+    if not is_solved:
+        raise UserError(f'{where}: "problem" must be a puzzle that can be solved, made of {", ".join(keys)}, '
+                        f'and "question" a text, as python scripts/dataprocess/{SCRIPTS[GAME]} writes them')
+    return puzzle
+
+
+files_read = set()      # paths, of which a run notes fingerprints
 
 
 @functools.lru_cache(maxsize=64)
 def rows_of(path):
+    files_read.add(path)
     from data.formats import read_file      # here: its import takes longer than --print_config may
     return list(read_file(path))
 
@@ -98,10 +147,30 @@ def pick(problems, split, n, seed):
     return picked[:n]
 
 
+def print_error(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+reporter = print_error
+
+
+@contextlib.contextmanager
+def reported_by(report):
+    """What is read inside is said by report(line), each line once, even if an earlier run has said it."""
+    global reporter
+    for cached in (rows_of, stored_problems, warn):
+        cached.cache_clear()
+    reporter = report
+    try:
+        yield
+    finally:
+        reporter = print_error
+
+
 @functools.cache
 def warn(line):
-    """Prints a line once in a process."""
-    print(line, file=sys.stderr, flush=True)
+    """Says a line once in a process: on stderr, or as a run says things."""
+    reporter(line)
 
 
 # ---- programs that agents write
@@ -133,10 +202,3 @@ def compiles(run):
     """Whether the program of a Result could be compiled (one that fakes the message only harms itself)."""
     errors = ('SyntaxError', 'IndentationError', 'TabError', 'ValueError: source code')
     return not run.reason.startswith(errors)
-
-
-def need_generated(parts):
-    """Demonstrations are made from the parts of generated problems, which stored ones lack."""
-    if not parts:
-        raise UserError('env.dataset: only generated problems have demonstrations; '
-                        'leave the warm-up out, or data_dir empty')

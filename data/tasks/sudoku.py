@@ -15,6 +15,7 @@ import re
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
+from data.tasks.stored import puzzle_of, stored_puzzles
 from data.tasks.world import split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -23,16 +24,21 @@ SETTINGS = {
     'map_size': (4, 'rows and columns: 4, 6, 9, 12 or 16'),
     'min_blanks': (7, 'numbers to fill in at least'),
     'max_blanks': (10, 'and at most'),
+    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
+    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
+                             'store the generator makes'),
     'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
 }
 RULES = {
     'tool_agent': 'Propose how to fill this Sudoku.',
-    'plan_agent': 'Fill in this Sudoku. What somebody proposes was checked; take it over, or correct it.',
+    'plan_agent': 'Fill in this Sudoku. If an answer is proposed, it was checked: take it over, or correct '
+                  'it.',
 }
-EXPLAINED = (' It has {size} rows of the numbers 1 to {size}, 0 for a blank: none may stand twice in a row, '
-             'in a column or in a box of {rows} rows and {columns} columns. End with the whole grid after '
-             '####, as a list of rows with 0 for what you leave blank, or with what you fill in, as a list '
-             'of [row, column, number] counted from 1.')
+EXPLAINED = (' It has {size} rows, one after the other, of the numbers 1 to {size}, 0 for a blank: none may '
+             'stand twice in a row, in a column or in a box of {rows} rows and {columns} columns. End with '
+             'the whole grid after ####, as a list of {size} rows with 0 for what you leave blank; or '
+             'with what you fill in, as a list of [row, column, number] counted from 1, such as: '
+             '#### [[1, 2, 4], [3, 1, 2]]')
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3), 12: (3, 4), 16: (4, 4)}       # size: rows and columns of a box
 # rewards
 SOLVED = 2.0
@@ -50,12 +56,20 @@ P_STOP_EARLY = 0.9
 
 # ---- problems
 
-def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=False):
+def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=False, dataset=None,
+             data_dir=None):
     """n problems {'size', 'grid', 'solution', 'rules'} of a split; grids are lists of rows, 0 for a blank."""
     if map_size not in BOXES or not 1 <= min_blanks <= max_blanks <= map_size ** 2:
         sizes = ', '.join(map(str, BOXES))
         raise UserError(f'Sudoku needs env.map_size of {sizes} and 1 <= env.min_blanks <= env.max_blanks, '
                         f'not {map_size}, {min_blanks} and {max_blanks}')
+
+    def fits(puzzle):
+        num_blanks = sum(row.count(0) for row in puzzle['grid'])
+        return puzzle['size'] == map_size and min_blanks <= num_blanks <= max_blanks
+
+    if stored := stored_puzzles(('sudoku', *DATASETS), from_row, fits, split, n, seed, dataset, data_dir):
+        return [{**puzzle, 'rules': rules} for puzzle in stored]
     draw = random.Random(f'sudoku/{split}/{seed}/{map_size}')
     empty = [[0] * map_size for _ in range(map_size)]
     made, failures = [], 0
@@ -73,6 +87,11 @@ def problems(split, n, seed, map_size=4, min_blanks=7, max_blanks=10, rules=Fals
             raise UserError(f'env.min_blanks={min_blanks}: hardly any Sudoku of {map_size} rows with so many '
                             'blanks has one solution')
     return made
+
+
+def from_row(row, where):
+    """A stored row {'question', 'problem'} as a problem."""
+    return puzzle_of(row, where, Env, ('size', 'grid', 'solution'))
 
 
 def copy_of(grid):

@@ -112,7 +112,7 @@ def install(run_directory, tokenizer, directory=HERE):
     save_model(model, tokenizer, directory, dtype=torch.bfloat16)
     stop_ids = sorted(tokenizer.stop_ids | {tokenizer.pad_id})
     stops = {'eos_token_id': stop_ids, 'pad_token_id': tokenizer.pad_id}
-    with open(os.path.join(directory, 'generation_config.json'), 'w') as file:
+    with open(os.path.join(directory, 'generation_config.json'), 'w', encoding='utf-8') as file:
         json.dump(stops, file, indent=2)
     size = os.path.getsize(os.path.join(directory, 'model.safetensors'))
     print(f'{directory}: {size / 2e6:.2f}M parameters, {size / 2 ** 20:.2f} MiB')

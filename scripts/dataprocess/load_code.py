@@ -4,8 +4,8 @@ datasets/code/{train,test}/NAME.jsonl
     python scripts/dataprocess/load_code.py
     python scripts/dataprocess/load_code.py --names code_contests interview --num_rows 2000
 
-From the Hugging Face hub; where it does not answer (or with --offline), generated problems under the same
-names, which it says. A row has "question", "test_input" and "test_output" (lists of texts), "solution" (a
+From the Hugging Face hub; where it does not answer (or with --offline), generated problems, in files called
+NAME.generated.jsonl. A row has "question", "test_input" and "test_output" (lists of texts), "solution" (a
 program that passes these tests, as the sandbox found; '' where there is none: such a problem is no training
 problem), "examples" (tests that the question shows) and "source"; a generated one also "parts", what it is
 made of. interview is the part of APPS of that difficulty. Problems that call a function, and LiveCodeBench's

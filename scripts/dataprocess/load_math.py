@@ -4,8 +4,8 @@ datasets/math/{train,test}/NAME.jsonl
     python scripts/dataprocess/load_math.py
     python scripts/dataprocess/load_math.py --names polaris AIME24
 
-From the Hugging Face hub; where it does not answer (or with --offline), generated problems under the same
-names, which it says. A row has "question", "solution" (the final answer) and "source"; a generated one also
+From the Hugging Face hub; where it does not answer (or with --offline), generated problems, in files called
+NAME.generated.jsonl. A row has "question", "solution" (the final answer) and "source"; a generated one also
 "numbers" and "signs", what it is made of.
 """
 import store

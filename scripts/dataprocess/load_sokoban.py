@@ -3,11 +3,10 @@
     python scripts/dataprocess/load_sokoban.py
     python scripts/dataprocess/load_sokoban.py --names sokoban --num_rows 5000
 
-train_agents.py makes the same puzzles from its seed and needs no file: these are to look at, to solve by
-other means, and to learn from (train_sft.py reads "question" and "answer"). No hub is asked: the project's
-own generators make all puzzles, every one solvable, and no training puzzle is a held-out one. A row has
-"question" (what the plan agent is asked), "answer" (a right reply), "picture", "problem" (what Env takes) and
-"source".
+train_agents.py plays these puzzles where they are there and of the size that it is asked for, else it makes
+its own; train_sft.py can read "question" and "answer". No hub is asked: the project's own generators make all
+puzzles, every one solvable, and no training puzzle is a held-out one. A row has "question" (what the plan
+agent is asked), "answer" (a right reply), "picture", "problem" (what Env takes) and "source".
 """
 import store
 
@@ -20,7 +19,7 @@ GAMES = {'sokoban': sokoban, 'sudoku': sudoku, 'plan_path': plan_path}
 def rows_of(game, split, n, seed):
     """n rows of a game with its default settings."""
     settings = {name: default for name, (default, _) in game.SETTINGS.items()}
-    for problem in game.problems(split, n, seed, **settings):
+    for problem in game.problems(split, n, seed, **{**settings, 'data_dir': None}):
         env = game.Env(problem)
         answer = env.solution('plan_agent')
         if not env.score('plan_agent', answer).valid:

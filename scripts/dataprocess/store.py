@@ -10,7 +10,7 @@ sys.path.insert(0, ROOT)
 
 from configurator import UserError
 from data.prepare import Parser
-from data.tasks.stored import GENERATED
+from data.tasks.stored import GAME, GENERATED
 
 GENERATED_ROWS = {'train': 1000, 'test': 300}
 
@@ -49,8 +49,8 @@ def use_hub(args, domain):
             reason = f'{endpoint} does not answer ({getattr(error, "reason", error)})'
     rule = '=' * 100
     print(f'{rule}\n{reason}: these files will hold problems of the generator in data/tasks/{domain}.py, not '
-          f'the data sets whose names they bear.\nTheir column "source" says "{GENERATED}". With a network: '
-          f'the same command with --overwrite.\n{rule}',
+          f'the data sets whose names they bear.\nThey are called NAME.{GENERATED}.jsonl, and are read where '
+          f'there is no NAME.jsonl. With a network: the same command.\n{rule}',
           file=sys.stderr, flush=True)
     return False
 
@@ -74,13 +74,15 @@ def write_sets(args, domain, stems, generate, load=None):
     """Writes the files of those stems, {'train': [stem], 'test': [stem]}, that args.names has.
 
     load(stem, split) gives the rows of the hub; without it generate(stem, 'train' or 'eval', n) gives those
-    of the project's own generator.
+    of the project's own generator, in files whose names say so where a data set has that name.
     """
     for split, names in stems.items():
         for stem in names:
-            if stem in args.names:
-                rows = load(stem, split) if load else generated_rows(args, stem, split, generate)
-                write(args, domain, split, stem, rows)
+            if stem in args.names and load:
+                write(args, domain, split, stem, load(stem, split))
+            elif stem in args.names:
+                name = stem if domain == GAME else f'{stem}.{GENERATED}'
+                write(args, domain, split, name, generated_rows(args, stem, split, generate))
 
 
 def generated_rows(args, stem, split, generate):

@@ -1,19 +1,27 @@
 #!/bin/bash
-# Code, L1: one model, roles by prompt. As it stands it trains the embedded model in minutes; for a real one set base_models below
-# (and leave out the recipe, whose lengths and rates are for a model of a million parameters).
-# Data: python scripts/dataprocess/load_code.py (without it, problems of our own generator stand in, and the run says so)
-set -e
-cd "$(dirname "$0")/../../.."
-
+# Programming, L1: one model, roles by prompt. Edit the lines below; what is typed wins over them:
+#   bash scripts/train/code/code_L1_prompt.sh base_models.policy_0.path=Qwen/Qwen3-1.7B training.val_freq=5
+# Data: python scripts/dataprocess/load_code.py (without it generated problems stand in, and the run says so)
 export CUDA_VISIBLE_DEVICES=0
-export TOKENIZERS_PARALLELISM=false
-GPU_num=1
+GPU_num=1  # GPUs that share each model
 
-python train_agents.py recipes/training/agents/code.yaml \
-    GPU_num=$GPU_num \
-    base_models.policy_0.path=tiny \
-    specialization=prompt \
-    training.experiment_name=code_L1_prompt \
-    env.dataset=code_contests \
-    env.benchmark=code_contests \
-    "$@"
+team=(
+    GPU_num=$GPU_num
+    base_models.policy_0.path=tiny                      # Hugging Face name or directory; tiny: the embedded model
+    specialization=prompt
+    training.experiment_name=code_L1_prompt             # logs/code_L1_prompt/
+    env.dataset=code_contests                           # training problems
+    env.benchmark=code_contests                         # held-out problems
+)
+# tiny trains with its recipe, in minutes on two cores
+toy=(recipes/training/agents/code.yaml)
+# any other model with these
+real=(
+    training.total_training_steps=200                   # iterations: a rollout and its updates each
+    training.epoch_size=20                              # problems that are rolled out per iteration
+    training.train_batch_size=32                        # sequences per optimizer step
+    training.max_prompt_length=8192                     # tokens
+    training.max_response_length=8192                   # tokens of an answer
+    training.val_freq=10                                # iterations between validations
+)
+source "$(dirname "$0")/../run.sh"

@@ -213,6 +213,7 @@ if __name__ == '__main__':
 import contextlib
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -653,7 +654,7 @@ def print_summary(cfg, policy, epochs, total_steps, kind, run):
 
 
 def describe_data(tokenizer, pairs, train, held_out):
-    """What --check prints: lengths, and three pairs as the model sees them, what is learned in colour."""
+    """What --check prints: lengths, and three pairs as the model sees them, in a terminal in colour."""
     lines = []
     for name in ('prompt', 'chosen', 'rejected'):       # of all pairs, the held-out ones, too
         lengths = sorted(len(getattr(pair, name)) for pair in pairs)
@@ -669,8 +670,9 @@ def describe_data(tokenizer, pairs, train, held_out):
     first_of_each = [pairs[rows[0]] for rows in train if rows]
     for pair in [*first_of_each, *held_out[:1]][:3]:
         prompt, chosen, rejected = map(tokenizer.decode, (pair.prompt, pair.chosen, pair.rejected))
-        lines.append(f'--- {pair.where}\n{prompt}\033[32m{chosen}\033[0m\n'
-                     f'   instead of: \033[31m{rejected}\033[0m')
+        if sys.stdout.isatty():
+            chosen, rejected = f'\033[32m{chosen}\033[0m', f'\033[31m{rejected}\033[0m'
+        lines.append(f'--- {pair.where}\n{prompt}{chosen}\n   instead of: {rejected}')
     return '\n'.join(lines)
 
 

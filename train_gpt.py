@@ -361,9 +361,10 @@ def load_pretrained(cfg, tokenizer, corpora, run):
     # never character ids for a GPT-2: they would train without an error, and mean nothing
     ids = tokenizer.backend.get_vocab().items()
     if its_tokenizer is None or not ids <= its_tokenizer.backend.get_vocab().items():
+        wanted = name if os.path.isdir(name) else 'gpt2'
         raise UserError(f'data set {data.name!r} has the ids of a {data.meta["tokenizer"]} tokenizer, not '
-                        f'those of {name}: prepare it with --tokenizer=gpt2 (python data/prepare.py NAME '
-                        'FILE --tokenizer gpt2)')
+                        f'those of {name}: prepare it with --tokenizer={wanted} (python data/prepare.py NAME '
+                        f'FILE --tokenizer {wanted})')
     config = model.config
     for flag in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner'):
         asked, size = getattr(cfg, flag), getattr(config, flag)

@@ -331,8 +331,9 @@ def answer_examples(cfg, model, tokenizer, rows):
     parts = []
     for i in np.flatnonzero(rows.held_out)[:cfg.sample_rows]:
         ids, targets = rows[i]
-        # up to the first target, whatever loss_on: what stands there is given, the rest is to be found
-        start = int(np.flatnonzero(targets)[0])
+        # up to the first target, whatever loss_on: what stands there is given, the rest is to be found; of a
+        # row without a prompt its first token
+        start = max(1, int(np.flatnonzero(targets)[0]))
         limit = min(len(ids) - start + 32, 256)             # some more, to see whether it stops
         samples = generate(model, [ids[:start].tolist()], limit, temperature=0, stop_ids=tokenizer.stop_ids)
         prompt = tokenizer.decode(ids[max(0, start - 60):start].tolist())
@@ -429,6 +430,9 @@ def load_rows(cfg, sources, model, tokenizer, run):
     compare_splits(rows.close(), issues)
     # no longer than the longest row: it is the width of packed rows, and of the memory that they take
     cfg.max_length = min(cfg.max_length or longest, longest or context, context)
+    # no prompt is so long, then; and a saved configuration that contradicts itself could not be resumed
+    if cfg.max_prompt_length and cfg.max_prompt_length >= cfg.max_length:
+        cfg.max_prompt_length = None
     return rows, issues
 
 

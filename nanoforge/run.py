@@ -199,7 +199,10 @@ class Run:
             return None
         if getattr(cfg, 'max_steps', 0) > 0:
             flag = 'max_steps'
-        way = f'--{flag}=N goes on, with N above {getattr(cfg, flag):g}'
+        length = getattr(cfg, flag)
+        if flag != 'num_train_epochs':              # in steps; a shorter length may have been typed
+            length = max(length, state.step)
+        way = f'--{flag}=N goes on, with N above {length:g}'
         if not has_patience:
             way = f'--patience=0 goes on, as it stopped by patience={cfg.patience}'
         return self.finish({'step': state.step, 'best_eval_loss': state.best_eval_loss},

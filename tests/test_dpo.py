@@ -431,6 +431,7 @@ def test_check_shows_the_data_and_trains_nothing(preferences, capsys):
     said = capsys.readouterr().out
     assert result == {'pairs': 32, 'held_out': 8} and not os.path.exists('models')
     assert 'How many are 1 and 2?' in said and 'the longer one in 0% of the pairs: a policy can win by length alone' in said
+    assert '\033' not in said and '   instead of: ' in said         # colours are for a terminal
 
 
 # ---- settings ----------------------------------------------------------------------------------------------

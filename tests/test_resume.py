@@ -119,6 +119,10 @@ def test_a_run_that_has_ended_says_how_it_goes_on(script, tmp_path, monkeypatch,
     longer, said = 'max_iters' if script == 'train_gpt' else 'max_steps', capsys.readouterr().out
     assert said.endswith(f'o: the run has ended at step 1; {resume} --{longer}=N goes on, with N above 1\n')
     assert 'the model is in' not in said and left() == before
+    if script in ('train_gpt', 'train_dpo'):                        # a length that is behind the run
+        assert module.main(parse(module.Config, [resume, out, f'--{longer}=2']))['step'] == 2
+        assert module.main(parse(module.Config, [resume, out, f'--{longer}=1']))['step'] == 2
+        assert capsys.readouterr().out.endswith(f'step 2; {resume} --{longer}=N goes on, with N above 2\n')
     for steps, changes in ((2, False), (3, True), (4, False)):      # said once
         if changes:
             change_data()

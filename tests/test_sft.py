@@ -422,6 +422,20 @@ def test_theta_checkpoints_are_numbered_on(capsys):
     assert {'theta_checkpoint_epoch_3', 'theta_checkpoint_epoch_4'} <= set(os.listdir('more'))
 
 
+def test_a_limit_of_prompts_above_the_longest_row_can_be_resumed():
+    limits = '--max_length=300', '--max_prompt_length=200'
+    sft('--dataset_path', questions(8), *limits, '--max_steps=1', '--output_dir=o')
+    assert sft('--resume', '--output_dir=o', '--max_steps=2')['step'] == 2
+
+
+def test_texts_without_a_prompt_are_shown_from_their_first_token(capsys):
+    rows = [{'text': f'There were {i} cats.', 'metadata': 'train' if i else 'eval'} for i in range(8)]
+    with open('texts.jsonl', 'w') as file:
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+    sft('--dataset_path=texts.jsonl', '--max_steps=1', '--sample_rows=1', '--output_dir=o')
+    assert '--- examples at step 1' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('how', [['--use_lora'], ['--use_lora', '--load_in_4bit'], ['--use_lora', '--load_in_8bit']])
 def test_lora(how):
     sft('--dataset_path', questions(8), *how, '--max_steps=2', '--learning_rate=1e-2', '--output_dir=o', '--save_merged',

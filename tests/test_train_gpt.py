@@ -299,7 +299,7 @@ def test_fine_tuning_from_a_local_gpt2(data):
     cfg.n_layer = cfg.n_head = cfg.n_embd = None
     metrics = main(cfg)
     assert metrics['step'] == 6 and json.load(open('out/config.json'))['model_type'] == 'gpt2'
-    with pytest.raises(UserError, match='tokenizer'):
+    with pytest.raises(UserError, match='prepare it with --tokenizer=gpt2-local '):
         main(config(data, 'other', init_from='gpt2', gpt2_type='gpt2-local', dataset=str(data / 'bytes')))
 
 

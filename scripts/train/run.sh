@@ -19,6 +19,6 @@ if [ -z "$others" ]; then
     echo "$0: the model is tiny, so the half toy: ${toy[*]}" >&2
 else
     half=("${real[@]}")
-    echo "$0: the model is" $others "so the half real: ${real[*]}" >&2
+    echo "$0: the model is ${others//$'\n'/ and }, so the half real: ${real[*]}" >&2
 fi
 exec "${train[@]}" "${half[@]}" "${team[@]}" "$@"

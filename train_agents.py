@@ -626,8 +626,8 @@ def load_policies(cfg, run):
     for policy in policies:
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
-        policy.model.set_matmul(run.matmul)
         shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
+        policy.model.set_matmul(run.matmul)
     return policies
 
 

@@ -1,12 +1,12 @@
 """Does fine-tuning learn the same with bfloat16 products as in float32?
 
     python bench/precision.py MODEL                 a Hugging Face directory, such as SmolLM2-135M-Instruct's
-    python bench/precision.py MODEL --emulate       on a processor without bfloat16 units: the same rounding of
-                                                    factors and results, multiplied in float32
+    python bench/precision.py MODEL --emulate       on a processor without bfloat16 units: the same rounding
+                                                    of factors and results, multiplied in float32
 
-180 chats about the embedded facts, batches of 4, learning rate 1e-5, all weights train. A line for each way to
-multiply: eval_loss on 20 other chats before training and after 12 and 24 steps, and tokens a second. `nearest`
-rounds the weights to the nearest bfloat16, as autocast does; `bf16` is what --matmul=bf16 does here.
+180 chats about the embedded facts, batches of 4, learning rate 1e-5, all weights train. A line for each way
+to multiply: eval_loss on 20 other chats before training and after 12 and 24 steps, and tokens a second.
+`nearest` rounds the weights to the nearest bfloat16, as autocast does; `bf16` is what --matmul=bf16 does.
 """
 import argparse
 import json

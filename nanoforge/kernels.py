@@ -90,7 +90,7 @@ def weight_matrix(layer):
 # rounded to nearest, products would see nothing of it for dozens of optimizer steps. Here a weight is rounded
 # up or down by a threshold of its own, as a picture is dithered: of many weights that moved by a tenth of a
 # step one in ten is a step further, and a sum over them is on average that of the float32 weights. A weight
-# on the grid stays as it is. The thresholds are fixed, so what is computed is a function of the weights alone:
+# on the grid stays as it is. The thresholds are fixed, so what is computed depends on the weights alone:
 # training, sampling, evaluation and a resumed run read the same numbers, on any rank.
 
 PERIOD = 1048583        # a prime: no two rows of a matrix share their thresholds

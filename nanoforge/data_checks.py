@@ -65,12 +65,11 @@ class DataIssues:
         return [kind for kind in FATAL if kind in self.counts]
 
     def lines(self):
-        """One line a kind: how many, what to do, the first."""
+        """One line a kind: how many, what to do, the first; of what is of no one row only what to do."""
         for kind, remedy in REMEDIES.items():
             if kind in self.counts:
-                line = f'{self.counts[kind]:,} {kind}: {self.notes.get(kind, remedy)}'
-                first = self.examples[kind]
-                yield f'{line} (first: {first})' if first else line
+                line, first = f'{kind}: {self.notes.get(kind, remedy)}', self.examples[kind]
+                yield f'{self.counts[kind]:,} {line} (first: {first})' if first else line
 
     def stop(self):
         """UserError of the first row that must not be learned."""

@@ -91,7 +91,7 @@ def step_axis(axes):
     from matplotlib.ticker import EngFormatter, MaxNLocator
     axes.set_xlabel('step', fontsize=11)
     axes.xaxis.set_major_formatter(EngFormatter(sep=''))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def percent_axis(axis):
@@ -116,6 +116,8 @@ def noisy_curve(axes, steps, values, label, color, **style):
     if span > 1:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
     label = label.format(last=curve[-1], value=values[-1])
+    if len(values) == 1:        # of which no line would be seen
+        style = {**style, **dots(steps)}
     axes.plot(steps, curve, color=color, linewidth=1.8, label=label, **style)
     return curve
 
@@ -242,7 +244,7 @@ def reward_picture(log_path, png_path, title):
             else:
                 noisy_curve(axes, steps, values, key + ' {value:.3g}', colour)
         axes.set_ylabel(label, fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if axes.lines:
             axes.legend(fontsize=8 if axes is panels['A'] else 7, frameon=False)
     panels['A'].set_title(title, fontsize=13, loc='left')

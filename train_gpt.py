@@ -416,7 +416,8 @@ def resolve_defaults(cfg, run):
     if cfg.min_lr > cfg.learning_rate and cfg.lr_scheduler not in ('none', 'constant'):
         cfg.min_lr = cfg.learning_rate / 10                 # else the rate would rise
         run.print0(f'note      min_lr={cfg.min_lr:g}, a tenth of learning_rate={cfg.learning_rate:g}')
-    cfg.warmup_iters = warmup_within(cfg.warmup_iters, cfg.max_iters, run.print0)
+    if not run.resumed:             # else it goes on with the warm-up that it began with
+        cfg.warmup_iters = warmup_within(cfg.warmup_iters, cfg.max_iters, run.print0)
     # A rate that stays high leaves the last step's weights noisy, and their mean is better. One that falls
     # settles them by itself, and the weights of a pretrained model do not move far.
     stays_high = cfg.lr_scheduler in ('none', 'constant') and not cfg.init_from.startswith('gpt2')

@@ -25,6 +25,7 @@ COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 ACCEPTED = {
     'model.low_cpu_mem_usage': Accepted(True, 'weights are mapped from disk, never held twice'),
     'data.remove_unused_columns': Accepted(True, 'a row is encoded as it is read, and no column is kept'),
+    'data.dataset_num_proc': Accepted(1, 'what is read is tokenised in this process'),
     'training.prediction_loss_only': Accepted(True, 'an evaluation always samples and scores'),
     'training.dataloader_num_workers': Accepted(0, 'batches are made of what was just sampled'),
     'training.dataloader_pin_memory': Accepted(False, 'batches are made of what was just sampled'),

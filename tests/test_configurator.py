@@ -565,6 +565,16 @@ def takes(cls, name):
     return name in known or accepted_key(cls, name) is not None
 
 
+@pytest.mark.parametrize('script', TRAINING)
+def test_keys_without_effect_stay_readable(script):
+    """Every run stored them: a key that goes from the table would stop all older runs from being resumed."""
+    cls = importlib.import_module(script).Config
+    assert from_dict(cls, {'data': {'dataset_num_proc': 1, 'remove_unused_columns': True},
+                           'model': {'low_cpu_mem_usage': True}, 'distributed': False,
+                           'training': {'prediction_loss_only': True, 'dataloader_num_workers': 0,
+                                        'dataloader_pin_memory': False}})
+
+
 @pytest.mark.parametrize('script', [*TRAINING, 'sample', 'evaluate'])
 def test_hints_name_a_flag_of_the_script(script, capsys):
     """Or there is none: 'did you mean' never ends in a second mistake."""

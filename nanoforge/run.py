@@ -192,10 +192,10 @@ class Run:
         flag    what sets its length, if not max_steps
         """
         cfg = self.cfg
-        has_patience = not 0 < getattr(cfg, 'patience', 0) <= state.evaluations_since_best
+        lost_patience = 0 < getattr(cfg, 'patience', 0) <= state.evaluations_since_best
         if not self.resumed or self.saved.get('ended_at') != state.step:
             return None         # it may have been killed after its last checkpoint: there is something to do
-        if state.step < total_steps and has_patience:
+        if state.step < total_steps and not lost_patience:
             return None
         if getattr(cfg, 'max_steps', 0) > 0:
             flag = 'max_steps'
@@ -203,7 +203,7 @@ class Run:
         if flag != 'num_train_epochs':              # in steps; a shorter length may have been typed
             length = max(length, state.step)
         way = f'--{flag}=N goes on, with N above {length:g}'
-        if not has_patience:
+        if lost_patience:
             way = f'--patience=0 goes on, as it stopped by patience={cfg.patience}'
         return self.finish({'step': state.step, 'best_eval_loss': state.best_eval_loss},
                            f'{self.checkpoints.out_dir}: the run has ended at step {state.step}; '

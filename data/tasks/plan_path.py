@@ -17,7 +17,7 @@ import string
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
-from data.tasks.stored import puzzle_of, stored_puzzles
+from data.tasks.stored import PUZZLE_SETTINGS, puzzle_of, stored_puzzles
 from data.tasks.world import lines, split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -25,9 +25,7 @@ SETTINGS = {
     'map_size': (4, 'rows and columns of the grid'),
     'min_moves': (4, 'moves of the shortest way at least'),
     'apart': (True, 'no goal with its walls occurs in both splits, from whatever start'),
-    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
-    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
-                             'store the generator makes'),
+    **PUZZLE_SETTINGS,
     'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
 }
 RULES = {

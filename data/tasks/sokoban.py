@@ -16,7 +16,7 @@ from configurator import UserError
 from data.tasks.env import Outcome, chat
 from data.tasks.plan_path import MOVES, distance, draw_map, grid_cells, in_grid, name_of, names_of
 from data.tasks.plan_path import proposal_text, read_moves, straight
-from data.tasks.stored import puzzle_of, stored_puzzles
+from data.tasks.stored import PUZZLE_SETTINGS, puzzle_of, stored_puzzles
 from data.tasks.world import split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -24,9 +24,7 @@ SETTINGS = {
     'map_size': (6, 'rows and columns of the map, its frame of walls included'),
     'min_moves': (4, 'moves of the shortest solution at least'),
     'max_moves': (12, 'and at most'),
-    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
-    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
-                             'store the generator makes'),
+    **PUZZLE_SETTINGS,
     'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
 }
 RULES = {

@@ -16,6 +16,12 @@ from data.sandbox import run_many
 GENERATED = 'generated'     # the column `source` of what the project's own generator made, and in file names
 GAME = 'game'               # the domain whose problems are the generator's own, and bear no data set's name
 SCRIPTS = {'math': 'load_math.py', 'code': 'load_code.py', GAME: 'load_sokoban.py'}     # which write files
+# what every game's SETTINGS say of files
+PUZZLE_SETTINGS = {
+    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
+    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
+                             'store the generator makes'),
+}
 
 
 # ---- problems

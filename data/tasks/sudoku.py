@@ -15,7 +15,7 @@ import re
 
 from configurator import UserError
 from data.tasks.env import Outcome, chat
-from data.tasks.stored import puzzle_of, stored_puzzles
+from data.tasks.stored import PUZZLE_SETTINGS, puzzle_of, stored_puzzles
 from data.tasks.world import split_of
 
 ROLES, ACTS = ('tool_agent', 'plan_agent'), 'plan_agent'
@@ -24,9 +24,7 @@ SETTINGS = {
     'map_size': (4, 'rows and columns: 4, 6, 9, 12 or 16'),
     'min_blanks': (7, 'numbers to fill in at least'),
     'max_blanks': (10, 'and at most'),
-    'dataset': (None, 'a file of data_dir/game/train, or for the held-out split of data_dir/game/test'),
-    'data_dir': ('datasets', 'where scripts/dataprocess/load_sokoban.py put puzzles; those that it did not '
-                             'store the generator makes'),
+    **PUZZLE_SETTINGS,
     'rules': (False, 'explain the rules in a system message, for models that were not warmed up on them'),
 }
 RULES = {

@@ -8,7 +8,11 @@ type and sets it. Files come first, then the command line, left to right. Nothin
     recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
 import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
-import signal, socket, subprocess, sys, time, types, typing
+import sys, time, types, typing
+
+from nanoforge.errors import LOST_RANK, UserError, fail, print_anywhere
+from nanoforge.launch import launch
+from nanoforge.synonyms import SYNONYMS
 
 # Whose recipe it is: one for another script is named as such, not as a heap of unknown keys.
 SCRIPTS = {'sft': 'train_sft.py', 'dpo': 'train_dpo.py', 'ppo': 'train_rl.py', 'grpo': 'train_rl.py',
@@ -17,87 +21,8 @@ BOOLS = {'true': True, 'yes': True, 'on': True, '1': True,
          'false': False, 'no': False, 'off': False, '0': False}
 FILES = ('.py', '.yaml', '.yml')
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-ROLE = 'NANOFORGE_ROLE'  # tells a process that launch() starts what it is: 'detached' or 'worker'
-FAILED = 'NANOFORGE_FAILED'  # and a folder of the ranks, in which the first that fails leaves a file
-LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun sets
-# How others say the number of processes, without what torch needs to join them
-OTHER_LAUNCHERS = {'SLURM_STEP_NUM_TASKS': 'srun', 'OMPI_COMM_WORLD_SIZE': 'mpirun', 'PMI_SIZE': 'mpirun'}
-LOST_RANK = re.compile('Connection (closed|reset) by peer|Connection was likely closed|Broken pipe')
 BOUNDS = {'min': (operator.ge, '{} or more'), 'max': (operator.le, '{} or less'),
           'above': (operator.gt, 'above {}'), 'below': (operator.lt, 'below {}')}
-
-
-# For "did you mean": ours (the first of them that a script has), and what others call it
-OTHER_NAMES = (
-    ('recipe', 'config config_file cfg conf yaml'),
-    ('base_model_name model_path model',
-     'base_model pretrained pretrained_model_name_or_path checkpoint ckpt ckpt_path checkpoint_path '
-     'model_dir base_model_name model_name_or_path adapter'),
-    ('max_steps', 'steps num_steps iters num_iters max_iters max_train_steps train_steps total_steps'),
-    ('num_train_epochs max_steps', 'epochs num_epochs num_train_epochs max_epochs n_epochs'),
-    ('learning_rate', 'lr peak_lr max_lr learning_rate base_lr'),
-    ('lr_scheduler_type lr_scheduler', 'scheduler schedule lr_schedule lr_scheduler_type'),
-    ('per_device_train_batch_size batch_size train_batch_size',
-     'bs batch batch_size micro_batch_size device_batch_size per_device_batch_size '
-     'per_device_train_batch_size per_gpu_train_batch_size'),
-    ('gradient_accumulation_steps',
-     'grad_acc grad_accum grad_accum_steps gradient_accumulation ga accumulation_steps '
-     'accumulate_grad_batches'),
-    ('num_gpus', 'gpus gpu n_gpus ngpus num_gpu nproc nproc_per_node devices num_processes world_size'),
-    ('device', 'cuda device_map no_cuda use_cpu'),
-    ('dtype', 'precision mixed_precision amp fp32'),
-    ('output_dir', 'output out save_dir output_path log_dir logging_dir out_dir'),
-    ('dataset_path dataset',
-     'data datasets data_path data_file data_files data_dir train_file train_data train_dataset '
-     'dataset_name dataset_path input_file'),
-    ('prompt_column', 'question_column input_column instruction_column text_column text_field'),
-    ('answer_column', 'response_column completion_column label_column output_column target_column'),
-    ('max_length block_size max_prompt_length',
-     'seq_len seq_length sequence_length context_length ctx_len max_len max_seq_len max_seq_length '
-     'model_max_length max_length block_size cutoff_len'),
-    ('max_new_tokens max_completion_length max_response_length',
-     'max_tokens max_new_tokens max_response_length max_completion_length length num_tokens'),
-    ('warmup_steps warmup_iters lr_warmup_steps', 'warmup num_warmup_steps warmup_steps warmup_iters'),
-    ('warmup_ratio warmup_steps warmup_iters lr_warmup_steps', 'warmup_ratio warmup_proportion'),
-    ('weight_decay', 'wd decay'),
-    ('max_grad_norm grad_clip', 'clip clip_grad clip_grad_norm gradient_clip_val max_norm grad_norm'),
-    ('optimizer', 'optim optimiser'),
-    ('eval_steps eval_interval val_freq', 'eval_every eval_freq eval_interval eval_steps evaluation_steps'),
-    ('save_steps eval_interval val_freq', 'save_every save_freq save_interval save_steps'),
-    ('logging_steps log_interval', 'log_every log_freq log_steps log_interval logging_steps'),
-    ('use_lora specialization', 'lora peft use_peft'),
-    ('lora_r lora_rank', 'lora_dim lora_rank lora_r'),
-    ('lora_target_modules', 'target_modules lora_targets'),
-    ('load_in_4bit', 'qlora quantize quantization load_4bit bits'),
-    ('use_flash_attention', 'flash_attn flash_attention attn_implementation use_flash_attn'),
-    ('eval_fraction', 'test_size val_split val_size validation_split val_ratio'),
-    ('num_generations train_sample_num num_samples',
-     'group_size num_samples n_samples num_return_sequences n'),
-    ('temperature', 'temp temperature'),
-    ('reward', 'reward_fn reward_func reward_funcs reward_function'),
-    ('epsilon clip_low', 'clip_range clip_eps clip_epsilon cliprange epsilon'),
-    ('beta', 'kl_coef init_kl_coef kl_beta'),
-    ('algorithm', 'algo method trainer'),
-    ('wandb_enabled', 'wandb use_wandb'),
-    ('experiment_name wandb_name', 'run_name exp_name experiment'),
-    ('resume', 'continue resume_training resume_from resume_from_checkpoint'),
-    ('system_prompt', 'system system_message'),
-    ('patience', 'early_stopping early_stopping_patience'),
-    ('dataloader_num_workers', 'workers num_workers'),
-    ('dataset_num_proc', 'num_proc preprocessing_num_workers'),
-    ('compile', 'torch_compile'),
-    ('seed', 'random_seed manual_seed'),
-)
-# a name of ours that a script lacks is one, too: what is merely spelled like it would mislead
-SYNONYMS = {word: ours.split() for ours, words in OTHER_NAMES for word in f'{ours} {words}'.split()}
-
-
-class UserError(Exception):
-    """A mistake of the user's: one line that says what, where, what was meant and how to fix it."""
-
-
-class MainRankFailed(UserError):
-    """On the other ranks, where the main one fails: that one prints why."""
 
 
 class Accepted(typing.NamedTuple):
@@ -628,12 +553,6 @@ def help_page(cls):
     return parser.format_help()
 
 
-def print_anywhere():
-    """What the console's encoding lacks is printed as '?' (a pipe on Windows, LC_ALL=C), not an error."""
-    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's is of another kind; stderr's never fails
-        sys.stdout.reconfigure(errors='replace')
-
-
 def parse(cls, argv=None):
     """The configuration of this run: an instance of the dataclass `cls`, with the names of the fields that
     were set as cfg.typed, and of those that the command line itself set, not a file, as cfg.flags.
@@ -682,28 +601,6 @@ def run_script(main, cfg):
         fail('another process of this run ended, and the others cannot go on without it: was it killed?')
 
 
-def fail(error):
-    """Prints an error in one line and exits with status 2. Of a machine's ranks only the first prints."""
-    if not isinstance(error, MainRankFailed) and is_first_to_fail():
-        rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
-        text = ' '.join(str(error).split())
-        print(f'{os.path.basename(sys.argv[0])}{rank}: error: {text}', file=sys.stderr)
-    sys.exit(2)
-
-
-def is_first_to_fail():
-    """Whether no other rank of this run on this machine has asked this before."""
-    of_torchrun = os.environ.get('TORCHELASTIC_ERROR_FILE', '')  # FOLDER/LOCAL_RANK/error.json
-    folder = os.environ.get(FAILED) or os.path.dirname(os.path.dirname(of_torchrun))
-    if os.environ.get('WORLD_SIZE', '1') == '1' or not folder:
-        return True
-    try:
-        os.close(os.open(os.path.join(folder, 'failed'), os.O_CREAT | os.O_EXCL))
-    except OSError as error:
-        return not isinstance(error, FileExistsError)  # rather twice than never
-    return True
-
-
 def as_dict(cfg):
     """The configuration as nested dicts for JSON, each setting at its documented path; see from_dict()."""
     tree, values = {}, dataclasses.asdict(cfg)
@@ -739,110 +636,3 @@ def from_dict(cls, saved, cfg=None):
     if getattr(cfg, 'accepted_values', None):
         result.__dict__.setdefault('accepted_values', {}).update(cfg.accepted_values)
     return result
-
-
-def launch(cfg, argv):
-    """Start this command line again as the settings num_gpus and nohup say, where cfg has them, and exit; or
-    return.
-
-    num_gpus  a process per GPU with torchrun's environment variables. Not through torchrun, where every
-              failure is exit status 1 and a traceback: here it is that of the first to fail, and stop signals
-              are passed on.
-    nohup     a detached process writes to logs/training_<date>_<time>.log, whose last line is the exit
-              status.
-    """
-    role, ranks = os.environ.pop(ROLE, None), getattr(cfg, 'num_gpus', None) or 1
-    command = [sys.executable, sys.argv[0], *argv]
-    rank, _, size = launched()
-    if size > 1 and ranks not in (1, size) and rank == 0:
-        print(f'num_gpus={ranks} changes nothing: the launcher started {size} processes', file=sys.stderr)
-    if role == 'worker' or size > 1:
-        return
-    if getattr(cfg, 'nohup', False) and role is None:
-        log = open_log()
-        env = {**os.environ, ROLE: 'detached', 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8'}
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                   start_new_session=True)
-        print(f'started as PID {process.pid}; follow it: tail -f {log.name}')
-        sys.exit(0)
-    if ranks > 1 or role == 'detached':
-        status = supervise(command, ranks)
-        if role == 'detached':
-            print(f'exit status {status}', flush=True)
-        sys.exit(status)
-    if getattr(cfg, 'accepted_values', {}).get('distributed') and 'RANK' not in os.environ:
-        print('--distributed without a launcher is one process: --num_gpus=N starts N', file=sys.stderr)
-
-
-def open_log():
-    """A new file logs/training_<date>_<time>.log; two starts in one second get two."""
-    while True:
-        try:
-            os.makedirs('logs', exist_ok=True)
-            return open(time.strftime('logs/training_%Y%m%d_%H%M%S.log'), 'x', encoding='utf-8')
-        except OSError as error:
-            if not isinstance(error, FileExistsError) or not os.path.isdir('logs'):
-                raise UserError(f'--nohup writes into {os.path.abspath("logs")}: {error.strerror}') from None
-            time.sleep(0.1)
-
-
-def launched():
-    """(rank, local rank, number of processes) as torchrun, or launch(), puts them into the environment.
-
-    (0, 0, 1) where nobody did. UserError where it says half of it, as what another job left over does.
-    """
-    env = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
-    if not {'RANK', 'WORLD_SIZE'} & env.keys():
-        for name, launcher in OTHER_LAUNCHERS.items():
-            if os.environ.get(name, '1') != '1':
-                raise UserError(f'{launcher} started {os.environ[name]} processes that do not know of each '
-                                'other: let it start one torchrun on each node, or set RANK=0 WORLD_SIZE=1 '
-                                'for one alone')
-        return 0, 0, 1
-    if env.get('WORLD_SIZE') == '1' and env.get('RANK', '0') == '0':
-        return 0, 0, 1
-    numbers = ('RANK', 'WORLD_SIZE', 'MASTER_PORT', *env.keys() & {'LOCAL_RANK'})
-    wrong = [name for name in numbers if not re.fullmatch(r'[0-9]{1,9}', env.get(name, ''))]
-    if 'MASTER_ADDR' not in env or wrong or int(env['RANK']) >= int(env['WORLD_SIZE']):
-        found = ' '.join(f'{name}={value}' for name, value in env.items())
-        missing = ', '.join(name for name in LAUNCHER if name not in env and name != 'LOCAL_RANK')
-        fault = f'without {missing}' if missing else 'which do not fit together'
-        raise UserError(f'the environment has {found}, {fault}: for one process `unset {" ".join(env)}`; '
-                        'torchrun and --num_gpus=N set them all')
-    local = env.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID', '0')
-    return int(env['RANK']), int(local), int(env['WORLD_SIZE'])
-
-
-def supervise(command, ranks):
-    """The exit status of `command` in `ranks` processes: 0, or the first failure's (128 + signal)."""
-    import shutil, tempfile  # here: --help and --print_config shall answer at once
-    env, workers, stopped = {**os.environ, ROLE: 'worker'}, [], []
-
-    def stop(signum, frame):
-        stopped.append(signum)
-        for worker in workers:
-            worker.send_signal(signum)
-
-    for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & set(dir(signal)):
-        signal.signal(getattr(signal, name), stop)
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            env.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks))
-        env[FAILED] = tempfile.mkdtemp(prefix='nanoforge-')
-        env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // ranks)))
-    # in sessions of their own: Ctrl-C reaches this process only, which passes it on once
-    for rank in range(ranks):
-        place = {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if ranks > 1 else {}
-        workers.append(subprocess.Popen(command, env={**env, **place}, start_new_session=True))
-    status, deadline = 0, math.inf
-    while None in (codes := [worker.poll() for worker in workers]) or not status and any(codes):
-        if any(codes) and not status:
-            status, deadline = next(filter(None, codes)), time.monotonic() + 10
-        # they wait for the one that failed; stopped ones are saving
-        if time.monotonic() > deadline and not stopped:
-            for worker in workers:
-                worker.kill()
-        time.sleep(0.05)
-    shutil.rmtree(env.get(FAILED, ''), ignore_errors=True)
-    return 128 - status if status < 0 else status

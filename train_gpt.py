@@ -27,6 +27,7 @@ GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # what settings of a new model and of a falling rate need
 SCRATCH = ('init_from=scratch', 'init_from=resume')
 DECAY = ('decay_lr=true', *(f'lr_scheduler={name}' for name in SCHEDULES[2:]))      # all but none, constant
+MUONS = 'optimizer=muon', 'optimizer=normuon'
 DATASETS_OF = {'multidataset': 'dataset_list', 'multicontext': 'multicontext_datasets'}
 
 
@@ -68,8 +69,9 @@ class Config(RunFlags, OptimizerFlags):
     learning_rate: float = setting(1e-3, above=0, also=('lr',))  # the highest
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second: high where a step sees few tokens
-    momentum: float | None = setting(None, needs=('optimizer=sgd', 'optimizer=muon'))  # of sgd (0.9), muon
-        # (0.95)
+    momentum: float | None = setting(None, needs=('optimizer=sgd', *MUONS))  # of sgd (0.9), muon (0.95)
+    adam_lr: float | None = setting(None, above=0, needs=MUONS)  # muon: the rate of embeddings, head and
+        # vectors, which AdamW trains; learning_rate if not set
     grad_clip: float = setting(1.0, min=0, also=('max_grad_norm',))  # highest gradient norm; 0 = no clipping
     ema: float | None = setting(None, min=0, below=1)  # decay of the mean of the weights, which is evaluated
         # and saved; 0 = off; 0.998 where the rate stays constant, else 0
@@ -399,7 +401,7 @@ def build_optimizer(cfg, model, run):
     ns_dtype = torch.bfloat16 if run.matmul == 'bf16' else None         # of Muon's products
     betas = cfg.beta1, cfg.beta2
     return make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas, cfg.momentum,
-                          ns_dtype=ns_dtype)
+                          adam_lr=cfg.adam_lr, ns_dtype=ns_dtype)
 
 
 def resolve_defaults(cfg, run):

@@ -234,7 +234,7 @@ class LoaderFlags(Flags):
 class OptimizerFlags(Flags):
     """What pretraining and fine-tuning call by one name. Without a section: it is that of the script."""
     # optimizer
-    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # adamw, sgd, muon are ours; others are torch's
+    optimizer: str = setting('adamw', choices=OPTIMIZERS)  # the first four are ours; others are torch's
     weight_decay: float = setting(0.0, min=0)  # of matrices; norms and biases are spared
     gradient_accumulation_steps: int = setting(1, min=1, also=('grad_accum',))  # micro-batches of an
         # optimizer step

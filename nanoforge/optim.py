@@ -14,8 +14,8 @@ import math
 from configurator import UserError
 
 # ours, then those of torch.optim that take a plain step: LBFGS needs a closure, SparseAdam sparse gradients
-OPTIMIZERS = ('adamw', 'sgd', 'muon', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax', 'asgd', 'nadam',
-              'radam', 'rmsprop', 'rprop')
+OPTIMIZERS = ('adamw', 'sgd', 'muon', 'normuon', 'adadelta', 'adafactor', 'adagrad', 'adam', 'adamax',
+              'asgd', 'nadam', 'radam', 'rmsprop', 'rprop')
 SCHEDULES = ('none', 'constant', 'cosine', 'exponential', 'linear', 'wsd', 'cosine_restarts', 'plateau')
 # what Hugging Face's and others' flags call them: ours
 SCHEDULER_NAMES = {
@@ -323,15 +323,15 @@ class SGD(FlatOptimizer):
             p.add_(grad, alpha=-lr)
 
 
-def newton_schulz(x, steps=5):
-    """Matrices x (N, rows, columns) with their singular values brought near 1 (0.68 to 1.15), by the quintic
-    of Jordan et al. 2024, kellerjordan.github.io/posts/muon, on the shorter side."""
+def newton_schulz(x, coefficients):
+    """Matrices x (N, rows, columns) with their singular values brought near 1, on the shorter side: a step
+    (a, b, c) takes each singular value s to a s + b s^3 + c s^5."""
     if x.size(1) > x.size(2):
-        return newton_schulz(x.mT, steps).mT
+        return newton_schulz(x.mT, coefficients).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in coefficients:
         gram = x @ x.mT
-        x = x.baddbmm(gram.baddbmm(gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = x.baddbmm(gram.baddbmm(gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -344,6 +344,8 @@ class Muon(AdamW):
     another. A weight that stacks projections says so, weight.splits = (rows of each): each is orthogonalised
     alone. ns_dtype: the precision of the Newton-Schulz products if not the parameters'.
     """
+    coefficients = 5 * ((3.4445, -4.7750, 2.0315),)     # kellerjordan.github.io/posts/muon: 0.68 to 1.15
+    row_beta = None                                     # NorMuon's: rows are left as they are
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1, adam_lr=None, betas=(0.9, 0.95),
                  eps=1e-8, ns_dtype=None):
@@ -356,27 +358,72 @@ class Muon(AdamW):
             for name, p in zip(flat.names, flat.params):
                 if flat.group['muon'] and p.dim() != 2:
                     raise UserError(f'{name} {tuple(p.shape)} is no matrix: its group needs muon=False')
+            if flat.group['muon'] and self.row_beta:
+                flat.row_squares = [p.detach().new_zeros(p.size(0)) for p in flat.params]
 
     def slots(self, group):
         return ('momentum_buffer',) if group['muon'] else super().slots(group)
 
+    def momentum(self, group):
+        return group['momentum']
+
     def update(self, flat):
         if not flat.group['muon']:
             return super().update(flat)
-        lr, momentum, decay = (flat.group[key] for key in ('lr', 'momentum', 'weight_decay'))
+        lr, decay, momentum = flat.group['lr'], flat.group['weight_decay'], self.momentum(flat.group)
         buffer = flat.state['momentum_buffer'].lerp_(flat.grad, 1 - momentum)
         flat.data.mul_(1 - lr * decay)
-        same_shape = {}  # shape -> [(weight, direction)]
-        for p, direction in zip(flat.params, flat.views(flat.grad.lerp(buffer, momentum))):
+        same_shape = {}  # shape -> [(weight, direction, mean square of each row)]
+        for i, (p, direction) in enumerate(zip(flat.params, flat.views(flat.grad.lerp(buffer, momentum)))):
             rows = getattr(p, 'splits', p.size(0))
-            for pair in zip(p.detach().split(rows), direction.split(rows)):
-                same_shape.setdefault(pair[0].shape, []).append(pair)
-        for shape, pairs in same_shape.items():
-            x = buffer.new_empty((len(pairs), *shape), dtype=self.ns_dtype)
-            for row, (_, direction) in zip(x, pairs):
+            squares = flat.row_squares[i].split(rows) if self.row_beta else [None] * p.size(0)
+            for part in zip(p.detach().split(rows), direction.split(rows), squares):
+                same_shape.setdefault(part[0].shape, []).append(part)
+        for shape, parts in same_shape.items():
+            x = buffer.new_empty((len(parts), *shape), dtype=self.ns_dtype)
+            for row, (_, direction, _) in zip(x, parts):
                 row.copy_(direction)
-            for row, (weight, _) in zip(newton_schulz(x), pairs):
+            x = newton_schulz(x, self.coefficients)
+            if self.row_beta:
+                x = self.even_rows(x.to(buffer.dtype), [square for *_, square in parts])
+            for row, (weight, *_) in zip(x, parts):
                 weight.add_(row, alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+
+class NorMuon(Muon):
+    """Muon whose rows, one for each neuron, are of one size on average: each is divided by the root of its
+    running mean square, each matrix then scaled to the norm of an orthogonal one (Li et al. 2025, arXiv
+    2510.05491, algorithm 1).
+
+    With the coefficients of Polar Express for five steps (Amsel et al. 2025, arXiv 2505.16932), which bring
+    singular values from 1e-3 upwards to 0.86 to 1.14, and a momentum that rises in the first steps.
+    """
+    coefficients = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+    row_beta = 0.95
+    momentum_warmup = 50    # steps; from 0.85
+
+    def momentum(self, group):
+        missing = max(0.0, 1 - self.steps / self.momentum_warmup)
+        return group['momentum'] - missing * max(0.0, group['momentum'] - 0.85)
+
+    def even_rows(self, x, squares):
+        """x (N, rows, columns) with even rows; squares: N tensors (rows,), brought up to date in place."""
+        for matrix, square in zip(x, squares):
+            square.lerp_(matrix.square().mean(1), 1 - self.row_beta)
+            matrix.div_((square.sqrt() + 1e-8)[:, None])
+        return x.mul_(math.sqrt(min(x.shape[1:])) / x.norm(dim=(1, 2), keepdim=True))
+
+    def state_dict(self):
+        state = super().state_dict()
+        for flat in self.flats:
+            if flat.group['muon']:
+                state.update((f'row_square/{name}', square)
+                             for name, square in zip(flat.names, flat.row_squares))
+        return state
 
 
 class TorchOptimizer(FlatOptimizer):
@@ -413,8 +460,8 @@ def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentu
                    adam_lr=None, ns_dtype=None):
     """The optimizer `name` of OPTIMIZERS for what trains of a model, with the settings that it knows.
 
-    Weight decay is for matrices, embeddings among them, not for norms and biases. Muon takes the matrices
-    inside numbered blocks. momentum None is the optimizer's own.
+    Weight decay is for matrices, embeddings among them, not for norms and biases. Muon and NorMuon take the
+    matrices inside numbered blocks. momentum None is the optimizer's own.
     """
     if name not in OPTIMIZERS:
         raise UserError(f'no optimizer {name!r}; there are {", ".join(OPTIMIZERS)}')
@@ -424,10 +471,10 @@ def make_optimizer(name, model, lr, weight_decay=0.1, betas=(0.9, 0.95), momentu
     for key, p in model.named_parameters():
         in_a_block = any(map(str.isdigit, key.split('.')))
         hidden = p.dim() == 2 and id(p) not in tables and in_a_block and 'head' not in key
-        groups.setdefault((p.dim() >= 2, name == 'muon' and hidden), []).append((key, p))
+        groups.setdefault((p.dim() >= 2, 'muon' in name and hidden), []).append((key, p))
     groups = [{'params': members, 'weight_decay': weight_decay if matrix else 0.0, 'muon': hidden}
               for (matrix, hidden), members in groups.items()]
-    kind = {'adamw': AdamW, 'sgd': SGD, 'muon': Muon}.get(name)
+    kind = {'adamw': AdamW, 'sgd': SGD, 'muon': Muon, 'normuon': NorMuon}.get(name)
     if not kind:
         kind = {key.lower(): value for key, value in vars(optim).items() if isinstance(value, type)}[name]
     settings = dict(lr=lr, betas=betas, momentum=momentum, nesterov=nesterov, adam_lr=adam_lr,

@@ -31,11 +31,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import MainRankFailed, UserError, as_dict, launched, without_effect
+from configurator import UserError, as_dict, without_effect
 from data.fingerprint import fingerprints
 from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
                                   start_fresh)
+from nanoforge.errors import MainRankFailed
+from nanoforge.launch import launched
 from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
 

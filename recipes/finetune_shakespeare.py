@@ -23,12 +23,14 @@ log_interval = 1
 # seed = 1337  # of data order, sampling, dropout and new weights
 # resume = False  # go on with the run in the output folder; auto: if there is one
 
-# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor,
-#     # adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
+# optimizer = 'adamw'  # the first four are ours; others are torch's (adamw, sgd, muon, normuon, adadelta,
+#     # adafactor, adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
 # weight_decay = 0.1  # of matrices; norms and biases are spared
 # beta1 = 0.9  # decay of the first moment
 # beta2 = 0.99  # decay of the second: high where a step sees few tokens
 # momentum = None  # of sgd (0.9), muon (0.95)
+# adam_lr = None  # muon: the rate of embeddings, head and vectors, which AdamW trains; learning_rate if not
+#     # set
 # grad_clip = 1.0  # highest gradient norm; 0 = no clipping
 # ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
 #     # stays constant, else 0

@@ -32,10 +32,12 @@ compile = True
 # seed = 1337  # of data order, sampling, dropout and new weights
 # resume = False  # go on with the run in the output folder; auto: if there is one
 
-# optimizer = 'adamw'  # adamw, sgd, muon are ours; others are torch's (adamw, sgd, muon, adadelta, adafactor,
-#     # adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
+# optimizer = 'adamw'  # the first four are ours; others are torch's (adamw, sgd, muon, normuon, adadelta,
+#     # adafactor, adagrad, adam, adamax, asgd, nadam, radam, rmsprop, rprop)
 # beta1 = 0.9  # decay of the first moment
 # momentum = None  # of sgd (0.9), muon (0.95)
+# adam_lr = None  # muon: the rate of embeddings, head and vectors, which AdamW trains; learning_rate if not
+#     # set
 # grad_clip = 1.0  # highest gradient norm; 0 = no clipping
 # ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
 #     # stays constant, else 0

@@ -30,6 +30,8 @@ eval_interval = 100
 # gradient_accumulation_steps = 1  # micro-batches of an optimizer step
 # beta1 = 0.9  # decay of the first moment
 # momentum = None  # of sgd (0.9), muon (0.95)
+# adam_lr = None  # muon: the rate of embeddings, head and vectors, which AdamW trains; learning_rate if not
+#     # set
 # grad_clip = 1.0  # highest gradient norm; 0 = no clipping
 # ema = None  # decay of the mean of the weights, which is evaluated and saved; 0 = off; 0.998 where the rate
 #     # stays constant, else 0

@@ -19,7 +19,10 @@ import pytest
 import configurator
 from conftest import ROOT
 from configurator import (Accepted, UserError, accepted_key, as_dict, check_settings, closest, configclass, fill_in,
-                          from_dict, launched, parse, run_script, setting, spellings, without_effect)
+                          from_dict, parse, run_script, setting, spellings, without_effect)
+from nanoforge import errors, launch
+from nanoforge.launch import launched
+from nanoforge.synonyms import SYNONYMS
 
 sys.path.insert(0, os.path.join(ROOT, 'scripts'))
 from document_recipes import MARK, RECIPES, config_of, documented
@@ -579,7 +582,7 @@ def test_keys_without_effect_stay_readable(script):
 def test_hints_name_a_flag_of_the_script(script, capsys):
     """Or there is none: 'did you mean' never ends in a second mistake."""
     cls = importlib.import_module(script).Config
-    for name in {*NAMES, *configurator.SYNONYMS}:
+    for name in {*NAMES, *SYNONYMS}:
         if not takes(cls, name):
             hint = re.search("; did you mean '--(.*)'", mistake(capsys, cls, f'--{name}=1'))
             assert not hint or takes(cls, hint[1])
@@ -688,7 +691,7 @@ if __name__ == '__main__':
 @pytest.fixture
 def script(tmp_path):
     (tmp_path / 'train it.py').write_text(SCRIPT)
-    env = {name: value for name, value in os.environ.items() if name not in ('RANK', 'LOCAL_RANK', configurator.ROLE)}
+    env = {name: value for name, value in os.environ.items() if name not in ('RANK', 'LOCAL_RANK', launch.ROLE)}
     env['PYTHONPATH'] = ROOT
 
     def start(*argv, **more):
@@ -720,7 +723,7 @@ WHOLE = dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', 
 
 
 def set_environment(monkeypatch, values):
-    for name in (*WHOLE, *configurator.OTHER_LAUNCHERS, 'SLURM_LOCALID', configurator.FAILED):
+    for name in (*WHOLE, *launch.OTHER_LAUNCHERS, 'SLURM_LOCALID', errors.FAILED):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -762,7 +765,7 @@ def test_of_the_ranks_that_torchrun_starts_the_first_prints_an_error(monkeypatch
         raise UserError('bad data')
 
     def main_is_wrong(_):
-        raise configurator.MainRankFailed('its message says why')
+        raise errors.MainRankFailed('its message says why')
 
     for local_rank, main in ((3, main_is_wrong), (0, wrong), (1, wrong), (2, lost)):
         monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / str(local_rank) / 'error.json'))

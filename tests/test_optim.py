@@ -13,7 +13,7 @@ from torch import nn
 from nanoforge import optim
 from configurator import UserError
 from nanoforge.kernels import dither, keep_copies
-from nanoforge.optim import AdamW, Muon, Plateau, SGD, learning_rate, make_optimizer, warmup_within
+from nanoforge.optim import AdamW, Muon, NorMuon, Plateau, SGD, learning_rate, make_optimizer, warmup_within
 
 
 class Block(nn.Module):
@@ -245,6 +245,55 @@ def test_muon_steps_are_orthogonal(dtype):
         assert 0.15 < p.detach().square().mean().sqrt() * math.sqrt(64 / min(shape)) < 0.25
 
 
+def normuon_reference(weight, grads, lr, decay, beta=0.95):
+    """Algorithm 1 of arXiv 2510.05491 in float64, with the five steps of Polar Express written out and a
+    momentum that rises from 0.85 to 0.95 in 50 steps; 0.2 of the root mean square that a step then has."""
+    buffer, row_square = torch.zeros_like(weight), torch.zeros(len(weight), dtype=weight.dtype)
+    for t, grad in enumerate(grads, 1):
+        momentum = 0.85 + 0.10 * min(t / 50, 1)
+        buffer = momentum * buffer + (1 - momentum) * grad
+        x = (1 - momentum) * grad + momentum * buffer
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        s = s / (x.norm() + 1e-7)
+        for a, b, c in NorMuon.coefficients:
+            s = a * s + b * s ** 3 + c * s ** 5
+        x = u * s @ vt
+        row_square = beta * row_square + (1 - beta) * x.square().mean(1)
+        x = x / (row_square.sqrt() + 1e-8)[:, None]
+        weight = (1 - lr * decay) * weight - lr * 0.2 * x / x.square().mean().sqrt()
+    return weight
+
+
+def test_normuon_follows_its_definition():
+    """60 steps, so that the momentum has risen; wide, tall and stacked."""
+    torch.manual_seed(3)
+    start = {'wide': torch.randn(4, 9).double(), 'tall': torch.randn(9, 4).double(),
+             'stack': torch.randn(10, 6).double()}
+    params = {name: nn.Parameter(t.clone()) for name, t in start.items()}
+    params['stack'].splits = (6, 2, 2)
+    optimizer = NorMuon(list(params.items()), lr=0.02, weight_decay=0.3)
+    grads = [{name: torch.randn_like(t) for name, t in start.items()} for _ in range(60)]
+    for grad in grads:
+        optimizer.zero_grad()
+        for name, p in params.items():
+            p.grad.add_(grad[name])
+        optimizer.step()
+    for name in ('wide', 'tall'):
+        expected = normuon_reference(start[name], [g[name] for g in grads], 0.02, 0.3)
+        assert (params[name] - expected).abs().max() < 1e-11, name
+    parts = [normuon_reference(w, g, 0.02, 0.3) for w, g in
+             zip(start['stack'].split((6, 2, 2)), zip(*(g['stack'].split((6, 2, 2)) for g in grads)))]
+    assert (params['stack'] - torch.cat(parts)).abs().max() < 1e-11
+
+
+def test_polar_express_reaches_small_singular_values():
+    """From a thousandth of the norm upwards to 0.85 to 1.15, where Muon's own leave what is small behind."""
+    s = torch.logspace(-3, 0, 2000, dtype=torch.float64)
+    for a, b, c in NorMuon.coefficients:
+        s = a * s + b * s ** 3 + c * s ** 5
+    assert 0.85 < s.min() and s.max() < 1.15
+
+
 def test_muon_takes_hidden_matrices_only():
     net = Net()
     optimizer = make_optimizer('muon', net, 0.01)
@@ -269,9 +318,9 @@ def test_an_embedding_is_told_by_its_class():
 
 
 def test_names_are_those_of_torch():
-    """All of torch.optim but the two that cannot take a plain step; asked for without importing torch."""
+    """All of torch.optim but the two that cannot take a plain step, and normuon; asked for without importing torch."""
     classes = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {'optimizer'}
-    assert set(optim.OPTIMIZERS) == classes - {'lbfgs', 'sparseadam'}
+    assert set(optim.OPTIMIZERS) == classes - {'lbfgs', 'sparseadam'} | {'normuon'}
     code = 'import sys; from nanoforge import optim; optim.learning_rate(1, "cosine", 1.0, 0.1, 0, 9); sys.exit("torch" in sys.modules)'
     root = os.path.dirname(os.path.dirname(os.path.abspath(optim.__file__)))
     assert subprocess.run([sys.executable, '-c', code], cwd=root).returncode == 0
@@ -322,7 +371,7 @@ def test_every_optimizer_steps_saves_and_resumes(name):
 
 
 def test_state_before_the_first_step():
-    for name in ('adamw', 'muon', 'adam'):
+    for name in ('adamw', 'muon', 'normuon', 'adam'):
         state = make_optimizer(name, Net(), 0.01).state_dict()
         fresh = make_optimizer(name, Net(), 0.01)
         fresh.load_state_dict(state)
@@ -399,7 +448,7 @@ def test_weight_average_is_the_mean_and_swaps_back():
 
 
 def test_copies_in_bfloat16_follow_the_weights():
-    for name in ('adamw', 'muon', 'rmsprop'):
+    for name in ('adamw', 'muon', 'normuon', 'rmsprop'):
         weight = torch.nn.Parameter(torch.linspace(0.9, 1.1, 32).view(4, 8))
         keep_copies([weight])
         optimizer = make_optimizer(name, torch.nn.ParameterList([weight]), lr=0.01)

@@ -1,0 +1,65 @@
+"""What others call our settings, for "did you mean" at the end of a message."""
+
+# ours (the first of them that a script has), and what others call it
+OTHER_NAMES = (
+    ('recipe', 'config config_file cfg conf yaml'),
+    ('base_model_name model_path model',
+     'base_model pretrained pretrained_model_name_or_path checkpoint ckpt ckpt_path checkpoint_path '
+     'model_dir base_model_name model_name_or_path adapter'),
+    ('max_steps', 'steps num_steps iters num_iters max_iters max_train_steps train_steps total_steps'),
+    ('num_train_epochs max_steps', 'epochs num_epochs num_train_epochs max_epochs n_epochs'),
+    ('learning_rate', 'lr peak_lr max_lr learning_rate base_lr'),
+    ('lr_scheduler_type lr_scheduler', 'scheduler schedule lr_schedule lr_scheduler_type'),
+    ('per_device_train_batch_size batch_size train_batch_size',
+     'bs batch batch_size micro_batch_size device_batch_size per_device_batch_size '
+     'per_device_train_batch_size per_gpu_train_batch_size'),
+    ('gradient_accumulation_steps',
+     'grad_acc grad_accum grad_accum_steps gradient_accumulation ga accumulation_steps '
+     'accumulate_grad_batches'),
+    ('num_gpus', 'gpus gpu n_gpus ngpus num_gpu nproc nproc_per_node devices num_processes world_size'),
+    ('device', 'cuda device_map no_cuda use_cpu'),
+    ('dtype', 'precision mixed_precision amp fp32'),
+    ('output_dir', 'output out save_dir output_path log_dir logging_dir out_dir'),
+    ('dataset_path dataset',
+     'data datasets data_path data_file data_files data_dir train_file train_data train_dataset '
+     'dataset_name dataset_path input_file'),
+    ('prompt_column', 'question_column input_column instruction_column text_column text_field'),
+    ('answer_column', 'response_column completion_column label_column output_column target_column'),
+    ('max_length block_size max_prompt_length',
+     'seq_len seq_length sequence_length context_length ctx_len max_len max_seq_len max_seq_length '
+     'model_max_length max_length block_size cutoff_len'),
+    ('max_new_tokens max_completion_length max_response_length',
+     'max_tokens max_new_tokens max_response_length max_completion_length length num_tokens'),
+    ('warmup_steps warmup_iters lr_warmup_steps', 'warmup num_warmup_steps warmup_steps warmup_iters'),
+    ('warmup_ratio warmup_steps warmup_iters lr_warmup_steps', 'warmup_ratio warmup_proportion'),
+    ('weight_decay', 'wd decay'),
+    ('max_grad_norm grad_clip', 'clip clip_grad clip_grad_norm gradient_clip_val max_norm grad_norm'),
+    ('optimizer', 'optim optimiser'),
+    ('eval_steps eval_interval val_freq', 'eval_every eval_freq eval_interval eval_steps evaluation_steps'),
+    ('save_steps eval_interval val_freq', 'save_every save_freq save_interval save_steps'),
+    ('logging_steps log_interval', 'log_every log_freq log_steps log_interval logging_steps'),
+    ('use_lora specialization', 'lora peft use_peft'),
+    ('lora_r lora_rank', 'lora_dim lora_rank lora_r'),
+    ('lora_target_modules', 'target_modules lora_targets'),
+    ('load_in_4bit', 'qlora quantize quantization load_4bit bits'),
+    ('use_flash_attention', 'flash_attn flash_attention attn_implementation use_flash_attn'),
+    ('eval_fraction', 'test_size val_split val_size validation_split val_ratio'),
+    ('num_generations train_sample_num num_samples',
+     'group_size num_samples n_samples num_return_sequences n'),
+    ('temperature', 'temp temperature'),
+    ('reward', 'reward_fn reward_func reward_funcs reward_function'),
+    ('epsilon clip_low', 'clip_range clip_eps clip_epsilon cliprange epsilon'),
+    ('beta', 'kl_coef init_kl_coef kl_beta'),
+    ('algorithm', 'algo method trainer'),
+    ('wandb_enabled', 'wandb use_wandb'),
+    ('experiment_name wandb_name', 'run_name exp_name experiment'),
+    ('resume', 'continue resume_training resume_from resume_from_checkpoint'),
+    ('system_prompt', 'system system_message'),
+    ('patience', 'early_stopping early_stopping_patience'),
+    ('dataloader_num_workers', 'workers num_workers'),
+    ('dataset_num_proc', 'num_proc preprocessing_num_workers'),
+    ('compile', 'torch_compile'),
+    ('seed', 'random_seed manual_seed'),
+)
+# a name of ours that a script lacks is one, too: what is merely spelled like it would mislead
+SYNONYMS = {word: ours.split() for ours, words in OTHER_NAMES for word in f'{ours} {words}'.split()}

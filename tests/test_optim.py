@@ -287,7 +287,7 @@ def test_normuon_follows_its_definition():
 
 
 def test_polar_express_reaches_small_singular_values():
-    """From a thousandth of the norm upwards to 0.85 to 1.15, where Muon's own leave what is small behind."""
+    """From a thousandth of the norm upwards to 0.85 to 1.15."""
     s = torch.logspace(-3, 0, 2000, dtype=torch.float64)
     for a, b, c in NorMuon.coefficients:
         s = a * s + b * s ** 3 + c * s ** 5
@@ -318,7 +318,7 @@ def test_an_embedding_is_told_by_its_class():
 
 
 def test_names_are_those_of_torch():
-    """All of torch.optim but the two that cannot take a plain step, and normuon; asked for without importing torch."""
+    """All of torch.optim but the two that cannot take a plain step, and normuon; asked for without torch."""
     classes = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {'optimizer'}
     assert set(optim.OPTIMIZERS) == classes - {'lbfgs', 'sparseadam'} | {'normuon'}
     code = 'import sys; from nanoforge import optim; optim.learning_rate(1, "cosine", 1.0, 0.1, 0, 9); sys.exit("torch" in sys.modules)'

@@ -113,7 +113,7 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.gated(self.act, self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -469,11 +469,13 @@ class Checkpoints:
 
 def check_finite(path, step):
     with safe_open(path, 'pt') as file:
-        for name in file.keys():
+        names = list(file.keys())
+    for name in names:
+        with safe_open(path, 'pt') as file:     # opened for each, so that no more than one is in memory
             tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise UserError(f'step {step}: {name} holds NaN or inf, so no checkpoint is written; earlier '
-                                f'ones are intact: resume with a lower learning rate')
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f'step {step}: {name} holds NaN or inf, so no checkpoint is written; earlier '
+                            f'ones are intact: resume with a lower learning rate')
 
 
 def sha256(path):

@@ -159,6 +159,41 @@ def update_copies(weights):
             dither(weight.detach(), weight.bf16_copy)
 
 
+# ---- the gate of an MLP ------------------------------------------------------------------------------------
+
+LARGE_GATE = 2 ** 20    # from here on memory counts more than the moment that a small product loses
+GATE_CHUNK = 2 ** 17    # values that are computed again at a time, which stay in cache
+
+
+def gated(act, gate, up):
+    """act(gate) * up (Shazeer 2020, eq. 5 and 6); act: elementwise."""
+    large = on_cpu(gate) and gate.numel() >= LARGE_GATE and torch.is_grad_enabled()
+    return Gated.apply(act, gate, up) if large else act(gate) * up
+
+
+class Gated(torch.autograd.Function):
+    """`gated`, whose act(gate) is not kept but computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, act, gate, up):
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        return act(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tensors = [x.contiguous() for x in (*ctx.saved_tensors, grad)]
+        dgate, dup = (torch.empty_like(x) for x in tensors[:2])
+        for g, u, dy, dg, du in zip(*(x.flatten().split(GATE_CHUNK) for x in (*tensors, dgate, dup))):
+            with torch.enable_grad():
+                g = g.detach().requires_grad_()
+                activated = ctx.act(g)
+            torch.mul(dy, activated.detach(), out=du)
+            dg.copy_(*torch.autograd.grad(activated, g, dy * u))
+        return None, dgate, dup
+
+
 # ---- RMS norm, rotary positions ----------------------------------------------------------------------------
 
 def rms_norm(x, weight, eps):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import gelu_tanh
 from nanoforge import kernels
 
 DTYPES = [torch.float64, torch.float32]
@@ -50,6 +51,25 @@ def test_linear_in_bf16_rounds_factors_and_result_only():
     grads = torch.autograd.grad(y, [x, w, b], torch.ones_like(y))
     assert {g.dtype for g in grads} == {torch.float32}
     torch.testing.assert_close(grads[1], x.detach().sum(0).expand(8, -1), rtol=2 ** -7, atol=0.05)
+
+
+@pytest.mark.parametrize('act', [F.silu, gelu_tanh])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_gate_of_an_mlp(act, dtype):
+    """In chunks, the last of them short, of what need not be contiguous."""
+    gate, up = leaf(2, 400, 700, dtype=dtype), leaf(2, 700, 400, dtype=dtype).mT
+    assert gate.numel() % kernels.GATE_CHUNK and gate.numel() > kernels.GATE_CHUNK
+    agree(kernels.Gated.apply(act, gate, up), act(gate) * up, [gate, up], tolerance(dtype))
+
+
+def test_a_large_gate_keeps_two_tensors():
+    """All that the backward pass needs beside the incoming gradient; a small one keeps three."""
+    def kept(rows):
+        gate, up, seen = leaf(rows, 1024, dtype=torch.float32), leaf(rows, 1024, dtype=torch.float32), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+            kernels.gated(F.silu, gate * 1, up * 1)
+        return len({x.data_ptr() for x in seen if x.numel() > 1})
+    assert kept(1024) == 2 and kept(8) == 3
 
 
 # ---- weights in bfloat16 -----------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import statistics
 import sys
 import tempfile
 
-from shared import (TRL_SETTINGS, child, llama_with_words, memory, now, product_seconds, read, resident,
-                    trl_clock)
+from shared import (child, clock_steps, has_bf16, llama_with_words, memory, now, peak, product_seconds, read,
+                    resident, training_flags, trl_clock, trl_trainer)
 
 BATCH = 8
 SIDES = ('trl', 'trl_cache', 'ours', 'ours_cache', 'ours_bf16', 'ours_bf16_cache')
@@ -64,27 +64,22 @@ def write_inputs(directory, steps):
 
 # ---- the sides -----------------------------------------------------------------------------------------
 
-def result(times, start, loss):
-    """times: now() before the first step and after each."""
+def result(times, start, most, loss):
+    """times: now() before the first step and after each; start, most: bytes held then, and at the peak."""
     def median(clock):
         return statistics.median(end[clock] - begin[clock] for begin, end in zip(times[1:], times[2:]))
 
     return {'seconds_per_step': median(0),
             'cpu_seconds_per_step': median(1),
             'pairs_per_second': BATCH / median(0),
-            **memory(start),
+            **memory(start, most),
             'mean_loss': loss}
 
 
 def trl(directory, options):
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
     torch.set_num_threads(options.threads)
-    model = AutoModelForCausalLM.from_pretrained(model_in(directory), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_in(directory))
-    config = DPOConfig(
+    settings = dict(
         output_dir=os.path.join(directory, 'out'),
         per_device_train_batch_size=BATCH,
         max_steps=options.steps,
@@ -92,39 +87,26 @@ def trl(directory, options):
         max_length=384,
         learning_rate=1e-4,
         beta=0.1,
-        precompute_ref_log_probs=options.child == 'trl_cache',
-        dataloader_pin_memory=False,
-        **TRL_SETTINGS)
+        precompute_ref_log_probs=options.child == 'trl_cache')
     times, logged = [], []
-    pairs = Dataset.from_list(read(pairs_in(directory)))
-    trainer = DPOTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer,
-                         callbacks=[trl_clock(times, logged)])
+    trainer = trl_trainer('DPO', model_in(directory), read(pairs_in(directory)), settings,
+                          callbacks=[trl_clock(times, logged)])
     start = resident()
     trainer.train()
-    return result(times, start, logged[0])
+    return result(times, start, peak(), logged[0])
 
 
 def our_flags(directory, options):
     reference = 'cache' if options.child.endswith('cache') else 'copy'
     matmul = 'bf16' if 'bf16' in options.child else 'float32'
-    return [f'--base_model_name={model_in(directory)}',
-            f'--output_dir={os.path.join(directory, options.child)}',
-            f'data.datasets[0].name={pairs_in(directory)}',
+    common = training_flags(model_in(directory), pairs_in(directory), os.path.join(directory, options.child),
+                            BATCH, options.steps, rate=1e-4, matmul=matmul)
+    return [*common,
             '--apply_chat_template=false',
-            '--eval_fraction=0',
-            f'--per_device_train_batch_size={BATCH}',
-            '--learning_rate=1e-4',
-            '--lr_scheduler_type=constant',
-            '--warmup_steps=0',
             '--rpo_alpha=0',
-            f'--max_steps={options.steps}',
-            f'--logging_steps={options.steps}',
-            f'--matmul={matmul}',
-            '--device=cpu',
             '--max_length=384',
             f'--reference={reference}',
-            f'--reference_cache={os.path.join(directory, "cache")}',
-            '--tensorboard=false']
+            f'--reference_cache={os.path.join(directory, "cache")}']
 
 
 def ours(directory, options):
@@ -134,26 +116,20 @@ def ours(directory, options):
     from configurator import parse
     torch.set_num_threads(options.threads)
     cfg = parse(script.Config, our_flags(directory, options))
-    open_reference, step = script.open_reference, script.Run.step
-    start, times, used = [], [now()], {}
+    open_reference = script.open_reference
+    start, times, peaks = [], [now()], []
 
     def open_timed(*given):
         """The reference is memory of the training's own, as in TRL; policy and data are not."""
         start.append(resident())
         return open_reference(*given)
 
-    def step_timed(run, *given):
-        """The last thing that a step does."""
-        grad_norm = step(run, *given)
-        times.append(now())
-        used.update(memory(start[0]))       # before the final checkpoint is written
-        return grad_norm
-
-    script.open_reference, script.Run.step = open_timed, step_timed
+    script.open_reference = open_timed
+    clock_steps(script.Run, times, peaks)
     script.main(cfg)
     log = read(os.path.join(cfg.output_dir, 'log.jsonl'))
     loss = next(line['loss'] for line in log if 'loss' in line)
-    return {**result(times, start[0], loss), **used}
+    return result(times, start[0], peaks[-1], loss)
 
 
 def floor(directory, options):
@@ -174,9 +150,9 @@ def floor(directory, options):
     seconds = {}
     for kind, matmul in (('ours', 'float32'), ('ours_bf16', 'bf16')):
         if kind in options.sides:
-            # forward and backward of the policy, and the reference
-            seconds[kind] = product_seconds([(4, tokens, answers)], matmul)
-            seconds[f'{kind}_cache'] = product_seconds([(3, tokens, answers)], matmul)
+            # forward and backward of the policy, and the reference's forward
+            seconds[kind] = product_seconds([(2, 1, tokens, answers)], matmul)
+            seconds[f'{kind}_cache'] = product_seconds([(1, 1, tokens, answers)], matmul)
     return {**seconds, 'tokens': tokens, 'answers': answers}
 
 
@@ -198,9 +174,8 @@ def run_child(options):
 
 
 def sides_of_this_machine():
-    from nanoforge.run import setup
-    has_bf16 = setup('cpu').matmul == 'bf16'
-    return [side for side in SIDES if has_bf16 or 'bf16' not in side]
+    bf16 = has_bf16()
+    return [side for side in SIDES if bf16 or 'bf16' not in side]
 
 
 def times_trl(found):

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 
-from shared import ROOT, TRL_SETTINGS, child, llama, product_seconds
+from shared import ROOT, child, llama, product_seconds, trl_trainer
 
 PROMPTS, PROMPT_TOKENS, VOCABULARY = 8, 16, 1024
 # completions a step, samples a prompt, tokens a completion: of the timed steps, and until an accuracy
@@ -151,21 +151,22 @@ def run_ours(cfg, watch):
         train_rl.main(cfg)
 
 
-def ours(args, clock):
-    """Seconds of each step of train_rl.py, on problems without a chat template and rewarded as TRL's are."""
+def ours(args, clock, task=STEP, prompt_ids=None):
+    """Seconds of each step of train_rl.py, on prompts without a chat template and rewarded as TRL's are; no
+    completion ends before its time."""
     import train_rl
     from data.problems import Problems
-    train = [{'prompt_ids': ids} for ids in prompts(PROMPTS * args.steps)]
-    problems = Problems(None, train, [])
+    train = [{'prompt_ids': ids} for ids in prompt_ids or prompts(PROMPTS * args.steps)]
 
-    def open_problems(*arguments):
-        return problems
+    def open_problems(cfg, tokenizer, print0):
+        tokenizer.stop_ids = frozenset()
+        return Problems(None, train, [])
 
     def open_scorer(cfg):
         return Scorer()
 
     train_rl.open_problems, train_rl.open_scorer = open_problems, open_scorer
-    cfg = our_config(STEP, args.steps, base_model_name=args.model, beta=STEP['beta'], kl='k3',
+    cfg = our_config(task, args.steps, base_model_name=args.model, beta=task['beta'], kl='k3',
                      dynamic_sampling=False, eval_steps=0, logging_steps=args.steps, matmul=args.matmul)
     watch = Stopwatch(clock)
     run_ours(cfg, watch)
@@ -183,12 +184,10 @@ def ours_until(args, clock):
 
 # ---- TRL's side ----------------------------------------------------------------------------------------
 
-def train_theirs(model, rows, rewards, task, steps, watch, seed=0):
-    """GRPOTrainer on the rows, under the callback `watch`."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+def train_theirs(model, rows, rewards, task, steps, watch, seed=0, bf16=False, **generation):
+    """GRPOTrainer on the rows, under the callback `watch`; generation: settings of transformers' generate."""
     with tempfile.TemporaryDirectory() as output:
-        settings = GRPOConfig(
+        settings = dict(
             output_dir=output,
             per_device_train_batch_size=task['completions'],
             gradient_accumulation_steps=1,
@@ -200,14 +199,11 @@ def train_theirs(model, rows, rewards, task, steps, watch, seed=0):
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            warmup_steps=0,
             max_steps=steps,
             logging_strategy='no',
-            model_init_kwargs={'dtype': 'float32'},
-            seed=seed,
-            **TRL_SETTINGS)
-        trainer = GRPOTrainer(model=model, reward_funcs=rewards, args=settings,
-                              train_dataset=Dataset.from_list(rows), callbacks=[watch])
+            generation_kwargs=generation,
+            seed=seed)
+        trainer = trl_trainer('GRPO', model, rows, settings, bf16, reward_funcs=rewards, callbacks=[watch])
         trainer.train()
 
 
@@ -304,11 +300,11 @@ def run_side(args):
 
 
 def floor(matmul):
-    """Seconds that the products of a step of ours take alone: sampling, the reference, forward and backward
-    of the policy."""
+    """Seconds that the products of a step of ours take alone: sampling, as one pass over what it draws; the
+    reference; forward and backward of the policy."""
     sampled = STEP['completions'] * STEP['longest']
     every = PROMPTS * PROMPT_TOKENS + sampled
-    return product_seconds([(1, every, sampled), (4, every, sampled)], matmul)
+    return product_seconds([(1, 0, every, sampled), (2, 1, every, sampled)], matmul)
 
 
 def compare_until(args):

@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 
-from shared import (TRL_SETTINGS, child, llama_with_words, memory, now, product_seconds, read, resident,
-                    trl_clock)
+from shared import (child, has_bf16, llama_with_words, memory, now, peak, product_seconds, read, rendered,
+                    resident, training_flags, trl_clock, trl_trainer)
 
 BATCH = 16
 RATES = ('supervised_tokens_per_second', 'supervised_tokens_per_processor_second')
@@ -61,7 +61,6 @@ def conversations(count):
 
 def write_inputs(directory, steps, count):
     """model/, rows.jsonl (texts, rendered once for both sides) and, to be tokenised, chats.jsonl."""
-    from data import chat
     tokenizer = llama_with_words(directory)
     if count:
         with open(chats_in(directory), 'w', encoding='utf-8') as file:
@@ -69,9 +68,8 @@ def write_inputs(directory, steps, count):
                 file.write(json.dumps(row) + '\n')
     with open(rows_in(directory), 'w', encoding='utf-8') as file:
         for messages, tools in conversations(steps * BATCH // 2):
-            (prompt, _), (completion, _), *_ = chat.segments(tokenizer, messages, tools)[0]
-            row = {'prompt': prompt, 'completion': completion.rstrip('\n')}
-            file.write(json.dumps(row) + '\n')
+            prompt, completion = rendered(tokenizer, messages, tools)
+            file.write(json.dumps({'prompt': prompt, 'completion': completion}) + '\n')
 
 
 # ---- the sides -----------------------------------------------------------------------------------------
@@ -84,31 +82,23 @@ def result(times, targets, start, loss):
             'processor_seconds_per_step': processor / steps,
             'supervised_tokens_per_second': sum(targets) / seconds,
             'supervised_tokens_per_processor_second': sum(targets) / processor,
-            **memory(start),
+            **memory(start, peak()),
             'last_loss': loss}
 
 
 def trl(directory, options):
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
     torch.set_num_threads(options.threads)
-    model = AutoModelForCausalLM.from_pretrained(model_in(directory), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_in(directory))
-    config = SFTConfig(
+    settings = dict(
         output_dir=os.path.join(directory, 'out'),
         per_device_train_batch_size=BATCH,
         max_steps=options.steps,
         logging_steps=options.steps,
         max_length=384,
-        learning_rate=1e-3,
-        dataloader_pin_memory=False,
-        **TRL_SETTINGS)
+        learning_rate=1e-3)
 
-    def trainer_of(rows, callbacks=None):
-        return SFTTrainer(model, args=config, train_dataset=Dataset.from_list(rows),
-                          processing_class=tokenizer, callbacks=callbacks)
+    def trainer_of(rows, **more):
+        return trl_trainer('SFT', model_in(directory), rows, settings, **more)
 
     def seconds_to_prepare(rows):
         begun = time.perf_counter()
@@ -117,10 +107,11 @@ def trl(directory, options):
 
     if options.tokenise:
         rows = read(chats_in(directory))
+        trainer_of(rows[:16])                       # imports, and reads the model for the first time
         some = seconds_to_prepare(rows[:16])        # what a trainer takes for any rows
         return {'seconds': seconds_to_prepare(rows) - some}
     times, targets, logged = [], [], []
-    trainer = trainer_of(read(rows_in(directory)), [trl_clock(times, logged)])
+    trainer = trainer_of(read(rows_in(directory)), callbacks=[trl_clock(times, logged)])
     collate = trainer.data_collator
 
     def counted(rows):
@@ -136,16 +127,8 @@ def trl(directory, options):
 
 def our_flags(directory, options):
     matmul = 'bf16' if options.child == 'ours_bf16' else 'float32'
-    return [f'--base_model_name={model_in(directory)}',
-            f'--output_dir={os.path.join(directory, "ours")}',
-            f'--dataset_path={rows_in(directory)}',
-            '--eval_fraction=0',
-            f'--per_device_train_batch_size={BATCH}',
-            '--gradient_accumulation_steps=1',
-            '--learning_rate=1e-3',
-            f'--max_steps={options.steps}',
-            f'--matmul={matmul}',
-            '--device=cpu']
+    return training_flags(model_in(directory), rows_in(directory), os.path.join(directory, 'ours'), BATCH,
+                          options.steps, rate=1e-3, matmul=matmul)
 
 
 def seconds_to_tokenise(path, tokenizer):
@@ -211,7 +194,7 @@ def floor(directory, options):
 
     tokens = tokens_of(row['prompt'] + row['completion'] for row in rows)
     supervised = tokens_of(row['completion'] for row in rows)
-    seconds = product_seconds([(3, tokens, supervised)])
+    seconds = product_seconds([(1, 1, tokens, supervised)])
     return {'seconds': seconds, 'tokens_of_a_step': tokens, 'supervised': supervised}
 
 
@@ -227,8 +210,7 @@ def measure(side, directory, options):
 
 
 def sides_of(options):
-    from nanoforge.run import setup
-    if not options.tokenise and setup('cpu').matmul == 'bf16':
+    if not options.tokenise and has_bf16():
         return ['trl', 'ours', 'ours_bf16']
     return ['trl', 'ours']
 

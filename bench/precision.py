@@ -1,21 +1,28 @@
-"""Does fine-tuning learn the same with bfloat16 products as in float32?
+"""Does training learn the same with bfloat16 products as in float32?
 
     python bench/precision.py MODEL                 a Hugging Face directory, such as SmolLM2-135M-Instruct's
     python bench/precision.py MODEL --emulate       on a processor without bfloat16 units: the same rounding
                                                     of factors and results, multiplied in float32
+    python bench/precision.py tiny --moved          SFT, DPO and GRPO at a learning rate of 1e-6 (--emulate)
 
 180 chats about the embedded facts, batches of 4, learning rate 1e-5, all weights train. A line for each way
 to multiply: eval_loss on 20 other chats before training and after 12 and 24 steps, and tokens a second.
 `nearest` rounds the weights to the nearest bfloat16, as autocast does; `bf16` is what --matmul=bf16 does.
+
+--moved: how far the mean log-probability of the tokens of 200 fixed held-out answers moves in 60 steps (GRPO:
+20) of an embedded demo, as the model reads its weights in that mode, three seeds; beside it the ratio to
+float32. The completions of GRPO are float32's in all three, so that only what is computed differs.
 """
 import argparse
+import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 
-from shared import ROOT, read
+from shared import child, read
 
 MODES = ('float32', 'bf16', 'nearest')
 
@@ -24,8 +31,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('model')
     parser.add_argument('--emulate', action='store_true')
+    parser.add_argument('--moved', action='store_true')
     parser.add_argument('--seed', type=int, default=1337)
     options = parser.parse_args()
+    if options.moved:
+        return compare_moves(options)
     with tempfile.TemporaryDirectory() as folder:
         data = write_rows(os.path.join(folder, 'rows.jsonl'))
         for mode in MODES:
@@ -57,9 +67,8 @@ def write_rows(path):
     return path
 
 
-def train(mode, emulate, settings):
-    """train_sft.py in this process, its weights rounded as `mode` says."""
-    import torch
+def round_products(mode, emulate):
+    """Makes our products round weights as `mode` says, from here on."""
     import torch.nn.functional as F
     from nanoforge import kernels
     if mode == 'nearest':
@@ -79,14 +88,107 @@ def train(mode, emulate, settings):
             y = F.linear(x, kernels.concat(weights), kernels.concat(biases))
             return rounded(y, y.detach().bfloat16())
         kernels.linear = linear
+
+
+def train(mode, emulate, settings):
+    """train_sft.py in this process, its weights rounded as `mode` says."""
+    import torch
+    round_products(mode, emulate)
     torch.manual_seed(0)
     import train_sft
     from configurator import parse
     train_sft.main(parse(train_sft.Config, settings))
 
 
+# ---- at a rate of 1e-6 -------------------------------------------------------------------------------------
+
+METHODS = {'sft': ('train_sft', 'devices', 60), 'dpo': ('train_dpo', 'facts', 60),
+           'grpo': ('train_rl', 'arithmetic', 20)}      # script, the embedded task, steps
+SEEDS = 1, 2, 3
+
+
+def compare_moves(options):
+    for method in METHODS:
+        ratios = {'bf16': [], 'nearest': []}
+        for seed in SEEDS:
+            with tempfile.TemporaryDirectory() as folder:
+                float32, *others = (move_in_child(method, mode, seed, folder, options) for mode in MODES)
+            for mode, move in zip(MODES[1:], others):
+                ratios[mode].append(move / float32)
+            print(f'{method:5} seed {seed}  float32 {float32:+.5f}  bf16 {others[0]:+.5f}  '
+                  f'nearest {others[1]:+.5f} nats', flush=True)
+        for mode, found in ratios.items():
+            print(f'{method:5} {mode}: {statistics.mean(found):.3f} of what float32 moves '
+                  f'({min(found):.3f} to {max(found):.3f})', flush=True)
+
+
+def move_in_child(method, mode, seed, folder, options):
+    emulate = int(options.emulate and mode != 'float32')
+    return child(__file__, '--move', method, mode, str(seed), folder, str(emulate), options.model)['moved']
+
+
+def move(method, mode, seed, folder, emulate, name):
+    """Nats by which training moves the mean log-probability of the held-out answers' tokens."""
+    import torch
+    from configurator import parse
+    from model import load_model
+    round_products(mode, emulate == '1')
+    script, task, steps = METHODS[method]
+    script, task = importlib.import_module(script), importlib.import_module(f'data.tasks.{task}')
+    matmul, out = 'float32' if mode == 'float32' else 'bf16', os.path.join(folder, mode)
+    settings = [f'--model={name}', f'--output_dir={out}', f'--seed={seed}', f'--matmul={matmul}', '--lr=1e-6',
+                '--lr_scheduler_type=constant', '--warmup_steps=0', f'--max_steps={steps}',
+                f'--logging_steps={steps}', f'--eval_steps={steps}', '--device=cpu', '--tensorboard=false']
+    if method == 'grpo':
+        keep_samples(script, os.path.join(folder, 'samples.jsonl'), record=mode == 'float32')
+    else:
+        settings += ['--per_device_train_batch_size=4', '--gradient_accumulation_steps=1']
+    torch.manual_seed(0)
+    script.main(parse(script.Config, settings))
+    before, after = (mean_logp(*load_model(path), task, matmul) for path in (name, os.path.join(out, 'last')))
+    return {'moved': after - before}
+
+
+def keep_samples(script, path, record):
+    """Makes the script's generate write what it draws to `path`, or return what is written there."""
+    import torch
+    from sample import Samples
+    generate, lines = script.generate, [] if record else read(path)
+
+    def recorded(*given, **more):
+        samples = generate(*given, **more)
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps({key: x.tolist() for key, x in samples._asdict().items()}) + '\n')
+        return samples
+
+    def replayed(*given, **more):
+        return Samples(**{key: torch.tensor(x) for key, x in lines.pop(0).items()})
+
+    script.generate = recorded if record else replayed
+
+
+def mean_logp(model, tokenizer, task, matmul):
+    """Of the tokens of 200 held-out answers."""
+    import torch
+    from data.chat import prompt_ids
+    total, count = 0.0, 0
+    model.set_matmul(matmul)
+    for problem in task.problems('eval', 200, 'precision'):
+        prompt = prompt_ids(tokenizer, task.prompt(problem), problem.get('tools'))
+        answer = tokenizer.encode(task.solution(problem) + '<|im_end|>')
+        ids = torch.tensor([prompt + answer])
+        targets = ids[:, 1:].clone()
+        targets[:, :len(prompt) - 1] = -1
+        with torch.no_grad():
+            total += model(ids[:, :-1], targets).double().sum().item()
+        count += len(answer)
+    return total / count
+
+
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--as']:
         train(sys.argv[2], sys.argv[3] == '1', sys.argv[4:])
+    elif sys.argv[1:2] == ['--move']:
+        print(json.dumps(move(*sys.argv[2:])))
     else:
         main()

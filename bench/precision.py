@@ -9,8 +9,8 @@
 to multiply: eval_loss on 20 other chats before training and after 12 and 24 steps, and tokens a second.
 `nearest` rounds the weights to the nearest bfloat16, as autocast does; `bf16` is what --matmul=bf16 does.
 
---moved: how far the mean log-probability of the tokens of 200 fixed held-out answers moves in 60 steps (GRPO:
-20) of an embedded demo, as the model reads its weights in that mode, three seeds; beside it the ratio to
+--moved: how far the mean log-probability of the tokens of 200 fixed held-out answers moves in 60 steps (DPO:
+240, GRPO: 20) of an embedded demo, as the model reads its weights in that mode, three seeds; beside it the ratio to
 float32. The completions of GRPO are float32's in all three, so that only what is computed differs.
 """
 import argparse
@@ -102,7 +102,7 @@ def train(mode, emulate, settings):
 
 # ---- at a rate of 1e-6 -------------------------------------------------------------------------------------
 
-METHODS = {'sft': ('train_sft', 'devices', 60), 'dpo': ('train_dpo', 'facts', 60),
+METHODS = {'sft': ('train_sft', 'devices', 60), 'dpo': ('train_dpo', 'facts', 240),
            'grpo': ('train_rl', 'arithmetic', 20)}      # script, the embedded task, steps
 SEEDS = 1, 2, 3
 

@@ -630,7 +630,7 @@ def resolve_defaults(cfg, policy, run):
     # forgets how to speak without an SFT term, which orpo brings with it
     chosen = fill_in(cfg, learning_rate=RATES[cfg.mode] * (30 if small else 1),
                      rpo_alpha=1.0 if small and cfg.loss_type != 'orpo' else 0.0,
-                     num_train_epochs=2, warmup_steps=10)
+                     warmup_steps=10)
     if chosen:
         trained = f'{cfg.mode} training of a small model' if small else f'{cfg.mode} training'
         run.print0(f'chosen    {chosen} for {trained} (type the flags for others)')

@@ -33,7 +33,6 @@ from nanoforge.optim import SCHEDULER_NAMES, WeightAverage, learning_rate, make_
 
 HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
-EPOCHS, EMBEDDED_EPOCHS = 3, 8      # a model of a million parameters needs more passes over the embedded rows
 SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is nearly pretraining
 
 
@@ -492,9 +491,8 @@ def refuse_or_warn(cfg, rows, issues, run):
 
 def resolve_defaults(cfg, model, sources, run):
     """Sets what was left open, and says so."""
-    embedded = is_embedded(sources)
     chosen = fill_in(cfg, learning_rate=default_learning_rate(cfg, model, small=SMALL_MODEL_RATE),
-                     num_train_epochs=EMBEDDED_EPOCHS if embedded else EPOCHS, group_by_length=embedded)
+                     group_by_length=is_embedded(sources))
     if chosen:
         run.print0(f'chosen    {chosen} (type the flags for others)')
     if cfg.min_lr > cfg.learning_rate:

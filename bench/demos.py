@@ -18,8 +18,8 @@ highest of the seeds. What the scores are:
 
 --model: full and LoRA fine-tuning of that model on the same tool calls (100 steps of 4 rows), preferences
 (60 steps of 4 pairs) and sums (GRPO, 40 steps of 32 completions, the reward for the right number alone),
-scored on 100 held-out rows and sums and 56 prompts. The interval is Wilson's, 95%. A model whose template writes no
-tool calls is given the embedded one's.
+scored on 100 held-out rows and sums and 56 prompts. The interval is Wilson's, 95%. A model whose template
+writes no tool calls is given the embedded one's.
 """
 import argparse
 import json

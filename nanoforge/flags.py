@@ -255,8 +255,8 @@ class TrainFlags(OptimizerFlags, StepFlags):
 
     output_dir: str = setting('models', also=('checkpoint_dir', 'out_dir'))  # checkpoints, log and pictures;
         # the model to use ends up in its root
-    num_train_epochs: float | None = setting(  # passes over the data
-        None, above=0, also=('epochs', 'num_epochs'), needs=('max_steps=-1',))
+    num_train_epochs: float = setting(  # passes over the data
+        3.0, above=0, also=('epochs', 'num_epochs'), needs=('max_steps=-1',))
     max_steps: int = setting(-1, min=-1)  # optimizer steps in place of epochs; -1 = by epochs
     per_device_train_batch_size: int = setting(4, min=1, also=('batch_size', 'train_batch_size'))  # rows of a
         # micro-batch in each process

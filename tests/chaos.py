@@ -1,10 +1,11 @@
-"""Runs of the training scripts that are killed, damaged and interrupted, beside one that is left alone; for tests
-and for bench/chaos.py."""
+"""Runs of the training scripts that are killed, damaged and interrupted, beside one that is left alone; for
+tests and for bench/chaos.py."""
 import importlib
 import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -22,13 +23,13 @@ SMALL = {'train_gpt': '--dataset=letters --n_layer=1 --n_head=2 --n_embd=16 --bl
                       '--eval_iters=2 --sample_tokens=0 --dropout=0.1 --ema=0.9 --log_interval=3 '
                       '--gradient_accumulation_steps=2 --max_iters={steps} --eval_interval=1',
          'train_sft': '--base_model_name=model --dataset_path=rows.jsonl --per_device_train_batch_size=2 '
-                      '--gradient_accumulation_steps=1 --sample_rows=0 --dropout=0.1 --ema=0.9 --logging_steps=3 '
-                      '--max_steps={steps} --save_steps=1 --eval_steps=2',
+                      '--gradient_accumulation_steps=1 --sample_rows=0 --dropout=0.1 --ema=0.9 '
+                      '--logging_steps=3 --max_steps={steps} --save_steps=1 --eval_steps=2',
          'train_dpo': '--base_model_name=model --dataset_path=pairs.jsonl --per_device_train_batch_size=2 '
                       '--gradient_accumulation_steps=1 --eval_samples=0 --use_lora --disable_dropout=false '
                       '--logging_steps=3 --max_steps={steps} --save_steps=1 --eval_steps=2',
-         'train_rl': '--base_model_name=model --per_device_train_batch_size=4 --gradient_accumulation_steps=1 '
-                     '--num_generations=2 --steps_per_generation=1 --eval_problems=4 --num_problems=32 '
+         'train_rl': '--base_model_name=model --per_device_train_batch_size=4 '
+                     '--gradient_accumulation_steps=1 --num_generations=2 --steps_per_generation=1 --eval_problems=4 --num_problems=32 '
                      '--max_completion_length=6 --beta=0.05 --logging_steps=3 --max_steps={steps} '
                      '--save_steps=1 --eval_steps=2',
          'train_agents': 'env.benchmark=plan_path env.max_turns=2 env.map_size=3 env.min_moves=2 '
@@ -47,32 +48,37 @@ def small_run(script, steps):
     from model import GPT, GPTConfig, find_model, save_model
     if not os.path.exists('model'):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(arch='qwen3', vocab_size=1024, block_size=256, n_layer=1, n_head=2, n_embd=16, tied=True))
+        model = GPT(GPTConfig(arch='qwen3', vocab_size=1024, block_size=256, n_layer=1, n_head=2, n_embd=16,
+                              tied=True))
         save_model(model.init_weights(0.2), load_tokenizer(find_model('tiny')), 'model')
         Path('letters.txt').write_text('abcd efgh\n' * 200)
         prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
     for name, keys in (('rows', ('question', 'answer')), ('pairs', ('prompt', 'chosen', 'rejected'))):
-        rows = [{**{key: f'{key} {i}' for key in keys}, 'metadata': 'train' if i % 9 else 'eval'} for i in range(60)]
+        rows = [{**{key: f'{key} {i}' for key in keys}, 'metadata': 'train' if i % 9 else 'eval'}
+                for i in range(60)]
         Path(f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return [*SMALL[script].format(steps=steps).split(), '--device=cpu', '--matmul=float32', '--tensorboard=false']
+    flags = SMALL[script].format(steps=steps).split()
+    return [*flags, '--device=cpu', '--matmul=float32', '--tensorboard=false']
 
 
-def survive(script, flags, kills=0, damage=False, signals=(), ranks=1, seed=0, pictures=False):
+def survive(script, flags, kills=0, damage=False, signals=(), full_disk=False, ranks=1, seed=0,
+            pictures=False):
     """Runs `script` with `flags` and --resume=auto into whole/, and again into killed/ with mishaps on the way;
     after each the same command goes on. Returns a dict:
 
-    kills        SIGKILLs that came before the end, each to one rank, at a random moment of the start, of the run or
-                 of a save: of those asked for all, where there are twice as many checkpoints
+    kills        SIGKILLs that came before the end, each to one rank, at a random moment of the start, the run
+                 or a save: all that were asked for where there are four times as many checkpoints
     damage       what was damaged, once, after the last of them: a file of the newest checkpoint
     skipped      names of the checkpoints that the runs said they skip
-    codes        exit statuses of the ranks for each of `signals`: (function of the script, signal, n), sent to the
-                 last rank as it calls the function a n-th time
+    codes        exit statuses of the ranks for each of `signals`: (function of the script, signal, n), sent
+                 to the last rank as it calls the function a n-th time
+    full_disk    exit statuses of the ranks where the largest file of a checkpoint cannot be written whole
     seconds      the longest that the other ranks took to end after one was killed
     differences  names of the files in which the ends of the two runs differ
     pictures: draws them, which takes longer than these runs
     """
     job = dict(script=script, flags=flags, kills=kills, damage=damage, signals=list(signals), ranks=ranks,
-               seed=seed, pictures=pictures)
+               full_disk=full_disk, seed=seed, pictures=pictures)
     done = subprocess.run([sys.executable, os.path.abspath(__file__), json.dumps(job)], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
@@ -147,7 +153,7 @@ def damage_file(folder, rng):
 
 # ---- the process that forks
 
-def child(script, flags, kills, damage, signals, ranks, seed, pictures):
+def child(script, flags, kills, damage, signals, full_disk, ranks, seed, pictures):
     """survive() in a process without threads: the script is imported once, and every rank is a fork of it."""
     sys.path.insert(0, ROOT)
     import matplotlib.figure  # noqa: F401
@@ -161,7 +167,7 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
     module, rng = importlib.import_module(script), random.Random(seed)
     report = {'kills': 0, 'codes': [], 'seconds': 0.0}
 
-    def become_rank(name, rank, port, call):
+    def become_rank(name, rank, port, call, size_limit):
         log = os.open(f'{name}.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -172,9 +178,11 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
                               MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         if call and rank == ranks - 1:
             send_at(module, *call)
+        if size_limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size_limit, resource.RLIM_INFINITY))
         run_script(module.main, parse(module.Config, argv))
 
-    def start(name, call=None):
+    def start(name, call=None, size_limit=None):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port, pids = free.getsockname()[1], []
@@ -183,7 +191,7 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
             if not pids[-1]:
                 code = 1
                 try:
-                    become_rank(name, rank, port, call)
+                    become_rank(name, rank, port, call, size_limit)
                     code = 0
                 except SystemExit as stop:
                     code = stop.code
@@ -210,7 +218,7 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
     def wait_for_moment(pids, needs_checkpoints):
-        """Until a random time, or until a checkpoint is being written; or the run is two checkpoints further."""
+        """Until a random time, or a checkpoint is being written; or the run is two checkpoints further."""
         steps = {step for step, _ in saved('killed')}
         first, until = len(steps) + (ranks > 1), time.monotonic() + rng.uniform(0, seconds / 3)
         in_save, pause = rng.random() < 0.5, rng.uniform(0, 0.01)
@@ -218,7 +226,7 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
             time.sleep(0.0005)
             steps.update(step for step, _ in saved('killed'))
             needs_checkpoints = needs_checkpoints and len(saved('killed')) < 2
-            if len(steps) < first or needs_checkpoints:     # ranks have not met yet: only a launcher could help
+            if len(steps) < first or needs_checkpoints:     # or the ranks have not met: a launcher's business
                 continue
             if in_save and any(folder_of('killed').glob('.nanoforge-tmp-checkpoint*')):
                 return time.sleep(pause)
@@ -230,6 +238,9 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
     seconds = time.monotonic() - began
     for function, name, number in signals:
         report['codes'].append(wait(start('killed', (function, getattr(signal, name), number))))
+    if full_disk:
+        largest = max(path.stat().st_size for path in folder_of('whole').glob('last/*'))
+        report['full_disk'] = wait(start('killed', size_limit=largest - 1))
     for i in range(kills):
         pids, is_last = start('killed'), i == kills - 1
         wait_for_moment(pids, damage and is_last)
@@ -239,7 +250,8 @@ def child(script, flags, kills, damage, signals, ranks, seed, pictures):
         if set(codes.values()) == {0}:
             break
         report['seconds'] = max(report['seconds'], round(time.monotonic() - began, 2))
-        assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) <= {2}, (codes, tail('killed.log'))
+        assert codes.pop(victim) == -signal.SIGKILL, codes
+        assert set(codes.values()) <= {2}, (codes, tail('killed.log'))
         report['kills'] += 1
         if damage and is_last:
             newest = saved('killed')[-1][1]

@@ -1,4 +1,4 @@
-"""Every script survives SIGKILLs, a damaged checkpoint and stop signals, alone and in ranks: it ends as the run that
+"""Every script survives stop signals, a full disk, a SIGKILL and a damaged checkpoint: it ends as the run that
 was left alone. The long form is bench/chaos.py."""
 import re
 
@@ -20,13 +20,17 @@ def in_scratch_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('script', SMALL)
-def test_stopped_killed_and_damaged(script):
+def test_stopped_short_of_disk_killed_and_damaged(script):
     """Two ranks. Stop signals come to the second alone, in the middle of an evaluation or a rollout."""
-    report = survive(script, small_run(script, steps=8), kills=1, damage=True, signals=SIGNALS[script], ranks=2)
+    report = survive(script, small_run(script, steps=8), kills=1, damage=True, signals=SIGNALS[script],
+                     full_disk=True, ranks=2)
     assert report['codes'] == [[143, 143], [130, 130]] and report['kills'] == 1
+    assert report['full_disk'] == [2, 2]
     assert report['skipped'] == [report['damage'].partition('/')[0]]        # said once, by name
     assert report['differences'] == []
     with open('killed.log') as file:
         said = file.read()
-    assert said.count('saved; go on with: python') == 2 and re.search('--output_dir=killed --(init_from=)?resume', said)
+    assert said.count('saved; go on with: python') == 2
+    assert re.search('--output_dir=killed --(init_from=)?resume', said)
+    assert said.count('cannot write killed') == 1 and 'checkpoints written before are intact' in said
     assert 'Traceback' not in said and 'another process of this run ended' in said

@@ -74,7 +74,7 @@ def forked(*works, between=lambda pids: None):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def ranks(work):
+def ranks(work, **more):
     """work(run) on two gloo ranks; their exit codes."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -87,7 +87,7 @@ def ranks(work):
         code = work(run)
         run.close()
         return code
-    return forked(lambda: child(0), lambda: child(1))
+    return forked(lambda: child(0), lambda: child(1), **more)
 
 
 # device, precision, ranks

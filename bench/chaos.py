@@ -34,9 +34,9 @@ def main():
             os.chdir('/')
         failed = failed or bool(report['differences']) or report['kills'] < args.kills
         others = f'; the other ranks ended within {report["seconds"]} s' if args.ranks > 1 else ''
+        differ, seconds = ', '.join(report['differences']) or 'nothing', time.monotonic() - began
         print(f'{script}: {report["kills"]} kills{others}; {report["damage"]}, skipped '
-              f'{", ".join(report["skipped"])}; the ends differ in '
-              f'{", ".join(report["differences"]) or "nothing"}; {time.monotonic() - began:.0f} s', flush=True)
+              f'{", ".join(report["skipped"])}; the ends differ in {differ}; {seconds:.0f} s', flush=True)
     sys.exit(failed)
 
 

@@ -3,8 +3,8 @@
     python bench/hosts.py [script]
 
 The hosts are network namespaces with a cable between them, which needs no root where users may make
-namespaces. Prints how long each host took to notice, what it said, and in what files the end differs from that
-of two hosts that were left alone.
+namespaces. Prints how long each host took to notice, what it said, and in what files the end differs from
+that of two hosts that were left alone.
 """
 import os
 import subprocess

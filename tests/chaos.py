@@ -29,7 +29,8 @@ SMALL = {'train_gpt': '--dataset=letters --n_layer=1 --n_head=2 --n_embd=16 --bl
                       '--gradient_accumulation_steps=1 --eval_samples=0 --use_lora --disable_dropout=false '
                       '--logging_steps=3 --max_steps={steps} --save_steps=1 --eval_steps=2',
          'train_rl': '--base_model_name=model --per_device_train_batch_size=4 '
-                     '--gradient_accumulation_steps=1 --num_generations=2 --steps_per_generation=1 --eval_problems=4 --num_problems=32 '
+                     '--gradient_accumulation_steps=1 --num_generations=2 --steps_per_generation=1 '
+                     '--eval_problems=4 --num_problems=32 '
                      '--max_completion_length=6 --beta=0.05 --logging_steps=3 --max_steps={steps} '
                      '--save_steps=1 --eval_steps=2',
          'train_agents': 'env.benchmark=plan_path env.max_turns=2 env.map_size=3 env.min_moves=2 '
@@ -63,8 +64,8 @@ def small_run(script, steps):
 
 def survive(script, flags, kills=0, damage=False, signals=(), full_disk=False, ranks=1, seed=0,
             pictures=False):
-    """Runs `script` with `flags` and --resume=auto into whole/, and again into killed/ with mishaps on the way;
-    after each the same command goes on. Returns a dict:
+    """Runs `script` with `flags` and --resume=auto into whole/, and again into killed/ with mishaps on the
+    way; after each the same command goes on. Returns a dict:
 
     kills        SIGKILLs that came before the end, each to one rank, at a random moment of the start, the run
                  or a save: all that were asked for where there are four times as many checkpoints

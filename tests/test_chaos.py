@@ -1,5 +1,5 @@
-"""Every script survives stop signals, a full disk, a SIGKILL and a damaged checkpoint: it ends as the run that
-was left alone. The long form is bench/chaos.py."""
+"""Every script survives stop signals, a full disk, a SIGKILL and a damaged checkpoint: it ends as the run
+that was left alone. The long form is bench/chaos.py."""
 import re
 
 import pytest

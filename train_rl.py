@@ -1227,7 +1227,7 @@ def checkpoint_before(cfg, run):
         near = min(sorted(steps), key=lambda step: abs(step - cfg.replay))
         raise UserError(f'--replay={cfg.replay}: no rollout was written at that step; the nearest one is '
                         f'{near}')
-    # all but the newest may have lost their optimizer's state (save_only_model)
+    # all but the two newest may have lost their optimizer's state (save_only_model)
     usable = [str(path) for path, manifest in run.checkpoints.own()
               if manifest['step'] <= cfg.replay and (path / 'optimizer.safetensors').exists()]
     begin = usable[-1] if usable else None

@@ -87,7 +87,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     checkpoint_name: str = 'checkpoint-{step}'  # of checkpoint folders, with {step} or {epoch}
     save_merged: bool = setting(False, needs=('use_lora=true',))  # LoRA: also the whole model with
         # the adapter in it, in output_dir/merged
-    resume_from_checkpoint: str | None = None  # go on from this checkpoint of output_dir; true = the newest
+    resume_from_checkpoint: str | None = None  # go on from this checkpoint of output_dir; true = the newest,
+        # auto = the newest if there is one
 
     def check(self):
         super().check()
@@ -590,8 +591,8 @@ def open_run(cfg):
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
     if wanted.lower() not in ('', 'false', 'no'):       # transformers takes a bool or a path here
-        resume = cfg.resume or True
-        if wanted.lower() not in ('true', 'yes'):
+        resume = cfg.resume = 'auto' if wanted.lower() == 'auto' else cfg.resume or True
+        if wanted.lower() not in ('true', 'yes', 'auto'):
             checkpoint = str(resolve_link(wanted))
             folder = os.path.dirname(os.path.abspath(checkpoint))
             if os.path.realpath(folder) != os.path.realpath(cfg.output_dir):

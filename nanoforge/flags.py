@@ -269,7 +269,7 @@ class TrainFlags(OptimizerFlags, StepFlags):
     save_steps: int = setting(500, min=1, needs=('save_strategy=steps',))  # steps between checkpoints
     save_total_limit: int | None = setting(None, min=1)  # so many of the newest checkpoints are kept, and
         # the best; null = all
-    save_only_model: bool = False  # without optimizer, but for the newest, from which a run resumes
+    save_only_model: bool = False  # without optimizer, but for the two newest, from which a run resumes
     dataloader_drop_last: bool = False  # leave out what does not fill a step at the end of an epoch
 
     def check(self):

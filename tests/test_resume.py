@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoforge.checkpoint import resume_config, write_json
+from nanoforge.checkpoint import read_manifest, resume_config, write_json, write_manifest
 from configurator import UserError, from_dict, parse
 from data.fingerprint import fingerprint
 from data.prepare import prepare_files
@@ -61,8 +61,8 @@ def test_another_number_of_processes_is_said(script, tmp_path, monkeypatch, caps
     module = importlib.import_module(script)
     module.main(parse(module.Config, [*RUNS[script], '--output_dir=o']))
     for processes in (1, 4):
-        manifest = tmp_path / 'o' / 'last' / 'manifest.json'
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), 'processes': processes}))
+        folder = tmp_path / 'o' / 'last'
+        write_manifest(folder, {**read_manifest(folder / 'manifest.json'), 'processes': processes})
         module.main(parse(module.Config, ['--resume', '--output_dir=o', f'--max_steps={processes + 1}']))
         assert ('of 4 processes, this is 1: from here on an optimizer step has 0.25 times' in capsys.readouterr().out) == (processes == 4)
 

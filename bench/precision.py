@@ -3,6 +3,8 @@
     python bench/precision.py MODEL                 a Hugging Face directory, such as SmolLM2-135M-Instruct's
     python bench/precision.py MODEL --emulate       on a processor without bfloat16 units: the same rounding
                                                     of factors and results, multiplied in float32
+    python bench/precision.py MODEL --trl PYTHON    TRL's SFTTrainer beside it, in float32 and under its bf16
+                                                    autocast (no processor need multiply bfloat16)
     python bench/precision.py tiny --moved          SFT, DPO and GRPO at a learning rate of 1e-6 (--emulate)
 
 180 chats about the embedded facts, batches of 4, learning rate 1e-5, all weights train. A line for each way
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 
-from shared import child, read
+from shared import child, read, rendered, trl_trainer
 
 MODES = ('float32', 'bf16', 'nearest')
 
@@ -35,6 +37,7 @@ def main():
     parser.add_argument('model')
     parser.add_argument('--emulate', action='store_true')
     parser.add_argument('--moved', action='store_true')
+    parser.add_argument('--trl', help='a Python interpreter with TRL')
     parser.add_argument('--seed', type=int, default=1337)
     options = parser.parse_args()
     if options.moved:
@@ -58,6 +61,30 @@ def main():
             speed = [line['tokens_per_second'] for line in log if 'loss' in line and 'eval_loss' not in line]
             print(f'{mode:8} eval_loss {"  ".join(f"{loss:.4f}" for loss in losses[:3])}  '
                   f'tokens_per_second {max(speed):.0f}', flush=True)
+        if options.trl:
+            for bf16 in '01':
+                losses = child(__file__, '--with-trl', data, options.model, bf16, str(options.seed),
+                               python=options.trl)
+                print(f'TRL {"bf16" if bf16 == "1" else "float32":8} eval_loss '
+                      f'{"  ".join(f"{loss:.4f}" for loss in losses)}', flush=True)
+
+
+def with_trl(data, model, bf16, seed):
+    """eval_loss of TRL's SFTTrainer before and after 12 and 24 steps."""
+    from datasets import Dataset
+    from data.tokenizer import load_tokenizer
+    tokenizer, rows = load_tokenizer(model), {'train': [], 'eval': []}
+    for row in read(data):
+        prompt, completion = rendered(tokenizer, row['messages'])
+        rows[row['metadata']].append({'prompt': prompt, 'completion': completion})
+    with tempfile.TemporaryDirectory() as output:
+        settings = dict(output_dir=output, per_device_train_batch_size=4, max_steps=24, learning_rate=1e-5,
+                        eval_strategy='steps', eval_steps=12, logging_steps=12, seed=int(seed))
+        trainer = trl_trainer('SFT', model, rows['train'], settings, bf16 == '1',
+                              eval_dataset=Dataset.from_list(rows['eval']))
+        before = trainer.evaluate()['eval_loss']
+        trainer.train()
+        return [before, *(line['eval_loss'] for line in trainer.state.log_history[1:] if 'eval_loss' in line)]
 
 
 def write_rows(path):
@@ -123,7 +150,7 @@ def compare_moves(options):
             square = dot(float32, float32)
             for mode, moves in zip(shares, others):
                 shares[mode].append(dot(float32, moves) / square)
-            print(f'{method:5} seed {seed}  float32 moves {math.sqrt(square / len(float32)):.4f} nats; of that '
+            print(f'{method:5} seed {seed}  float32 {math.sqrt(square / len(float32)):.4f} nats, of that '
                   f'bf16 {shares["bf16"][-1]:.3f}, nearest {shares["nearest"][-1]:.3f}', flush=True)
         for mode, found in shares.items():
             print(f'{method:5} {mode}: {statistics.mean(found):.3f} of what float32 moves '
@@ -203,5 +230,7 @@ if __name__ == '__main__':
         train(sys.argv[2], sys.argv[3] == '1', sys.argv[4:])
     elif sys.argv[1:2] == ['--move']:
         print(json.dumps(move(*sys.argv[2:])))
+    elif sys.argv[1:2] == ['--with-trl']:
+        print(json.dumps(with_trl(*sys.argv[2:])))
     else:
         main()

@@ -384,8 +384,9 @@ def load_weights(model, state, where, dtype=None, device=None):
         model.lm_head.weight = model.embed_tokens.weight
 
 
-def find_model(name_or_path):
-    """A local directory, the embedded model `tiny`, or a hub name -> a directory with config.json."""
+def find_model(name_or_path, weights=True):
+    """A local directory, the embedded model `tiny`, or a hub name -> a directory with config.json; of the hub
+    without the `weights`, if so asked."""
     if name_or_path == 'tiny':
         return os.path.join(ROOT, 'data', 'tiny')
     if os.path.isdir(name_or_path):
@@ -397,7 +398,9 @@ def find_model(name_or_path):
     if not is_hub_name or os.path.isdir(os.path.dirname(name_or_path)):
         raise UserError(f'no model directory {name_or_path}')
     from huggingface_hub import snapshot_download
-    wanted = ['*.json', 'model*.safetensors', 'adapter*.safetensors', '*.jinja', 'tokenizer.model', '*.txt']
+    wanted = ['*.json', '*.jinja', 'tokenizer.model', '*.txt']
+    if weights:
+        wanted += ['model*.safetensors', 'adapter*.safetensors']
     try:
         return snapshot_download(name_or_path, allow_patterns=wanted)
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out
@@ -455,7 +458,8 @@ class HFModel(nn.Module):
             block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
             tied=self.lm_head.weight is embedding, logit_softcap=next(filter(None, softcaps), 0.0))
         self.scale = 1.0
-        self.scale = self.logit_scale()
+        if not embedding.is_meta:
+            self.scale = self.logit_scale()
 
     @staticmethod
     def load(directory, device, dtype):
@@ -482,6 +486,17 @@ class HFModel(nn.Module):
         except (AttributeError, TypeError, ValueError, LookupError, ImportError, NotImplementedError) as e:
             raise UserError(f'{directory}: {model.config.model_type} is not supported: it does not run as a '
                             f'language model with one head ({type(e).__name__}: {str(e)[:120]})') from None
+
+    @staticmethod
+    def empty(directory):
+        """What config.json describes, on the device of the context: shapes alone, where that is meta."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            return HFModel(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        except Exception as e:    # as in load()
+            raise UserError(f'{directory}: outside our families, and transformers does not open it '
+                            f'({type(e).__name__}: {str(e)[:120]})') from None
 
     @property
     def lm_head(self):

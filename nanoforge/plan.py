@@ -159,10 +159,15 @@ def weight_bytes(cfg, hw, model):
 def optimizer_bytes(name, model):
     """(gradients, moments): counted on the optimizer itself, made for the parameters that train."""
     optimizer = make_optimizer(name, model, 1e-3)
+    gradients = sum(flat.grad.nbytes for flat in optimizer.flats)
+    # two of torch's ask for numbers, which the meta device has not
+    if name == 'adafactor':                     # a mean of each row and each column of a matrix
+        return gradients, 4 * sum(sum(p.shape) for p in parameters(model, True))
+    if name == 'asgd':                          # the mean of the weights
+        return gradients, 4 * numbers(parameters(model, True))
     if isinstance(optimizer, TorchOptimizer):
         optimizer.step()                        # which makes its state
-    return (sum(flat.grad.nbytes for flat in optimizer.flats),
-            sum(tensor.nbytes for tensor in optimizer.state_dict().values()))
+    return gradients, sum(tensor.nbytes for tensor in optimizer.state_dict().values())
 
 
 def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
@@ -247,7 +252,11 @@ def attention_bytes(c, hw, idx, positions):
     if c.attn_softcap:
         kept += 2 * H * sum(len(document) ** 2 for document in documents)
     else:
-        kept += N * (H * D + H)                                 # the output, the sum of each row of scores
+        kept += N * H                                           # the sum of each row of scores
+        # the output, unless it lies as o_proj reads it: documents are joined, bf16 is another number, and it
+        # comes in the order of q, which its norm has changed
+        if context.documents or p == 2 or c.qk_norm:
+            kept += N * H * D
     return 4 * kept + normed
 
 

@@ -316,7 +316,7 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
         raise UserError(f'{directory}: its config.json describes no language model '
                         f'({type(e).__name__}: {e}); copy it again from the model\'s source') from None
     if is_plan:
-        model = empty_model(cfg, directory)
+        model = empty_model(cfg, hf)
     elif cfg is not None:
         model = load_gpt(cfg, hf, directory, device, dtype, quantization)
     else:
@@ -334,10 +334,13 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     return model.eval(), tokenizer
 
 
-def empty_model(cfg, directory):
-    """On the meta device: the model that cfg (None: config.json, as transformers reads it) describes."""
+def empty_model(cfg, hf):
+    """The GPT that cfg describes, on the meta device; hf: the config.json that cfg was made from."""
+    if cfg is None:
+        raise UserError(f'--plan knows the families that model.py runs, and {hf.get("model_type")} is none of '
+                        'them: it runs as transformers has it, whose memory is not counted here')
     with torch.device('meta'):
-        return HFModel.empty(directory) if cfg is None else GPT(cfg)
+        return GPT(cfg)
 
 
 def load_gpt(cfg, hf, directory, device, dtype, quantization):

@@ -458,8 +458,7 @@ class HFModel(nn.Module):
             block_size=getattr(config, 'max_position_embeddings', None) or 2 ** 31,
             tied=self.lm_head.weight is embedding, logit_softcap=next(filter(None, softcaps), 0.0))
         self.scale = 1.0
-        if not embedding.is_meta:
-            self.scale = self.logit_scale()
+        self.scale = self.logit_scale()
 
     @staticmethod
     def load(directory, device, dtype):
@@ -486,17 +485,6 @@ class HFModel(nn.Module):
         except (AttributeError, TypeError, ValueError, LookupError, ImportError, NotImplementedError) as e:
             raise UserError(f'{directory}: {model.config.model_type} is not supported: it does not run as a '
                             f'language model with one head ({type(e).__name__}: {str(e)[:120]})') from None
-
-    @staticmethod
-    def empty(directory):
-        """What config.json describes, on the device of the context: shapes alone, where that is meta."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-        try:
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-            return HFModel(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        except Exception as e:    # as in load()
-            raise UserError(f'{directory}: outside our families, and transformers does not open it '
-                            f'({type(e).__name__}: {str(e)[:120]})') from None
 
     @property
     def lm_head(self):

@@ -48,6 +48,7 @@ class Hardware:
     flops: float | None         # floating-point operations a second; None: to be measured
     process: float              # bytes that it has without any model
     shards: int = 1             # how many processes share weights, gradients and moments
+    stacks: bool = False        # whether q, k and v are one product, whose weights are laid together
 
     @property
     def is_cpu(self):
@@ -78,7 +79,13 @@ def hardware(cfg):
     shards = cfg.num_gpus if getattr(cfg, 'shard', 'none') != 'none' else 1
     shards *= getattr(cfg, 'GPU_num', 1)
     flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12
-    return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards)
+    stacks = kind == 'cpu' and not is_quantised(cfg)
+    return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards, stacks)
+
+
+def is_quantised(cfg):
+    """Whether the frozen matrices of the blocks are in 4 or 8 bits."""
+    return getattr(cfg, 'load_in_4bit', False) or getattr(cfg, 'load_in_8bit', False)
 
 
 def resident():
@@ -149,7 +156,7 @@ def weight_bytes(cfg, hw, model):
     trained, frozen = numbers(parameters(model, True)), parameters(model, False)
     size = SIZES[cfg.torch_dtype] if hw.kind == 'cuda' and hasattr(cfg, 'torch_dtype') else 4
     quantised = 0
-    if frozen and (getattr(cfg, 'load_in_4bit', False) or getattr(cfg, 'load_in_8bit', False)):
+    if frozen and is_quantised(cfg):
         matrices = block_matrices(model)
         quantised = quantised_bytes(cfg, matrices)
         frozen = [p for p in frozen if all(p is not w for w in matrices)]
@@ -161,8 +168,8 @@ def optimizer_bytes(name, model):
     optimizer = make_optimizer(name, model, 1e-3)
     gradients = sum(flat.grad.nbytes for flat in optimizer.flats)
     # two of torch's ask for numbers, which the meta device has not
-    if name == 'adafactor':                     # a mean of each row and each column of a matrix
-        return gradients, 4 * sum(sum(p.shape) for p in parameters(model, True))
+    if name == 'adafactor':                     # a mean of each row and each column of a matrix; the step
+        return gradients, 4 * sum(sum(p.shape) + 1 for p in parameters(model, True))
     if name == 'asgd':                          # the mean of the weights
         return gradients, 4 * numbers(parameters(model, True))
     if isinstance(optimizer, TorchOptimizer):
@@ -175,8 +182,7 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     called = f'{name} ' if name else ''
     estimate.add(f'{name or "weights"}', weight_bytes(cfg, hw, model))
     matrices = block_matrices(model)
-    quantised = getattr(cfg, 'load_in_4bit', False) or getattr(cfg, 'load_in_8bit', False)
-    if hw.is_cpu and hw.product == 2 and not quantised:
+    if hw.is_cpu and hw.product == 2 and not is_quantised(cfg):
         estimate.add('bf16 copies of weights', 2 * numbers(matrices) / hw.shards)
     if not optimizer:
         return
@@ -269,7 +275,7 @@ def layer_bytes(c, hw, layer, N, M, attention):
     up = [module for module in (mlp.gate_proj, mlp.up_proj) if module is not None]
     qkv = [attn.q_proj, attn.k_proj, attn.v_proj]
     kept = norms + dropped + attention
-    kept += input_bytes(hw, qkv, N, C, stacked=hw.is_cpu)
+    kept += input_bytes(hw, qkv, N, C, stacked=hw.stacks)
     kept += input_bytes(hw, [attn.o_proj], M, HD)
     kept += input_bytes(hw, up, M, C, shared=p == 4)
     kept += input_bytes(hw, [mlp.down_proj], M, I)
@@ -277,14 +283,9 @@ def layer_bytes(c, hw, layer, N, M, attention):
     recomputed = hw.is_cpu and M * I >= kernels.LARGE_GATE
     if len(up) > 1 and not recomputed:
         kept += p * I * M                                       # act(gate)
-    if hw.is_cpu and is_plain(attn.q_proj):
+    if hw.stacks:
         kept += p * C * (c.n_head + 2 * c.n_kv_head) * D        # the three weights as one matrix
     return kept
-
-
-def is_plain(layer):
-    """Whether its weight is a matrix of numbers, with or without an adapter."""
-    return isinstance(layer, kernels.Linear)
 
 
 def input_bytes(hw, layers, tokens, width, stacked=False, shared=False):
@@ -361,11 +362,10 @@ def generate_phase(estimate, cfg, hw, model, prompts, samples, new):
     p = 4 if hw.is_cpu else hw.product
     slot = 2 * c.n_layer * c.n_kv_head * c.head_size * p                # a key and a value of every layer
     matrices, size, V = block_matrices(model), hw.product, c.vocab_size
-    small, plain = model.num_params() <= FUSE_LIMIT, not lora_layers(model)
+    small = model.num_params() <= FUSE_LIMIT
     is_packed = hw.is_cpu and small and rows >= PACK_ROWS
     copies = 0
-    if plain and small and all(isinstance(layer, kernels.Linear) for layer in model.layers[0].modules()
-                               if is_linear(layer)):
+    if small and not lora_layers(model):
         stacked = [layer for block in model.layers for name, layer in block.named_modules()
                    if name.endswith(('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj'))]
         is_copied = is_packed or not hw.is_cpu and size == 2

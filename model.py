@@ -337,8 +337,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
 def empty_model(cfg, hf):
     """The GPT that cfg describes, on the meta device; hf: the config.json that cfg was made from."""
     if cfg is None:
-        raise UserError(f'--plan knows the families that model.py runs, and {hf.get("model_type")} is none of '
-                        'them: it runs as transformers has it, whose memory is not counted here')
+        raise UserError(f'--plan knows the families that model.py runs, and {hf.get("model_type")} is none '
+                        'of them: it runs as transformers has it, whose memory is not counted here')
     with torch.device('meta'):
         return GPT(cfg)
 

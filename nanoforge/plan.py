@@ -7,7 +7,8 @@ The script comes here once it knows its models, rows and steps; models are on th
 shapes and no numbers. Parameters, gradients and moments are counted on the model and the optimizer
 themselves. What a micro-batch keeps for its backward pass follows the forms of model.py and kernels.py, of
 the largest micro-batch of the run: tests/test_plan.py holds that arithmetic against what autograd keeps, and
-the peaks against those of real runs. Not counted: fragmentation, and what a checkpoint is written from.
+the peaks against those of real runs. Not counted: memory that the allocator holds in pieces too small to use,
+what an optimizer's step needs for a moment, what a checkpoint is written from.
 """
 import copy
 import os
@@ -22,7 +23,6 @@ from configurator import UserError
 from data.batches import micro_batches, pack, pack_documents
 from nanoforge import kernels
 from nanoforge.decode import FUSE_LIMIT, PACK_ROWS
-from nanoforge.hf import GPTConfig
 from nanoforge.lora import lora_layers
 from nanoforge.optim import TorchOptimizer, make_optimizer
 from nanoforge.policy import is_adapter, load_policy
@@ -74,8 +74,10 @@ def hardware(cfg):
         if not torch.cuda.is_available():
             raise UserError('--plan for a GPU that is not here: say how much memory it has, --gpu-memory=80')
         memory = torch.cuda.get_device_properties(0).total_memory
-    else:
+    elif hasattr(os, 'sysconf'):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / cfg.num_gpus
+    else:
+        raise UserError('--plan finds no memory size on this system: say it, --gpu-memory=16')
     shards = cfg.num_gpus if getattr(cfg, 'shard', 'none') != 'none' else 1
     shards *= getattr(cfg, 'GPU_num', 1)
     flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12

@@ -120,8 +120,8 @@ def folder(tmp_path_factory):
     config = GPTConfig(arch='llama', **{**FAMILIES['llama'], 'tied': True}, vocab_size=tokenizer.vocab_size,
                        block_size=1024, n_layer=10, n_head=8, n_kv_head=4, n_embd=512, n_inner=1536)
     save_model(GPT(config).init_weights(), tokenizer, directory / 'model')
-    for name, row in (('sft', {'prompt': 'a b ' * 30, 'completion': 'c d ' * 30}),
-                      ('dpo', {'prompt': 'a b ' * 30, 'chosen': 'c d ' * 30, 'rejected': 'd c ' * 30})):
+    for name, row in (('sft', {'prompt': 'a b ' * 60, 'completion': 'c d ' * 60}),
+                      ('dpo', {'prompt': 'a b ' * 60, 'chosen': 'c d ' * 60, 'rejected': 'd c ' * 50})):
         rows = [{**row, 'prompt': f'{i} {row["prompt"]}'} for i in range(8)]
         (directory / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return directory

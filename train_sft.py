@@ -124,6 +124,8 @@ def main(cfg):
     resolve_defaults(cfg, model, sources, run)
     epochs = make_epochs(cfg, rows, sources, run)       # which rows each step takes
     total, warmup = plan_steps(cfg, epochs, run)        # optimizer steps
+    if cfg.plan:
+        return plan.sft(cfg, model, rows, epochs, total, run)
     betas = cfg.adam_beta1, cfg.adam_beta2
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas)
     ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
@@ -228,7 +230,7 @@ from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
 from model import load_model, merge_lora, save_model
-from nanoforge import plots
+from nanoforge import plan, plots
 from nanoforge.checkpoint import loaded_config, resolve_link
 from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, print_mixture, show_check
 from nanoforge.kernels import document_lengths

@@ -24,7 +24,7 @@ def launch(cfg, argv):
     rank, _, size = launched()
     if size > 1 and ranks not in (1, size) and rank == 0:
         print(f'num_gpus={ranks} changes nothing: the launcher started {size} processes', file=sys.stderr)
-    if role == 'worker' or size > 1:
+    if role == 'worker' or size > 1 or getattr(cfg, 'plan', False):     # a plan needs none of the GPUs
         return
     if getattr(cfg, 'nohup', False) and role is None:
         log = open_log()

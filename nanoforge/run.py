@@ -129,8 +129,10 @@ class Run:
         saved = None
         if resume or from_start:
             cfg, saved = resume_config(cfg, out_dir, script, resume_flag, from_start)
-        run = setup(cfg.device, cfg.autocast_dtype(), cfg.matmul)
-        run = share(run) if share else run
+        # a plan holds its models on the meta device, where they have shapes and no numbers
+        run = (Run(torch.device('meta'), torch.float32, 'float32') if cfg.plan
+               else setup(cfg.device, cfg.autocast_dtype(), cfg.matmul))
+        run = share(run) if share and not cfg.plan else run
         if dist.is_initialized():
             token = run.max(secrets.randbits(62))       # the highest of them: all have the same
             run.heartbeat = Heartbeat(dist.get_rank(), dist.get_world_size(), token)
@@ -140,7 +142,8 @@ class Run:
         limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
         save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
-        only_reads = from_start or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
+        only_reads = from_start or cfg.plan
+        only_reads = only_reads or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError, as_text, check_settings, from_dict, path_of
+from nanoforge.launch import launched
 
 try:
     import fcntl
@@ -231,7 +232,7 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     checkpoint (from_start: none is needed) it is a UserError; with cfg.resume == 'auto' the result is (cfg,
     None).
     """
-    saved = read_manifest(Path(out_dir) / 'run_config.json')
+    saved = read_manifest(Path(out_dir) / 'run_config.json') or restored_settings(Path(out_dir))
     is_there = saved.get('script') == script
     if is_there and not from_start:
         is_there = any(manifest['run'] == saved['run'] for _, manifest in checkpoint_folders(Path(out_dir)))
@@ -243,6 +244,19 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     merged = merged_config(cfg, saved)
     check_settings(merged)
     return merged, saved
+
+
+def restored_settings(out_dir):
+    """What a run_config.json said that is there but cannot be read: the newest checkpoint has it, too. The
+    main rank says so and writes it anew. {} where there is none, or checkpoints of several runs."""
+    path, folders = out_dir / 'run_config.json', checkpoint_folders(out_dir)
+    is_known = path.exists() and len({manifest['run'] for _, manifest in folders}) == 1
+    settings = folders[-1][1].get('settings', {}) if is_known else {}
+    if settings and launched()[0] == 0:
+        print(f'{path} is damaged: as {folders[-1][0].name} has it')
+        with writing(path):
+            write_json(path, settings)
+    return settings
 
 
 def lock_folder(folder, print0):

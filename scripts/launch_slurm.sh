@@ -4,8 +4,8 @@
 #   sbatch --nodes=4 scripts/launch_slurm.sh train_sft.py --dataset_path rows.jsonl --output_dir=/shared/sft
 #
 # What is typed to sbatch beats the lines below. The output folder has to lie on a file system that all
-# machines share. Five minutes before the time is up the run saves, and the job is queued again; so it is where SLURM
-# takes its machines away. It then goes on from its newest checkpoint, as it does where a process has died.
+# machines share. Five minutes before the time is up the run saves, and the job is queued again; so it is where
+# SLURM takes its machines away. It then goes on from its newest checkpoint, as it does where a process has died.
 #SBATCH --job-name=nanoforge
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -13,7 +13,7 @@ from configurator import UserError, parse
 from conftest import ROOT
 from nanoforge import heartbeat
 from nanoforge.run import check_folder_is_shared
-from test_run import forked, ranks
+from test_run import ranks
 
 
 @pytest.fixture(autouse=True)

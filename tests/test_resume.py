@@ -98,6 +98,22 @@ def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
     assert found(auto)[0].rate == 1.0
 
 
+@pytest.mark.parametrize('harm', ['cut', 'empty'])
+def test_settings_that_are_damaged_come_from_the_newest_checkpoint(harm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    from train_gpt import Config, main
+    main(parse(Config, [*RUNS['train_gpt'], '--out_dir=o', '--learning_rate=0.003']))
+    path = tmp_path / 'o' / 'run_config.json'
+    before = path.read_bytes()
+    path.write_bytes(before[:len(before) // 2] if harm == 'cut' else b'')
+    capsys.readouterr()
+    assert main(parse(Config, ['--resume=auto', '--out_dir=o', '--max_iters=2']))['step'] == 2
+    said = capsys.readouterr().out
+    assert said.startswith('o/run_config.json is damaged: as checkpoint-1 has it\nresume    o/checkpoint-1')
+    assert json.loads(path.read_text())['config']['learning_rate'] == 0.003
+
+
 @pytest.mark.parametrize('script', RUNS)
 def test_a_run_that_has_ended_says_how_it_goes_on(script, tmp_path, monkeypatch, capsys):
     """Resumed once more, as by a scheduler that does not know: one line, and nothing is written;

@@ -295,7 +295,8 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     """
     if load_in_4bit and load_in_8bit:
         raise UserError('load_in_4bit and load_in_8bit exclude each other: choose one')
-    directory = find_model(name_or_path)
+    is_plan = str(device) == 'meta'             # shapes alone: no weights are read, or fetched from the hub
+    directory = find_model(name_or_path, weights=not is_plan)
     if os.path.exists(os.path.join(directory, 'adapter_config.json')):
         return load_with_base(directory, base, trainable_adapter, device, dtype, load_in_4bit, load_in_8bit,
                               bnb_4bit_quant_type, bnb_4bit_use_double_quant, bnb_4bit_compute_dtype)
@@ -314,7 +315,9 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise UserError(f'{directory}: its config.json describes no language model '
                         f'({type(e).__name__}: {e}); copy it again from the model\'s source') from None
-    if cfg is not None:
+    if is_plan:
+        model = empty_model(cfg, hf)
+    elif cfg is not None:
         model = load_gpt(cfg, hf, directory, device, dtype, quantization)
     else:
         model = HFModel.load(directory, device, dtype)
@@ -329,6 +332,15 @@ def load_model(name_or_path, device='cpu', dtype=torch.float32, load_in_4bit=Fal
     if tokenizer:
         tokenizer.restrict(vocab_size)
     return model.eval(), tokenizer
+
+
+def empty_model(cfg, hf):
+    """The GPT that cfg describes, on the meta device; hf: the config.json that cfg was made from."""
+    if cfg is None:
+        raise UserError(f'--plan knows the families that model.py runs, and {hf.get("model_type")} is none '
+                        'of them: it runs as transformers has it, whose memory is not counted here')
+    with torch.device('meta'):
+        return GPT(cfg)
 
 
 def load_gpt(cfg, hf, directory, device, dtype, quantization):

@@ -64,8 +64,7 @@ class TeamFlags(Flags):
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
         # alone is L0; empty = all of the task
-    agents: dict[str, Agent] = setting({}, path='agent_policy_configs.agent_configs')  # agent_0, ...:
-        # settings of one agent each
+    agents: dict[str, Agent] = setting({}, path='agent_policy_configs.agent_configs')  # settings of an agent
     # algorithm
     rollout_mode: str = setting('tree', choices=('tree', 'no_tree'))  # AT-GRPO; or MAS+GRPO: K whole
         # trajectories, what an agent earned in one counts for all of its turns
@@ -76,8 +75,7 @@ class TeamFlags(Flags):
     filter_ratio: float = setting(0.0, min=0, below=1)  # share of the groups that std and mean drop
     clip_low: float = setting(0.2, min=0)  # the probability ratio is clipped to 1 - clip_low
     clip_high: float = setting(0.2, min=0)  # ... and 1 + clip_high
-    dual_clip: float | None = setting(3.0, above=1)  # bound of the loss where A < 0, as a multiple of -A;
-        # none = off
+    dual_clip: float | None = setting(3.0, above=1)  # bound of the loss where A < 0, in -A; none = off
     entropy_coef: float = setting(0.0, min=0)  # bonus for entropy per token
     ppo_epochs: int = setting(1, min=1)  # passes over the candidates of a step
     # demonstrations
@@ -138,6 +136,8 @@ def main(cfg):
                    share=functools.partial(init_tp, shards=cfg.GPU_num))
     run.cfg.GPU_num = cfg.GPU_num                               # of now, whatever the run had that is resumed
     cfg, task = run.cfg, task_of(run.cfg)
+    if cfg.plan:
+        return plan.agents(cfg, load_policies(cfg, run), run)
     directory = directory if run.resumed else new_directory(cfg, run)
     run.text_log = os.path.join(directory, 'train.log')         # what is printed from here on
     if getattr(task, 'RUNS_PROGRAMS', False):
@@ -340,7 +340,7 @@ from data.batches import cut, pack, padded
 from data.chat import fold_system, prompt_ids, render
 from data.tasks import stored
 from model import load_model, save_model
-from nanoforge import pages
+from nanoforge import pages, plan
 from nanoforge.checkpoint import append_text, symlink, writing
 from nanoforge.log import cut_log
 from nanoforge.lora import add_lora, load_adapter, set_adapter

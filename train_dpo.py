@@ -119,6 +119,8 @@ def main(cfg):
     total_steps = cfg.max_steps if cfg.max_steps > 0 else math.ceil(cfg.num_train_epochs * epochs.per_epoch)
     warmup_steps = warmup_within(cfg.warmup_steps, total_steps, run.print0)
     kind = reference_kind(cfg)                          # none, adapters_off, copy or cache
+    if cfg.plan:
+        return plan.dpo(cfg, policy, pairs, epochs, total_steps, kind, run)
     print_summary(cfg, policy, epochs, total_steps, kind, run)
     if cfg.check_data:
         counts = {'pairs': sum(map(len, train)), 'held_out': len(held_out)}
@@ -226,7 +228,7 @@ from data.batches import Epochs, Prefetcher, micro_batches, pack
 from data.preferences import encode_pairs, read_pairs, remarks_on
 from data.splits import is_held_out, legacy_dpo
 from data.tasks import facts
-from nanoforge import plots
+from nanoforge import plan, plots
 from nanoforge.checkpoint import atomic_write, writing
 from nanoforge.data_checks import print_mixture
 from nanoforge.lora import adapters_off, lora_layers, merge_lora

@@ -135,6 +135,8 @@ def main(cfg):
         cfg.init_from = run.saved['config']['init_from']    # the architecture is that of the first start
     resolve_defaults(cfg, run)
     corpora = open_data(cfg, run)
+    if cfg.plan:
+        return plan.gpt(cfg, corpora, build_model, run)
     model, tokenizer = build_model(cfg, corpora, run)       # new, pretrained, or as the checkpoint has it
     check_batch(cfg, corpora, run)
     optimizer = build_optimizer(cfg, model, run)
@@ -218,7 +220,7 @@ import torch.nn.functional as F
 from data.corpus import Corpus, check_together, prepare_missing, windows
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import FAMILIES, GPT, GPTConfig, from_hf_weights, load_model, read_safetensors
-from nanoforge import plots
+from nanoforge import plan, plots
 from nanoforge.kernels import TargetLogp
 from nanoforge.run import Run, State, describe_device, seed_for
 from sample import generate

@@ -15,8 +15,7 @@ mean is over the whole optimizer step, counted over micro-batches and ranks; in 
 ratio is exactly 1, as the old log-probabilities are those of the same forward pass.
 
 Counts are completions, as in TRL: per_device_train_batch_size x gradient_accumulation_steps x GPUs make an
-optimizer step, x steps_per_generation x GPUs a rollout, rounded up to whole groups. Where a rollout feeds
-several steps, the later ones are off-policy. Settings of several scripts stand in nanoforge/flags.py.
+optimizer step, x steps_per_generation x GPUs a rollout, in whole groups. Shared settings: nanoforge/flags.py.
 """
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.problems import TASKS
@@ -133,14 +132,15 @@ def main(cfg):
     run = Run.open(cfg, 'train_rl.py', cfg.output_dir, cfg.resume, '--replay' if is_replay else '--resume',
                    is_replay, memory_flags=('--per_device_train_batch_size', '--max_completion_length'))
     cfg = run.cfg
-    if is_replay:
-        run.resumed = checkpoint_before(cfg, run)
+    run.resumed = checkpoint_before(cfg, run) if is_replay else run.resumed
     resolve_defaults(cfg, run)
     policy, tokenizer = load_policy(cfg, run, cfg.base_model_name, run.resumed)
     resolve_by_model(cfg, policy, run)                              # learning rates, lengths
     scorer = open_scorer(cfg)
     problems = open_problems(cfg, tokenizer, run.print0)
     sizes = resolve_sizes(cfg, len(problems.train), run)            # of a step, a rollout, the run
+    if cfg.plan:
+        return plan.rl(cfg, policy, problems, sizes, run)
     reference = load_reference(cfg, policy, run)                    # None without a KL term
     critic = load_critic(cfg, policy, tokenizer, run)               # None but with ppo
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
@@ -394,7 +394,7 @@ from data.batches import PackedBatch, cut, pack
 from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
 from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
-from nanoforge import pages, plots
+from nanoforge import pages, plan, plots
 from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
 from nanoforge.optim import learning_rate, make_optimizer, warmup_within
@@ -1227,7 +1227,7 @@ def checkpoint_before(cfg, run):
         near = min(sorted(steps), key=lambda step: abs(step - cfg.replay))
         raise UserError(f'--replay={cfg.replay}: no rollout was written at that step; the nearest one is '
                         f'{near}')
-    # all but the newest may have lost their optimizer's state (save_only_model)
+    # all but the two newest may have lost their optimizer's state (save_only_model)
     usable = [str(path) for path, manifest in run.checkpoints.own()
               if manifest['step'] <= cfg.replay and (path / 'optimizer.safetensors').exists()]
     begin = usable[-1] if usable else None

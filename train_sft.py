@@ -87,7 +87,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     checkpoint_name: str = 'checkpoint-{step}'  # of checkpoint folders, with {step} or {epoch}
     save_merged: bool = setting(False, needs=('use_lora=true',))  # LoRA: also the whole model with
         # the adapter in it, in output_dir/merged
-    resume_from_checkpoint: str | None = None  # go on from this checkpoint of output_dir; true = the newest
+    resume_from_checkpoint: str | None = None  # go on from this checkpoint of output_dir; true = the newest,
+        # auto = the newest if there is one
 
     def check(self):
         super().check()
@@ -123,6 +124,8 @@ def main(cfg):
     resolve_defaults(cfg, model, sources, run)
     epochs = make_epochs(cfg, rows, sources, run)       # which rows each step takes
     total, warmup = plan_steps(cfg, epochs, run)        # optimizer steps
+    if cfg.plan:
+        return plan.sft(cfg, model, rows, epochs, total, run)
     betas = cfg.adam_beta1, cfg.adam_beta2
     optimizer = make_optimizer(cfg.optimizer, model, cfg.learning_rate, cfg.weight_decay, betas)
     ema = WeightAverage(optimizer, cfg.ema)             # decay 0: there is no average
@@ -227,7 +230,7 @@ from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
 from model import load_model, merge_lora, save_model
-from nanoforge import plots
+from nanoforge import plan, plots
 from nanoforge.checkpoint import loaded_config, resolve_link
 from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, print_mixture, show_check
 from nanoforge.kernels import document_lengths
@@ -590,8 +593,8 @@ def open_run(cfg):
     wanted = cfg.resume_from_checkpoint or ''
     resume, checkpoint = cfg.resume, None
     if wanted.lower() not in ('', 'false', 'no'):       # transformers takes a bool or a path here
-        resume = cfg.resume or True
-        if wanted.lower() not in ('true', 'yes'):
+        resume = cfg.resume = 'auto' if wanted.lower() == 'auto' else cfg.resume or True
+        if wanted.lower() not in ('true', 'yes', 'auto'):
             checkpoint = str(resolve_link(wanted))
             folder = os.path.dirname(os.path.abspath(checkpoint))
             if os.path.realpath(folder) != os.path.realpath(cfg.output_dir):

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError, as_text, check_settings, from_dict, path_of
+from nanoforge.launch import launched
 
 try:
     import fcntl
@@ -86,13 +87,24 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
+def digest_of(manifest):
+    """SHA-256 of all that a manifest says, but for its own 'sha256'."""
+    content = {key: value for key, value in manifest.items() if key != 'sha256'}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path):
-    """The JSON object in `path` if nanoforge wrote it, else {}."""
+    """The JSON object in `path` if nanoforge wrote it and it is as it was written, else {}."""
     try:
         value = json.loads(Path(path).read_text(encoding='utf-8'))
-        return value if value['written_by'] == 'nanoforge' else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = value.get('sha256') in (None, digest_of(value))      # earlier versions wrote none
+        return value if is_whole and value['written_by'] == 'nanoforge' else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def write_manifest(folder, manifest):
+    write_json(folder / 'manifest.json', {**manifest, 'sha256': digest_of(manifest)})
 
 
 def hardlink(source, target):
@@ -220,7 +232,7 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     checkpoint (from_start: none is needed) it is a UserError; with cfg.resume == 'auto' the result is (cfg,
     None).
     """
-    saved = read_manifest(Path(out_dir) / 'run_config.json')
+    saved = read_manifest(Path(out_dir) / 'run_config.json') or restored_settings(Path(out_dir))
     is_there = saved.get('script') == script
     if is_there and not from_start:
         is_there = any(manifest['run'] == saved['run'] for _, manifest in checkpoint_folders(Path(out_dir)))
@@ -232,6 +244,19 @@ def resume_config(cfg, out_dir, script, flag='--resume', from_start=False):
     merged = merged_config(cfg, saved)
     check_settings(merged)
     return merged, saved
+
+
+def restored_settings(out_dir):
+    """What a run_config.json said that is there but cannot be read: the newest checkpoint has it, too. The
+    main rank says so and writes it anew. {} where there is none, or checkpoints of several runs."""
+    path, folders = out_dir / 'run_config.json', checkpoint_folders(out_dir)
+    is_known = path.exists() and len({manifest['run'] for _, manifest in folders}) == 1
+    settings = folders[-1][1].get('settings', {}) if is_known else {}
+    if settings and launched()[0] == 0:
+        print(f'{path} is damaged: as {folders[-1][0].name} has it')
+        with writing(path):
+            write_json(path, settings)
+    return settings
 
 
 def lock_folder(folder, print0):
@@ -323,7 +348,8 @@ class Checkpoints:
     manifests.
 
     limit            so many of the newest are kept, and the best; None keeps all
-    save_only_model  all but the newest lose their optimizer state: for use, not for resuming
+    save_only_model  all but the two newest lose their optimizer state: for use, not for resuming. Two, as one
+                     may be found damaged
     """
 
     def __init__(self, out_dir, run, limit=2, save_only_model=False):
@@ -355,17 +381,17 @@ class Checkpoints:
     def latest(self):
         """The newest whole checkpoint, or None. Damaged ones are skipped, and said."""
         def find():
-            candidates = [(path, manifest['step']) for path, manifest in self.own()]
-            for path in self.out_dir.glob('checkpoint-*'):
-                if not read_manifest(path / 'manifest.json'):
-                    candidates.append((path, -1))       # looked at first, to be said
-            for path, step in reversed(candidates):
-                if not (reason := damage(path)):
-                    return step
-                self.run.print0(f'{path} is skipped: {reason}')
-        step = self.run.on_main(find)
-        step = self.run.max(-1 if step is None else step)
-        return next((str(path) for path, manifest in self.own() if manifest['step'] == step), None)
+            candidates = [path for path, _ in self.own()]
+            # looked at first, to be said
+            candidates += [path for path in self.out_dir.glob('checkpoint-*')
+                           if not read_manifest(path / 'manifest.json')]
+            for i in reversed(range(len(candidates))):
+                if not (reason := damage(candidates[i])):
+                    return i
+                self.run.print0(f'{candidates[i]} is skipped: {reason}')
+        newest = self.run.on_main(find)
+        newest = self.run.max(-1 if newest is None else newest)
+        return str(self.own()[newest][0]) if newest >= 0 else None
 
     def say_processes(self, path):
         """Says it if checkpoint `path` is of another number of processes, which scales the batch."""
@@ -417,7 +443,7 @@ class Checkpoints:
         while os.path.lexists(path):    # of this step already; or of another run, that we loaded; or not ours
             saved = read_manifest(path / 'manifest.json')
             if saved and (saved['run'], saved['step']) == (manifest['run'], step):
-                return write_json(path / 'manifest.json', {**saved, 'best': best or saved['best']})
+                return write_manifest(path, {**saved, 'best': best or saved['best']})
             self.run.print0(f'{path} is there already and not of this run: saving beside it, as '
                             f'{path.name}-new')
             path = path.with_name(path.name + '-new')
@@ -434,7 +460,7 @@ class Checkpoints:
             fsync(file)
             entry = {'size': file.stat().st_size, 'sha256': sha256(file)}
             manifest['files'][file.relative_to(folder).as_posix()] = entry
-        write_json(folder / 'manifest.json', manifest)
+        write_manifest(folder, manifest)
         fsync(folder)
         os.replace(folder, path)
         fsync(self.out_dir)
@@ -458,7 +484,7 @@ class Checkpoints:
                 doomed = folder.with_name(TEMPORARY + folder.name)
                 os.replace(folder, doomed)     # out of sight first: a folder half deleted is no checkpoint
                 shutil.rmtree(doomed)
-            elif self.save_only_model:
+            elif self.save_only_model and folder != saved[-2][0]:
                 (folder / 'optimizer.safetensors').unlink(missing_ok=True)
 
     def _clean(self):
@@ -490,7 +516,7 @@ def damage(path):
     """'' where every file of checkpoint `path` is what its manifest says, else what is wrong."""
     files = read_manifest(Path(path) / 'manifest.json').get('files')
     if not files:
-        return 'it has no manifest.json of nanoforge'
+        return 'its manifest.json is damaged, or not one of nanoforge'
     for name, entry in files.items():
         file = Path(path) / name
         if not file.is_file():

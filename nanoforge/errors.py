@@ -2,7 +2,8 @@
 import os, re, sys
 
 FAILED = 'NANOFORGE_FAILED'  # a folder of the ranks, in which the first that fails leaves a file
-LOST_RANK = re.compile('Connection (closed|reset) by peer|Connection was likely closed|Broken pipe')
+LOST_RANK = re.compile('Connection (closed|reset) by peer|Connection was likely closed|Broken pipe|'
+                       'remote process exited|timeout caused pair closure')      # gloo, NCCL, the store
 
 
 class UserError(Exception):
@@ -21,11 +22,15 @@ def print_anywhere():
 
 def fail(error):
     """Prints an error in one line and exits with status 2. Of a machine's ranks only the first prints."""
+    print_error(error)
+    sys.exit(2)
+
+
+def print_error(error):
     if not isinstance(error, MainRankFailed) and is_first_to_fail():
         rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
         text = ' '.join(str(error).split())
-        print(f'{os.path.basename(sys.argv[0])}{rank}: error: {text}', file=sys.stderr)
-    sys.exit(2)
+        print(f'{os.path.basename(sys.argv[0])}{rank}: error: {text}', file=sys.stderr, flush=True)
 
 
 def is_first_to_fail():

@@ -18,7 +18,7 @@ SMALL_MODEL = 20_000_000    # parameters below which full fine-tuning needs a ra
 DTYPES = ('float32', 'bfloat16', 'float16')
 MODEL_NAMES = ('model', 'model_name', 'model_id', 'model_name_or_path')  # besides, as others say
 WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what the settings of wandb need
-LORA, FOUR_BITS = ('use_lora=true',), ('load_in_4bit=true',)
+LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
@@ -72,6 +72,12 @@ class RunFlags(Flags):
     matmul: str = setting('auto', path='matmul', choices=('auto', 'float32', 'bf16'))  # matrix products on a
         # CPU; auto = bf16 where the processor has it
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
+    plan: bool = setting(False, path='plan')  # print the memory and the time that this run would take, and
+        # what makes it fit; no weights are loaded
+    gpu_memory: float | None = setting(None, path='gpu_memory', above=0, needs=PLAN)  # GiB of each GPU that
+        # is planned for; those of this machine if not set
+    gpu_tflops: float | None = setting(None, path='gpu_tflops', above=0, needs=PLAN)  # what each reaches in
+        # such a run, about 40% of its data sheet's bf16; this machine's products if not set
     nohup: bool = setting(False, path='nohup')  # in the background: prints PID and log,
         # logs/training_DATE_TIME.log
 
@@ -269,7 +275,7 @@ class TrainFlags(OptimizerFlags, StepFlags):
     save_steps: int = setting(500, min=1, needs=('save_strategy=steps',))  # steps between checkpoints
     save_total_limit: int | None = setting(None, min=1)  # so many of the newest checkpoints are kept, and
         # the best; null = all
-    save_only_model: bool = False  # without optimizer, but for the newest, from which a run resumes
+    save_only_model: bool = False  # without optimizer, but for the two newest, from which a run resumes
     dataloader_drop_last: bool = False  # leave out what does not fill a step at the end of an epoch
 
     def check(self):

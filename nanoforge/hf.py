@@ -384,8 +384,9 @@ def load_weights(model, state, where, dtype=None, device=None):
         model.lm_head.weight = model.embed_tokens.weight
 
 
-def find_model(name_or_path):
-    """A local directory, the embedded model `tiny`, or a hub name -> a directory with config.json."""
+def find_model(name_or_path, weights=True):
+    """A local directory, the embedded model `tiny`, or a hub name -> a directory with config.json; of the hub
+    without the `weights`, if so asked."""
     if name_or_path == 'tiny':
         return os.path.join(ROOT, 'data', 'tiny')
     if os.path.isdir(name_or_path):
@@ -397,7 +398,9 @@ def find_model(name_or_path):
     if not is_hub_name or os.path.isdir(os.path.dirname(name_or_path)):
         raise UserError(f'no model directory {name_or_path}')
     from huggingface_hub import snapshot_download
-    wanted = ['*.json', 'model*.safetensors', 'adapter*.safetensors', '*.jinja', 'tokenizer.model', '*.txt']
+    wanted = ['*.json', '*.jinja', 'tokenizer.model', '*.txt']
+    if weights:
+        wanted += ['model*.safetensors', 'adapter*.safetensors']
     try:
         return snapshot_download(name_or_path, allow_patterns=wanted)
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out

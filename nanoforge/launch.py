@@ -24,7 +24,7 @@ def launch(cfg, argv):
     rank, _, size = launched()
     if size > 1 and ranks not in (1, size) and rank == 0:
         print(f'num_gpus={ranks} changes nothing: the launcher started {size} processes', file=sys.stderr)
-    if role == 'worker' or size > 1:
+    if role == 'worker' or size > 1 or getattr(cfg, 'plan', False):     # a plan needs none of the GPUs
         return
     if getattr(cfg, 'nohup', False) and role is None:
         log = open_log()
@@ -107,6 +107,11 @@ def supervise(command, ranks):
     while None in (codes := [worker.poll() for worker in workers]) or not status and any(codes):
         if any(codes) and not status:
             status, deadline = next(filter(None, codes)), time.monotonic() + 10
+            if status < 0 and ranks > 1 and not stopped:    # it could not say so itself
+                reason = ' (was memory short?)' if status == -signal.SIGKILL else ''
+                name = signal.Signals(-status).name
+                print(f'rank {codes.index(status)} ended by {name}{reason}; the others are ended',
+                      file=sys.stderr, flush=True)
         # they wait for the one that failed; stopped ones are saving
         if time.monotonic() > deadline and not stopped:
             for worker in workers:

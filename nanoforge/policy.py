@@ -17,7 +17,7 @@ RATES = {'full': 1e-5, 'LoRA': 1e-4, 'QLoRA': 2e-4}     # learning rates where n
 
 def is_adapter(name_or_path):
     """Whether it is a PEFT adapter, not a whole model."""
-    return os.path.exists(os.path.join(find_model(name_or_path), 'adapter_config.json'))
+    return os.path.exists(os.path.join(find_model(name_or_path, weights=False), 'adapter_config.json'))
 
 
 def is_small(model):

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -37,6 +38,7 @@ from model import save_model
 from nanoforge.checkpoint import (Checkpoints, append_text, read_checkpoint, resume_config,
                                   start_fresh)
 from nanoforge.errors import MainRankFailed
+from nanoforge.heartbeat import Heartbeat
 from nanoforge.launch import launched
 from nanoforge.log import Log, check_wandb
 from nanoforge.optim import Plateau
@@ -105,6 +107,7 @@ class Run:
 
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
+        self.heartbeat = None
         self.resume_flag, self.rate_flag, self.memory_flags = '--resume', '--learning_rate', ('--batch_size',)
         self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
 
@@ -126,14 +129,21 @@ class Run:
         saved = None
         if resume or from_start:
             cfg, saved = resume_config(cfg, out_dir, script, resume_flag, from_start)
-        run = setup(cfg.device, cfg.autocast_dtype(), cfg.matmul)
-        run = share(run) if share else run
+        # a plan holds its models on the meta device, where they have shapes and no numbers
+        run = (Run(torch.device('meta'), torch.float32, 'float32') if cfg.plan
+               else setup(cfg.device, cfg.autocast_dtype(), cfg.matmul))
+        run = share(run) if share and not cfg.plan else run
+        if dist.is_initialized():
+            token = run.max(secrets.randbits(62))       # the highest of them: all have the same
+            run.heartbeat = Heartbeat(dist.get_rank(), dist.get_world_size(), token)
+            check_folder_is_shared(run, out_dir, saved)
         run.cfg, run.script, run.saved, run.stop = cfg, script, saved, Stop(run)
         run.resume_flag, run.memory_flags = resume_flag, memory_flags or run.memory_flags
         limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
         save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
-        only_reads = from_start or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
+        only_reads = from_start or cfg.plan
+        only_reads = only_reads or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':
@@ -366,6 +376,8 @@ class Run:
         return metrics
 
     def close(self):
+        if self.heartbeat:
+            self.heartbeat.stop()
         if self.log:
             self.log.close()
         if self.checkpoints:
@@ -495,6 +507,10 @@ def setup(device='auto', dtype='auto', matmul='auto'):
     products = matmul if kind == 'cpu' else 'float32'
     run = Run(torch_device, amp, products, rank, local_rank, world_size)
     if world_size > 1:
+        restarts = os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'
+        if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':   # pytorch issue 135712
+            notes.append('torchrun --max_restarts works with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it: '
+                         'without, ranks that it starts again look for those of the start before')
         local = os.environ.get('MASTER_ADDR') in ('127.0.0.1', 'localhost', '::1')
         if local and 'lo' in dict(socket.if_nameindex()).values():
             os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')       # which is there without a network, too
@@ -504,6 +520,14 @@ def setup(device='auto', dtype='auto', matmul='auto'):
     for note in notes:
         run.print0(note)
     return run
+
+
+def check_folder_is_shared(run, out_dir, saved):
+    """UserError on every rank where some have found a run to resume in out_dir and others none (saved is
+    None)."""
+    if run.any(saved) and run.any(not saved):
+        raise UserError(f'not all ranks find the run in {out_dir}: several machines need an output folder on '
+                        'a file system that they share')
 
 
 @contextlib.contextmanager

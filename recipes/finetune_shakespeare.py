@@ -54,6 +54,11 @@ log_interval = 1
 # fp16 = None  # the same as dtype=float16, with loss scaling
 # matmul = 'auto'  # matrix products on a CPU; auto = bf16 where the processor has it (auto, float32, bf16)
 # num_gpus = 1  # processes on this machine, one for each GPU
+# plan = False  # print the memory and the time that this run would take, and what makes it fit; no weights
+#     # are loaded
+# gpu_memory = None  # GiB of each GPU that is planned for; those of this machine if not set
+# gpu_tflops = None  # what each reaches in such a run, about 40% of its data sheet's bf16; this machine's
+#     # products if not set
 # nohup = False  # in the background: prints PID and log, logs/training_DATE_TIME.log
 
 # training_mode = 'single'  # single: one data set; multidataset: each micro-batch from one of several;

@@ -713,7 +713,8 @@ def test_num_gpus(script):
     code, out, err = finish(script('--num-gpus=3', 'mode=wrong'))
     assert code == 2 and re.fullmatch(r'train it.py( \(rank \d\))?: error: bad data\n', err)    # of three one prints
     assert finish(script('--num-gpus=2', '--mode=one'))[0] == 7
-    assert finish(script('--num-gpus=2', '--mode=killed'))[0] == 128 + 9
+    code, out, err = finish(script('--num-gpus=2', '--mode=killed'))
+    assert code == 128 + 9 and re.search(r'rank \d ended by SIGKILL \(was memory short\?\)', err)
     assert finish(script('--num-gpus=2', '--local-rank=1', '--distributed', RANK='1', LOCAL_RANK='1',
                          WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')) \
         == (0, 'rank 1 2 1\n', '')

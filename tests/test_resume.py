@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoforge.checkpoint import resume_config, write_json
+from nanoforge.checkpoint import read_manifest, resume_config, write_json, write_manifest
 from configurator import UserError, from_dict, parse
 from data.fingerprint import fingerprint
 from data.prepare import prepare_files
@@ -61,8 +61,8 @@ def test_another_number_of_processes_is_said(script, tmp_path, monkeypatch, caps
     module = importlib.import_module(script)
     module.main(parse(module.Config, [*RUNS[script], '--output_dir=o']))
     for processes in (1, 4):
-        manifest = tmp_path / 'o' / 'last' / 'manifest.json'
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), 'processes': processes}))
+        folder = tmp_path / 'o' / 'last'
+        write_manifest(folder, {**read_manifest(folder / 'manifest.json'), 'processes': processes})
         module.main(parse(module.Config, ['--resume', '--output_dir=o', f'--max_steps={processes + 1}']))
         assert ('of 4 processes, this is 1: from here on an optimizer step has 0.25 times' in capsys.readouterr().out) == (processes == 4)
 
@@ -96,6 +96,22 @@ def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
     assert found(auto, 'other.py') == (auto, None)
     auto.typed = frozenset({'rate'})
     assert found(auto)[0].rate == 1.0
+
+
+@pytest.mark.parametrize('harm', ['cut', 'empty'])
+def test_settings_that_are_damaged_come_from_the_newest_checkpoint(harm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    from train_gpt import Config, main
+    main(parse(Config, [*RUNS['train_gpt'], '--out_dir=o', '--learning_rate=0.003']))
+    path = tmp_path / 'o' / 'run_config.json'
+    before = path.read_bytes()
+    path.write_bytes(before[:len(before) // 2] if harm == 'cut' else b'')
+    capsys.readouterr()
+    assert main(parse(Config, ['--resume=auto', '--out_dir=o', '--max_iters=2']))['step'] == 2
+    said = capsys.readouterr().out
+    assert said.startswith('o/run_config.json is damaged: as checkpoint-1 has it\nresume    o/checkpoint-1')
+    assert json.loads(path.read_text())['config']['learning_rate'] == 0.003
 
 
 @pytest.mark.parametrize('script', RUNS)

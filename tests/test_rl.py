@@ -25,7 +25,7 @@ from data.problems import draw_problems, open_problems
 from data.formats import Source
 from data.completions import Completion, cut_rollouts, read_completions, write_completions
 from data.tasks import arithmetic, facts
-from kills import run_and_kill
+from chaos import survive
 from model import load_model
 from nanoforge.run import setup
 from train_rl import Config, MicroBatch, Rollout, main
@@ -171,15 +171,9 @@ def test_kills_change_nothing(how, tmp_path):
         extra = [f'data.datasets[0].name={pairs}', 'data.datasets[0].chosen_column=chosen', 'data.datasets[0].rejected_column=rejected']
     else:
         extra = []
-    done = run_and_kill('train_rl', [*flags(**how, save_steps=2), *extra], shares=[0.2], steps=(2, 4))
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1, done.stderr
-    weights = 'adapter_model.safetensors' if how.get('use_lora') else 'model.safetensors'
-    for name in (weights, 'optimizer.safetensors', 'trainer_state.json'):
-        assert read('whole/last', name) == read('killed/last', name), name
-    assert read('whole/rollouts.jsonl') == read('killed/rollouts.jsonl')
-    curve = lambda out: [(line['step'], line['loss'], line['reward']) for line in lines(out) if 'loss' in line]
-    assert curve('whole') == curve('killed')
+    report = survive('train_rl', [*flags(**how, save_steps=1), *extra], kills=2)
+    assert report['kills'] == 2 and report['differences'] == []
+    assert len(lines('whole')) > 5 and read('whole/rollouts.jsonl') == read('killed/rollouts.jsonl')
 
 
 def test_a_critic_of_an_earlier_version_goes_on():
@@ -200,6 +194,7 @@ def test_a_critic_of_an_earlier_version_goes_on():
     for name in ('optimizer.safetensors', 'trainer_state.json'):
         content = read('old/checkpoint-4', name)
         manifest['files'][name] = {'size': len(content), 'sha256': hashlib.sha256(content).hexdigest()}
+    del manifest['sha256']
     with open('old/checkpoint-4/manifest.json', 'w') as file:
         json.dump(manifest, file)
     cfg = Config(resume=True, output_dir='old')

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from configurator import SCRIPTS, UserError, configclass, parse
 from conftest import ROOT
-from nanoforge.checkpoint import (Checkpoints, damage, read_checkpoint, resolve_link, run_of, start_fresh,
-                                  symlink)
+from nanoforge.checkpoint import (Checkpoints, damage, read_checkpoint, read_manifest, resolve_link, run_of,
+                                  start_fresh, symlink, write_manifest)
 from nanoforge.flags import RunFlags
 from nanoforge.log import Log, device_peak_flops
 from nanoforge.optim import SGD, AdamW, WeightAverage
@@ -74,7 +74,7 @@ def forked(*works, between=lambda pids: None):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def ranks(work):
+def ranks(work, **more):
     """work(run) on two gloo ranks; their exit codes."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -87,7 +87,7 @@ def ranks(work):
         code = work(run)
         run.close()
         return code
-    return forked(lambda: child(0), lambda: child(1))
+    return forked(lambda: child(0), lambda: child(1), **more)
 
 
 # device, precision, ranks
@@ -313,12 +313,16 @@ def test_keep_all_and_names(run, out):
     assert checkpoints.latest() == str(out / 'theta_checkpoint_epoch_4')
 
 
-def test_save_only_model_leaves_one_resumable_state(run, out):
+def test_save_only_model_leaves_two_resumable_states(run, out):
+    """Not one: it might be found damaged, and the run would begin anew."""
     checkpoints = Checkpoints(out, run, limit=None, save_only_model=True)
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4):
         save(checkpoints, step)
-    assert [path.parent.name for path in sorted(out.rglob('optimizer.safetensors'))] == ['checkpoint-3']
-    assert len(list(out.glob('checkpoint-*/model.safetensors'))) == 3
+    left = [path.parent.name for path in sorted(out.rglob('optimizer.safetensors'))]
+    assert left == ['checkpoint-3', 'checkpoint-4']
+    assert len(list(out.glob('checkpoint-*/model.safetensors'))) == 4
+    assert read_checkpoint(checkpoints.latest())[1]['step'] == 4
+    os.truncate(out / 'checkpoint-4' / 'model.safetensors', 100)
     assert read_checkpoint(checkpoints.latest())[1]['step'] == 3
     with pytest.raises(UserError, match='cannot resume from .*checkpoint-2: optimizer.safetensors is '
                                         'missing'):
@@ -347,6 +351,39 @@ def test_damage_falls_back_to_the_checkpoint_before(run, out, capsys, file, harm
     save(checkpoints, 2)    # what we cannot recognise as ours is not touched
     assert os.readlink(out / 'last') == ('checkpoint-2-new' if file == 'manifest.json' else 'checkpoint-2')
     assert damage(out / 'last') == ''
+
+
+def test_every_bit_of_a_manifest_counts(run, out):
+    """Flipped in turn, where it stays JSON too: no other step, run or `best` is believed."""
+    checkpoints = Checkpoints(out, run)
+    save(checkpoints, 1)
+    save(checkpoints, 2, best=True)
+    path = out / 'checkpoint-2' / 'manifest.json'
+    content, whole = path.read_bytes(), read_manifest(path)
+    path.unlink()                       # the root has a hard link to it
+    for bit in range(0, 8 * len(content), 5):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        read = read_manifest(path)
+        assert read in ({}, whole) or 'sha256' not in read      # that key itself, which earlier versions lack
+    path.write_bytes(content.replace(b'"step": 2', b'"step": 3'))
+    assert checkpoints.latest() == str(out / 'checkpoint-1')
+    path.write_bytes(content)
+    assert checkpoints.latest() == str(out / 'checkpoint-2')
+
+
+def test_of_two_checkpoints_of_one_step_the_whole_one_is_taken(run, out):
+    checkpoints = Checkpoints(out, run)
+    save(checkpoints, 1, name='checkpoint-1')
+    shutil.copytree(out / 'checkpoint-1', out / 'epoch_1')
+    manifest = json.loads((out / 'epoch_1' / 'manifest.json').read_text())
+    write_manifest(out / 'epoch_1', {**manifest, 'folder': 'epoch_1'})
+    for damaged in ('checkpoint-1', 'epoch_1'):
+        content = (out / damaged / 'config.json').read_text()
+        (out / damaged / 'config.json').write_text('{')
+        assert Path(checkpoints.latest()).name == {'checkpoint-1': 'epoch_1', 'epoch_1': 'checkpoint-1'}[damaged]
+        (out / damaged / 'config.json').write_text(content)
 
 
 def test_rewind_sets_the_abandoned_future_aside(run, out):
@@ -912,7 +949,7 @@ def without_folder_and_settings(out):
     """As earlier versions wrote it."""
     for path in (*out.glob('*/manifest.json'), out / 'manifest.json'):
         manifest = json.loads(path.read_text())
-        path.write_text(json.dumps({key: manifest[key] for key in manifest if key not in ('folder', 'settings')}))
+        path.write_text(json.dumps({key: manifest[key] for key in manifest if key not in ('folder', 'settings', 'sha256')}))
 
 
 @pytest.mark.parametrize('is_old', [False, True])
@@ -975,7 +1012,7 @@ def test_a_checkpoint_knows_its_run_wherever_it_is(run, tmp_path):
     assert run_of(out)['config'] == {'second': True} and run_of(out / 'llama') == run_of(tmp_path / 'none') == {}
     without_folder_and_settings(out / 'earlier-1')
     path = out / 'checkpoint-2' / 'manifest.json'
-    old = {key: value for key, value in json.loads(path.read_text()).items() if key != 'settings'}
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ('settings', 'sha256')}
     for content in (old, {**old, 'files': {'policy_0/model.safetensors': {}}}):
         path.write_text(json.dumps(content))            # of an earlier version: its run's settings were moved
         part = 'policy_0' if 'policy_0/model.safetensors' in content['files'] else ''

@@ -1,0 +1,675 @@
+"""--plan: the memory and the time that a run would take, before it is started.
+
+    python train_sft.py --model=DIR --dataset_path=rows.jsonl --plan
+    python train_rl.py ... --plan --num-gpus 8 --gpu-memory 80 --gpu-tflops 400
+
+The script comes here once it knows its models, rows and steps; models are on the meta device, where they have
+shapes and no numbers. Parameters, gradients and moments are counted on the model and the optimizer
+themselves. What a micro-batch keeps for its backward pass follows the forms of model.py and kernels.py, of
+the largest micro-batch of the run: tests/test_plan.py holds that arithmetic against what autograd keeps, and
+the peaks against those of real runs. Not counted: memory that the allocator holds in pieces too small to use,
+what an optimizer's step needs for a moment, what a checkpoint is written from.
+"""
+import copy
+import os
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from data.batches import micro_batches, pack, pack_documents
+from nanoforge import kernels
+from nanoforge.decode import FUSE_LIMIT, PACK_ROWS
+from nanoforge.lora import lora_layers
+from nanoforge.optim import TorchOptimizer, make_optimizer
+from nanoforge.policy import is_adapter, load_policy
+from nanoforge.quantize import head_of, is_linear
+from nanoforge.run import Run, cpu_multiplies_bf16
+
+GIB = 2 ** 30
+CPU = torch.device('cpu')
+SIZES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+CUDA_CONTEXT = GIB // 2         # what a process takes on a card before its first tensor
+STEPS_SEEN = 2000               # of a run, in which the largest micro-batch is looked for
+
+
+# ---- what it runs on ---------------------------------------------------------------------------------------
+
+@dataclass
+class Hardware:
+    """One of the run's processes: what it computes on."""
+    kind: str                   # 'cpu' or 'cuda'
+    processes: int
+    product: int                # bytes of a number in the layers' matrix products
+    memory: float               # bytes that it may have
+    flops: float | None         # floating-point operations a second; None: to be measured
+    process: float              # bytes that it has without any model
+    shards: int = 1             # how many processes share weights, gradients and moments
+    stacks: bool = False        # whether q, k and v are one product, whose weights are laid together
+
+    @property
+    def is_cpu(self):
+        return self.kind == 'cpu'
+
+
+def hardware(cfg):
+    """As the flags describe it; what they leave open is that of this machine."""
+    described = bool(cfg.gpu_memory or cfg.gpu_tflops)
+    wanted = cfg.device.partition(':')[0]
+    has_gpu = described or torch.cuda.is_available()
+    kind = 'cuda' if wanted == 'cuda' or wanted == 'auto' and has_gpu else 'cpu'
+    if kind == 'cuda':
+        product = SIZES.get(cfg.autocast_dtype(), 2)            # auto: bfloat16, or float16
+        process = CUDA_CONTEXT
+    else:
+        wants_bf16 = cfg.matmul == 'bf16' or cfg.matmul == 'auto' and cpu_multiplies_bf16()
+        product = 2 if wants_bf16 else 4
+        process = resident()
+    if cfg.gpu_memory:
+        memory = cfg.gpu_memory * GIB
+    elif kind == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError('--plan for a GPU that is not here: say how much memory it has, --gpu-memory=80')
+        memory = torch.cuda.get_device_properties(0).total_memory
+    elif hasattr(os, 'sysconf'):
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / cfg.num_gpus
+    else:
+        raise UserError('--plan finds no memory size on this system: say it, --gpu-memory=16')
+    shards = cfg.num_gpus if getattr(cfg, 'shard', 'none') != 'none' else 1
+    shards *= getattr(cfg, 'GPU_num', 1)
+    flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12
+    stacks = kind == 'cpu' and not is_quantised(cfg)
+    return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards, stacks)
+
+
+def is_quantised(cfg):
+    """Whether the frozen matrices of the blocks are in 4 or 8 bits."""
+    return getattr(cfg, 'load_in_4bit', False) or getattr(cfg, 'load_in_8bit', False)
+
+
+def resident():
+    """Bytes that this process holds: Python, torch, the other libraries, the tokenizer."""
+    try:
+        with open('/proc/self/statm') as file:
+            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:             # another system than Linux
+        return 0.4 * GIB
+
+
+def measured_flops(hw, rows=1024, size=1024, seconds=0.2):
+    """Operations a second of this machine's matrix products, in the precision of the run; over all its
+    processes on a CPU, which they share."""
+    dtype = torch.float32 if hw.product == 4 else torch.bfloat16
+    x, w = (torch.ones(n, size, device=hw.kind, dtype=dtype) for n in (rows, size))
+    best, end = float('inf'), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float('inf'):
+        begun = time.perf_counter()
+        (x @ w).sum().item()                                    # waits for a GPU
+        best = min(best, time.perf_counter() - begun)
+    return 2 * rows * size * size / best / (hw.processes if hw.is_cpu else 1)
+
+
+# ---- what a run holds from its beginning to its end --------------------------------------------------------
+
+@dataclass
+class Estimate:
+    """Bytes of one process. held: {part: bytes} of all of the run; phases: {phase: {part: bytes}}, of which
+    one comes after the other: the largest counts."""
+    held: dict = field(default_factory=dict)
+    phases: dict = field(default_factory=dict)
+
+    def add(self, part, count):
+        if count:
+            self.held[part] = self.held.get(part, 0) + count
+
+    @property
+    def peak(self):
+        return sum(self.held.values()) + max(sum(taken.values()) for taken in self.phases.values())
+
+
+def parameters(model, trained=None):
+    """The parameters of a model, a tied one once; with `trained` those that train, or do not."""
+    return [p for p in model.parameters() if trained in (None, p.requires_grad)]
+
+
+def numbers(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def block_matrices(model):
+    """The weights of the linear layers but the head: what bfloat16 copies and 4 and 8 bits are for."""
+    return [layer.weight for layer in model.modules() if is_linear(layer) and layer is not head_of(model)]
+
+
+def quantised_bytes(cfg, weights):
+    """In bitsandbytes' formats: 4 bits with a float32 scale for each 64 values, itself in 8 bits (a float32
+    for each 256 of those) with double quantisation; 8 bits with a float32 scale for each row."""
+    if cfg.load_in_8bit:
+        return sum(w.numel() + 4 * len(w) for w in weights)
+    scale = 1 / 64 + 4 / (64 * 256) if cfg.bnb_4bit_use_double_quant else 4 / 64
+    return numbers(weights) * (0.5 + scale)
+
+
+def weight_bytes(cfg, hw, model):
+    """What trains is float32; what is frozen is torch_dtype on a GPU, or 4 or 8 bits in each process."""
+    trained, frozen = numbers(parameters(model, True)), parameters(model, False)
+    size = SIZES[cfg.torch_dtype] if hw.kind == 'cuda' and hasattr(cfg, 'torch_dtype') else 4
+    quantised = 0
+    if frozen and is_quantised(cfg):
+        matrices = block_matrices(model)
+        quantised = quantised_bytes(cfg, matrices)
+        frozen = [p for p in frozen if all(p is not w for w in matrices)]
+    return (4 * trained + size * numbers(frozen)) / hw.shards + quantised
+
+
+def optimizer_bytes(name, model):
+    """(gradients, moments): counted on the optimizer itself, made for the parameters that train."""
+    optimizer = make_optimizer(name, model, 1e-3)
+    gradients = sum(flat.grad.nbytes for flat in optimizer.flats)
+    # two of torch's ask for numbers, which the meta device has not
+    if name == 'adafactor':                     # a mean of each row and each column of a matrix; the step
+        return gradients, 4 * sum(sum(p.shape) + 1 for p in parameters(model, True))
+    if name == 'asgd':                          # the mean of the weights
+        return gradients, 4 * numbers(parameters(model, True))
+    if isinstance(optimizer, TorchOptimizer):
+        optimizer.step()                        # which makes its state
+    return gradients, sum(tensor.nbytes for tensor in optimizer.state_dict().values())
+
+
+def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
+    """Adds a model; with the name of an `optimizer` one that trains, and with `averaged` its running mean."""
+    called = f'{name} ' if name else ''
+    estimate.add(f'{name or "weights"}', weight_bytes(cfg, hw, model))
+    matrices = block_matrices(model)
+    if hw.is_cpu and hw.product == 2 and not is_quantised(cfg):
+        estimate.add('bf16 copies of weights', 2 * numbers(matrices) / hw.shards)
+    if not optimizer:
+        return
+    gradients, moments = optimizer_bytes(optimizer, model)
+    trained = 4 * numbers(parameters(model, True))
+    estimate.add(f'{called}gradients', gradients / hw.shards)
+    estimate.add(f'{called}moments ({optimizer})', moments / hw.shards)
+    if averaged:
+        estimate.add('mean of the weights', trained / hw.shards)
+    # its buffers are there before the weights that they take over are given back
+    start = estimate.phases.setdefault('start', {'weights as loaded': 0})
+    start['weights as loaded'] = max(start['weights as loaded'], trained)
+    if hw.kind == 'cuda' and hw.product == 2:   # autocast's, of what trains, until backward has ended
+        cast = [w for w in matrices if w.requires_grad]
+        training = estimate.phases.setdefault('training', {})
+        training['bf16 copies of weights'] = training.get('bf16 copies of weights', 0) + 2 * numbers(cast)
+
+
+# ---- what a micro-batch keeps for its backward pass --------------------------------------------------------
+
+class Shape(NamedTuple):
+    """A micro-batch as the model sees it."""
+    tokens: int                 # through the layers, padding included where a device computes it
+    rows: int                   # of the last layer behind its attention: places that predict something
+    targets: int                # that reach the head
+    attention: float            # bytes that the attention of a layer keeps
+    length: float               # tokens of a document, the mean: what attention's operations grow with
+
+
+def shape_of(c, hw, batch):
+    """The Shape of a PackedBatch, for a GPTConfig."""
+    idx, positions, wanted = batch.idx, batch.positions, batch.logit_positions
+    if batch.last is not None:
+        wanted = torch.cat((wanted, batch.last[:, None]), 1)
+    length = idx.size(1)
+    if positions is not None:
+        length = float(kernels.document_lengths(positions).float().mean())
+        if hw.is_cpu and hw.product == 2 and len(idx) == 1:     # as GPT.hidden pads the row
+            padding = torch.arange(-idx.size(1) % kernels.ALIGN)[None]
+            idx, positions = torch.cat((idx, padding), 1), torch.cat((positions, padding), 1)
+    return Shape(idx.numel(), len(wanted.unique()), int((batch.targets >= 0).sum()),
+                 attention_bytes(c, hw, idx, positions), length)
+
+
+def attention_bytes(c, hw, idx, positions):
+    """What a layer's attention keeps, but for what o_proj reads: queries, keys and values, probabilities or
+    what stands for them, by the form that kernels.AttentionContext takes for rows idx (B, T)."""
+    H, G, D, (B, T), p = c.n_head, c.n_kv_head, c.head_size, idx.shape, hw.product
+    N, qkv = B * T, H + 2 * G
+    normed = 4 * (H + G) * (D + 1) * N if c.qk_norm else 0      # q and k before their norm, and its scale
+    rotated = (H + G) * D if c.position == 'rope' else 0        # else q and k are parts of qkv, as v is
+    if not hw.is_cpu:
+        mask = B * T * T * p if positions is not None else 0
+        capped = 2 * 4 * H * B * T * T if c.attn_softcap else 0     # scores with a soft cap are written out
+        return N * (p * (qkv * D + rotated) + 4 * H) + mask + capped + normed
+    context = kernels.AttentionContext(c, {}, idx, positions)
+    if context.short:
+        return N * p * (3 * H * D + H * T) + normed
+    if context.varlen:
+        scores = sum(len(batch.grad_rows) * batch.K for batch in context.varlen.batches)
+        return 4 * (D * sum(len(batch.rows) for batch in context.varlen.batches) + scores) + normed
+    if context.shared_prefix:
+        form = context.shared_prefix
+        trunk, query, key = form.trunk.numel(), form.query.numel(), form.key.numel()
+        kept = trunk * (qkv * D + H * D + H) + query * (2 * H * D + H) + key * 2 * G * D + form.mask.numel()
+        return 4 * kept + normed
+    # q and k rotated, the heads that v is a part of; masks of documents with branches
+    kept = N * (rotated + qkv * D)
+    documents = context.documents or [range(T)] * B
+    if context.documents:
+        masks = next(iter(context.masks.values()))
+        kept += sum(mask.numel() for mask in masks if mask is not None)
+    if c.attn_softcap:
+        kept += 2 * H * sum(len(document) ** 2 for document in documents)
+    else:
+        kept += N * H                                           # the sum of each row of scores
+        # the output, unless it lies as o_proj reads it: documents are joined, bf16 is another number, and it
+        # comes in the order of q, which its norm has changed
+        if context.documents or p == 2 or c.qk_norm:
+            kept += N * H * D
+    return 4 * kept + normed
+
+
+def layer_bytes(c, hw, layer, N, M, attention):
+    """What one Block keeps: N tokens up to its attention, M behind it."""
+    C, HD, D, I, p = c.n_embd, c.n_head * c.head_size, c.head_size, c.n_inner, hw.product
+    attn, mlp = layer.self_attn, layer.mlp
+    norms = (4 * C + 4) * (N + M * (3 if c.post_norms else 1))  # the residual stream, which each norm reads
+    dropped = 2 * M * C * (4 if hw.is_cpu else 1) if c.dropout else 0
+    up = [module for module in (mlp.gate_proj, mlp.up_proj) if module is not None]
+    qkv = [attn.q_proj, attn.k_proj, attn.v_proj]
+    kept = norms + dropped + attention
+    kept += input_bytes(hw, qkv, N, C, stacked=hw.stacks)
+    kept += input_bytes(hw, [attn.o_proj], M, HD)
+    kept += input_bytes(hw, up, M, C, shared=p == 4)
+    kept += input_bytes(hw, [mlp.down_proj], M, I)
+    kept += p * I * M * len(up)                                 # gate and up
+    recomputed = hw.is_cpu and M * I >= kernels.LARGE_GATE
+    if len(up) > 1 and not recomputed:
+        kept += p * I * M                                       # act(gate)
+    if hw.stacks:
+        kept += p * C * (c.n_head + 2 * c.n_kv_head) * D        # the three weights as one matrix
+    return kept
+
+
+def input_bytes(hw, layers, tokens, width, stacked=False, shared=False):
+    """What is kept of the input (tokens, width) of layers that read the same one. stacked: they are one
+    product; shared: each would keep the very same tensor."""
+    p, kept = hw.product, 0
+    count = 1 if stacked else len(layers)
+    for layer in layers[:count]:
+        adapter = getattr(layer, 'adapter', None)
+        if adapter is None:
+            copies = layer.weight.requires_grad
+        elif adapter.dropout:                   # the dropped input and the mask, in place of the input
+            kept += tokens * width * (2 * p if hw.is_cpu else p + 1)
+            copies = 0
+        else:
+            copies = 1
+        if adapter is not None:
+            kept += tokens * p * len(adapter.lora_A) * (len(layers) if stacked else 1)
+        if copies:
+            kept += tokens * p * width
+            if shared:
+                break
+    return kept
+
+
+def activation_bytes(c, hw, model, shape, checkpointing):
+    """(bytes that the layers keep at the beginning of the backward pass, and what they add in its course)."""
+    C, N, M = c.n_embd, shape.tokens, shape.rows
+    first, last = model.layers[0], model.layers[-1]
+    whole = layer_bytes(c, hw, first, N, N, shape.attention)
+    end = layer_bytes(c, hw, last, N, M, shape.attention)
+    # the last norm, the head's input, the angles of the positions
+    around = (4 * C + 4) * M + 4 * C * shape.targets + 4 * c.head_size * N
+    # of a layer: the gradients of the gate's two inputs and its output, of the stream, of a matrix
+    course = N * (3 * hw.product * c.n_inner + 8 * C)
+    if any(p.requires_grad and p.dim() > 1 for p in first.mlp.up_proj.parameters()):
+        course += 4 * C * c.n_inner
+    if checkpointing:
+        return 4 * C * N * len(model.layers) + around, course + whole
+    return whole * (len(model.layers) - 1) + end + around, course
+
+
+def head_bytes(c, model, targets, extras=False):
+    """(what the head keeps, what its backward adds, what of that stays until the embedding's gradient)."""
+    logits = 4 * min(targets * c.vocab_size, kernels.KEEP)
+    if targets * c.vocab_size <= kernels.DIRECT and not extras:
+        logits *= 2                             # with their log-probabilities
+    gradient = 4 * c.vocab_size * c.n_embd if head_of(model).weight.requires_grad else 0
+    return logits, gradient + 8 * c.n_embd * targets, gradient if c.tied else 0
+
+
+def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
+    """Adds what forward and backward of a micro-batch take; critic: a second model, in the same pass."""
+    c = model.config
+    checkpointing = getattr(cfg, 'gradient_checkpointing', False)
+    kept, course = activation_bytes(c, hw, model, shape, checkpointing)
+    if critic is not None:
+        kept += activation_bytes(critic.config, hw, critic, shape, checkpointing)[0]
+    logits, at_head, held = head_bytes(c, model, shape.targets, extras)
+    training = estimate.phases.setdefault('training', {})
+    training['activations'] = kept
+    training['logits'] = logits
+    training['gradients on their way'] = max(at_head, held + course - logits)
+    if hw.shards > 1:           # a layer and what surrounds them all, whole for their moment
+        whole = numbers(model.layers[0].parameters()) + numbers(model.embed_tokens.parameters())
+        training['a layer, unsharded'] = 4 * 2 * whole
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+def generate_phase(estimate, cfg, hw, model, prompts, samples, new):
+    """Adds what sample.generate takes for prompts of these lengths: `new` tokens for `samples` of each."""
+    c, rows, longest = model.config, len(prompts) * samples, max(prompts)
+    p = 4 if hw.is_cpu else hw.product
+    slot = 2 * c.n_layer * c.n_kv_head * c.head_size * p                # a key and a value of every layer
+    matrices, size, V = block_matrices(model), hw.product, c.vocab_size
+    small = model.num_params() <= FUSE_LIMIT
+    is_packed = hw.is_cpu and small and rows >= PACK_ROWS
+    copies = 0
+    if small and not lora_layers(model):
+        stacked = [layer for block in model.layers for name, layer in block.named_modules()
+                   if name.endswith(('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj'))]
+        is_copied = is_packed or not hw.is_cpu and size == 2
+        copies = size * numbers(matrices if is_copied else [layer.weight for layer in stacked])
+    if is_packed and not c.logit_softcap:
+        copies += 4 * V * c.n_embd                                      # the head in oneDNN's layout
+    estimate.phases['generation'] = {
+        'KV cache': slot * (rows * (longest + new) + len(prompts) * longest),   # of the prompts' pass, too
+        'weights as the sampler reads them': copies,
+        'logits': 3 * 4 * rows * V}
+
+
+# ---- operations and time -----------------------------------------------------------------------------------
+
+def forward_flops(model, length, predicted=1.0):
+    """Floating-point operations of a token's forward pass: 2 for each weight that it is multiplied by (the
+    head's for the share `predicted` of the tokens), 4 for each channel of the queries and position that
+    attention compares and sums, of documents of this length."""
+    c = model.config
+    head = head_of(model).weight
+    weights = numbers(block_matrices(model)) + predicted * head.numel()
+    weights += sum(p.numel() for name, p in model.named_parameters() if '.lora.' in name)
+    return 2 * weights + 4 * c.n_layer * c.n_head * c.head_size * length
+
+
+def train_flops(model, length, predicted=1.0):
+    """Forward and backward: the backward pass multiplies twice as much, or once where a weight is frozen."""
+    frozen = numbers(w for w in block_matrices(model) if not w.requires_grad)
+    head = head_of(model).weight
+    if not head.requires_grad:
+        frozen += predicted * head.numel()
+    return 3 * forward_flops(model, length, predicted) - 2 * frozen
+
+
+@dataclass
+class Work:
+    """What there is to do in the whole run."""
+    steps: int
+    tokens: float               # that are trained on
+    per_token: float            # operations of forward and backward, for one of them
+    more: float = 0.0           # operations besides: a reference, a critic, sampling
+    words: str = ''             # what is more
+
+
+# ---- the scripts -------------------------------------------------------------------------------------------
+
+def sft(cfg, model, rows, epochs, total, run):
+    """Of train_sft.py: rows (TokenizedRows), the Epochs of them, optimizer steps."""
+    def build(cfg, hw, model):
+        estimate = Estimate()
+        hold(estimate, cfg, hw, model, optimizer=cfg.optimizer, averaged=cfg.ema)
+        shapes = []
+        for part in largest_parts(cfg, epochs, total, lambda item: rows.lengths[item].sum()):
+            documents = [[document(rows, i) for i in np.atleast_1d(item)] for item in part]
+            batch = pack_documents(documents, CPU, one_row=hw.is_cpu, packed=cfg.packing)
+            shapes.append(shape_of(model.config, hw, batch))
+        extras = cfg.label_smoothing > 0 or cfg.logging_steps <= total
+        train_phase(estimate, cfg, hw, model, max(shapes), extras)
+        return estimate, f'{max(shapes).tokens:,} tokens, {max(shapes).targets:,} of them learned'
+
+    fed = rows.lengths[~rows.held_out] - 1
+    total, size = over_processes(cfg, total, epochs.size)
+    tokens = total * size * fed.mean()
+    predicted = rows.targets[~rows.held_out].sum() / fed.sum()
+    work = Work(total, tokens, train_flops(model, fed.mean(), predicted))
+    return report(cfg, run, build, model, work, cfg.base_model_name)
+
+
+def over_processes(cfg, steps, size):
+    """(optimizer steps, rows of a step over all processes) from those of a single one: an epoch has fewer."""
+    if cfg.max_steps < 0:
+        steps = -(-steps // cfg.num_gpus)
+    return steps, size * cfg.num_gpus
+
+
+def document(rows, i):
+    """A row as pack_documents takes it: ids that do not matter, and which of them are targets."""
+    length, targets = rows.lengths[i], rows.targets[i]
+    return np.zeros(length, np.int64), np.arange(length) >= length - targets
+
+
+def largest_parts(cfg, epochs, total, length):
+    """The micro-batches with the most tokens, and with the longest row: one of them takes the most memory."""
+    parts = [part for step in range(min(total, epochs.per_epoch, STEPS_SEEN))
+             for part in micro_batches(epochs.of_step(step), cfg.per_device_train_batch_size)]
+    sizes = [[length(item) for item in part] for part in parts]
+    most = {max(range(len(parts)), key=lambda i: how(sizes[i])) for how in (sum, lambda s: len(s) * max(s))}
+    return [parts[i] for i in most]
+
+
+def dpo(cfg, policy, pairs, epochs, total, kind, run):
+    """Of train_dpo.py: pairs (TokenPair), the Epochs of them, optimizer steps, the kind of its reference."""
+    def size(i):
+        return len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected)
+
+    def build(cfg, hw, policy):
+        estimate = Estimate()
+        hold(estimate, cfg, hw, policy, optimizer=cfg.optimizer)
+        if kind == 'copy' and not off_is_reference(cfg):
+            hold(estimate, cfg, hw, frozen(cfg, cfg.base_model_name), 'reference')
+        shapes = []
+        for part in largest_parts(cfg, epochs, total, size):
+            groups = [(pairs[i].prompt, [pairs[i].chosen, pairs[i].rejected]) for i in part]
+            batch = pack(groups, CPU, share=True, one_row=hw.is_cpu)
+            # as answer_logp does: only what predicts a token
+            is_token = batch.targets >= 0
+            batch = batch._replace(logit_positions=batch.logit_positions[is_token],
+                                   targets=batch.targets[is_token])
+            shapes.append(shape_of(policy.config, hw, batch))
+        train_phase(estimate, cfg, hw, policy, max(shapes))
+        return estimate, f'{max(shapes).tokens:,} tokens, {max(shapes).targets:,} of them of answers'
+
+    used = [i for step in range(min(total, epochs.per_epoch, STEPS_SEEN)) for i in epochs.of_step(step)]
+    fed = np.mean([size(i) for i in used])
+    answers = np.mean([len(pairs[i].chosen) + len(pairs[i].rejected) for i in used])
+    total, size_of_step = over_processes(cfg, total, epochs.size)
+    tokens = total * size_of_step * fed
+    work = Work(total, tokens, train_flops(policy, fed, answers / fed))
+    if kind in ('copy', 'adapters_off', 'cache'):
+        work.more, work.words = tokens * forward_flops(policy, fed, answers / fed), 'the reference'
+    return report(cfg, run, build, policy, work, cfg.base_model_name)
+
+
+def rl(cfg, policy, problems, sizes, run):
+    """Of train_rl.py: its Problems and the Sizes of a step, a rollout and the run. Completions are taken to
+    be as long as they may be."""
+    prompts = np.array([len(problem['prompt_ids']) for problem in problems.train])
+    G, T, ppo = cfg.num_generations, cfg.max_completion_length, cfg.algorithm == 'ppo'
+
+    def build(cfg, hw, policy):
+        estimate = Estimate()
+        hold(estimate, cfg, hw, policy, optimizer=cfg.optimizer)
+        if cfg.beta and not off_is_reference(cfg):
+            hold(estimate, cfg, hw, frozen(cfg, cfg.base_model_name), 'reference')
+        critic = None
+        if ppo and not cfg.share_critic:
+            critic = load_policy(cfg, quiet(run), cfg.value_model_name)[0]
+            hold(estimate, cfg, hw, critic, 'critic', cfg.optimizer)
+        if 'model' in cfg.rewards:
+            name = cfg.reward_model_path or cfg.value_model_name or cfg.base_model_name
+            estimate.add('reward model', 4 * numbers(frozen(cfg, name).parameters()) / hw.shards)
+        # a rollout's prompts are drawn: its longest is near the longest of all
+        rows = cfg.per_device_train_batch_size
+        groups = max(1, rows * cfg.steps_per_generation // G)
+        longest = int(np.sort(prompts)[::-1][:groups].mean())
+        generate_phase(estimate, cfg, hw, policy, [longest] * groups, G, T)
+        members = [min(G, rows - i) for i in range(0, rows, G)]
+        batch = pack([([0] * longest, [[0] * T] * n) for n in members], CPU, keep_last=ppo,
+                     one_row=None if hw.is_cpu else False)
+        shape = shape_of(policy.config, hw, batch)
+        train_phase(estimate, cfg, hw, policy, shape, cfg.entropy_coef > 0, critic)
+        return estimate, f'{rows} completions, {shape.tokens:,} tokens; {groups * G} sampled at once'
+
+    total, of_step = over_processes(cfg, sizes.total_steps, sizes.completions_per_step)
+    completions = total * of_step
+    prompt = prompts.mean()
+    per_completion = prompt / G + T                             # a prompt is computed once for its group
+    tokens, share = completions * per_completion, T / per_completion
+    work = Work(total, tokens, train_flops(policy, prompt + T, share))
+    forward = forward_flops(policy, prompt + T, share)
+    work.more = tokens / cfg.num_iterations * forward * (1 + bool(cfg.beta))
+    work.words = 'sampling' + (' and the reference' if cfg.beta else '')
+    if ppo:
+        work.more, work.words = work.more + 4 * tokens * forward, f'{work.words} and the critic'
+    return report(cfg, run, build, policy, work, cfg.base_model_name)
+
+
+def gpt(cfg, corpora, build_model, run):
+    """Of train_gpt.py: its data sets, and its build_model."""
+    with torch.device('meta'):
+        model, _ = build_model(cfg, corpora, run)
+    streams = len(cfg.multicontext_datasets) if cfg.training_mode == 'multicontext' else 1
+
+    def build(cfg, hw, model):
+        estimate = Estimate()
+        hold(estimate, cfg, hw, model, optimizer=cfg.optimizer, averaged=cfg.ema)
+        rows, T = max(1, cfg.batch_size // hw.processes), cfg.block_size
+        idx = torch.zeros(rows, T, dtype=torch.long)
+        shape = Shape(rows * T, rows * T, rows * T * streams, attention_bytes(model.config, hw, idx, None), T)
+        train_phase(estimate, cfg, hw, model, shape)
+        return estimate, f'{rows} x {T} tokens'
+
+    tokens = cfg.max_iters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    work = Work(cfg.max_iters, tokens, train_flops(model, cfg.block_size))
+    return report(cfg, run, build, model, work, model.config.arch)
+
+
+def agents(cfg, policies, run):
+    """Of train_agents.py: its policies. Prompts and answers are taken to be as long as they may be."""
+    models = list({id(policy.model): policy.model for policy in policies}.values())
+    context = min(model.config.block_size for model in models)
+    response = min(cfg.max_response_length, context // 2)       # as resolve_defaults has it
+    prompt, K = min(cfg.max_prompt_length, context - response), cfg.train_sample_num
+
+    def build(cfg, hw, model):
+        estimate = Estimate()
+        for other in models:
+            hold(estimate, cfg, hw, other, optimizer='adamw')
+        most = max(models, key=lambda model: model.num_params())
+        problems = -(-cfg.epoch_size // hw.processes)
+        generate_phase(estimate, cfg, hw, most, [prompt] * problems, K, response)
+        each = max(1, (cfg.micro_batch_tokens - prompt) // response)
+        batch = pack([([0] * prompt, [[0] * response] * min(each, K))], CPU,
+                     one_row=None if hw.is_cpu else False)
+        shape = shape_of(most.config, hw, batch)
+        train_phase(estimate, cfg, hw, most, shape, extras=True)
+        return estimate, f'{shape.tokens:,} tokens; {problems * K} answers sampled at once'
+
+    model = models[0]
+    answers = cfg.epoch_size * K * cfg.max_turns * len(cfg.turn_order)
+    tokens = cfg.total_training_steps * answers * (response + prompt / K)
+    length = prompt + response
+    work = Work(cfg.total_training_steps, tokens, train_flops(model, length),
+                tokens * forward_flops(model, length), 'sampling')
+    return report(cfg, run, build, model, work, model.config.arch)
+
+
+def quiet(run):
+    """The same run, which prints nothing."""
+    return Run(run.device, run.dtype, run.matmul, rank=1)
+
+
+def off_is_reference(cfg):
+    """Whether the policy without its adapter is what training begins from, so no second model is held."""
+    return cfg.use_lora and not is_adapter(cfg.base_model_name)
+
+
+def frozen(cfg, name):
+    """A model of this name that does not train, on the meta device."""
+    run = quiet(Run(torch.device('meta'), torch.float32, 'float32'))
+    return load_policy(cfg, run, name, trainable=False)[0]
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+def alternatives(cfg, hw):
+    """[(words, {setting: value})]: what makes a run smaller, of the settings that its script has."""
+    lora, four_bits = {'use_lora': True}, {'use_lora': True, 'load_in_4bit': True}
+    checkpointing, one = {'gradient_checkpointing': True}, {'per_device_train_batch_size': 1}
+    wanted = [checkpointing, one, {'batch_size': hw.processes}, {'micro_batch_tokens': 1}, lora,
+              {**lora, **checkpointing}, {**four_bits, **checkpointing}]
+    if hw.processes > 1:
+        shard = {'shard': 'full'}
+        wanted += [shard, {**shard, **checkpointing}, {**shard, **lora, **checkpointing}]
+    for changes in wanted:
+        known = all(hasattr(cfg, name) for name in changes)
+        if known and any(getattr(cfg, name) != value for name, value in changes.items()):
+            flags = [f'--{name}' if value is True else f'--{name}={value}' for name, value in changes.items()]
+            yield ' '.join(flags), changes
+
+
+def report(cfg, run, build, model, work, name):
+    """Prints the plan, and returns it as a dict: bytes, operations, hours.
+
+    build(cfg, hw, model) -> (Estimate, what a micro-batch is, as text); it is asked again for each of the
+    alternatives, with the settings and the model of those.
+    """
+    hw = hardware(cfg)
+    flops = hw.flops or measured_flops(hw)
+
+    def estimated(cfg, hw, model):
+        estimate, batch = build(cfg, hw, model)
+        estimate.held = {'process' if hw.is_cpu else 'CUDA context': hw.process, **estimate.held}
+        return estimate, batch
+
+    estimate, batch = estimated(cfg, hw, model)
+    peaks = {phase: sum(estimate.held.values()) + sum(taken.values())
+             for phase, taken in estimate.phases.items()}
+    largest = max(peaks, key=peaks.get)
+    parts = {**estimate.held, **estimate.phases[largest]}
+    count, trained = numbers(parameters(model)), numbers(parameters(model, True))
+    run.print0(f'plan      {name}: {count:,} parameters, {trained:,} of them train; {hw.processes} x '
+               f'{"process on this CPU" if hw.is_cpu else "GPU"}')
+    run.print0(f'memory    GiB of each in its largest phase, {largest} ({batch})')
+    for part, held in parts.items():
+        run.print0(f'          {part:38}{held / GIB:8.2f}')
+    run.print0(f'          {"peak":38}{peaks[largest] / GIB:8.2f} of {hw.memory / GIB:.1f}: '
+               f'{verdict(peaks[largest], hw)}')
+    others = ', '.join(f'{phase} {peak / GIB:.2f}' for phase, peak in peaks.items() if phase != largest)
+    run.print0(f'          other phases: {others}')
+
+    total = work.tokens * work.per_token + work.more
+    hours = total / flops / hw.processes / 3600
+    more = f', and {work.more / total:.0%} of all for {work.words}' if work.more else ''
+    run.print0(f'flops     {work.per_token / 1e9:.3g} billion a token that is trained on{more}')
+    speed = 'as given' if hw.flops else 'of its matrix products alone: a run takes about twice as long'
+    run.print0(f'run       {work.steps:,} steps, {work.tokens:,.0f} tokens, {total:.3g} operations')
+    run.print0(f'          {hours:.3g} hours at {flops / 1e12:.3g} TFLOP/s each ({speed})')
+    smaller = {}
+    for words, changes in alternatives(cfg, hw):
+        changed, its_model = copy.copy(cfg), model
+        for key, value in changes.items():
+            setattr(changed, key, value)
+        if changed.__dict__.get('use_lora') and not cfg.use_lora:
+            its_model = load_policy(changed, quiet(run), cfg.base_model_name)[0]
+        smaller[words] = estimated(changed, hardware(changed), its_model)[0].peak
+        run.print0(f'{"" if len(smaller) > 1 else "smaller":9} {words:56}{smaller[words] / GIB:8.2f}: '
+                   f'{verdict(smaller[words], hw)}')
+    return {'parameters': count, 'trained': trained, 'memory': parts, 'phases': peaks, 'peak': peaks[largest],
+            'fits': peaks[largest] <= hw.memory, 'flops_per_token': work.per_token, 'flops': total,
+            'tokens': work.tokens, 'hours': hours, 'smaller': smaller}
+
+
+def verdict(peak, hw):
+    return 'fits' if peak <= hw.memory else 'does not fit'

@@ -64,7 +64,7 @@ class TeamFlags(Flags):
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
         # alone is L0; empty = all of the task
-    agents: dict[str, Agent] = setting({}, path='agent_policy_configs.agent_configs')  # settings of an agent
+    agents: dict[str, Agent] = setting({}, path='agent_policy_configs.agent_configs')  # agent_0, ... each
     # algorithm
     rollout_mode: str = setting('tree', choices=('tree', 'no_tree'))  # AT-GRPO; or MAS+GRPO: K whole
         # trajectories, what an agent earned in one counts for all of its turns
@@ -75,7 +75,7 @@ class TeamFlags(Flags):
     filter_ratio: float = setting(0.0, min=0, below=1)  # share of the groups that std and mean drop
     clip_low: float = setting(0.2, min=0)  # the probability ratio is clipped to 1 - clip_low
     clip_high: float = setting(0.2, min=0)  # ... and 1 + clip_high
-    dual_clip: float | None = setting(3.0, above=1)  # bound of the loss where A < 0, in -A; none = off
+    dual_clip: float | None = setting(3.0, above=1)  # loss where A < 0: at most so many times -A; none = off
     entropy_coef: float = setting(0.0, min=0)  # bonus for entropy per token
     ppo_epochs: int = setting(1, min=1)  # passes over the candidates of a step
     # demonstrations

@@ -15,7 +15,8 @@ mean is over the whole optimizer step, counted over micro-batches and ranks; in 
 ratio is exactly 1, as the old log-probabilities are those of the same forward pass.
 
 Counts are completions, as in TRL: per_device_train_batch_size x gradient_accumulation_steps x GPUs make an
-optimizer step, x steps_per_generation x GPUs a rollout, in whole groups. Shared settings: nanoforge/flags.py.
+optimizer step, x steps_per_generation x GPUs a rollout, rounded up to whole groups. Where a rollout feeds
+several steps, the later ones are off-policy. Settings of several scripts stand in nanoforge/flags.py.
 """
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.problems import TASKS
@@ -105,8 +106,7 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
     cliprange: float = setting(0.2, above=0)  # clip range of ppo's ratio, both ways
     cliprange_value: float = setting(0.2, min=0)  # how far a value may move in a rollout's updates; 0 = any
     vf_coef: float = setting(0.1, min=0)  # weight of the value loss
-    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # 1e-3 if small,
-        # else the policy's
+    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # as the reward's
     share_critic: bool = False  # the critic is a head on the policy's own backbone
     # training
     output_dir = 'models/rl'
@@ -132,7 +132,8 @@ def main(cfg):
     run = Run.open(cfg, 'train_rl.py', cfg.output_dir, cfg.resume, '--replay' if is_replay else '--resume',
                    is_replay, memory_flags=('--per_device_train_batch_size', '--max_completion_length'))
     cfg = run.cfg
-    run.resumed = checkpoint_before(cfg, run) if is_replay else run.resumed
+    if is_replay:
+        run.resumed = checkpoint_before(cfg, run)
     resolve_defaults(cfg, run)
     policy, tokenizer = load_policy(cfg, run, cfg.base_model_name, run.resumed)
     resolve_by_model(cfg, policy, run)                              # learning rates, lengths
@@ -151,8 +152,7 @@ def main(cfg):
     print_summary(cfg, policy, critic, tokenizer, problems, sizes, run)
     log = start_log(cfg, state, sizes, run)
     if 'model' in cfg.rewards and not reward_model:                 # in the folder that is ready now
-        with log.pause():
-            reward_model = train_own_reward_model(cfg, problems, tokenizer, run)
+        reward_model = train_own_reward_model(cfg, problems, tokenizer, log, run)
     loss_args = composition(cfg)
     group_args = {name: loss_args.pop(name) for name in ('scale', 'baseline')}
     metrics, previous, first_answer = {}, state.step, None
@@ -1025,15 +1025,16 @@ def open_reward_model(cfg, problems, tokenizer, run):
     return model
 
 
-def train_own_reward_model(cfg, problems, tokenizer, run):
+def train_own_reward_model(cfg, problems, tokenizer, log, run):
     """A reward model trained from the pairs, and saved in output_dir/reward_model."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
-    model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
-    with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
-        train_reward_model(model, problems.pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
-                           cfg.reward_learning_rate, cfg.seed)
-    run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
-    say_accuracy(model, problems.held_out_pairs, run)
+    with log.pause():
+        model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
+        with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
+            train_reward_model(model, problems.pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
+                               cfg.reward_learning_rate, cfg.seed)
+        run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
+        say_accuracy(model, problems.held_out_pairs, run)
     return model.requires_grad_(False).eval()       # from here on it only judges
 
 

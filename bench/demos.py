@@ -77,9 +77,8 @@ def run_demo(demo, seed, folder, model=None):
         before = os.path.join(folder, 'model') if model else 'tiny'
         scores = [exact_calls(folder, path, model and HELD_OUT) for path in (before, 'models')]
     else:
-        [log] = [os.path.join(path, 'log.jsonl') for path, _, files in os.walk(folder, followlinks=False)
-                 if 'log.jsonl' in files and not os.path.islink(path)]
-        scores = [line[key] for line in read(log) if key in line]
+        [path] = [path for path, _, files in os.walk(folder) if 'log.jsonl' in files]
+        scores = [line[key] for line in read(os.path.join(path, 'log.jsonl')) if key in line]
     return {'seconds': round(seconds), 'scores': scores}
 
 

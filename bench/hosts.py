@@ -90,9 +90,12 @@ def main(script):
             wait_until(lambda: said(log, 'sign of life') or said(log, 'another process of this run'), 120)
             line = said(log, 'sign of life') or said(log, 'another process of this run')
             print(f'{host.device} after {time.monotonic() - began:.0f} s: {line}', flush=True)
-        status = on_second.wait(timeout=120)
-        print(f'torchrun of the host that was cut off ended after {time.monotonic() - began:.0f} s with '
-              f'status {status}', flush=True)
+        try:
+            ended = f'ended with status {on_second.wait(timeout=60)}'
+        except subprocess.TimeoutExpired:       # it still waits for the host of its store
+            on_second.kill()
+            ended = 'did not end, and was killed'
+        print(f'torchrun of the lost host {ended}, {time.monotonic() - began:.0f} s after', flush=True)
         second.ip('link', 'set', 'host2', 'up')
         on_second, began = second.torchrun(script, flags, 'killed'), time.monotonic()
         assert [on_first.wait(), on_second.wait()] == [0, 0], Path('killed-host1.log').read_text()[-3000:]

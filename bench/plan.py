@@ -1,15 +1,16 @@
-"""What --plan says beside what a run takes: peak memory of fine-tuning, DPO and GRPO of a real model, all weights
-and LoRA.
+"""What --plan says beside what a run takes: peak memory of fine-tuning, DPO and GRPO of a real model, all
+weights and LoRA.
 
     python bench/plan.py MODEL [--only sft dpo rl] [--steps 3]
 
-MODEL is a Hugging Face directory, such as SmolLM2-135M-Instruct's. Rows are those of bench/real.py: 4 chats of
-about 310 tokens a step; 2 pairs of such chats, with a frozen copy as the reference (adapters off under LoRA); GRPO
-on the embedded sums, 16 completions of at most 48 tokens a step, with a KL term and so a reference. In float32, on
-the CPU, each in a process of its own, which first makes the plan and then the run.
+MODEL is a Hugging Face directory, such as SmolLM2-135M-Instruct's. Rows are those of bench/real.py: 4 chats
+of about 310 tokens a step; 2 pairs of such chats, with a frozen copy as the reference (adapters off under
+LoRA); GRPO on the embedded sums, 16 completions of at most 48 tokens a step, with a KL term and so a
+reference. In float32, on the CPU, each in a process of its own, which first makes the plan and then the run.
 
-`start` is what a process holds after `import torch`, `peak` all that it ever held until the end of its last step,
-the loading of the model included; `saved` the same with the last checkpoint. `error` is of the plan against `peak`.
+`start` is what a process holds after `import torch`, `peak` all that it ever held until the end of its last
+step, the loading of the model included; `saved` the same with the last checkpoint. `error` is of the plan
+against `peak`.
 """
 import argparse
 import importlib
@@ -25,8 +26,9 @@ MIB = 2 ** 20
 
 def measure(script, flags):
     """The plan of a command line, and what the run then takes, in bytes."""
-    import torch  # noqa: F401: what a bare process holds
-    start = resident()
+    import torch
+    torch.set_num_threads(2)
+    start = resident()          # what a bare process holds
     module = importlib.import_module(script)
     from configurator import parse
     plan = module.main(parse(module.Config, [*flags, '--plan']))
@@ -49,7 +51,8 @@ def flags_of(task, model, directory, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', nargs='?', help='a Hugging Face directory')
     parser.add_argument('--only', nargs='+', choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument('--steps', type=int, default=3, help='optimizer steps of each run')
@@ -69,7 +72,8 @@ def main():
                 row = found[f'{task}/{mode}'] = child(__file__, f'--measure={SCRIPTS[task]}', *flags)
                 planned = row['plan']['peak']
                 sizes = ''.join(f'{row[key] / MIB:8,.0f}' for key in ('start', 'peak', 'saved'))
-                print(f'{task:8}{mode:8}{sizes}{planned / MIB:8,.0f}{planned / row["peak"] - 1:+8.1%}', flush=True)
+                error = planned / row['peak'] - 1
+                print(f'{task:8}{mode:8}{sizes}{planned / MIB:8,.0f}{error:+8.1%}', flush=True)
     print(json.dumps(found))
 
 

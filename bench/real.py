@@ -2,6 +2,7 @@
 memory, with the limit of the machine beside each.
 
     python bench/real.py MODEL --trl PYTHON [--rounds 2] [--only sft dpo grpo generate]
+    python bench/real.py MODEL --profile sft        # where the time of our third step goes
 
 MODEL is a Hugging Face directory, such as SmolLM2-135M-Instruct's; PYTHON an interpreter with TRL in it.
     sft       train_sft.py and SFTTrainer: 4 chats a step of about 310 tokens, loss on the answers, which are
@@ -65,7 +66,7 @@ def write_inputs(model, directory, steps):
     problems = itertools.cycle(facts.problems('train', 2000, 'bench'))
 
     def chat(fewest, most):
-        """A rendered chat of so many questions: its prompt, and its answer with the answer in reverse order."""
+        """A rendered chat of so many questions: its prompt, and its answer and that in reverse order."""
         asked = list(itertools.islice(problems, draw.randint(fewest, most)))
         question = {'role': 'user', 'content': '\n'.join(problem['question'] for problem in asked)}
         known = [' '.join(facts.statements(problem['name'], problem['attribute'])) for problem in asked]
@@ -122,6 +123,25 @@ def ours(options):
             flags += ['--apply_chat_template=false', '--rpo_alpha=0', '--reference=copy']
         script.main(parse(script.Config, flags))
     return result(between(times), peaks[-1])
+
+
+def profile(options):
+    """Prints what the third step of our side spends where, in its process's own time."""
+    from torch.profiler import profile as Profiler
+    script = importlib.import_module(SCRIPTS[options.task])
+    profiler, step, steps = Profiler(), script.Run.step, itertools.count(1)
+
+    def profiled(run, *given, **more):
+        grad_norm, number = step(run, *given, **more), next(steps)
+        if number == 2:
+            profiler.start()
+        if number == 3:
+            profiler.stop()
+        return grad_norm
+
+    script.Run.step = profiled
+    ours(options)
+    print(profiler.key_averages().table(sort_by='self_cpu_time_total', row_limit=20))
 
 
 def trl(options):
@@ -286,12 +306,20 @@ def main():
     parser.add_argument('--only', nargs='+', choices=TASKS, default=TASKS)
     parser.add_argument('--steps', type=int, default=7, help='steps a run, the first not counted')
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--profile', choices=SCRIPTS)
     for hidden in ('--side', '--task', '--matmul', '--directory'):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(run_child(options)))
         return
+    if options.profile:
+        import torch
+        torch.set_num_threads(options.threads)
+        options.task, options.matmul, options.steps = options.profile, 'float32', 3
+        with tempfile.TemporaryDirectory() as options.directory:
+            write_inputs(options.model, options.directory, options.steps)
+            return profile(options)
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(options.model, directory, options.steps)

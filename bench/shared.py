@@ -1,5 +1,5 @@
-"""What the benchmarks share: the model, a side in a process of its own, TRL's trainers, clocks and memory, and
-the time that matrix products take alone."""
+"""What the benchmarks share: the model, a side in a process of its own, TRL's trainers, clocks and memory,
+and the time that matrix products take alone."""
 import functools
 import json
 import os
@@ -39,8 +39,8 @@ def llama_with_words(directory):
 
 
 def rendered(tokenizer, messages, tools=None):
-    """A chat as the texts (prompt, completion), so that both sides train on the same tokens; what the template
-    puts behind the last answer's stop token is left out."""
+    """A chat as the texts (prompt, completion), so that both sides train on the same tokens; what the
+    template puts behind the last answer's stop token is left out."""
     from data import chat
     (prompt, _), (completion, _), *_ = chat.segments(tokenizer, messages, tools)[0]
     return prompt, completion.rstrip('\n')

@@ -27,6 +27,7 @@ def fail(error):
 
 
 def print_error(error):
+    """One line, of the first rank that fails; of a failure that another rank tells of none."""
     if not isinstance(error, MainRankFailed) and is_first_to_fail():
         rank = f" (rank {os.environ['RANK']})" if os.environ.get('RANK', '0') != '0' else ''
         text = ' '.join(str(error).split())

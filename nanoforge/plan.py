@@ -78,8 +78,7 @@ def hardware(cfg):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / cfg.num_gpus
     else:
         raise UserError('--plan finds no memory size on this system: say it, --gpu-memory=16')
-    shards = cfg.num_gpus if getattr(cfg, 'shard', 'none') != 'none' else 1
-    shards *= getattr(cfg, 'GPU_num', 1)
+    shards = getattr(cfg, 'GPU_num', 1)
     flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12
     stacks = kind == 'cpu' and not is_quantised(cfg)
     return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards, stacks)
@@ -351,9 +350,6 @@ def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
     training['activations'] = kept
     training['logits'] = logits
     training['gradients on their way'] = max(at_head, held + course - logits)
-    if hw.shards > 1:           # a layer and what surrounds them all, whole for their moment
-        whole = numbers(model.layers[0].parameters()) + numbers(model.embed_tokens.parameters())
-        training['a layer, unsharded'] = 4 * 2 * whole
 
 
 # ---- generation --------------------------------------------------------------------------------------------
@@ -609,9 +605,6 @@ def alternatives(cfg, hw):
     checkpointing, one = {'gradient_checkpointing': True}, {'per_device_train_batch_size': 1}
     wanted = [checkpointing, one, {'batch_size': hw.processes}, {'micro_batch_tokens': 1}, lora,
               {**lora, **checkpointing}, {**four_bits, **checkpointing}]
-    if hw.processes > 1:
-        shard = {'shard': 'full'}
-        wanted += [shard, {**shard, **checkpointing}, {**shard, **lora, **checkpointing}]
     for changes in wanted:
         known = all(hasattr(cfg, name) for name in changes)
         if known and any(getattr(cfg, name) != value for name, value in changes.items()):

@@ -145,8 +145,8 @@ class Run:
         limit = getattr(cfg, 'save_total_limit', limit)         # where it resumes, of the saved settings
         save_only_model = getattr(cfg, 'save_only_model', save_only_model)
         run.checkpoints = Checkpoints(out_dir, run, limit, save_only_model)
-        only_reads = from_start or cfg.plan
-        only_reads = only_reads or getattr(cfg, 'eval_only', False) or getattr(cfg, 'check_data', False)
+        reading = (getattr(cfg, name, False) for name in ('plan', 'eval_only', 'check_data'))
+        only_reads = from_start or any(reading)
         if saved and not from_start:
             run.resumed = checkpoint or run.checkpoints.latest()
             if not run.resumed and resume != 'auto':

@@ -1,5 +1,5 @@
-# A speed run: the shortest way we know to nanoGPT's laptop loss. NorMuon, a modern block, high rates that fall
-# to nothing where that loss is reached. For a better model train longer: shakespeare_char_cpu.py.
+# A speed run: the shortest way we know to nanoGPT's laptop loss. NorMuon, a modern block, high rates that
+# fall to nothing where that loss is reached. For a better model train longer: shakespeare_char_cpu.py.
 # python train_gpt.py recipes/shakespeare_char_fast.py
 # measured by: python bench/gpt.py --nanogpt PATH --fast
 out_dir = 'out-shakespeare-fast'

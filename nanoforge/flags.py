@@ -94,16 +94,16 @@ class RunFlags(Flags):
             if len(typed) != 1:
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
-        if self.shard != 'none':
-            self.check_shard()
+        if self.shard != 'none' and (name := self.unsharded_setting()):
+            raise UserError(f'--shard={self.shard} does not go together with '
+                            f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
 
-    def check_shard(self):
-        """UserError for what sharded models are not built for."""
+    def unsharded_setting(self):
+        """The name of a setting that sharded models are not built for; None if there is none."""
         for name, refused in UNSHARDED.items():
             value = getattr(self, name, None)
             if value in refused or value and not refused:
-                raise UserError(f'--shard={self.shard} does not go together with {name}={as_text(value)} '
-                                'yet: leave one of them out')
+                return name
 
     def autocast_dtype(self):
         """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""

@@ -30,11 +30,12 @@ from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 from nanoforge import kernels
 from nanoforge.hf import (
-    FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights,
-    read_safetensors, to_hf_weights)
+    FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, hf_layout,
+    load_weights, read_safetensors, to_hf_weights)
 from nanoforge.kernels import Linear
 from nanoforge.lora import add_lora, load_adapter, merge_lora, read_adapter_config, save_adapter
 from nanoforge.quantize import base_state, quantize
+from nanoforge.tensors import is_sharded, save_tensors
 
 
 class Norm(nn.Module):
@@ -413,11 +414,15 @@ def save_model(model, tokenizer, directory, dtype=None):
 def save_gpt(model, tokenizer, directory, dtype):
     from safetensors.torch import save_file
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
-    weights = to_hf_weights(model, hf['model_type'])
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     # replaced: a model that is mapped from there stays whole
     path = os.path.join(directory, 'model.safetensors')
-    save_file(weights, path + '.new', metadata={'format': 'pt'})
+    if is_sharded(model.embed_tokens.weight):
+        layout = hf_layout(model, hf['model_type'])
+        save_tensors(path + '.new', layout, dtype, metadata={'format': 'pt'})
+    else:
+        weights = to_hf_weights(model, hf['model_type'])
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        save_file(weights, path + '.new', metadata={'format': 'pt'})
     os.replace(path + '.new', path)
     if tokenizer is not None:
         for key, value in tokenizer.named_ids().items():

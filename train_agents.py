@@ -185,7 +185,7 @@ def main(cfg):
         # ---- 1. roll out a tree: at each turn every agent draws K candidates from one state, and the best is
         # executed. What is drawn is a function of (seed, step, problem, turn, agent): no rank sees another's
         samples = cfg.train_sample_num if cfg.rollout_mode == 'tree' else 1
-        with log.timed('rollout'):
+        with log.timed('rollout'), run.unsharded():
             problems = draw_problems(cfg, task, state.step, run)        # no_tree: each of them K times
             seed = seed_for(cfg.seed, 'play', state.step)
             trajectories = rollout(cfg, team, task, problems, seed, samples, temperatures, log.timed)
@@ -214,7 +214,7 @@ def main(cfg):
             for policy, tokens, candidates in optimizer_steps(cfg, policies, groups, state.step, run):
                 learned += tokens
                 model = policy.use().train()
-                for micro_batch in micro_batches(cfg, candidates):
+                for micro_batch in run.even(micro_batches(cfg, candidates), model):
                     logp, entropy, mask = forward(model, micro_batch, run)                  # (B, T) each
                     sampling_logp = padded([c.logp for c in micro_batch], 0.0).to(logp)
                     A = torch.tensor([c.advantage for c in micro_batch], device=run.device)     # (B,)
@@ -627,7 +627,7 @@ def load_policies(cfg, run):
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
-        policy.model.set_matmul(run.matmul)
+        run.shard(policy.model.set_matmul(run.matmul))
     return policies
 
 
@@ -733,7 +733,7 @@ def supervised_step(cfg, policy, optimizer, chats, step, run):
         start = row.mask.index(True)
         answers.append(Candidate(row.ids[:start], row.ids[start:start + sum(row.mask)]))
     model, total = policy.use().train(), torch.zeros((), device=run.device)
-    for micro_batch in cut(answers, 16):
+    for micro_batch in run.even(cut(answers, 16), model):
         logp, _, _ = forward(model, micro_batch, run)
         loss = -logp.sum() / tokens             # of the whole step: the cut changes nothing
         run.backward(loss)
@@ -754,7 +754,8 @@ def validate(cfg, team, task, problems, step, directory, run):
         # sampled is what is trained; greedy is how a team would be used
         temperatures = sampled if mode == 'sampled' else dict.fromkeys(sampled, 0.0)
         seed = seed_for(cfg.seed, 'validate', mode)             # the same at every validation
-        trajectories = rollout(cfg, team, task, problems, seed, 1, temperatures)
+        with run.unsharded():
+            trajectories = rollout(cfg, team, task, problems, seed, 1, temperatures)
         metrics.update({prefix + key: value for key, value in summary(cfg, trajectories, run).items()})
         records += [{'step': step, 'manner': mode, **record(trajectory)} for trajectory in trajectories]
     lines = ''.join(map(json_line, run.gather(records)))

@@ -142,6 +142,7 @@ def main(cfg):
               'loss_type': cfg.loss_type, 'reference': kind}
     log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources)
     first_step, metrics = state.step, {}
+    frozen = [reference.model] if kind in ('adapters_off', 'copy') else []
 
     def load_step(step):
         """All pairs of a step, and this rank's micro-batches of them."""
@@ -161,8 +162,9 @@ def main(cfg):
         evaluates = bool(held_out) and is_due and (is_new or not run.resumed)
         with log.pause():
             if evaluates:
-                metrics, margins = evaluate(cfg, policy, held_out, run)
-                sampled, text = sample_answers(cfg, policy, reference, tokenizer, held_out, run)
+                with run.unsharded():
+                    metrics, margins = evaluate(cfg, policy, held_out, run)
+                    sampled, text = sample_answers(cfg, policy, reference, tokenizer, held_out, run)
                 metrics |= sampled
                 log.write(state.step, metrics)
                 if text:
@@ -180,7 +182,8 @@ def main(cfg):
                            total_steps)
         step_pairs, batches = prefetch(state.step)
         means = torch.zeros(len(METRICS), device=run.device)    # this rank's part; log.train sums over ranks
-        for micro, (batch, ref_logp) in enumerate(batches):     # each prompt once, its two answers behind it
+        # each prompt once, its two answers behind it
+        for micro, (batch, ref_logp) in enumerate(run.even(batches, policy, *frozen)):
             if not cfg.disable_dropout:                         # a counter, not a stream: a resume has it
                 torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, micro, run.rank))
             # chosen and rejected in one forward pass, each the sum over its tokens
@@ -435,7 +438,7 @@ def build_policy(cfg, run):
     for layer in lora_layers(policy):
         for adapter in layer.lora.values():
             adapter.dropout = 0.0 if cfg.disable_dropout else cfg.lora_dropout
-    return policy, tokenizer
+    return run.shard(policy), tokenizer
 
 
 def reference_kind(cfg):
@@ -463,7 +466,7 @@ def open_reference(cfg, kind, policy, run):
         return Reference(policy, run)           # which has not been trained yet
     # a second model, in torch_dtype on a GPU
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
-    return Reference(frozen, run)
+    return Reference(run.shard(frozen), run)
 
 
 class Reference:
@@ -495,9 +498,10 @@ def precompute(cfg, reference, pairs, run):
     """Sets ref_logp of these pairs, on every rank."""
     # a row is 0 on the ranks that have not computed it: their sum is the whole
     table = torch.zeros(len(pairs), 2, device=run.device)
-    for rows in local_batches(cfg, list(range(len(pairs))), run):
-        batch, _ = make_batch(cfg, [pairs[row] for row in rows], run)
-        table[rows] = reference(batch).view(-1, 2)
+    with run.unsharded():
+        for rows in local_batches(cfg, list(range(len(pairs))), run):
+            batch, _ = make_batch(cfg, [pairs[row] for row in rows], run)
+            table[rows] = reference(batch).view(-1, 2).float()
     for pair, logp in zip(pairs, run.sum(table).tolist()):
         pair.ref_logp = logp
 

@@ -143,7 +143,7 @@ def main(cfg):
     ema = WeightAverage(optimizer, cfg.ema)                 # decay 0: there is no average
     state = run.restore(State(cfg.optimizer), optimizer, ema)
     if cfg.eval_only:
-        with ema.swapped():
+        with ema.swapped(), run.unsharded():
             metrics = validate(cfg, model, corpora, run)
         return run.finish(metrics, '  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     if ended := run.ended(state, cfg.max_iters, 'max_iters'):
@@ -169,12 +169,12 @@ def main(cfg):
         # Before the step, so that the last weights are seen, too; a resumed run has done its first already.
         last = state.step >= cfg.max_iters
         if last or (state.step % cfg.eval_interval == 0 and state.step > first_step):
-            with log.pause(), ema.swapped():
+            with log.pause(), ema.swapped(), run.unsharded():
                 metrics = validate(cfg, model, corpora, run)
                 log.write(state.step, metrics)
             with log.pause():
                 save(best=state.note_eval(metrics['eval_loss']))
-                with ema.swapped():
+                with ema.swapped(), run.unsharded():
                     show(cfg, model, tokenizer, state.step, log, run)
         if last or 0 < cfg.patience <= state.evaluations_since_best:
             break
@@ -340,7 +340,7 @@ def build_model(cfg, corpora, run):
         model.init_weights()
     if run.resumed:                                         # over the weights just drawn
         load_resumed(model, run.resumed)
-    return model.to(run.device).set_matmul(run.matmul), tokenizer
+    return run.shard(model.to(run.device).set_matmul(run.matmul)), tokenizer
 
 
 def new_model(cfg, corpora):

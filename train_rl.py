@@ -145,7 +145,7 @@ def main(cfg):
     reference = load_reference(cfg, policy, run)                    # None without a KL term
     critic = load_critic(cfg, policy, tokenizer, run)               # None but with ppo
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
-    optimizers, parameters = make_optimizers(cfg, policy, critic)
+    optimizers, parameters = make_optimizers(cfg, run.shard(policy), critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
     if ended := run.ended(state, sizes.total_steps):
         return ended
@@ -172,7 +172,7 @@ def main(cfg):
         if not is_replay:
             last, best = state.step >= sizes.total_steps, False
             if last or is_due(cfg.eval_steps) or (state.step == 0 and cfg.eval_steps):
-                with log.pause():
+                with log.pause(), run.unsharded():
                     metrics = evaluate(cfg, policy, tokenizer, reward_model, problems, scorer, run)
                     log.write(state.step, metrics)
                     show(cfg, log, run)
@@ -187,12 +187,12 @@ def main(cfg):
 
         # ---- 1. generate completions and their rewards; on every rank row r is sample r % num_generations of
         # prompt r // num_generations. What is drawn depends on (seed, step, cursor) alone
-        with log.timed('generate'):
+        with log.timed('generate'), run.unsharded():
             rollout = generate_rollout(cfg, policy, tokenizer, reward_model, problems, scorer, sizes, state,
                                        run)
 
         # ---- 2. score: what the policy that sampled them, the reference and the critic say; no gradient
-        with log.timed('score'):
+        with log.timed('score'), run.unsharded():
             if not critic:                          # against the other completions of the prompt
                 rollout.advantage = group_advantages(rollout.reward, rollout.group, valid=rollout.valid,
                                                      **group_args)
@@ -234,7 +234,7 @@ def main(cfg):
             policy.train()                              # dropout: in updates alone
             measured = []                               # (tokens, {name: tensor ()}) of each micro-batch
             with log.timed('update'):
-                for micro, mb in enumerate(batches[number]):
+                for micro, mb in enumerate(run.even(batches[number], policy)):
                     torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, run.rank, micro))
                     with run.autocast():
                         logp, entropy, values, _ = forward(cfg, policy, critic, mb.packed,
@@ -977,7 +977,7 @@ def load_reference(cfg, policy, run):
     if cfg.use_lora and not is_adapter(cfg.base_model_name):        # no second copy of the weights
         return functools.partial(adapters_off, policy)
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
-    return functools.partial(contextlib.nullcontext, frozen)
+    return functools.partial(contextlib.nullcontext, run.shard(frozen))
 
 
 def load_critic(cfg, policy, tokenizer, run):

@@ -144,7 +144,7 @@ def main(cfg):
 
     def validate():
         """Evaluates, logs and shows; True where the model is the best so far and is to be kept for it."""
-        with log.pause(), ema.swapped():                # the mean of the weights; no speed counts it
+        with log.pause(), ema.swapped(), run.unsharded():     # the mean of the weights; no speed counts it
             metrics.update(evaluate(cfg, model, rows, run))             # eval_loss in nats per target
             log.write(state.step, {'epoch': state.epoch, **metrics})
             if cfg.sample_rows and rows.held_out.any() and run.is_main:
@@ -177,7 +177,7 @@ def main(cfg):
         is_logged = (step + 1) % cfg.logging_steps == 0
         optimizer.zero_grad()                           # not after the step: an evaluation shows its gradient
         loss, correct = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-        for i, batch in enumerate(batches):             # documents laid into rows (R, W), with N targets
+        for i, batch in enumerate(run.even(batches, model)):        # documents in rows (R, W), with N targets
             torch.manual_seed(seed_for(cfg.seed, 'noise', step, i, run.rank))       # of dropout and NEFTune
             with run.autocast():
                 embeddings = noisy_embeddings(cfg, model, batch) if cfg.neftune_noise_alpha else None
@@ -371,7 +371,7 @@ def build_model(cfg, run):
     if cfg.dropout:
         set_dropout(model, cfg.dropout)
     model.config.dropout = cfg.dropout
-    return model, tokenizer
+    return run.shard(model), tokenizer
 
 
 def set_dropout(model, p):

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import UserError, as_text, check_settings, from_dict, path_of
 from nanoforge.launch import launched
+from nanoforge.tensors import is_sharded, save_tensors
 
 try:
     import fcntl
@@ -451,7 +452,11 @@ class Checkpoints:
         folder = path.with_name(TEMPORARY + path.name)
         folder.mkdir()
         write_model(str(folder))
-        save_file(optimizer, folder / 'optimizer.safetensors')
+        if any(map(is_sharded, optimizer.values())):
+            layout = {key: ([tensor], False) for key, tensor in optimizer.items()}
+            save_tensors(folder / 'optimizer.safetensors', layout)
+        else:
+            save_file(optimizer, folder / 'optimizer.safetensors')
         write_json(folder / 'trainer_state.json', state)
         for file in sorted(file for file in folder.rglob('*') if file.is_file()):
             if file.suffix == '.safetensors':

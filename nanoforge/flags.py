@@ -10,7 +10,7 @@ The comment beside a field is its help text; its range stands on the field. torc
 import os
 from dataclasses import dataclass
 
-from configurator import Accepted, UserError, configclass, setting
+from configurator import Accepted, UserError, as_text, configclass, setting
 from data.splits import EVAL_FRACTION
 from nanoforge.optim import OPTIMIZERS, SCHEDULER_NAMES
 
@@ -20,6 +20,10 @@ MODEL_NAMES = ('model', 'model_name', 'model_id', 'model_name_or_path')  # besid
 WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what the settings of wandb need
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
+# what does not go together with --shard yet: these values of a setting; (): all that switch it on
+UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
+             'compile': (), 'reference': ('cache',), 'algorithm': ('ppo',), 'load_in_8bit': (),
+             'load_in_4bit': (), 'training_mode': ('multicontext',), 'GPU_num': range(2, 10 ** 6)}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -72,6 +76,8 @@ class RunFlags(Flags):
     matmul: str = setting('auto', path='matmul', choices=('auto', 'float32', 'bf16'))  # matrix products on a
         # CPU; auto = bf16 where the processor has it
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
+    shard: str = setting('none', path='shard', choices=('none', 'full', 'hybrid'))  # what each process holds
+        # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
     plan: bool = setting(False, path='plan')  # print the memory and the time that this run would take, and
         # what makes it fit; no weights are loaded
     gpu_memory: float | None = setting(None, path='gpu_memory', above=0, needs=PLAN)  # GiB of each GPU that
@@ -88,6 +94,16 @@ class RunFlags(Flags):
             if len(typed) != 1:
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
+        if self.shard != 'none' and (name := self.unsharded_setting()):
+            raise UserError(f'--shard={self.shard} does not go together with '
+                            f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
+
+    def unsharded_setting(self):
+        """The name of a setting that sharded models are not built for; None if there is none."""
+        for name, refused in UNSHARDED.items():
+            value = getattr(self, name, None)
+            if value in refused or value and not refused:
+                return name
 
     def autocast_dtype(self):
         """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""

@@ -12,6 +12,7 @@ from configurator import UserError
 from data.tokenizer import read_json
 from nanoforge import kernels
 from nanoforge.quantize import base_state
+from nanoforge.tensors import stack
 
 
 @dataclass
@@ -261,36 +262,44 @@ GPT2_NAMES = {
     'self_attn.o_proj': 'attn.c_proj^T', 'mlp.up_proj': 'mlp.c_fc^T', 'mlp.down_proj': 'mlp.c_proj^T'}
 
 
-def to_hf_weights(model, kind):
-    """Our state as {name in a model of `kind` (its model_type): tensor}, without copies where the layout is
-    the same."""
+def hf_layout(model, kind):
+    """{name in a model of `kind` (its model_type): (our tensors that make it up, stacked; whether it is then
+    transposed)}."""
     cfg, state = model.config, model.state_dict()
     if cfg.tied:
         state.pop('lm_head.weight')
     if kind == 'gpt2':
-        return {name: tensor.contiguous() for name, tensor in _to_gpt2(cfg, state)}
-    weights = {}
+        return dict(_to_gpt2(cfg, state))
+    layout = {}
     for name, tensor in state.items():
         has_prefix = kind != 'nanoforge' and not name.startswith('lm_head')
-        weights['model.' + name if has_prefix else name] = tensor.contiguous()
-    return weights
+        layout['model.' + name if has_prefix else name] = [tensor], False
+    return layout
 
 
 def _to_gpt2(cfg, state):
+    state = {name: [tensor] for name, tensor in state.items()}
     for i in range(cfg.n_layer):
         for part in ('weight', 'bias') if cfg.bias else ('weight',):
-            state[f'layers.{i}.self_attn.c_attn.{part}'] = torch.cat(
-                [state.pop(f'layers.{i}.self_attn.{name}_proj.{part}') for name in 'qkv'])
-    for name, tensor in state.items():
+            state[f'layers.{i}.self_attn.c_attn.{part}'] = sum(
+                [state.pop(f'layers.{i}.self_attn.{name}_proj.{part}') for name in 'qkv'], [])
+    for name, tensors in state.items():
         if name.startswith('lm_head'):
-            yield name, tensor
+            yield name, (tensors, False)
             continue
         layer, module, part = re.match(r'(?:layers\.(\d+)\.)?(.+)\.(weight|bias)$', name).groups()
         theirs, _, transposed = GPT2_NAMES[module].partition('^')
         theirs = f'transformer.h.{layer}.{theirs}' if layer else f'transformer.{theirs}'
-        yield f'{theirs}.{part}', tensor.t() if transposed and part == 'weight' else tensor
+        yield f'{theirs}.{part}', (tensors, bool(transposed) and part == 'weight')
         if not cfg.bias and not module.startswith('embed'):             # GPT-2 has all biases
-            yield f'{theirs}.bias', tensor.new_zeros(tensor.size(0))
+            size = sum(map(len, tensors))
+            yield f'{theirs}.bias', ([torch.zeros(size, dtype=tensors[0].dtype)], False)
+
+
+def to_hf_weights(model, kind):
+    """Our state as {name in a model of `kind` (its model_type): tensor}, without copies where the layout is
+    the same."""
+    return {name: stack(*parts).contiguous() for name, parts in hf_layout(model, kind).items()}
 
 
 def from_hf_weights(cfg, weights):

@@ -21,6 +21,7 @@ from data.tokenizer import read_json
 from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, dithered, keep_copies
 from nanoforge.quantize import head_of, is_linear, is_quantized
+from nanoforge.tensors import is_sharded, save_tensors
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -428,8 +429,12 @@ def save_adapter(model, directory, base_model_name=None, name=None):
               'fan_in_fan_out': any(path.endswith('.c_attn') for path in linear_groups(model)),
               'target_modules': ends if set(find_targets(model, ends)) == set(paths) else paths}
     os.makedirs(directory, exist_ok=True)
-    weights = {key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()}
-    save_file(weights, os.path.join(directory, 'adapter_model.safetensors'), metadata={'format': 'pt'})
+    path = os.path.join(directory, 'adapter_model.safetensors')
+    if any(is_sharded(part) for parts in layout.values() for part in parts):
+        save_tensors(path, {key: (parts, False) for key, parts in layout.items()}, metadata={'format': 'pt'})
+    else:
+        weights = {key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()}
+        save_file(weights, path, metadata={'format': 'pt'})
     with open(os.path.join(directory, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=2)
 

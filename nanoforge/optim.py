@@ -100,6 +100,7 @@ class Plateau:
 class Flat:
     """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into
     which autograd accumulates), and for each name in `slots` a tensor of the same length."""
+    is_sharded = False
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params, self.starts = group, names, params, []
@@ -121,6 +122,36 @@ class Flat:
     def views(self, flat):
         """A flat tensor as tensors of the parameters' shapes."""
         return [flat[start:start + p.numel()].view(p.shape) for start, p in zip(self.starts, self.params)]
+
+    def flat_grads(self):
+        self.gather()
+        return [self.grad]
+
+    def zero_grad(self):
+        self.gather()
+        self.grad.zero_()
+
+    @property
+    def weights(self):
+        """Plain tensors that hold this rank's weights."""
+        return [self.data]
+
+    def named(self, parts):
+        """(name, view) of each parameter in what has the form of `weights`."""
+        return zip(self.names, self.views(parts[0]))
+
+    def named_state(self, slot):
+        return self.named([self.state[slot]])
+
+    def new_rows(self):
+        """A number, 0, for each row of each matrix."""
+        return [p.detach().new_zeros(p.size(0)) for p in self.params]
+
+    def named_rows(self):
+        return zip(self.names, self.row_squares)
+
+    def sum_over_shards(self, value):
+        return value
 
     def gather(self):
         """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which
@@ -158,7 +189,11 @@ class FlatOptimizer:
                 buckets.setdefault((p.device, p.dtype), []).append((name, p))
             if group['params']:
                 self.param_groups.append(group)
-                self.flats += [Flat(group, *zip(*bucket), self.slots(group)) for bucket in buckets.values()]
+                for bucket in buckets.values():
+                    kind = Flat
+                    if hasattr(bucket[0][1], 'device_mesh'):        # run.shard has cut it
+                        from nanoforge.shard import Shards as kind
+                    self.flats.append(kind(group, *zip(*bucket), self.slots(group)))
         if not self.flats:
             raise UserError('nothing to train: no parameter requires a gradient')
 
@@ -166,15 +201,17 @@ class FlatOptimizer:
         return ()
 
     @property
+    def is_sharded(self):
+        return self.flats[0].is_sharded
+
+    @property
     def grads(self):
-        """The flat gradients: what data parallel sums over ranks."""
-        for flat in self.flats:
-            flat.gather()
-        return [flat.grad for flat in self.flats]
+        """The flat gradients: what data parallel sums over ranks, where they are not sharded."""
+        return [grad for flat in self.flats for grad in flat.flat_grads()]
 
     def zero_grad(self):
-        for grad in self.grads:
-            grad.zero_()
+        for flat in self.flats:
+            flat.zero_grad()
 
     def set_lr(self, lr):
         for group in self.param_groups:
@@ -186,7 +223,8 @@ class FlatOptimizer:
         step."""
         grads = self.grads
         squares = [part.dot(part) for grad in grads for part in grad.split(2 ** 24)]
-        norm = sum(square.to(grads[0].device) for square in squares).sqrt()
+        squares = sum(square.to(grads[0].device) for square in squares)
+        norm = self.flats[0].sum_over_shards(squares).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
             if scale.device.type != 'cpu' or scale < 1:  # a GPU would have to be waited for
@@ -209,10 +247,10 @@ class FlatOptimizer:
 
     def state_dict(self):
         """{'step': int64 (), 'SLOT/PARAMETER': tensor}, the live state."""
-        state = {'step': self.flats[0].data.new_zeros(()).long().add_(self.steps)}
+        state = {'step': self.flats[0].weights[0].new_zeros(()).long().add_(self.steps)}
         for flat in self.flats:
-            for slot, tensor in flat.state.items():
-                state.update((f'{slot}/{name}', view) for name, view in zip(flat.names, flat.views(tensor)))
+            for slot in flat.state:
+                state.update((f'{slot}/{name}', view) for name, view in flat.named_state(slot))
         return state
 
     def load_state_dict(self, state):
@@ -224,8 +262,17 @@ class FlatOptimizer:
                 raise UserError(f'optimizer state {key}: needed is {shapes[0]}, the checkpoint holds '
                                 f'{shapes[1]}')
         for key in live.keys() - {'step'}:
-            live[key].copy_(state[key])
+            copy(live[key], state[key])
         self.steps = int(state['step'])
+
+
+def copy(target, tensor):
+    """Copies a whole tensor into one that may be sharded."""
+    if hasattr(target, 'device_mesh'):
+        from nanoforge.shard import copy_rows
+        copy_rows(target, tensor)
+    else:
+        target.copy_(tensor)
 
 
 class WeightAverage:
@@ -238,17 +285,21 @@ class WeightAverage:
     def __init__(self, optimizer, decay):
         self.flats, self.decay = optimizer.flats if decay else [], decay      # decay 0: nothing is averaged
         self.update_copies = optimizer.update_copies
-        self.means = [flat.data.clone() for flat in self.flats]
+        self.means = [[part.clone() for part in flat.weights] for flat in self.flats]
+
+    def pairs(self):
+        """[(mean, weights)] as plain tensors: two of each flat buffer, or of each shard."""
+        return [pair for mean, flat in zip(self.means, self.flats) for pair in zip(mean, flat.weights)]
 
     def update(self, step):
         decay = min(self.decay, (1 + step) / (10 + step))   # early on the start is forgotten sooner
-        for mean, flat in zip(self.means, self.flats):
-            mean.lerp_(flat.data, 1 - decay)
+        for mean, weights in self.pairs():
+            mean.lerp_(weights, 1 - decay)
 
     def swap(self):
-        for mean, flat in zip(self.means, self.flats):
-            held = flat.data.clone()
-            flat.data.copy_(mean)
+        for mean, weights in self.pairs():
+            held = weights.clone()
+            weights.copy_(mean)
             mean.copy_(held)
         if self.flats:
             self.update_copies()
@@ -265,17 +316,17 @@ class WeightAverage:
         """Takes the last step's weights ('weights/PARAMETER') out of a checkpoint's tensors; the model of the
         checkpoint is the average, and goes where that belongs."""
         last = {name: tensors.pop(name) for name in list(tensors) if name.startswith('weights/')}
-        for mean, flat in zip(self.means, self.flats):
-            mean.copy_(flat.data)
+        for mean, weights in self.pairs():
+            mean.copy_(weights)
         self.swap()
         for name, held in self.state_dict().items():
-            held.copy_(last[name])
+            copy(held, last[name])
         self.swap()
 
     def state_dict(self):
         """{'weights/PARAMETER': tensor}: what this object holds, live."""
         return {f'weights/{name}': view for mean, flat in zip(self.means, self.flats)
-                for name, view in zip(flat.names, flat.views(mean))}
+                for name, view in flat.named(mean)}
 
 
 class AdamW(FlatOptimizer):
@@ -359,7 +410,7 @@ class Muon(AdamW):
                 if flat.group['muon'] and p.dim() != 2:
                     raise UserError(f'{name} {tuple(p.shape)} is no matrix: its group needs muon=False')
             if flat.group['muon'] and self.row_beta:
-                flat.row_squares = [p.detach().new_zeros(p.size(0)) for p in flat.params]
+                flat.row_squares = flat.new_rows()
 
     def slots(self, group):
         return ('momentum_buffer',) if group['muon'] else super().slots(group)
@@ -371,21 +422,51 @@ class Muon(AdamW):
         if not flat.group['muon']:
             return super().update(flat)
         lr, decay, momentum = flat.group['lr'], flat.group['weight_decay'], self.momentum(flat.group)
+        if flat.is_sharded:
+            return self.update_shards(flat, lr, decay, momentum)
         buffer = flat.state['momentum_buffer'].lerp_(flat.grad, 1 - momentum)
         flat.data.mul_(1 - lr * decay)
-        same_shape = {}  # shape -> [(weight, direction, mean square of each row)]
+        matrices = []
         for i, (p, direction) in enumerate(zip(flat.params, flat.views(flat.grad.lerp(buffer, momentum)))):
             rows = getattr(p, 'splits', p.size(0))
             squares = flat.row_squares[i].split(rows) if self.row_beta else [None] * p.size(0)
-            for part in zip(p.detach().split(rows), direction.split(rows), squares):
-                same_shape.setdefault(part[0].shape, []).append(part)
+            matrices += zip(p.detach().split(rows), direction.split(rows), squares)
+        self.add_orthogonal(matrices, lr)
+
+    def update_shards(self, flat, lr, decay, momentum):
+        """Each matrix is orthogonalised by the one rank that owns it, which gets its rows from all others and
+        sends back what is added to them."""
+        parts = []                              # this rank's rows of each: direction, NorMuon's squares
+        for i, (p, grad, buffer) in enumerate(flat.chunks):
+            buffer.lerp_(grad, 1 - momentum)
+            p.mul_(1 - lr * decay)
+            direction = grad.lerp(buffer, momentum)
+            parts.append(flat.beside(direction, flat.row_squares[i]) if self.row_beta else direction)
+        owned = flat.to_owners(parts)           # {number: matrix}
+        columns = {i: flat.params[i].size(1) for i in owned}
+        steps = {i: whole.new_zeros(whole.shape) for i, whole in owned.items()}
+        matrices = []
+        for i, whole in owned.items():
+            squares = steps[i][:, -1].copy_(whole[:, -1]) if self.row_beta else None
+            matrices.append((steps[i][:, :columns[i]], whole[:, :columns[i]], squares))
+        self.add_orthogonal(matrices, lr)
+        for i, (p, step) in enumerate(zip(flat.weights, flat.from_owners(steps, parts))):
+            p.add_(step[:, :p.size(1)])
+            if self.row_beta:
+                flat.row_squares[i].copy_(step[:, -1])
+
+    def add_orthogonal(self, matrices, lr):
+        """Adds to each weight (rows, columns) of [(weight, direction, mean square of each row)] its step."""
+        same_shape = {}
+        for part in matrices:
+            same_shape.setdefault(part[0].shape, []).append(part)
         for shape, parts in same_shape.items():
-            x = buffer.new_empty((len(parts), *shape), dtype=self.ns_dtype)
+            x = parts[0][0].new_empty((len(parts), *shape), dtype=self.ns_dtype)
             for row, (_, direction, _) in zip(x, parts):
                 row.copy_(direction)
             x = newton_schulz(x, self.coefficients)
             if self.row_beta:
-                x = self.even_rows(x.to(buffer.dtype), [square for *_, square in parts])
+                x = self.even_rows(x.to(parts[0][0].dtype), [square for *_, square in parts])
             for row, (weight, *_) in zip(x, parts):
                 weight.add_(row, alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
@@ -421,8 +502,7 @@ class NorMuon(Muon):
         state = super().state_dict()
         for flat in self.flats:
             if flat.group['muon']:
-                state.update((f'row_square/{name}', square)
-                             for name, square in zip(flat.names, flat.row_squares))
+                state.update((f'row_square/{name}', square) for name, square in flat.named_rows())
         return state
 
 

@@ -37,7 +37,7 @@ class ShardedRun(Run):
     """A Run whose ranks share models. `rank`, `world_size`, sum() and gather() are those of data parallelism:
     the processes that hold one model count as one."""
     shards: int = 1
-    shard: int = 0
+    shard_index: int = 0
     first: bool = True          # of all processes
     dp_group: object = None     # process group of the ranks that hold this shard of other copies
     tp_group: object = None     # process group of the ranks that hold the shards of this copy
@@ -178,7 +178,7 @@ def shard_tensor(name, tensor, run):
     cut = dimension(name)
     if cut is None or not tensor.dim():
         return tensor
-    return tensor.chunk(run.shards, cut)[run.shard]
+    return tensor.chunk(run.shards, cut)[run.shard_index]
 
 
 def gather(tensors, run):

@@ -13,7 +13,7 @@ what an optimizer's step needs for a moment, what a checkpoint is written from.
 import copy
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +78,7 @@ def hardware(cfg):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / cfg.num_gpus
     else:
         raise UserError('--plan finds no memory size on this system: say it, --gpu-memory=16')
-    shards = getattr(cfg, 'GPU_num', 1)
+    shards = getattr(cfg, 'GPU_num', 1) if cfg.shard == 'none' else cfg.num_gpus
     flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12
     stacks = kind == 'cpu' and not is_quantised(cfg)
     return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards, stacks)
@@ -183,6 +183,9 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     called = f'{name} ' if name else ''
     estimate.add(f'{name or "weights"}', weight_bytes(cfg, hw, model))
     matrices = block_matrices(model)
+    if cfg.shard != 'none':                     # run.unsharded
+        evaluation = estimate.phases.setdefault('evaluation', {'weights, gathered': 0})
+        evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=1), model)
     if hw.is_cpu and hw.product == 2 and not is_quantised(cfg):
         estimate.add('bf16 copies of weights', 2 * numbers(matrices) / hw.shards)
     if not optimizer:
@@ -350,6 +353,9 @@ def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
     training['activations'] = kept
     training['logits'] = logits
     training['gradients on their way'] = max(at_head, held + course - logits)
+    if cfg.shard != 'none':     # a block and what is around the blocks, with their gradients
+        whole = numbers(model.layers[0].parameters()) + numbers(model.embed_tokens.parameters())
+        training['a block, gathered'] = 2 * 4 * whole
 
 
 # ---- generation --------------------------------------------------------------------------------------------
@@ -371,6 +377,7 @@ def generate_phase(estimate, cfg, hw, model, prompts, samples, new):
     if is_packed and not c.logit_softcap:
         copies += 4 * V * c.n_embd                                      # the head in oneDNN's layout
     estimate.phases['generation'] = {
+        **estimate.phases.get('evaluation', {}),
         'KV cache': slot * (rows * (longest + new) + len(prompts) * longest),   # of the prompts' pass, too
         'weights as the sampler reads them': copies,
         'logits': 3 * 4 * rows * V}
@@ -600,16 +607,24 @@ def frozen(cfg, name):
 # ---- the report --------------------------------------------------------------------------------------------
 
 def alternatives(cfg, hw):
-    """[(words, {setting: value})]: what makes a run smaller, of the settings that its script has."""
+    """[(words, settings)]: what makes a run smaller, of the settings that its script has."""
     lora, four_bits = {'use_lora': True}, {'use_lora': True, 'load_in_4bit': True}
     checkpointing, one = {'gradient_checkpointing': True}, {'per_device_train_batch_size': 1}
     wanted = [checkpointing, one, {'batch_size': hw.processes}, {'micro_batch_tokens': 1}, lora,
               {**lora, **checkpointing}, {**four_bits, **checkpointing}]
+    if hw.processes > 1 and cfg.shard == 'none':
+        shard = {'shard': 'full'}
+        wanted += [shard, {**shard, **checkpointing}, {**shard, **lora, **checkpointing}]
     for changes in wanted:
         known = all(hasattr(cfg, name) for name in changes)
-        if known and any(getattr(cfg, name) != value for name, value in changes.items()):
+        if not known or all(getattr(cfg, name) == value for name, value in changes.items()):
+            continue
+        changed = copy.copy(cfg)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        if changed.shard == 'none' or not changed.unsharded_setting():
             flags = [f'--{name}' if value is True else f'--{name}={value}' for name, value in changes.items()]
-            yield ' '.join(flags), changes
+            yield ' '.join(flags), changed
 
 
 def report(cfg, run, build, model, work, name):
@@ -650,10 +665,8 @@ def report(cfg, run, build, model, work, name):
     run.print0(f'run       {work.steps:,} steps, {work.tokens:,.0f} tokens, {total:.3g} operations')
     run.print0(f'          {hours:.3g} hours at {flops / 1e12:.3g} TFLOP/s each ({speed})')
     smaller = {}
-    for words, changes in alternatives(cfg, hw):
-        changed, its_model = copy.copy(cfg), model
-        for key, value in changes.items():
-            setattr(changed, key, value)
+    for words, changed in alternatives(cfg, hw):
+        its_model = model
         if changed.__dict__.get('use_lora') and not cfg.use_lora:
             its_model = load_policy(changed, quiet(run), cfg.base_model_name)[0]
         smaller[words] = estimated(changed, hardware(changed), its_model)[0].peak

@@ -41,7 +41,8 @@ from nanoforge.errors import MainRankFailed
 from nanoforge.heartbeat import Heartbeat
 from nanoforge.launch import launched
 from nanoforge.log import Log, check_wandb
-from nanoforge.optim import Plateau
+from nanoforge.optim import Plateau, copy
+from nanoforge.tensors import Gathering
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 # settings that may name a checkpoint in the output folder
@@ -104,12 +105,14 @@ class Run:
 
     dp_group = None         # the ranks that see other rows: all of them
     text_log = None         # a file that takes what print0 prints, too
+    mesh = None             # of the ranks that share models, where --shard is given (shard.py)
 
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
         self.heartbeat = None
         self.resume_flag, self.rate_flag, self.memory_flags = '--resume', '--learning_rate', ('--batch_size',)
         self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
+        self.sharded = []       # the models whose weights lie on several ranks
 
     # ---- the beginning
 
@@ -186,7 +189,7 @@ class Run:
         with torch.no_grad():
             for prefix, live in parameters.items():
                 for name, tensor in parts[prefix].items():
-                    live[name].copy_(tensor)            # in place: an optimizer's flat buffer holds them
+                    copy(live[name], tensor)            # in place: an optimizer's flat buffer holds them
         for optimizer in optimizers.values():
             optimizer.update_copies()
         known = {**saved.get('progress', {}), **saved}      # 'progress': as earlier versions nested them
@@ -260,6 +263,51 @@ class Run:
                             'on other data')
         self.checkpoints.note(config=as_dict(self.cfg), data=marks, ended_at=None)
 
+    # ---- models whose weights lie on several ranks
+
+    def shard(self, model):
+        """Leaves this rank's part of a model's weights in it, as --shard says; returns the model. Call it
+        when the model has its weights and adapters, and before it gets an optimizer."""
+        if self.world_size == 1 or getattr(self.cfg, 'shard', 'none') == 'none':
+            return model            # one process holds everything
+        if any(model is other for other in self.sharded):           # several policies may share it
+            return model
+        from nanoforge import shard
+        self.mesh = self.mesh or shard.make_mesh(self, self.cfg.shard)
+        shard.shard_model(model, self.mesh)
+        self.sharded.append(model)
+        self.print0(f'shard     {self.cfg.shard}: {model.num_params():,} parameters, of which each process '
+                    f"holds 1/{self.mesh.size(-1)} and gathers a block's when it computes with it")
+        return model
+
+    def unsharded(self):
+        """Within, every rank holds the sharded models whole, and may call them without the others."""
+        if not self.sharded:
+            return contextlib.nullcontext()
+        from nanoforge.shard import unsharded
+        return unsharded(self.sharded)
+
+    def even(self, batches, policy, *frozen):
+        """This rank's micro-batches. Of sharded models the ranks must make as many forward passes each: one
+        that has fewer micro-batches makes the missing ones, which count nothing.
+
+        policy  the model that a micro-batch sends through forward and backward, between which the `frozen`
+                ones, those that are not sharded left out, go forward in this order
+        """
+        most = self.max(len(batches)) if self.sharded else 0
+        yield from batches
+        if len(batches) >= most:
+            return
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        for _ in range(len(batches), most):
+            with self.autocast():
+                nothing = 0.0 * policy.token_stats(policy.hidden(token), token, extras=False)['logp'].sum()
+                with torch.no_grad():
+                    for model in frozen:
+                        if any(model is other for other in self.sharded):
+                            model.hidden(token)
+            self.backward(nothing)
+
     # ---- a gradient step
 
     @contextlib.contextmanager
@@ -288,7 +336,7 @@ class Run:
         norms = []
         for optimizer, rate in pairs:
             optimizer.set_lr(rate)
-            for grad in optimizer.grads:
+            for grad in () if optimizer.is_sharded else optimizer.grads:    # else backward() has done it
                 self.sum(grad)
             self.scaler.unscale_(optimizer.grads)
             norms.append(float(self.clip_grad_norm(optimizer, max_norm)))
@@ -355,7 +403,9 @@ class Run:
                 tensors.update((prefix + key, tensor) for key, tensor in state_dict.items())
             for prefix, live in (parameters or {}).items():
                 tensors.update((prefix + key, p.detach()) for key, p in live.items())
-            self.checkpoints.save(state.step, write, tensors, saved, best, name)
+            live = [*(p for model in self.sharded for p in model.parameters()), *tensors.values()]
+            with Gathering(live) if self.sharded else contextlib.nullcontext():
+                self.checkpoints.save(state.step, write, tensors, saved, best, name)
 
     def exit_if_asked(self, save):
         """After SIGINT or SIGTERM on any rank: save(), say how to go on, end the process with 130 or 143."""
@@ -436,6 +486,8 @@ class Run:
                 result = work()
             except Exception as error:
                 failure = error
+        if Gathering.current:           # work() may have asked the others for their parts of tensors
+            Gathering.current.end() if self.is_main else Gathering.current.serve()
         if self.any(failure):
             raise failure or MainRankFailed('the main rank stopped; its message says why')
         return result

@@ -56,6 +56,8 @@ log_interval = 10
 # fp16 = None  # the same as dtype=float16, with loss scaling
 # matmul = 'auto'  # matrix products on a CPU; auto = bf16 where the processor has it (auto, float32, bf16)
 # num_gpus = 1  # processes on this machine, one for each GPU
+# shard = 'none'  # what each process holds of weights, gradients and optimizer state: all; its part; or its
+#     # part of a copy on each node (none, full, hybrid)
 # plan = False  # print the memory and the time that this run would take, and what makes it fit; no weights
 #     # are loaded
 # gpu_memory = None  # GiB of each GPU that is planned for; those of this machine if not set

@@ -225,6 +225,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(llama, pairs, monkeypatch):
     main's own gradients and means, in float64."""
     model, tokenizer = load_model(llama[1], dtype=torch.float64)
     constant = lambda batch: torch.full((len(batch.targets),), -20.0, dtype=torch.float64)
+    constant.model = None
     opened, seen = Run.open, {}
 
     def step(run, optimizer, lr, max_norm):

@@ -482,7 +482,7 @@ def test_weight_average_comes_back_from_a_checkpoint():
     assert torch.equal(again.detach(), weight.detach()) and not torch.equal(again.detach(), mean)
     with average_again.swapped():
         assert torch.equal(again.detach(), mean)
-    assert torch.equal(average_again.means[0], average.means[0])
+    assert torch.equal(average_again.means[0][0], average.means[0][0])
 
 
 def test_weight_average_of_decay_0_is_none():

@@ -188,3 +188,20 @@ def test_what_would_make_it_fit(folder, tmp_path):
     assert not os.path.exists(tmp_path / 'out')
     error = plan_of(tmp_path, 'sft', *flags, '--device=cuda', code=2)
     assert '--gpu-memory' in error and len(error.splitlines()) == 1
+
+
+def test_shards_hold_their_part(folder, tmp_path):
+    """Of 8, and an evaluation gathers the whole; what sharding refuses is not proposed."""
+    flags = [*of_script('sft', folder), '--num-gpus=8', '--gpu-memory=4', '--gpu-tflops=100', '--device=cuda',
+             f'--output_dir={tmp_path}/out']
+    whole, part = (plan_of(tmp_path, 'sft', *flags, *more) for more in ((), ('--shard=full',)))
+
+    def parts(text):
+        return {name: float(held) for name, held in re.findall(r'^ {10}(\w[\w() ,]*?) {2,}([\d.]+)', text, re.M)}
+
+    one, eighth = parts(whole), parts(part)
+    for name in ('weights', 'gradients', 'moments (adamw)'):
+        assert eighth[name] == pytest.approx(one[name] / 8, abs=0.006)
+    assert 'evaluation' in part and 'evaluation' not in whole
+    assert '--shard=full' in whole and '--shard' not in part.partition('smaller')[2]
+    assert '--shard' not in plan_of(tmp_path, 'sft', *flags, '--neftune_noise_alpha=5')

@@ -649,7 +649,7 @@ def test_what_lora_leaves_out_is_known(tmp_path):
     """Stacked experts and matrices in other layers than linear ones."""
     other('Qwen3Moe', tmp_path / 'experts')
     experts = stacked_weights(load_model(str(tmp_path / 'experts'))[0])
-    assert experts == {'mlp.experts.gate_up_proj': 4 * 4 * 32 * 32, 'mlp.experts.down_proj': 4 * 4 * 32 * 16}
+    assert experts == {'mlp.experts.gate_up_proj': (16, 4 * 4 * 32 * 32), 'mlp.experts.down_proj': (16, 4 * 4 * 32 * 16)}
     mamba = HFModel(transformers.MambaForCausalLM(transformers.MambaConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=1, state_size=8)))
     assert find_targets(mamba, 'all-linear') == [f'backbone.layers.0.mixer.{name}' for name in ('in_proj', 'x_proj')]

@@ -138,8 +138,8 @@ class AdapterFlags(Flags):
         super().check()
         if self.use_dora and getattr(self, 'lora_dropout', 0):
             if 'lora_dropout' in self.flags:
-                raise UserError(f'lora_dropout={self.lora_dropout:g} does not go together with use_dora, which '
-                                'rescales the whole weight: leave one of them out')
+                raise UserError(f'lora_dropout={self.lora_dropout:g} does not go together with use_dora, '
+                                'which rescales the whole weight: leave one of them out')
             self.lora_dropout = 0.0                 # the default's, or a recipe's
         if (self.use_dora or self.use_rslora) and getattr(self, 'specialization', 'lora') != 'lora':
             raise UserError('use_rslora and use_dora are for specialization=lora, not '

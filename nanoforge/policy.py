@@ -57,8 +57,8 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
         matrices, numbers = map(sum, zip(*stacked.values()))
         share = numbers / model.num_params()
         run.print0(f'note      LoRA is for linear layers: the {matrices} matrices in '
-                   f'{", ".join(sorted(stacked))} ({share:.0%} of the parameters) get no adapter, stay as they '
-                   'are, and are never in 4 or 8 bits')
+                   f'{", ".join(sorted(stacked))} ({share:.0%} of the parameters) get no adapter, stay as '
+                   'they are, and are never in 4 or 8 bits')
     if trainable:
         check_trainable(model)
     else:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
-from nanoforge import kernels
+from nanoforge import kernels, rope
 from nanoforge.hf import (
     FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, hf_layout,
     load_weights, read_safetensors, to_hf_weights)
@@ -196,7 +196,8 @@ class GPT(nn.Module):
     def inv_freq(self):
         """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are
         learned."""
-        return {layer_type: rope_frequencies(self.config, layer_type) for layer_type in self.config.rope}
+        cfg = self.config
+        return {kind: rope.frequencies(settings, cfg.head_size) for kind, settings in cfg.rope.items()}
 
     def embed(self, idx, positions, embeddings=None):
         """idx, positions (...) -> (..., C); embeddings (..., C) stand in for those of idx."""
@@ -264,22 +265,6 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         return self.token_stats(hidden, targets, extras=False)['logp']
-
-
-def rope_frequencies(cfg, layer_type):
-    """Inverse frequencies (D/2,) float32 of a layer type's rotary positions, with the linear and Llama 3's
-    scaling."""
-    rope = cfg.rope[layer_type]
-    inv = 1.0 / rope['rope_theta'] ** (torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
-    if rope['rope_type'] == 'linear':
-        inv = inv / rope['factor']
-    # long waves are stretched by `factor`, short ones kept, others blended
-    elif rope['rope_type'] == 'llama3':
-        low, high = rope['low_freq_factor'], rope['high_freq_factor']
-        turns = rope['original_max_position_embeddings'] * inv / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        inv = inv * blend + inv / rope['factor'] * (1 - blend)
-    return inv
 
 
 # ---- Hugging Face directories ------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from pathlib import Path
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.tasks.env import (demonstrations, find_task, known_tasks, list_settings, load_task, needs_rules,
                             read_settings)
-from nanoforge.flags import MODEL_NAMES, Flags, RunFlags, StepFlags
+from nanoforge.flags import MODEL_NAMES, AdapterFlags, Flags, RunFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -102,7 +102,7 @@ class EnvFlags(Flags):
 
 
 @configclass
-class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
+class Config(RunFlags, StepFlags, EnvFlags, AdapterFlags, TeamFlags):
     section = 'training'
     aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
     # training
@@ -621,7 +621,8 @@ def load_policies(cfg, run):
                 load_adapter(base[0], path, name, trainable=True)
             else:                               # a new one, the same whatever the others are
                 torch.manual_seed(seed_for(cfg.seed, 'weights', name))
-                add_lora(base[0], cfg.lora_rank, cfg.lora_alpha, target_modules='all-linear', name=name)
+                add_lora(base[0], cfg.lora_rank, cfg.lora_alpha, target_modules='all-linear', name=name,
+                         rslora=cfg.use_rslora, dora=cfg.use_dora)
             policies.append(Policy(name, *base, agents, adapter=name))
     for policy in policies:
         if policy.tokenizer is None:

@@ -12,6 +12,7 @@ logp_gap in sample.py measures it.
 import torch
 import torch.nn.functional as F
 
+from nanoforge import rope
 from nanoforge.kernels import Linear, concat, dithered
 
 # parameters up to which stacked copies of the weights are made: beyond, memory counts more
@@ -50,10 +51,12 @@ class CachedDecoder:
         self.rope_order, self.rope = torch.arange(cfg.head_size, device=device), {}
         if cfg.position == 'rope':
             self.rope_order = self.rope_order.view(2, -1).t().flatten()              # 0, D/2, 1, D/2 + 1, ...
-            position = torch.arange(self.max_slots, device=device)[:, None].float()
+            position = torch.arange(self.max_slots, device=device)
             for layer_type, inv_freq in model.inv_freq.items():
-                angle = position * inv_freq.to(device)
-                self.rope[layer_type] = torch.polar(torch.ones_like(angle), angle)  # (max_slots, D/2) complex
+                settings = cfg.rope[layer_type]
+                angle = rope.angles(settings, inv_freq, position, position + 1)
+                factor = torch.full_like(angle, rope.attention_factor(settings))
+                self.rope[layer_type] = torch.polar(factor, angle)                  # (max_slots, D/2) complex
 
         rows, small = len(prompts) * num_samples, model.num_params() <= FUSE_LIMIT
         self.layers = [DecoderLayer(model, layer, self.rope_order, rows, small) for layer in model.layers]
@@ -70,9 +73,7 @@ class CachedDecoder:
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in self.prompts]
         idx = torch.tensor(padded, device=device)                       # (prompts, longest)
-        keys_values = []
-        hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
-        hidden = hidden[torch.arange(len(idx), device=device), lengths - 1]
+        hidden, keys_values = self.run_prompts(idx, lengths)
 
         empty = longest - lengths                                       # slots before each prompt
         source = torch.arange(longest, device=device) - empty[:, None]  # (prompts, longest): shifted right
@@ -94,6 +95,22 @@ class CachedDecoder:
         self.mask = torch.zeros(hide.shape, dtype=keys_values[0][0].dtype, device=device)
         self.mask.masked_fill_(hide, float('-inf'))
         return self.for_samples(self.model.logits(hidden))
+
+    def run_prompts(self, idx, lengths):
+        """idx (prompts, longest), their lengths (prompts,) -> hidden states (prompts, C) of the last tokens,
+        [(keys, values)] of the layers, (prompts, n_kv_head, longest, D) each."""
+        if len(idx) > 1 and any(map(rope.is_dynamic, self.model.config.rope.values())):
+            # rotated by the row's length, so that no prompt may be padded
+            runs = [self.run_prompts(row[None, :n], n[None]) for row, n in zip(idx, lengths)]
+            hidden, caches = zip(*runs)
+            longest, keys_values = idx.size(1), []
+            for layer in zip(*caches):
+                rows = [[F.pad(x, (0, 0, 0, longest - x.size(2))) for x in row] for row in layer]
+                keys_values.append([torch.cat(parts) for parts in zip(*rows)])
+            return torch.cat(hidden), keys_values
+        keys_values = []
+        hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
+        return hidden[torch.arange(len(idx), device=idx.device), lengths - 1], keys_values
 
     def for_samples(self, x):
         """x (prompts, ...) -> (R, ...)."""
@@ -133,11 +150,11 @@ class CachedDecoder:
             self.make_views(n)
         position = self.position[:n]
         x = self.model.embed(token, position)                                                   # (n, C)
-        rope = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
+        angles_of = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
         self.mask[..., self.cache_pos] = 0
         visible = {window: self.visible_slots(window) for window in self.windows}
         for layer, views in zip(self.layers, self.views):
-            angles = rope.get(layer.layer_type)
+            angles = angles_of.get(layer.layer_type)
             attended = self.attend(layer, layer.norms[0](x), views, angles, *visible[layer.window])
             if cfg.post_norms:
                 _, after_attention, before_mlp, after_mlp = layer.norms

@@ -127,7 +127,29 @@ class RunFlags(Flags):
 
 
 @configclass
-class ModelFlags(Flags):
+class AdapterFlags(Flags):
+    """Forms of LoRA, for every script that has adapters."""
+    use_rslora: bool = setting(False, path='model.use_rslora', needs=LORA)  # adapters count alpha / sqrt(r)
+        # times, so that a higher rank learns no slower (Kalajdzievski 2023)
+    use_dora: bool = setting(False, path='model.use_dora', needs=LORA)  # train the length of each row of the
+        # weights beside the adapters, too (Liu et al. 2024); they then have no dropout
+
+    def check(self):
+        super().check()
+        if self.use_dora and getattr(self, 'lora_dropout', 0):
+            if 'lora_dropout' in self.flags:
+                raise UserError(f'lora_dropout={self.lora_dropout:g} does not go together with use_dora, '
+                                'which rescales the whole weight: leave one of them out')
+            self.lora_dropout = 0.0                 # the default's, or a recipe's
+        if (self.use_dora or self.use_rslora) and getattr(self, 'specialization', 'lora') != 'lora':
+            raise UserError('use_rslora and use_dora are for specialization=lora, not '
+                            f'{self.specialization}, which has no adapters')
+        if self.use_dora and getattr(self, 'GPU_num', 1) > 1:
+            raise UserError(f'use_dora needs whole rows of the weights: not with GPU_num={self.GPU_num}')
+
+
+@configclass
+class ModelFlags(AdapterFlags):
     """The policy: which model, what of it trains, in which precision the rest is held."""
     section = 'model'
 

@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nanoforge import rope
+
 SHORT_BLOCK = 192       # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
 BUCKET = 16             # segments whose lengths differ by less than this are computed side by side,
@@ -393,9 +395,21 @@ class AttentionContext:
             window = cfg.window(layer_type)
             self.windows[layer_type] = window if T > window else 0      # 0: all of the row is seen
             if layer_type in inv_freq:
-                angle = self.positions[:, None, :, None].float() * inv_freq[layer_type].to(device)
-                self.rope[layer_type] = angle.cos(), angle.sin()        # (1 or B, 1, T, D/2)
+                settings = cfg.rope[layer_type]
+                lengths = self.context_lengths(packed) if rope.is_dynamic(settings) else None
+                angle = rope.angles(settings, inv_freq[layer_type], self.positions, lengths)[:, None]
+                factor = rope.attention_factor(settings)
+                self.rope[layer_type] = angle.cos() * factor, angle.sin() * factor  # (1 or B, 1, T, D/2) each
             self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed)
+
+    def context_lengths(self, packed):
+        """(1 or B, T): the number of positions of each token's document, all of its branches counted; of an
+        unpacked row its own, padding included."""
+        if not packed:
+            return torch.full_like(self.positions, self.positions.size(1))
+        counts = document_lengths(self.positions)
+        lengths = [int(document.max()) + 1 for document in self.positions.flatten().split(counts.tolist())]
+        return counts.new_tensor(lengths).repeat_interleave(counts).view_as(self.positions)
 
     def choose_packed_form(self, positions):
         """For packed rows (B, T) on a CPU."""

@@ -168,13 +168,14 @@ def linear_groups(model):
 
 
 def stacked_weights(model):
-    """{end of a parameter's name: how many numbers} of matrices that lie stacked in one tensor, as experts of
-    a mixture do: neither LoRA nor 4- and 8-bit weights reach them."""
+    """{end of a parameter's name: (matrices, numbers)} of matrices that lie stacked in one tensor, as experts
+    of a mixture do: neither LoRA nor 4- and 8-bit weights reach them."""
     sizes = {}
     for name, p in model.named_parameters():
         if p.dim() == 3 and min(p.shape) > 1:               # (1: a convolution along the tokens)
             end = '.'.join(name.split('.')[-3:])
-            sizes[end] = sizes.get(end, 0) + p.numel()
+            matrices, numbers = sizes.get(end, (0, 0))
+            sizes[end] = matrices + len(p), numbers + p.numel()
     return sizes
 
 

@@ -172,7 +172,8 @@ ODD = {'vocab_size': 50257, 'tied': False}
     (2, ODD, ['--ema=0.5']),
     (4, {'vocab_size': 1031}, ['--gradient_checkpointing', '--optimizer=muon']),
     (4, {'vocab_size': 1031}, ['--use_lora', '--lora_dropout=0']),
-], ids=['50257 ids', 'tied, recomputed, muon', 'lora'])
+    (2, {'vocab_size': 1031}, ['--use_lora', '--use_dora', '--use_rslora']),
+], ids=['50257 ids', 'tied, recomputed, muon', 'lora', 'dora'])
 def test_fine_tuning(n, model, more):
     """Ten rows, four a step: the third has two of them, and on four ranks two ranks nothing."""
     small_model('model', **model)

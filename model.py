@@ -185,15 +185,15 @@ class GPT(nn.Module):
             kernels.drop_copies(matrices)
         return self
 
-    def compile_layers(self):
-        """torch.compile, a layer at a time: one graph serves them all. Compiled as a whole, the model had
+    def compile_layers(self, **settings):
+        """torch.compile with these settings, a layer at a time: one graph serves them all. Compiled as a whole, the model had
         gradients of zero (CUDA, torch 2.11), and the head, which never holds all logits at once, is quicker
         as it is."""
         # a graph for each of training, evaluation and prompts; without and with dropout, adapters, a mask;
         # for all rows and, in the last layer, for some
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for layer in self.layers:
-            layer.compile()
+            layer.compile(**settings)
         self.compiled = True
         return self
 

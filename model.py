@@ -186,9 +186,11 @@ class GPT(nn.Module):
         return self
 
     def compile_layers(self, **settings):
-        """torch.compile with these settings, a layer at a time: one graph serves them all. Compiled as a whole, the model had
-        gradients of zero (CUDA, torch 2.11), and the head, which never holds all logits at once, is quicker
-        as it is."""
+        """torch.compile with these settings, a layer at a time: one graph serves them all.
+
+        Compiled as a whole, the model had gradients of zero (CUDA, torch 2.11), and the head, which never
+        holds all logits at once, is quicker as it is.
+        """
         # a graph for each of training, evaluation and prompts; without and with dropout, adapters, a mask;
         # for all rows and, in the last layer, for some
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

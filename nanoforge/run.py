@@ -269,7 +269,7 @@ class Run:
         """A model as the run computes with it, which is returned: its layers compiled where --compile is set,
         and this rank's part of it where --shard is. Call it when the model has its weights and adapters, and
         before it gets an optimizer."""
-        if self.cfg.compile and not getattr(model, 'compiled', False):
+        if getattr(self.cfg, 'compile', False) and not getattr(model, 'compiled', False):
             if not hasattr(model, 'layers'):
                 raise UserError(f'--compile does not go together with {model.config.arch}, which runs as '
                                 'transformers has it: leave out --compile')

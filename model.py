@@ -159,7 +159,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.gradient_checkpointing, self.matmul = False, 'float32'
+        self.gradient_checkpointing, self.matmul, self.compiled = False, 'float32', False
 
     def init_weights(self, std=0.02):
         """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2
@@ -183,6 +183,20 @@ class GPT(nn.Module):
             kernels.keep_copies(matrices)
         else:
             kernels.drop_copies(matrices)
+        return self
+
+    def compile_layers(self, **settings):
+        """torch.compile with these settings, a layer at a time: one graph serves them all.
+
+        Compiled as a whole, the model had gradients of zero (CUDA, torch 2.11), and the head, which never
+        holds all logits at once, is quicker as it is.
+        """
+        # a graph for each of training, evaluation and prompts; without and with dropout, adapters, a mask;
+        # for all rows and, in the last layer, for some
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for layer in self.layers:
+            layer.compile(**settings)
+        self.compiled = True
         return self
 
     def num_params(self):
@@ -227,7 +241,8 @@ class GPT(nn.Module):
         rows = inverse = None
         if logit_positions is not None:
             rows, inverse = logit_positions.unique(return_inverse=True)
-        context = kernels.AttentionContext(cfg, self.inv_freq, idx, positions, keep_kv)
+        context = kernels.AttentionContext(cfg, self.inv_freq, idx, positions, keep_kv,
+                                           self.embed_tokens.weight.dtype, self.compiled)
 
         x = self.embed(idx, context.positions, embeddings)                              # (B, T, C)
         if cfg.dropout:

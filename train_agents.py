@@ -209,6 +209,7 @@ def main(cfg):
         lowest = cfg.learning_rate * cfg.min_lr_ratio
         lr = learning_rate(state.step, cfg.lr_scheduler, cfg.learning_rate, lowest, cfg.lr_warmup_steps,
                            cfg.total_training_steps)
+        log.flops_per_token = plan.team_flops(cfg, policies[0].model, groups)
         learned, stats, norms = 0, [], []       # tokens; a row for each micro-batch; a norm for each step
         with log.timed('update'):
             for policy, tokens, candidates in optimizer_steps(cfg, policies, groups, state.step, run):
@@ -628,7 +629,7 @@ def load_policies(cfg, run):
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
-        run.shard(policy.model.set_matmul(run.matmul))
+        run.prepare(policy.model.set_matmul(run.matmul))
     return policies
 
 

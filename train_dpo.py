@@ -140,7 +140,8 @@ def main(cfg):
         return ended
     header = {'data': [source.name for source in sources], 'model': cfg.base_model_name, 'mode': cfg.mode,
               'loss_type': cfg.loss_type, 'reference': kind}
-    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources)
+    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources,
+                    flops_per_token=plan.dpo_flops(policy, [pairs[i] for part in train for i in part], kind))
     first_step, metrics = state.step, {}
     frozen = [reference.model] if kind in ('adapters_off', 'copy') else []
 
@@ -438,7 +439,7 @@ def build_policy(cfg, run):
     for layer in lora_layers(policy):
         for adapter in layer.lora.values():
             adapter.dropout = 0.0 if cfg.disable_dropout else cfg.lora_dropout
-    return run.shard(policy), tokenizer
+    return run.prepare(policy), tokenizer
 
 
 def reference_kind(cfg):
@@ -466,7 +467,7 @@ def open_reference(cfg, kind, policy, run):
         return Reference(policy, run)           # which has not been trained yet
     # a second model, in torch_dtype on a GPU
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
-    return Reference(run.shard(frozen), run)
+    return Reference(run.prepare(frozen), run)
 
 
 class Reference:

@@ -89,7 +89,6 @@ class Config(RunFlags, OptimizerFlags):
     always_save_checkpoint: bool = False  # keep every checkpoint, not only the last and the best
     patience: int = setting(0, min=0)  # stop after so many evaluations without a better one; 0 = never
     sample_tokens: int = setting(160, min=0)  # tokens sampled at each evaluation; 0 = none
-    compile: bool = False  # torch.compile each layer: faster on a GPU after half a minute
 
     def check(self):
         super().check()
@@ -151,14 +150,9 @@ def main(cfg):
     print_summary(cfg, model, corpora, run)
     first_step, metrics = state.step, {}
     log = run.start(cfg.max_iters, first_step, describe(model, corpora), cfg.log_interval,
-                    flops_per_token=flops_per_token(model, cfg.block_size), data=corpora)
+                    flops_per_token=plan.train_flops(model, cfg.block_size), data=corpora)
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     targets_per_step = tokens_per_step * num_streams(cfg)
-    if cfg.compile:
-        # Layer by layer: one graph serves them all. Compiled as a whole, the model had gradients of zero
-        # (CUDA, torch 2.11), and the head, which never holds all logits at once, is quicker as it is.
-        for layer in model.layers:
-            layer.compile()
     model.train()
 
     def save(best=False):
@@ -340,7 +334,7 @@ def build_model(cfg, corpora, run):
         model.init_weights()
     if run.resumed:                                         # over the weights just drawn
         load_resumed(model, run.resumed)
-    return run.shard(model.to(run.device).set_matmul(run.matmul)), tokenizer
+    return run.prepare(model.to(run.device).set_matmul(run.matmul)), tokenizer
 
 
 def new_model(cfg, corpora):
@@ -540,16 +534,6 @@ def print_summary(cfg, model, corpora, run):
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     run.print0(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}, '
                f'an evaluation every {cfg.eval_interval} steps')
-
-
-def flops_per_token(model, T):
-    """Of a forward and backward pass: 6 per weight that is multiplied, 12 per layer, channel and position for
-    attention (PaLM, appendix B)."""
-    c = model.config
-    multiplied = model.num_params()
-    if not c.tied:
-        multiplied -= c.vocab_size * c.n_embd       # an embedding is looked up, unless tied to the head
-    return 6 * multiplied + 12 * c.n_layer * c.n_head * c.head_size * T
 
 
 if __name__ == '__main__':

@@ -145,7 +145,7 @@ def main(cfg):
     reference = load_reference(cfg, policy, run)                    # None without a KL term
     critic = load_critic(cfg, policy, tokenizer, run)               # None but with ppo
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
-    optimizers, parameters = make_optimizers(cfg, run.shard(policy), critic)
+    optimizers, parameters = make_optimizers(cfg, run.prepare(policy), critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
     if ended := run.ended(state, sizes.total_steps):
         return ended
@@ -219,6 +219,8 @@ def main(cfg):
         state.rollouts += 1
         state.cursor += rollout.groups_drawn
         new_tokens = int(rollout.length.sum())
+        lengths = [(len(c.prompt_ids), len(c.completion_ids)) for c in rollout.completions]
+        log.flops_per_token = plan.rollout_flops(cfg, policy, lengths)
         state.num_tokens += new_tokens
 
         # ---- 3. learn: the rollout feeds `steps_per_rollout` optimizer steps, num_iterations times
@@ -977,7 +979,7 @@ def load_reference(cfg, policy, run):
     if cfg.use_lora and not is_adapter(cfg.base_model_name):        # no second copy of the weights
         return functools.partial(adapters_off, policy)
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
-    return functools.partial(contextlib.nullcontext, run.shard(frozen))
+    return functools.partial(contextlib.nullcontext, run.prepare(frozen))
 
 
 def load_critic(cfg, policy, tokenizer, run):
@@ -996,7 +998,7 @@ def load_backbone(cfg, name, tokenizer, run):
         # sampled tokens are never made from text again, so a critic must have the same vocabulary
         raise UserError(f'value_model_name={name} has another tokenizer than {cfg.base_model_name}: it could '
                         'not read its tokens')
-    return backbone.eval()      # no dropout in a critic: noise in values is noise in advantages
+    return run.prepare(backbone.eval())     # no dropout in a critic: noise in values is noise in advantages
 
 
 def make_optimizers(cfg, policy, critic):

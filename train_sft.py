@@ -135,7 +135,8 @@ def main(cfg):
         return ended
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
     header = describe(cfg, model, rows, sources)
-    log = run.start(total, state.step, header, cfg.logging_steps, data=sources)
+    log = run.start(total, state.step, header, cfg.logging_steps, data=sources,
+                    flops_per_token=plan.sft_flops(model, rows))
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
@@ -371,7 +372,7 @@ def build_model(cfg, run):
     if cfg.dropout:
         set_dropout(model, cfg.dropout)
     model.config.dropout = cfg.dropout
-    return run.shard(model), tokenizer
+    return run.prepare(model), tokenizer
 
 
 def set_dropout(model, p):

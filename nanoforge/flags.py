@@ -84,6 +84,8 @@ class RunFlags(Flags):
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
     shard: str = setting('none', path='shard', choices=('none', 'full', 'hybrid'))  # what each process holds
         # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
+    compile: bool = setting(False, path='compile')  # torch.compile each layer: faster on a GPU after half a
+        # minute
     plan: bool = setting(False, path='plan')  # print the memory and the time that this run would take, and
         # what makes it fit; no weights are loaded
     gpu_memory: float | None = setting(None, path='gpu_memory', above=0, needs=PLAN)  # GiB of each GPU that
@@ -103,6 +105,9 @@ class RunFlags(Flags):
         if self.shard != 'none' and (name := self.unsharded_setting()):
             raise UserError(f'--shard={self.shard} does not go together with '
                             f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
+
+        if self.compile and getattr(self, 'GPU_num', 1) > 1:
+            raise UserError('--compile does not go together with GPU_num above 1 yet: leave one of them out')
 
     def unsharded_setting(self):
         """The name of a setting that sharded models are not built for; None if there is none."""

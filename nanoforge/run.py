@@ -263,11 +263,21 @@ class Run:
                             'on other data')
         self.checkpoints.note(config=as_dict(self.cfg), data=marks, ended_at=None)
 
-    # ---- models whose weights lie on several ranks
+    # ---- models: compiled, and with their weights on several ranks
+
+    def prepare(self, model):
+        """A model as the run computes with it, which is returned: its layers compiled where --compile is set,
+        and this rank's part of it where --shard is. Call it when the model has its weights and adapters, and
+        before it gets an optimizer."""
+        if getattr(self.cfg, 'compile', False) and not getattr(model, 'compiled', False):
+            if not hasattr(model, 'layers'):
+                raise UserError(f'--compile does not go together with {model.config.arch}, which runs as '
+                                'transformers has it: leave out --compile')
+            model.compile_layers()
+        return self.shard(model)
 
     def shard(self, model):
-        """Leaves this rank's part of a model's weights in it, as --shard says; returns the model. Call it
-        when the model has its weights and adapters, and before it gets an optimizer."""
+        """Leaves this rank's part of a model's weights in it, as --shard says; returns the model."""
         if self.world_size == 1 or getattr(self.cfg, 'shard', 'none') == 'none':
             return model            # one process holds everything
         if any(model is other for other in self.sharded):           # several policies may share it

@@ -1,6 +1,6 @@
 """Sharding on torch's own engine: --shard=full and --shard=hybrid.
 
-    model = run.shard(model)                    # after its adapter and its weights, before its optimizer
+    model = run.prepare(model)                  # after its adapter and its weights, before its optimizer
     with run.unsharded():                       # whole on every rank: evaluation, generation
         ...
     for batch in run.even(batches, model):      # as many forward passes on every rank

@@ -423,12 +423,14 @@ def flex(q, k, v, mask, scale, softcap=0.0):
 
     T = q.size(2)
     q, k, v = (F.pad(x, (0, 0, 0, -T % FLEX_BLOCK)) for x in (q, k, v))
-    compute = compiled_flex if q.is_cuda else flex_attention
+    compute = compiled_flex() if q.is_cuda else flex_attention
     y = compute(q, k, v, capped if softcap else None, mask, scale, enable_gqa=q.size(1) != k.size(1))
     return y[:, :, :T]
 
 
-compiled_flex = torch.compile(flex_attention)       # compiles at its first call
+@functools.cache
+def compiled_flex():        # torch.compile imports its compiler: not where nothing is compiled
+    return torch.compile(flex_attention)
 
 
 @functools.cache

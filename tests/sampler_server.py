@@ -9,6 +9,7 @@ tests it can be made to misbehave: see FAULTS.
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -65,17 +66,17 @@ class SamplerServer(ThreadingHTTPServer):
             self.label = label
 
     def load_adapter(self, name, path):
-        load_adapter(self.model, path, name, any_base=True)
+        load_adapter(self.model, path, word(name), any_base=True)
         if self.fault == 'keeps':
             for key, p in self.model.named_parameters():
-                if f'.lora.{name}.lora_B' in key:
+                if f'.lora.{word(name)}.lora_B' in key:
                     torch.nn.init.normal_(p)
 
     def draw(self, prompt, limit, temperature, stop_ids, request_id, adapter):
         """(tokens, log-probabilities, whether it stopped)"""
         seed, number, k = map(int, re.match(r'(\d+)-(\d+)-(\d+)', request_id).groups())
         if adapter:
-            set_adapter(self.model, adapter)
+            set_adapter(self.model, word(adapter))
         if self.fault == 'stops':
             stop_ids = range(self.model.config.vocab_size)
         if self.fault == 'short':
@@ -98,6 +99,11 @@ class SamplerServer(ThreadingHTTPServer):
             with torch.no_grad():
                 logp = self.model(row[:, :-1], targets)[0, len(prompt) - 1:]
         return samples.tokens[k, :n].tolist(), logp.tolist(), bool(samples.stopped[k])
+
+
+def word(name):
+    """What our own model takes as the name of an adapter."""
+    return 'a' + re.sub(r'\W', '_', name)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -142,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
                 server.most_in_flight = max(server.most_in_flight, server.in_flight)
             try:
                 if server.fault == 'dies':
-                    return self.connection.close()
+                    return self.connection.shutdown(socket.SHUT_RDWR)
                 if server.fault == 'busy' and nth <= 2:
                     return self.answer({'error': {'message': 'too many requests'}}, 503)
                 if server.fault == 'hangs' or (server.fault == 'slow' and nth == 1):
@@ -188,7 +194,7 @@ def load_lora(server, body):
 
 
 def unload_lora(server, body):
-    remove_adapter(server.model, body['lora_name'])
+    remove_adapter(server.model, word(body['lora_name']))
     return {'success': True}
 
 

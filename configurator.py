@@ -7,8 +7,8 @@ type and sets it. Files come first, then the command line, left to right. Nothin
     seed=1  training.learning_rate=3e-4  "data.datasets[0].name=x"                      the same by path
     recipe.yaml  recipe.py  --recipe recipe.yaml                                        files
 """
-import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re
-import sys, time, types, typing
+import argparse, ast, copy, dataclasses, difflib, inspect, json, math, operator, os, re, shutil
+import sys, textwrap, time, types, typing
 
 from nanoforge.errors import LOST_RANK, UserError, fail, print_anywhere
 from nanoforge.launch import launch
@@ -488,7 +488,7 @@ def comments(cls):
     """{field: (heading, comment)} from the source of `cls` and of the flags that it inherits.
 
     A comment beside a field, or above it, explains it, and goes on in comment lines indented further; where a
-    field has both, the one above is the heading of a group.
+    field has both, or an inherited explanation, the one above is the heading of a group.
     """
     headings, notes = {}, {}
     for base in reversed(cls.__mro__[:-1]):  # a field that is declared again may leave its comment as it is
@@ -500,10 +500,10 @@ def comments(cls):
                 above.append(note)
             elif indent == 4:
                 name = re.match(r'\w*', line.strip())[0]
-                if above and note:
+                if above and (note or name in notes):
                     heading = ' '.join(above)
                 headings[name] = heading or headings.get(name, '')
-                notes[name] = note or ' '.join(above) or notes.get(name, '')
+                notes[name] = note or notes.get(name) or ' '.join(above)
                 above = []
             elif name and note:
                 notes[name] = f'{notes[name]} {note}'.strip()
@@ -511,12 +511,16 @@ def comments(cls):
 
 
 def help_page(cls):
-    """The text of --help, laid out by argparse: a group for each heading in the source, else each section."""
+    """The text of --help, laid out by argparse as wide as the terminal: what the script is and its examples,
+    then the settings of cls.most_used, then a group for each heading in the source, else each section."""
+    width = min(shutil.get_terminal_size((110, 24)).columns, 120)
+    what, _, rest = (sys.modules[cls.__module__].__doc__ or '').partition('\n\n')
+    examples = rest.partition('\n\n')[0] if rest.startswith('    ') else ''
     parser = argparse.ArgumentParser(
         usage='%(prog)s [--setting=value] [section.setting=value] [file.yaml | file.py] ...', add_help=False,
-        description=(sys.modules[cls.__module__].__doc__ or '').split('\n\n')[0].replace('%', '%%'),
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
-    groups = {}
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width))
+    most_used = getattr(cls, 'most_used', ())
+    groups = {'most used': parser.add_argument_group('most used')} if most_used else {}
 
     def add(cls, prefix='', title=''):
         notes, hints = comments(cls), typing.get_type_hints(cls)
@@ -524,6 +528,8 @@ def help_page(cls):
             heading, text = notes.get(field.name, ('', ''))
             path, hint = path_of(field), hints[field.name]
             group = title or heading or path.rpartition('.')[0] or 'settings'
+            if field.name in most_used and not prefix:
+                group = 'most used'
             if group not in groups:
                 groups[group] = parser.add_argument_group(group)
             if field.metadata.get('open'):
@@ -550,7 +556,8 @@ def help_page(cls):
 
     add(cls)
     add(Always, title='always')
-    return parser.format_help()
+    usage, _, settings = parser.format_help().partition('\n\n')
+    return '\n\n'.join(filter(None, [usage, textwrap.fill(what, width), examples, settings]))
 
 
 def parse(cls, argv=None):

@@ -178,7 +178,7 @@ def main(cfg):
                 log.write(state.step, metrics)
                 save(best=state.note_success(metrics['validation/success_rate']))
                 if run.is_main:
-                    pages.episodes_page(directory)
+                    show(cfg, team, directory)
         if last:
             break
         run.exit_if_asked(save)
@@ -342,7 +342,7 @@ from data.batches import cut, pack, padded
 from data.chat import fold_system, prompt_ids, render
 from data.tasks import stored
 from model import load_model, save_model
-from nanoforge import pages, plan
+from nanoforge import pages, plan, plots
 from nanoforge.checkpoint import append_text, symlink, writing
 from nanoforge.log import cut_log
 from nanoforge.lora import add_lora, load_adapter, set_adapter
@@ -796,6 +796,18 @@ def latest_directory(cfg):
 
 def experiment_directory(cfg):
     return Path(cfg.output_dir or Path('logs', cfg.experiment_name))
+
+
+def show(cfg, team, directory):
+    """The page and the picture so far."""
+    pages.episodes_page(directory)
+    success = {'success_rate': 'training', 'validation/success_rate': 'sampled',
+               'validation/greedy_success_rate': 'greedy'}
+    panels = [('episodes solved', success),
+              ('reward of a turn', {f'{agent}/reward': agent for agent in team}),
+              ('tokens of an answer', {f'{agent}/tokens': agent for agent in team})]
+    log = Path(directory, 'log.jsonl')
+    plots.curves(log, Path(directory, 'reward.png'), cfg.experiment_name, panels)
 
 
 def new_directory(cfg, run):

@@ -48,6 +48,12 @@ ACCEPTED = {
 class Flags:
     """What all of them are: their check() calls each other in the order of the bases, and ends here."""
     accepted = ACCEPTED
+    # what --help shows first
+    most_used = (
+        'algorithm', 'base_model_name', 'dataset', 'dataset_path', 'reward', 'loss_type', 'out_dir',
+        'output_dir', 'experiment_name', 'learning_rate', 'max_iters', 'num_train_epochs', 'max_steps',
+        'total_training_steps', 'batch_size', 'per_device_train_batch_size', 'use_lora', 'resume', 'num_gpus',
+        'plan')
     typed = flags = frozenset()     # of a Config made by hand; parse() says which fields were set, and where
 
     def check(self):

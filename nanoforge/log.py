@@ -19,8 +19,12 @@ from tqdm import tqdm
 from configurator import UserError
 from nanoforge.checkpoint import write_text, writing
 
-FIRST = ('epoch', 'loss', 'eval_loss', 'learning_rate', 'grad_norm')     # then a script's own, in its order
-LAST = ('num_tokens', 'tokens_per_second', 'mfu')
+# A line of the console has WIDTH columns: the first of these that it has room for, and what an editor of a
+# script added, before 'tokens_per_second'. log.jsonl and TensorBoard have all, in this order, too.
+WIDTH = 98
+ORDER = ('loss', 'accuracy', 'success_rate', 'greedy_success_rate', 'reward', 'rewards/accuracies',
+         'rewards/margins', 'kl', 'approx_kl', 'episode_length', 'grad_norm', None, 'tokens_per_second',
+         'learning_rate', 'entropy', 'epoch', 'mean_token_accuracy', 'mfu', 'num_tokens')
 # What a line says of the steps since the last one: the mean, but of these
 REDUCED = {**dict.fromkeys(('epoch', 'learning_rate', 'num_tokens', 'beta'), lambda values: values[-1]),
            **dict.fromkeys(('ratio_max', 'sampling/logp_gap_max'), max), 'ratio_min': min,
@@ -52,6 +56,7 @@ class Log:
         self.window, self.mark = new_window(), time.perf_counter()
         self.widths = {}    # of each key's widest number so far, which keeps the columns straight
         self.said = []      # the keys of each line of resume_step
+        self.said_more = False
         if not run.is_main:
             return
         name = name or f'{os.path.basename(os.path.abspath(out_dir))}-{time.strftime("%Y%m%d-%H%M%S")}'
@@ -79,7 +84,7 @@ class Log:
             with wandb_client() as client:
                 self.wandb = client.init(**{**chosen, **settings})
         self.bar = tqdm(total=total_steps, initial=self.first_step, unit='step', dynamic_ncols=True,
-                        leave=False, disable=not sys.stderr.isatty())
+                        leave=False, disable=not (sys.stdout.isatty() and sys.stderr.isatty()))
 
     # ---- training steps, gathered into lines
 
@@ -159,10 +164,7 @@ class Log:
         if not self.run.is_main:
             return
         metrics = {key: value.item() if hasattr(value, 'item') else value for key, value in metrics.items()}
-        order = [*(key for key in FIRST if key in metrics),
-                 *(key for key in metrics if key not in FIRST + LAST),
-                 *(key for key in LAST if key in metrics)]
-        metrics = {key: metrics[key] for key in order}
+        metrics = {key: metrics[key] for key in sorted(metrics, key=place)}
         # JSON has no NaN
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         line = {'step': step, **finite}
@@ -170,8 +172,8 @@ class Log:
         if not again:
             self._line(line)
         parts = [f'step {step:>{len(str(self.total))}}/{self.total}']
-        for key, value in metrics.items():
-            text = short(value)
+        for key in self.keys_shown(metrics):
+            text = short(metrics[key])
             self.widths[key] = max(self.widths.get(key, 0), len(text))
             parts.append(f'{key} {text:>{self.widths[key]}}')
         if self.bar.disable and self.first_step < step < self.total:
@@ -184,6 +186,18 @@ class Log:
             self.board.add_scalar(key, value, step)
         if self.wandb and not again:
             self.wandb.log(metrics, step=step)
+
+    def keys_shown(self, metrics):
+        """What of a line's metrics, which are in order, the console shows; says once that there are more."""
+        room, shown = WIDTH - 2 * len(str(self.total)) - 6, []
+        for key in metrics:
+            if len(key) + 10 <= room:           # two spaces before it, one behind, a number of 7 characters
+                shown.append(key)
+                room -= len(key) + 10
+        if len(shown) < len(metrics) and not self.said_more:
+            self.said_more = True
+            self.run.print0(f'log       lines show what matters most; all numbers are in {self.path}')
+        return shown
 
     def text(self, step, key, text):
         """A sample of text: on the console, in log.jsonl and in TensorBoard."""
@@ -237,6 +251,12 @@ def check_wandb():
     with wandb_client() as client:
         if hasattr(client, 'login'):
             client.login()
+
+
+def place(key):
+    """Where a key stands in a line."""
+    key = key.removeprefix('eval_').removeprefix('validation/')
+    return ORDER.index(key if key in ORDER else None)
 
 
 def new_window():

@@ -13,44 +13,82 @@ from pathlib import Path
 
 from data.completions import read_completions
 from data.rewards import short_names
+from nanoforge import svg
 from nanoforge.checkpoint import write_text
-from nanoforge.plots import BLUE, GREEN, ORANGE, read_log
+from nanoforge.plots import BLUE, GREEN, ORANGE, PURPLE, read_log
 
 # ---- what all pages share ---------------------------------------------------------------------------------
 
+# light, and dark where the reader's system is; names of colours stand in one place
 STYLE = '''
-body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:66rem;margin:2rem auto;padding:0 1rem}
-h2{margin-top:2.5rem;font-size:1.2rem}img{max-width:100%}
-summary{cursor:pointer;padding:.2rem 0}.facts{color:#666;font-size:.85rem}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #e6e6e6}
-th{border-bottom:2px solid #999}.n{text-align:right}td.n{white-space:nowrap}
-.example{border-left:4px solid #d9622b;padding:.2rem 1rem;margin:1rem 0;background:#fafafa}
+:root{color-scheme:light dark;--text:#222;--faint:#666;--line:#e2e2e2;--edge:#999;--panel:#f6f6f6;
+--marked:#fff3c4;--good:#1a7f37;--bad:#b3261e;--wall:#6b6b6b;--box:#b5793a;--player:#3b6fb6;--goal:#d9622b}
+@media(prefers-color-scheme:dark){:root{--text:#dcdcdc;--faint:#9a9a9a;--line:#3a3a3a;--edge:#777;
+--panel:#222;--marked:#4a3f12;--good:#57c878;--bad:#ef8078;--wall:#8a8a8a}body{background:#161616}}
+body{font:15px/1.45 system-ui,sans-serif;color:var(--text);max-width:66rem;margin:2rem auto;padding:0 1rem}
+h2{margin-top:2.5rem;font-size:1.2rem}img{max-width:100%;background:#fff}
+summary{cursor:pointer;padding:.2rem 0}.facts{color:var(--faint);font-size:.85rem}
+table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
+td,th{padding:.2rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th{border-bottom:2px solid var(--edge)}.n{text-align:right}td.n{white-space:nowrap}
+figure{display:inline-block;margin:.5rem 1.5rem .5rem 0;max-width:100%}figcaption{font-size:.85rem}
+svg{max-width:100%}svg text{fill:var(--faint);font-size:11px}.grid{stroke:var(--line)}
+.board{flex:none}.floor{fill:var(--panel);stroke:var(--line)}.wall{fill:var(--wall);stroke:var(--wall)}
+.box{fill:var(--box)}.player{fill:var(--player)}.goal{fill:none;stroke:var(--goal);stroke-width:3}
+.example{border-left:4px solid #d9622b;padding:.2rem 1rem;margin:1rem 0;background:var(--panel)}
 .example.correct{border-color:#4a9b6e}
-.example b{display:inline-block;width:6rem;color:#777;font-weight:normal}
+.example b{display:inline-block;width:6rem;color:var(--faint);font-weight:normal}
 .example div{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0}
-.step>summary{font-weight:600;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}
+.step>summary{font-weight:600;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
 .group{margin:.3rem 0 .3rem 1rem}.group>summary{overflow-wrap:anywhere}
-.question{color:#555;white-space:pre-wrap;margin:.2rem 0 .4rem}
+.question{color:var(--faint);white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .4rem}
 .cells{display:inline-flex;gap:2px;vertical-align:middle;margin-right:.6rem}
 .cells i,.key i{width:.8rem;height:.8rem;border-radius:2px;display:block}
 .key i{display:inline-block;margin:0 .3rem 0 1rem;vertical-align:-1px}
 .sample{display:grid;grid-template-columns:13rem 1fr;gap:.8rem;padding:.25rem .5rem;margin:2px 0;
 border-radius:4px}
 .sample code{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.4 ui-monospace,monospace}
-.episodes details{border:1px solid #ddd;border-radius:6px;margin:.5em 0;padding:.4em .8em}
+.episodes details{border:1px solid var(--line);border-radius:6px;margin:.5em 0;padding:.4em .8em}
 .turn{display:flex;gap:1.4em;align-items:flex-start;margin:.8em 0;flex-wrap:wrap}
-.turn table{flex:1;min-width:24em;margin:0}.executed{background:#fff3c4;font-weight:600}
-.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0;padding:.5em .7em;background:#f5f5f5;
+.turn table{flex:1;min-width:min(24em,100%);margin:0}.turn td:first-child{overflow-wrap:anywhere}
+.executed{background:var(--marked);font-weight:600}
+.story{display:flex;gap:.8em;align-items:center;flex-wrap:wrap;margin:.6em 0}
+.story div{max-width:12em;text-align:center;font-size:.8rem;color:var(--faint);overflow-wrap:anywhere}
+.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0;padding:.5em .7em;background:var(--panel);
 border-radius:4px;white-space:pre-wrap}
-.good{color:#1a7f37}.bad{color:#b3261e}'''
+.good{color:var(--good)}.bad{color:var(--bad)}
+@media(max-width:40rem){.sample{grid-template-columns:1fr;gap:.2rem}td,th{padding:.2rem .4rem}}'''
 WORDS = ('', 'what it means', 'tool', 'most often instead', 'answer', 'outcome')     # columns without numbers
 
 
 def html_page(title, body):
     title = escape(title)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
             f'<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n')
+
+
+def html_facts(folder, header):
+    """What a run is, by the header of its log.jsonl and the settings of its run_config.json."""
+    known = [f'{key} {value}' for key, value in header.items() if isinstance(value, (str, int, float))]
+    facts = f'<p class=facts>{escape(" · ".join(known))}</p>' if known else ''
+    path = Path(folder, 'run_config.json')
+    if not path.exists():
+        return facts
+    config = json.loads(path.read_text(encoding='utf-8'))['config']
+    rows = [(name, value) for name, value in flattened(config) if value not in (None, '', [], {})]
+    lines = ''.join(f'<tr>{element("td", name)}{element("td", str(value))}</tr>' for name, value in rows)
+    table = f'<div class=wide><table>{lines}</table></div>'
+    return f'{facts}<details><summary>all settings</summary>{table}</details>'
+
+
+def flattened(config, prefix=''):
+    """(dotted name, value) of nested settings."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name, value
 
 
 def element(tag, text):
@@ -66,7 +104,7 @@ def html_table(headers, rows, executed=None):
 
     marks = [' class=executed' if i == executed else '' for i in range(len(rows))]
     body = ''.join(f'<tr{mark}>{line("td", row)}</tr>' for mark, row in zip(marks, rows))
-    return f'<table><tr>{line("th", headers)}</tr>{body}</table>'
+    return f'<div class=wide><table><tr>{line("th", headers)}</tr>{body}</table></div>'
 
 
 # ---- rollouts of reinforcement learning -------------------------------------------------------------------
@@ -96,18 +134,23 @@ def rollouts_page(jsonl_path, html_path, title, has_critic=False):
                   ((1, 'made likelier'), (-1, 'made less likely'), (0, grey)))
     prompt = by_step[shown[0]][0].prompt
     asked = f'<p>The first prompt, as the model read it:</p><div class=question>{escape(prompt)}</div>'
+    folder, log = Path(html_path).parent, Path(html_path).with_name('log.jsonl')
+    series, header = read_log(log) if log.exists() else ({}, {})
     parts = [html_step(step, by_step[step], step == shown[-1], has_critic) for step in shown]
-    body = '\n'.join([element('p', note) + f'<p class=key>{key}</p>', asked if prompt else '', *parts])
+    body = '\n'.join([html_facts(folder, header),
+                      svg.curves(series, {'reward': BLUE, 'eval_accuracy': ORANGE}),
+                      svg.curves(series, {'completions/mean_length': PURPLE}),
+                      element('p', note), f'<p class=key>{key}</p>', asked if prompt else '', *parts])
     write_text(html_path, html_page(title, body))
 
 
 def shade(advantage, strongest):
     """The colour of an advantage: green where a sample is made likelier, red where less likely, else grey."""
     if not advantage:
-        return '#eeeeee'
+        return 'hsl(0 0% 50%/.15)'
     hue = 140 if advantage > 0 else 8
     share = min(1.0, abs(advantage) / strongest) if strongest else 0.0
-    return f'hsl({hue} 65% {94 - 30 * share:.0f}%)'
+    return f'hsl({hue} 60% 45%/{0.12 + 0.5 * share:.2f})'       # on light and dark
 
 
 def cell(advantage, strongest):
@@ -127,7 +170,11 @@ def html_step(step, completions, is_open, has_critic):
         facts += f' ({equal} with equal rewards)'
     facts += f', {mean_length:.0f} tokens a completion'
     strongest = max(abs(completion.advantage) for completion in completions)
-    in_order = sorted(groups, key=lambda key: key[::2])         # by group and turn; agents as they came
+
+    def place(key):         # those that teach something first; then by group and turn, agents as they came
+        return not has_critic and has_equal_rewards(groups[key]), *key[::2]
+
+    in_order = sorted(groups, key=place)
     parts = '\n'.join(html_group(key, groups[key], strongest, has_critic) for key in in_order[:GROUPS_SHOWN])
     opened = ' open' if is_open else ''
     return f'<details class=step{opened}>{element("summary", facts)}\n{parts}</details>'
@@ -229,10 +276,10 @@ def episodes_page(directory, newest=40):
     """episodes.html in the folder of a run of agents: the newest episodes of episodes.jsonl as trees, and
     some of the last validation."""
     directory = Path(directory)
-    series, _ = read_log(directory / 'log.jsonl')
-    parts = [element('p', EPISODES_NOTE),
-             svg_curves(series, {'reward': BLUE}),
-             svg_curves(series, {'validation/success_rate': GREEN, 'validation/greedy_success_rate': ORANGE}),
+    series, header = read_log(directory / 'log.jsonl')
+    parts = [html_facts(directory / 'checkpoints', header), element('p', EPISODES_NOTE),
+             svg.curves(series, {'reward': BLUE}),
+             svg.curves(series, {'validation/success_rate': GREEN, 'validation/greedy_success_rate': ORANGE}),
              html_episodes('Training', directory / 'episodes.jsonl', newest)]
     validations = list((directory / 'validate').glob('step-*.jsonl'))
     if validations:
@@ -249,38 +296,35 @@ def html_episodes(title, path, count):
     return element('h2', title) + ''.join(map(html_episode, episodes)) if episodes else ''
 
 
-def svg_curves(series, colours, width=440, height=150):
-    """Curves of {name: ([steps], [values])} as one SVG, and their first and last values; '' without any."""
-    shown = {name: series[name] for name in colours if len(series.get(name, ([], []))[0]) > 1}
-    if not shown:
-        return ''
-    last = max(steps[-1] for steps, _ in shown.values()) or 1
-    low = min(min(values) for _, values in shown.values())
-    high = max(max(values) for _, values in shown.values())
-    scale = (height - 20) / ((high - low) or 1)
-    lines, captions = [], []
-    for name, (steps, values) in shown.items():
-        points = ' '.join(f'{width * step / last:.1f},{10 + scale * (high - value):.1f}'
-                          for step, value in zip(steps, values))
-        lines.append(f'<polyline fill="none" stroke-width="2" stroke="{colours[name]}" points="{points}"/>')
-        captions.append(f'<span style="color:{colours[name]}">{escape(name)} {short(values[0])} &rarr; '
-                        f'{short(values[-1])}</span>')
-    return (f'<div class=turn><svg width="{width}" height="{height}" style="background:#fafafa">'
-            f'{"".join(lines)}</svg><p>{"<br>".join(captions)}</p></div>')
-
-
-def short(value):
-    return f'{value:.3f}' if abs(value) < 100 else f'{value:.0f}'
-
-
 def html_episode(episode):
-    """A line of episodes.jsonl: in the summary how it ended, below a table for every turn of every agent."""
+    """A line of episodes.jsonl: in the summary how it ended, below it the states one after the other, and a
+    table for every turn of every agent."""
     end = '<b class=good>solved</b>' if episode['success'] else '<b class=bad>not solved</b>'
     manner = f', {episode["manner"]}' if 'manner' in episode else ''
     turns = ''.join(map(html_turn, episode['turns']))
     return (f'<details><summary>step {episode["step"]}{manner}, problem {episode["episode"]}: {end}, '
-            f'reward {episode["reward"]:.2f}, {len(episode["turns"])} answers</summary>{turns}'
-            f'{element("pre", episode["end"])}</details>')
+            f'reward {episode["reward"]:.2f}, {len(episode["turns"])} answers</summary>{html_story(episode)}'
+            f'{turns}{html_view(episode["end"])}</details>')
+
+
+def html_story(episode):
+    """The boards of an episode in a row, and between them the answer that led from one to the next; '' where
+    its states are no boards."""
+    views = [*(turn['view'] for turn in episode['turns']), episode['end']]
+    if not all(map(svg.is_board, views)):
+        return ''
+    parts = [svg.board(views[0])]
+    for turn, before, after in zip(episode['turns'], views, views[1:]):
+        if after != before:
+            answer = turn['candidates'][turn['executed']]['text']
+            parts.append(f'<div>{escape(turn["agent"])}<br>{escape(answer[:60])}<br>&rarr;</div>')
+            parts.append(svg.board(after))
+    return f'<div class=story>{"".join(parts)}</div>'
+
+
+def html_view(view):
+    """A state: drawn if it is a board, else its text."""
+    return svg.board(view) if svg.is_board(view) else element('pre', view)
 
 
 def html_turn(turn):
@@ -292,4 +336,4 @@ def html_turn(turn):
     table = html_table(['answer', 'outcome', 'reward', 'advantage'], rows, turn['executed'])
     asked = escape(turn['messages'][-1]['content'])
     return (f'<p><b>turn {turn["turn"] + 1}, {escape(turn["agent"])}</b> <span class=facts>{asked}</span></p>'
-            f'<div class=turn>{element("pre", turn["view"])}{table}</div>')
+            f'<div class=turn>{html_view(turn["view"])}{table}</div>')

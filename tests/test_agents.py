@@ -439,7 +439,7 @@ def test_a_run_leaves_what_is_documented(small):
     assert all(word in text for word in ('reward', 'success_rate', 'episode_length', 'demonstrations 3/3', 'context of the model is 128'))
     assert not glob.glob('logs/x/*/train.log') == [] and os.path.islink('logs/x/latest')
     folder = glob.glob('logs/x/*-*-*/*-*-*')[0]
-    assert {'train.log', 'summary.log', 'checkpoints', 'validate', 'log.jsonl', 'episodes.jsonl', 'episodes.html'} <= set(os.listdir(folder))
+    assert {'train.log', 'summary.log', 'checkpoints', 'validate', 'log.jsonl', 'episodes.jsonl', 'episodes.html', 'reward.png'} <= set(os.listdir(folder))
     assert [int(line.split()[1]) for line in open(f'{folder}/summary.log')] == [0, 1, 2, 2, 3, 4, 4]
     assert sorted(os.listdir(f'{folder}/validate')) == ['step-0.jsonl', 'step-2.jsonl', 'step-4.jsonl']
     model, tokenizer = load_model(f'{folder}/checkpoints')
@@ -451,7 +451,8 @@ def test_a_run_leaves_what_is_documented(small):
         best = max(turn['candidates'], key=lambda c: c['reward'])
         assert turn['candidates'][turn['executed']]['reward'] == best['reward']
     page = open(f'{folder}/episodes.html').read()
-    assert page.count('<details>') == 8 + 6 and 'class=executed' in page and page.count('<svg') == 2 and '<script' not in page
+    assert page.count('<details>') == 1 + 8 + 6 and 'class=executed' in page and page.count('<polyline') == 3 and '<script' not in page
+    assert page.count('class=board') > 8 + 6 and page.count('class=story') == 8 + 6     # maps are drawn
     lines = [json.loads(line) for line in open(f'{folder}/log.jsonl')]
     step = next(line for line in lines if line.get('step') == 3)
     assert {'loss', 'reward', 'success_rate', 'episode_length', 'plan_agent/reward', 'time/rollout', 'time/generate', 'sampling/logp_gap_mean'} <= set(step)

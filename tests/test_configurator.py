@@ -527,6 +527,22 @@ def test_help_of_inherited_flags(capsys):
     assert 'workers' not in out
 
 
+def test_help_of_a_script(monkeypatch, capsys):
+    """As wide as the terminal; what it is, its examples, what one needs; all else once."""
+    import train_rl
+    monkeypatch.setenv('COLUMNS', '80')
+    with pytest.raises(SystemExit):
+        parse(train_rl.Config, ['--help'])
+    out = capsys.readouterr().out
+    settings = out.partition('most used:\n')[2]
+    assert '\n    python train_rl.py training.algorithm=ppo' in out and 'A rollout samples' not in out
+    assert max(map(len, settings.splitlines())) <= 80
+    first = settings.partition('\n\n')[0]
+    for name in ('base_model_name', 'learning_rate', 'output_dir', 'algorithm'):
+        assert f'--{name} ' in first and settings.count(f'\n  --{name} ') == first.count(f'\n  --{name} ')
+    assert 'and pictures' in first.partition('--output_dir')[2].partition('--num')[0]        # an inherited comment
+
+
 def test_a_configuration_of_an_earlier_version_is_read():
     """Flat keys, another section, a null where the field has a default by now."""
     old = {'rows': 3, 'seed': None, 'lr': 0.2, 'limit': None, 'workers': 1, 'training': {'mode': 'fine'}}

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
+from nanoforge import svg
 from nanoforge.plots import curves, loss_picture, margins, read_log, reward_picture, smooth, sparkline
 
 
@@ -100,3 +101,17 @@ def test_curves_and_margins(tmp_path):
             assert any(abs(edge) < 1e-12 for edge in edges)
             assert edges[0] <= min(values) and edges[-1] >= max(values)
     assert [part for part, _ in bars[:3]] == [[-1.5], [0.0], [0.25, 2.0]]
+
+
+def test_axes_and_boards_of_pages():
+    assert svg.axis_of([0.16, 0.2, 0.22]) == (0.16, 0.22, [0.16, 0.18, 0.2, 0.22])
+    assert svg.axis_of([0.0, 1.0]) == (0, 1, [0, 0.5, 1]) and svg.axis_of([3.52, 7.1])[:2] == (3, 8)
+    for values in ([0.0, 0.0], [5.0, 5.0], [-3e4, 2e6], [-2.0, -1.0]):
+        low, high, ticks = svg.axis_of(values)
+        assert low <= min(values) and high >= max(values) and low < high and 2 <= len(ticks) <= 6
+    points = svg.curves({'a<b': ([0, 10], [1.0, 3.0])}, {'a<b': 'red'}, width=152, height=130)
+    assert 'points="44.0,108.0 144.0,8.0"' in points and 'a&lt;b 1.000 &rarr; 3.000' in points     # both corners
+    assert svg.curves({'a': ([1], [1.0])}, {'a': 'red'}) == ''
+    assert svg.is_board('.@\n#G') and not svg.is_board('.@\n#') and not svg.is_board('1 .\n. 2') and not svg.is_board('.@')
+    drawn = svg.board('.@\n#+')
+    assert [drawn.count(f'class={name}') for name in ('wall', 'floor', 'player', 'goal')] == [1, 3, 2, 1]

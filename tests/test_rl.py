@@ -555,10 +555,20 @@ def test_page_of_rollouts_is_self_contained_and_escaped(tmp_path):
     assert '<script' not in page and 'src=' not in page and 'http' not in page and '&lt;script&gt;' in page and 'How &lt;many&gt;?' in page
     assert 'cut off' in page and 'unscored' in page and page.count('class=sample') == 3 and page.count('class=group') == 1
     green, red, grey = (page.split('class=sample style="background:')[i][:12] for i in (1, 2, 3))
-    assert green.startswith('hsl(140') and red.startswith('hsl(8') and grey.startswith('#eeeeee')
+    assert green.startswith('hsl(140') and red.startswith('hsl(8') and grey.startswith('hsl(0 0%')
     (tmp_path / 'rollouts.jsonl').write_text(''.join(replace(members[0], group=group).line() + '\n' for group in (10, 2, 0)))
     rollouts_page(tmp_path / 'rollouts.jsonl', tmp_path / 'page.html', 'a run')
     assert re.findall(r'>group (\d+)', (tmp_path / 'page.html').read_text().replace('</span>', '>')) == ['0', '2', '10']
+    # groups from which something is learned come first, and the curves and facts of the run above them
+    equal = [replace(members[0], group=1, sample=i, reward=1.0) for i in range(2)]
+    mixed = [replace(members[0], group=2, sample=i, reward=float(i)) for i in range(2)]
+    (tmp_path / 'rollouts.jsonl').write_text(''.join(member.line() + '\n' for member in equal + mixed))
+    log = [{'run': {'model': 'a <model>'}}, {'step': 1, 'reward': 0.25}, {'step': 2, 'reward': 0.75}]
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in log))
+    rollouts_page(tmp_path / 'rollouts.jsonl', tmp_path / 'page.html', 'a run')
+    page = (tmp_path / 'page.html').read_text()
+    assert re.findall(r'>group (\d+)', page.replace('</span>', '>')) == ['2', '1']
+    assert 'model a &lt;model&gt;' in page and page.count('<polyline') == 1 and 'reward 0.250 &rarr; 0.750' in page
 
 
 # ---- the reward model --------------------------------------------------------------------------------------

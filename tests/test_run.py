@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import re
 import shutil
 import signal
 import socket
@@ -596,13 +597,30 @@ def test_log(run, log_folder, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith('step   10/1000  loss 2.5000  grad_norm nan  clip 3  tokens_per_second '
                                '152,000')
-    assert shown[1].startswith('step  500/1000  loss 1.2500  learning_rate 3.00e-04  grad_norm 1.0000  '
-                               'tokens_per_')
-    assert shown[1].split('tokens_per_second')[1].startswith('  9.5000  ETA 00:00')      # as wide as 152,000
+    assert shown[1].startswith('step  500/1000  loss 1.2500  grad_norm 1.0000  tokens_per_second  9.5000  '  # as wide
+                               'learning_rate 3.00e-04  ETA 00:00')
     assert 'Hark' in shown
     assert scalars('loss') == ([(10, 2.5), (500, 1.25)], ['sample/text_summary'])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert EventAccumulator(str(next(Path('logs').iterdir()))).Reload().Tags()['histograms'] == ['gradients/layer']
+
+
+def test_a_line_fits_the_console(run, log_folder, capsys):
+    """The same keys in the same order, whatever the script; what has no room is in log.jsonl."""
+    log = Log(run, '.', {}, 1000, tensorboard=False)
+    many = {'entropy': 0.1, 'completions/mean_length': 20.0, 'ratio_max': 1.0, 'mine': 7, 'grad_norm': 0.25, 'approx_kl': 0.5,
+            'success_rate': 0.5, 'reward': 0.75, 'loss': 1.5, 'num_tokens': 10}
+    for step in (1, 2):
+        log.write(step, many if step == 1 else dict(reversed(many.items())))
+    log.write(3, {'validation/reward': 2.0, 'validation/greedy_success_rate': 0.25, 'validation/success_rate': 0.5})
+    log.close()
+    note, *shown = capsys.readouterr().out.splitlines()
+    assert 'all numbers are in ./log.jsonl' in note
+    keys = [re.findall(r'(\S+) +\S+', line.partition('  ETA')[0]) for line in shown]
+    assert keys[0] == keys[1] == ['step', 'loss', 'success_rate', 'reward', 'approx_kl']
+    assert keys[2] == ['step', 'validation/success_rate', 'validation/greedy_success_rate']
+    assert all(len(line.partition('  ETA')[0]) <= 100 for line in shown)
+    assert set(lines()[1]) == set(many) | {'step'}
 
 
 def test_log_is_cut_where_the_run_resumes(run, log_folder):

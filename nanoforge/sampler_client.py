@@ -41,6 +41,7 @@ import torch
 
 from configurator import UserError
 from model import save_model
+from nanoforge.checkpoint import writing
 from nanoforge.decode import Samples
 from nanoforge.lora import save_adapter
 from nanoforge.tensors import Gathering
@@ -185,11 +186,12 @@ class Sampler:
         self.folder = self.folder or self.choose_folder(model, adapters)
         shutil.rmtree(self.folder, ignore_errors=True)      # what they have read already
         path = os.path.join(self.folder, str(step))         # a new one: a server may know what it has read
-        for name in adapters:
-            save_adapter(model, os.path.join(path, name), name=name)
-        if not adapters:
-            half = self.run.dtype if self.run.dtype != torch.float32 else None
-            save_model(model, tokenizer, path, half)        # as training multiplies them
+        with writing(path):
+            for name in adapters:
+                save_adapter(model, os.path.join(path, name), name=name)
+            if not adapters:
+                half = self.run.dtype if self.run.dtype != torch.float32 else None
+                save_model(model, tokenizer, path, half)    # as training multiplies them
         for url, vendor in self.servers:
             for name in self.loaded:
                 with contextlib.suppress(UserError):        # one that was started anew has none

@@ -1,4 +1,4 @@
-"""A server that answers the calls of SGLang and of vLLM with our own generate(), on a CPU and without either.
+"""A server that answers the calls of SGLang and vLLM with our own generate(), on a CPU and without either.
 
     python tests/sampler_server.py sglang tiny 30000
     python train_rl.py --sampler_url=http://127.0.0.1:30000
@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -41,23 +42,25 @@ class SamplerServer(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', port), Handler)
         self.vendor, self.fault, self.shift, self.base = vendor, fault, shift, name_or_path
         self.model, self.tokenizer = load_model(name_or_path)
-        self.label, self.calls, self.lock, self.drawn = 'default', [], threading.Lock(), {}
+        self.label, self.calls, self.lock, self.waiting = 'default', [], threading.Lock(), []
+        self.closed = threading.Event()
         self.in_flight = self.most_in_flight = self.waited = 0
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
 
     def start(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        for work in (self.serve_forever, self.keep_drawing):
+            threading.Thread(target=work, daemon=True).start()
         return self
 
     def __enter__(self):
         return self.start()
 
     def __exit__(self, *_):
+        self.closed.set()
         self.shutdown()
         self.server_close()
 
     def load(self, path):
-        self.drawn.clear()
         if self.fault != 'keeps':
             self.model, _ = load_model(path)
 
@@ -73,32 +76,59 @@ class SamplerServer(ThreadingHTTPServer):
                     torch.nn.init.normal_(p)
 
     def draw(self, prompt, limit, temperature, stop_ids, request_id, adapter):
-        """(tokens, log-probabilities, whether it stopped)"""
+        """(tokens, log-probabilities, whether it stopped), once the completion has been drawn with others."""
         seed, number, k = map(int, re.match(r'(\d+)-(\d+)-(\d+)', request_id).groups())
-        if adapter:
-            set_adapter(self.model, word(adapter))
         if self.fault == 'stops':
             stop_ids = range(self.model.config.vocab_size)
         if self.fault == 'short':
             limit = min(limit, 3)
-        key = (adapter, tuple(prompt), limit, temperature, seed, number)
-        if key not in self.drawn or k >= len(self.drawn[key].tokens):       # the next ones of this prompt, too
-            self.drawn[key] = generate(self.model, [prompt], limit, temperature, stop_ids=stop_ids,
-                                       num_samples=k + 4, seed=seed, numbers=[number])
-        samples = self.drawn[key]
-        n = int(samples.lengths[k])
-        logp = samples.logp[k, :n]
+        asked = Asked((adapter, limit, temperature, tuple(stop_ids), seed), number, prompt, k)
+        with self.lock:
+            self.waiting.append(asked)
+        asked.done.wait()
+        tokens, logp, stopped = asked.drawn
         if self.fault == 'lies':
             logp = (logp + self.shift).clamp(max=0)
         if self.fault == 'nan':
             logp = logp * float('nan')
         if self.fault == 'raw' and temperature:
-            row = torch.tensor([prompt + samples.tokens[k, :n].tolist()])
+            row = torch.tensor([prompt + tokens.tolist()])
             targets = row[:, 1:].clone()
             targets[:, :len(prompt) - 1] = -1
             with torch.no_grad():
                 logp = self.model(row[:, :-1], targets)[0, len(prompt) - 1:]
-        return samples.tokens[k, :n].tolist(), logp.tolist(), bool(samples.stopped[k])
+        return tokens.tolist(), logp.tolist(), stopped
+
+    def keep_drawing(self):
+        """Draws what waits, requests of the same settings together."""
+        while not self.closed.wait(0.02):           # the others of a rollout come, too
+            with self.lock:
+                taken, self.waiting = self.waiting, []
+            for settings in {asked.settings for asked in taken}:
+                group = [asked for asked in taken if asked.settings == settings]
+                prompts = {asked.number: asked.prompt for asked in group}
+                adapter, limit, temperature, stop_ids, seed = settings
+                if adapter:
+                    set_adapter(self.model, word(adapter))
+                K = 1 + max(asked.k for asked in group)
+                samples = generate(self.model, list(prompts.values()), limit, temperature, stop_ids=stop_ids,
+                                   num_samples=K, seed=seed, numbers=list(prompts))
+                for asked in group:
+                    row = list(prompts).index(asked.number) * K + asked.k
+                    n = int(samples.lengths[row])
+                    asked.drawn = samples.tokens[row, :n], samples.logp[row, :n], bool(samples.stopped[row])
+                    asked.done.set()
+
+
+@dataclass
+class Asked:
+    """A completion that is asked for; `drawn` once it is done."""
+    settings: tuple
+    number: int
+    prompt: list
+    k: int
+    drawn: tuple = ()
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 def word(name):
@@ -153,9 +183,7 @@ class Handler(BaseHTTPRequestHandler):
                     return self.answer({'error': {'message': 'too many requests'}}, 503)
                 if server.fault == 'hangs' or (server.fault == 'slow' and nth == 1):
                     return time.sleep(3)
-                time.sleep(0.005)               # the others have come, too
-                with server.lock:
-                    value = work(server, body)
+                value = work(server, body)
             finally:
                 with server.lock:
                     server.in_flight -= 1
@@ -243,5 +271,6 @@ if __name__ == '__main__':
     vendor, name, port = sys.argv[1:]
     torch.set_num_threads(1)
     server = SamplerServer(vendor, name, int(port))
+    threading.Thread(target=server.keep_drawing, daemon=True).start()
     print(f'{server.url}: {name}, as {vendor} would answer', flush=True)
     server.serve_forever()

@@ -255,6 +255,7 @@ class DataFlags(Flags):
 @configclass
 class SamplerFlags(Flags):
     """Completions drawn by servers of SGLang or vLLM (sampler_client.py), in place of this process."""
+    # servers that sample
     sampler_url: list[str] = setting([], path='sampler_url')  # servers of SGLang or vLLM that draw the
         # completions: http://host:port; several with commas
     sampler_dir: str | None = setting(None, path='sampler_dir')  # folder through which they get the weights;

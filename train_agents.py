@@ -14,7 +14,7 @@ sees the new state. Each policy learns from its own agents' candidates by PPO's 
     loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A if A < 0: token mean
 
 A turn's reward trains that turn only. Validation never branches. Deviations from the paper: the old
-log-probabilities are the sampler's, which is the same model (the log has the gap as sampling/logp_gap),
+log-probabilities are the sampler's, of the same model (the log has the gap as sampling/logp_gap_mean),
 and the deviation of a group is kept off 0 by 1e-4.
 Settings that all scripts share stand in nanoforge/flags.py, an environment's in its file in data/tasks.
 """
@@ -34,7 +34,7 @@ from pathlib import Path
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.tasks.env import (demonstrations, find_task, known_tasks, list_settings, load_task, needs_rules,
                             read_settings)
-from nanoforge.flags import MODEL_NAMES, AdapterFlags, Flags, RunFlags, StepFlags
+from nanoforge.flags import MODEL_NAMES, AdapterFlags, Flags, RunFlags, SamplerFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -102,7 +102,7 @@ class EnvFlags(Flags):
 
 
 @configclass
-class Config(RunFlags, StepFlags, EnvFlags, AdapterFlags, TeamFlags):
+class Config(RunFlags, SamplerFlags, StepFlags, EnvFlags, AdapterFlags, TeamFlags):
     section = 'training'
     aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
     # training
@@ -168,6 +168,7 @@ def main(cfg):
         run.save(state, None, None, optimizers, best=best, write=team_writer(policies, run))
 
     while True:
+        run.sampler.update(state.step, [policy.model for policy in policies], policies[0].tokenizer)
         # ---- once in a while: validate, checkpoint, draw; a resumed run has done that at its first step
         last = state.step >= cfg.total_training_steps
         is_due = state.step % cfg.val_freq == 0 and state.step > log.first_step
@@ -237,7 +238,7 @@ def main(cfg):
                         clipped = (ratio < 1 - cfg.clip_low) & (A < 0) | (ratio > 1 + cfg.clip_high) & (A > 0)
                         kl = torch.expm1(log_ratio) - log_ratio
                         sums = [loss, mask.sum(), entropy[mask].sum(), clipped.sum(), kl.sum(),
-                                log_ratio[mask].abs().sum()]
+                                log_ratio.abs().sum(), log_ratio.abs().max()]
                     stats.append([len(norms), *torch.stack(sums).tolist()])     # waits for a GPU once
                 # a sum over ranks; a step that is not finite is skipped, and five in a row end the run
                 norms.append(run.step(policy.optimizer, lr, cfg.max_grad_norm))
@@ -247,6 +248,7 @@ def main(cfg):
         metrics = step_metrics(cfg, trajectories, stats, norms, run)
         write_summary(state.step, metrics, directory, run)
         log.train(state.step, learned, learning_rate=lr, num_tokens=state.num_tokens, **metrics)
+        run.sampler.check(metrics)
     best, folder = state.best_success_rate, os.path.join(directory, 'checkpoints')
     result = f'best validation success_rate {best:.4f}; the team is in {folder}/'
     if state.best_step == 0:
@@ -372,6 +374,7 @@ class Policy:
     tokenizer: object
     agents: list
     adapter: str | None = None  # its name on the model
+    generate: object = generate     # draws its answers: here, or on the servers of sampler_url
     optimizer: object = None
 
     def use(self):
@@ -465,9 +468,9 @@ def sample_candidates(cfg, policy, agent, trajectories, turn, seed, num_samples,
     whole = [prompt_ids(tokenizer, messages) for messages in chats]
     prompts = [prompt[-cfg.max_prompt_length:] for prompt in whole]         # what is new stands at the end
     # no top_k, top_p or repetition penalty: the distribution that is sampled is the one that is trained
-    samples = generate(policy.use(), prompts, cfg.max_response_length, temperature=temperature, seed=seed,
-                       stop_ids=tokenizer.stop_ids, num_samples=num_samples,
-                       numbers=[trajectory.number for trajectory in trajectories])
+    samples = policy.generate(policy.use(), prompts, cfg.max_response_length, temperature=temperature,
+                              seed=seed, stop_ids=tokenizer.stop_ids, num_samples=num_samples,
+                              numbers=[trajectory.number for trajectory in trajectories])
     columns = samples.tokens, samples.logp, samples.lengths, samples.stopped
     rows = zip(*(column.tolist() for column in columns))
     groups = []
@@ -630,6 +633,7 @@ def load_policies(cfg, run):
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
         shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
         run.prepare(policy.model.set_matmul(run.matmul))
+        policy.generate = run.sampler.generate if cfg.sampler_url else generate
     return policies
 
 
@@ -835,10 +839,10 @@ def board_name(cfg, directory):
 
 def step_metrics(cfg, trajectories, stats, norms, run):
     """What an iteration logs, the same on every rank. stats: of micro-batches, as main gathers them."""
-    stats = torch.tensor(run.gather(stats), dtype=torch.float64).view(-1, 7)
-    _, loss, tokens, entropy, clipped, kl, _ = stats.sum(0).tolist()
+    stats = torch.tensor(run.gather(stats), dtype=torch.float64).view(-1, 8)
+    _, loss, tokens, entropy, clipped, kl, *_ = stats.sum(0).tolist()
     tokens, steps = max(tokens, 1), max(len(norms), 1)
-    first = stats[stats[:, 0] == 0].sum(0)              # still the weights that sampled: they should agree
+    first = stats[stats[:, 0] == 0]                     # still the weights that sampled: they should agree
     groups = [group for trajectory in trajectories for group in trajectory.groups]
     groups = run.gather([[any(c.advantage for c in group.candidates), group.truncated] for group in groups])
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -848,7 +852,8 @@ def step_metrics(cfg, trajectories, stats, norms, run):
             'entropy': entropy / tokens,
             'clip_ratio': clipped / tokens,             # tokens that the clip keeps from teaching more
             'approx_kl': kl / tokens,                   # of the sampler to the policy
-            'sampling/logp_gap': float(first[6] / max(first[2], 1)),
+            'sampling/logp_gap_mean': float(first[:, 6].sum() / first[:, 2].sum().clamp(min=1)),
+            'sampling/logp_gap_max': float(first[:, 7].amax()) if len(first) else 0.0,
             'optimizer_steps': len(norms),
             'skipped_steps': len(norms) - len(finite),
             'groups': len(groups),

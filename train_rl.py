@@ -20,7 +20,7 @@ several steps, the later ones are off-policy. Settings of several scripts stand 
 """
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.problems import TASKS
-from nanoforge.flags import DataFlags, ModelFlags, RunFlags, TrainFlags
+from nanoforge.flags import DataFlags, ModelFlags, RunFlags, SamplerFlags, TrainFlags
 
 SURROGATES = ('clip', 'cispo', 'gmpo', 'sapo', 'reinforce')     # a new one: its name here, its formula below
 GRPO = dict(ratio='token', surrogate='clip', mean='sequence', clip_low=0.2, clip_high=0.2, scale='group',
@@ -41,7 +41,7 @@ PRESETS = {
 
 
 @configclass
-class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
+class Config(RunFlags, SamplerFlags, TrainFlags, DataFlags, ModelFlags):
     section = 'training'
 
     # start
@@ -98,8 +98,8 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
     dynamic_sampling: bool | None = None  # replace groups whose rewards are all equal (dapo)
     mask_truncated: bool = setting(False, also=('training.mask_truncated_completions',))  # leave completions
         # without a stop token out of baseline and loss
-    importance_cap: float = setting(0.0, min=0)  # weight tokens by min(training / sampling probability, this)
-        # (truncated importance sampling, 2 is usual); 0 = off
+    importance_cap: float | None = setting(None, min=0)  # weight tokens by min(training / sampling
+        # probability, this) (truncated importance sampling): 2 with sampler_url, else 0 = off
     # ppo
     gamma: float = setting(1.0, min=0, max=1)  # discount per token
     lam: float = setting(0.95, min=0, max=1)  # of generalised advantage estimation
@@ -168,6 +168,7 @@ def main(cfg):
         return every > 0 and state.step // every > previous // every
 
     while True:
+        run.sampler.update(state.step, [policy], tokenizer)     # servers, where they draw, get these weights
         # ---- once in a while: evaluate on held-out problems, also before the first step; checkpoint
         if not is_replay:
             last, best = state.step >= sizes.total_steps, False
@@ -264,10 +265,9 @@ def main(cfg):
                             values, mb.values, mb.returns, mb.mask, cfg.cliprange_value or None, tokens)
                         stats['value_loss'] = of_values.detach()
                         loss = loss + cfg.vf_coef * of_values
-                    if is_first:                                # later the policy itself has moved
-                        gap = (old_logp - mb.sampling_logp)[mb.mask].abs()
-                        stats['sampling/logp_gap_mean'] = gap.mean()
-                        stats['sampling/logp_gap_max'] = gap.max()
+                    gap = (old_logp - mb.sampling_logp)[mb.mask].abs()      # of the policy that sampled
+                    stats['sampling/logp_gap_mean'] = gap.mean()
+                    stats['sampling/logp_gap_max'] = gap.max()
                     run.backward(loss)
                     measured.append((mb.mask.sum(), stats))
                 # to a tenth of the peak, not to 0: every rollout brings something new
@@ -282,6 +282,7 @@ def main(cfg):
                 stats['value_grad_norm'] = norms[1]
             log.train(state.step, new_tokens if is_first else 0, **stats, learning_rate=rates[0],
                       num_tokens=state.num_tokens)
+            run.sampler.check(stats)
         if cfg.kl_target and reference:             # a controller: more KL than wanted, more weight on it
             state.beta = adapt_beta(cfg, state.beta, rollout.kl['k1'])
     scorer.close()
@@ -717,13 +718,13 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
     allows."""
     # as many rows as this rank's part of a rollout: an evaluation needs no more memory than that
     groups_at_once = max(1, cfg.per_device_train_batch_size * cfg.steps_per_generation // num_samples)
-    completions = []
+    completions, draw = [], run.sampler.generate if cfg.sampler_url else generate
     for part in cut(numbered, groups_at_once):
         numbers = [number for number, _ in part]
         prompts = [list(problem['prompt_ids']) for _, problem in part]
         with run.autocast():
-            samples = generate(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
-                               stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
+            samples = draw(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
+                           stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
         asked = list(map(tokenizer.decode, prompts))
         columns = (samples.tokens, samples.lengths, samples.logp, samples.stopped)
         for i, (tokens, length, logp, stopped) in enumerate(zip(*(column.tolist() for column in columns))):
@@ -1114,7 +1115,7 @@ def resolve_defaults(cfg, run):
         rewards = [*rewards, 'length']
     on_policy = composition(cfg)['surrogate'] == 'reinforce' or 'gradient_accumulation_steps' in cfg.typed
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
-    fill_in(cfg, max_length=512, max_prompt_length=256)
+    fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(
         cfg, num_generations=4 if ppo else 8, steps_per_generation=steps * cfg.gradient_accumulation_steps,
         max_completion_length=48 if embedded else cfg.max_length - cfg.max_prompt_length, rewards=rewards,

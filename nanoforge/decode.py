@@ -9,6 +9,8 @@ decoder.state lists tensors with R rows. To take a row out of the batch, copy th
 go on with one row less. Everything here computes what model.hidden and model.logits do, up to rounding:
 logp_gap in sample.py measures it.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -19,6 +21,14 @@ from nanoforge.kernels import Linear, concat, dithered
 FUSE_LIMIT = 2 ** 28
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
 GROW = 16             # slots that the cache grows by at least; by an eighth of what it has where that is more
+
+
+class Samples(NamedTuple):
+    """N prompts times num_samples rows, prompt by prompt; L is the longest length. On the model's device."""
+    tokens: torch.Tensor        # (R, L) int64, 0 beyond a row's length
+    lengths: torch.Tensor       # (R,) int64, the stop token included
+    logp: torch.Tensor          # (R, L) float32, 0 beyond a row's length
+    stopped: torch.Tensor       # (R,) bool: the last token is a stop token; False where the row was cut off
 
 
 def make_decoder(model, prompts, num_samples, max_new_tokens):

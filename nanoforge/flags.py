@@ -9,6 +9,7 @@ The comment beside a field is its help text; its range stands on the field. torc
 """
 import os
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from configurator import Accepted, UserError, as_text, configclass, setting
 from data.splits import EVAL_FRACTION
@@ -24,6 +25,10 @@ COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
              'compile': (), 'reference': ('cache',), 'algorithm': ('ppo',), 'load_in_8bit': (),
              'load_in_4bit': (), 'training_mode': ('multicontext',), 'GPU_num': range(2, 10 ** 6)}
+# with --sampler_url: servers hold other weights than 4 or 8 bits of ours, and adapters without biases;
+# ranks that share a model must draw the same; an evaluation alone needs no server
+SAMPLED_HERE = {'load_in_4bit': (True,), 'load_in_8bit': (True,), 'lora_bias': ('all', 'lora_only'),
+                'GPU_num': range(2, 10 ** 6), 'eval_only': (True,), 'specialization': ('full', 'model')}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -272,6 +277,39 @@ class DataFlags(Flags):
         is_one = os.path.exists(self.dataset_path)              # a comma may be part of its name
         names = [self.dataset_path] if is_one else self.dataset_path.split(',')
         return [Source(name=name.strip(), **columns) for name in names]
+
+
+@configclass
+class SamplerFlags(Flags):
+    """Completions drawn by servers of SGLang or vLLM (sampler_client.py), in place of this process."""
+    # servers that sample
+    sampler_url: list[str] = setting([], path='sampler_url')  # servers of SGLang or vLLM that draw the
+        # completions: http://host:port; several with commas
+    sampler_dir: str | None = setting(None, path='sampler_dir')  # folder through which they get the weights;
+        # if not set /dev/shm, where they run here and it has room, else the output folder
+    sampler_timeout: float = setting(600.0, path='sampler_timeout', above=0)  # seconds that an answer of
+        # theirs may take
+
+    def check(self):
+        super().check()
+        for url in self.sampler_url:
+            check_url(url)
+        for name, refused in SAMPLED_HERE.items():
+            value = getattr(self, name, None)
+            if self.sampler_url and value in refused:
+                raise UserError(f'sampler_url does not go together with {name}={as_text(value)}: leave one '
+                                'of them out')
+
+
+def check_url(url):
+    """UserError where it is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
+    except ValueError:                                      # a port that is none
+        fits = False
+    if not fits or parts.query or parts.fragment:
+        raise UserError(f"sampler_url: '{url}' is no address of a server, http://host:port")
 
 
 @configclass

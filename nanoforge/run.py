@@ -95,6 +95,7 @@ class Run:
     bad_steps       optimizer steps in a row that were skipped
     window          of the resumed checkpoint: the log line that was being gathered (Log.window_to_save)
     log             the Log, from start() on
+    sampler         what draws completions on servers, in a script that has --sampler_url (Sampler)
     """
     device: torch.device
     dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
@@ -109,7 +110,7 @@ class Run:
 
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
-        self.heartbeat = None
+        self.heartbeat = self.sampler = None
         self.resume_flag, self.rate_flag, self.memory_flags = '--resume', '--learning_rate', ('--batch_size',)
         self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
         self.sharded = []       # the models whose weights lie on several ranks
@@ -159,6 +160,9 @@ class Run:
             run.on_main(check_wandb)
         for line in without_effect(cfg):
             run.print0(f'note      {line}')
+        if hasattr(cfg, 'sampler_url'):
+            from nanoforge.sampler_client import Sampler
+            run.sampler = Sampler(cfg, run)
         return run
 
     def restore(self, state, optimizers, ema=None, parameters=None):

@@ -365,6 +365,8 @@ def merge_lora(model, keep=True):
         plain = cls(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
         plain.weight = nn.Parameter(layer.weight_matrix().detach(), requires_grad=False)
         plain.bias, plain.bf16 = layer.bias, getattr(layer, 'bf16', False)
+        if not keep and layer.bias is not None:             # not memory that a sharded layer frees again
+            plain.bias = nn.Parameter(layer.bias.detach().clone())
         if plain.bf16:
             keep_copies([plain.weight])
         model.set_submodule(path, plain)

@@ -85,6 +85,14 @@ def unsharded(models):
             module.reshard()
 
 
+def one_token(model, token):
+    """(): a forward pass of token (1, 1) as in training: through a policy and its head, or a critic's
+    backbone, whose own head every rank holds whole."""
+    if hasattr(model, 'backbone'):
+        return model.backbone.hidden(token).sum()
+    return model.token_stats(model.hidden(token), token, extras=False)['logp'].sum()
+
+
 @torch.no_grad()
 def copy_rows(target, tensor):
     """Copies a whole tensor into a sharded one: each rank its own rows, and nothing is sent."""

@@ -21,9 +21,7 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
-             'compile': (), 'reference': ('cache',), 'load_in_8bit': (),
-             'load_in_4bit': (), 'training_mode': ('multicontext',), 'GPU_num': range(2, 10 ** 6)}
+UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'compile': (), 'GPU_num': range(2, 10 ** 6)}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {

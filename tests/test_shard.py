@@ -53,7 +53,8 @@ def float64_run(rank, script, flags):
     def shard_in_float64(self, model):
         model = shard(self, model.double())
         if self.cfg.shard != 'none' and self.world_size > 1:
-            held.append((sum(local(p).numel() for p in model.parameters()), model.num_params()))
+            floats = [p for p in model.parameters() if p.is_floating_point()]       # codes of 4 and 8 bits are whole
+            held.append((sum(local(p).numel() for p in floats), sum(p.numel() for p in floats)))
         return model
 
     def record(self, optimizer, max_norm):
@@ -141,6 +142,15 @@ def test_pretraining(n, model):
     assert_equal(train(train_gpt, 'ranks', GPT_FLAGS + model, n, 'full'), expected)
 
 
+def test_several_streams():
+    """multicontext: tables of their own, each a head as well."""
+    Path('capitals.txt').write_text(Path('text.txt').read_text().upper())
+    prepare_files('capitals', ['capitals.txt'], 'char', 'written by the test')
+    flags = [*GPT_FLAGS, '--n_layer=1', '--n_head=2', '--n_embd=16', '--max_iters=3', '--multicontext_datasets=text,capitals']
+    expected = train(train_gpt, 'one', flags)
+    assert_equal(train(train_gpt, 'ranks', flags, 2, 'full'), expected)
+
+
 def test_two_nodes_of_two_ranks():
     """hybrid: each node holds a copy."""
     model = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--ema=0.9']
@@ -172,7 +182,9 @@ ODD = {'vocab_size': 50257, 'tied': False}
     (2, ODD, ['--ema=0.5']),
     (4, {'vocab_size': 1031}, ['--gradient_checkpointing', '--optimizer=muon']),
     (4, {'vocab_size': 1031}, ['--use_lora', '--lora_dropout=0']),
-], ids=['50257 ids', 'tied, recomputed, muon', 'lora'])
+    (2, {'vocab_size': 1031, 'arch': 'qwen2'}, ['--use_lora', '--lora_dropout=0', '--load_in_4bit', '--save_merged']),
+    (2, {'vocab_size': 1031}, ['--use_lora', '--lora_dropout=0', '--load_in_8bit', '--max_steps=1', '--sample_rows=0']),
+], ids=['50257 ids', 'tied, recomputed, muon', 'lora', '4 bits', '8 bits'])
 def test_fine_tuning(n, model, more):
     """Ten rows, four a step: the third has two of them, and on four ranks two ranks nothing."""
     small_model('model', **model)
@@ -181,18 +193,32 @@ def test_fine_tuning(n, model, more):
     flags = [*FINE_TUNING, '--dataset_path=rows.jsonl', '--sample_rows=1', '--eval_steps=3', *more]
     expected = train(train_sft, 'one', [*flags, '--batch_size=4'])
     assert_equal(train(train_sft, 'ranks', [*flags, f'--batch_size={4 // n}'], n, 'full'), expected)
+    if '--save_merged' in more:
+        assert_close(*(load_file(f'{out}/merged/model.safetensors') for out in ('ranks', 'one')))
 
 
-@pytest.mark.parametrize('n, more', [
-    (4, ['--reference=copy', '--gradient_checkpointing']), (2, ['--use_lora']), (2, ['--loss_type=simpo']),
-], ids=['a copy', 'adapters off', 'none'])
-def test_preferences(n, more):
+def test_noise_on_embeddings():
+    """NEFTune's depends on the rank: two that hold a part each compute what two do that hold everything."""
     small_model('model', 1031)
+    write_rows('rows.jsonl', [{'question': f'What is {n} and {n}?', 'answer': str(2 * n)} for n in range(6)])
+    flags = [*FINE_TUNING, '--dataset_path=rows.jsonl', '--eval_strategy=no', '--eval_fraction=0', '--neftune_noise_alpha=5', '--max_steps=2']
+    expected = train(train_sft, 'whole', flags, 2)
+    assert_equal(train(train_sft, 'ranks', flags, 2, 'full'), expected)
+
+
+@pytest.mark.parametrize('n, arch, more', [
+    (4, 'qwen3', ['--reference=copy', '--gradient_checkpointing']), (2, 'qwen3', ['--use_lora']), (2, 'qwen3', ['--loss_type=simpo']),
+    (2, 'gpt2', ['--use_lora', '--lora_bias=all']), (2, 'qwen2', ['--use_lora', '--lora_bias=lora_only', '--reference=cache']),
+], ids=['a copy', 'adapters off', 'none', 'biases off', 'cache'])
+def test_preferences(n, arch, more):
+    small_model('model', 1031, arch)
     write_rows('rows.jsonl', [{'prompt': f'How many are {n} and {n + 1}?', 'chosen': f'{2 * n + 1}.' + '!' * (n % 3), 'rejected': 'No idea.',
                                'metadata': 'eval' if n > 9 else 'train'} for n in range(13)])
     flags = [*FINE_TUNING, '--dataset_path=rows.jsonl', '--eval_steps=5', '--eval_samples=2', '--max_new_tokens=4', *more]
-    expected = train(train_dpo, 'one', [*flags, '--batch_size=4'])
-    assert_equal(train(train_dpo, 'ranks', [*flags, f'--batch_size={4 // n}'], n, 'full'), expected)
+    expected = train(train_dpo, 'one', [*flags, '--batch_size=4', '--reference_cache=of one'])
+    assert_equal(train(train_dpo, 'ranks', [*flags, f'--batch_size={4 // n}', '--reference_cache=of ranks'], n, 'full'), expected)
+    for path in Path('of one').glob('*'):           # named by the weights, however they lie
+        assert_close(load_file(f'of ranks/{path.name}'), load_file(path))
 
 
 @pytest.mark.parametrize('more', [
@@ -297,9 +323,7 @@ def test_a_save_that_fails_ends_on_every_rank():
 
 
 @pytest.mark.parametrize('script, flags, word', [
-    (train_sft, ['--neftune_noise_alpha=5'], 'neftune_noise_alpha=5'), (train_sft, ['--optimizer=adagrad'], 'optimizer=adagrad'),
-    (train_dpo, ['--reference=cache'], 'reference=cache'), (train_agents, ['GPU_num=2'], 'GPU_num=2'),
-    (train_sft, ['--use_lora', '--load_in_4bit'], 'load_in_4bit=True'), (train_gpt, ['--compile'], 'compile=True'),
+    (train_sft, ['--optimizer=adagrad'], 'optimizer=adagrad'), (train_agents, ['GPU_num=2'], 'GPU_num=2'), (train_gpt, ['--compile'], 'compile=True'),
 ])
 def test_what_is_not_done_yet_is_one_line(script, flags, word, capsys):
     with pytest.raises(SystemExit):

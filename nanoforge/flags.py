@@ -21,7 +21,7 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'compile': (), 'GPU_num': range(2, 10 ** 6)}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': (), 'GPU_num': range(2, 10 ** 6)}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -93,8 +93,9 @@ class RunFlags(Flags):
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
         if self.shard != 'none' and (name := self.unsharded_setting()):
+            why = ', whose steps depend on means over whole matrices' if name == 'optimizer' else ''
             raise UserError(f'--shard={self.shard} does not go together with '
-                            f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
+                            f'{name}={as_text(getattr(self, name))} yet{why}: leave one of them out')
 
     def unsharded_setting(self):
         """The name of a setting that sharded models are not built for; None if there is none."""

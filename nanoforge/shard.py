@@ -144,10 +144,14 @@ class Shards:
     def named(self, parts):
         """(name, sharded tensor) of this rank's rows of each parameter, or of a number for each row."""
         for name, p, part in zip(self.names, self.params, parts):
-            shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
-            stride = torch.empty(shape, device='meta').stride()
-            yield name, DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape,
-                                           stride=stride)
+            yield name, self.sharded(p, part)
+
+    def sharded(self, p, part):
+        """This rank's rows of what parameter p has, or of a number for each row, as a sharded tensor."""
+        shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
+        stride = torch.empty(shape, device='meta').stride()
+        return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape,
+                                  stride=stride)
 
     def named_state(self, slot):
         return self.named(self.state[slot])

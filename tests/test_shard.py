@@ -1,6 +1,8 @@
 """--shard: ranks that each hold a part compute, save and resume what one process does, in float64.
 
 Ranks are forked from this process, which is fast, and talk through gloo."""
+import argparse
+import copy
 import json
 import os
 import random
@@ -26,7 +28,9 @@ import train_sft
 from configurator import UserError, parse
 from data.prepare import prepare_files
 from model import FAMILIES, GPT, GPTConfig, load_model, save_model
+from nanoforge.optim import OPTIMIZERS, make_optimizer
 from nanoforge.run import Run, setup
+from nanoforge.shard import copy_rows
 from nanoforge.tensors import Gathering, is_sharded, local, save_tensors
 
 FAST = ['--device=cpu', '--matmul=float32', '--report_to=none']
@@ -156,6 +160,40 @@ def test_two_nodes_of_two_ranks():
     model = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--ema=0.9']
     expected = train(train_gpt, 'one', GPT_FLAGS + model)
     assert_equal(train(train_gpt, 'ranks', GPT_FLAGS + model, 4, 'hybrid', of_node=2), expected)
+
+
+def test_optimizers_of_torch():
+    """On this rank's rows, some ranks having none of a matrix: as on the whole, and so from a checkpoint."""
+    names = [name for name in OPTIMIZERS[4:] if name != 'adafactor']
+    config = GPTConfig(**{**FAMILIES['qwen2'], 'arch': 'qwen2'}, vocab_size=65, block_size=8, n_layer=1, n_head=3, n_kv_head=1, n_embd=6)
+
+    def work(rank):
+        run = setup('cpu')
+        run.cfg = argparse.Namespace(shard='full')
+        idx = torch.arange(16).view(2, 8)
+        for name in names:
+            torch.manual_seed(0)
+            whole = GPT(config).init_weights(0.3).double()
+            models = whole, run.shard(copy.deepcopy(whole)), run.shard(copy.deepcopy(whole))
+            optimizers = [make_optimizer(name, model, 1e-2) for model in models]
+            for step in range(3):
+                if step == 2:               # the third goes on with what the second has saved
+                    with Gathering([*models[1].parameters(), *optimizers[1].state_dict().values()]):
+                        for path, tensors in (('model', dict(models[1].named_parameters())), ('state', optimizers[1].state_dict())):
+                            run.on_main(lambda: save_tensors(path, {key: ([tensor], False) for key, tensor in tensors.items()}))
+                    optimizers[2].load_state_dict(load_file('state'))
+                    for key, tensor in load_file('model').items():
+                        copy_rows(models[2].get_parameter(key), tensor)
+                for model, optimizer, parts in zip(models, optimizers, (1, 3, 3)):
+                    if step >= 2 or model is not models[2]:
+                        (-model(idx, idx.roll(1)).sum() / parts).backward()         # each rank's third
+                        optimizer.step()
+                        optimizer.zero_grad()
+            for model in models[1:]:
+                assert_close({key: p.full_tensor() for key, p in model.named_parameters()}, dict(whole.named_parameters()))
+            run.sharded.clear()
+        run.close()
+    ranks(3, work)
 
 
 # ---- fine-tuning: steps at whose end ranks have no rows, two forward passes a backward ---------------------
@@ -323,7 +361,7 @@ def test_a_save_that_fails_ends_on_every_rank():
 
 
 @pytest.mark.parametrize('script, flags, word', [
-    (train_sft, ['--optimizer=adagrad'], 'optimizer=adagrad'), (train_agents, ['GPU_num=2'], 'GPU_num=2'), (train_gpt, ['--compile'], 'compile=True'),
+    (train_sft, ['--optimizer=adafactor'], 'optimizer=adafactor'), (train_agents, ['GPU_num=2'], 'GPU_num=2'), (train_gpt, ['--compile'], 'compile=True'),
 ])
 def test_what_is_not_done_yet_is_one_line(script, flags, word, capsys):
     with pytest.raises(SystemExit):

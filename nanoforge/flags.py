@@ -22,9 +22,7 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
-             'compile': (), 'reference': ('cache',), 'algorithm': ('ppo',), 'load_in_8bit': (),
-             'load_in_4bit': (), 'training_mode': ('multicontext',), 'GPU_num': range(2, 10 ** 6)}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': (), 'GPU_num': range(2, 10 ** 6)}
 # with --sampler_url: servers hold other weights than 4 or 8 bits of ours, and adapters without biases;
 # ranks that share a model must draw the same; an evaluation alone needs no server
 SAMPLED_HERE = {'load_in_4bit': (True,), 'load_in_8bit': (True,), 'lora_bias': ('all', 'lora_only'),
@@ -108,8 +106,9 @@ class RunFlags(Flags):
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
         if self.shard != 'none' and (name := self.unsharded_setting()):
+            why = ', whose steps depend on means over whole matrices' if name == 'optimizer' else ''
             raise UserError(f'--shard={self.shard} does not go together with '
-                            f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
+                            f'{name}={as_text(getattr(self, name))} yet{why}: leave one of them out')
 
         if self.compile and getattr(self, 'GPU_num', 1) > 1:
             raise UserError('--compile does not go together with GPU_num above 1 yet: leave one of them out')

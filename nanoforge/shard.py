@@ -85,6 +85,14 @@ def unsharded(models):
             module.reshard()
 
 
+def one_token(model, token):
+    """(): a forward pass of token (1, 1) as in training: through a policy and its head, or a critic's
+    backbone, whose own head every rank holds whole."""
+    if hasattr(model, 'backbone'):
+        return model.backbone.hidden(token).sum()
+    return model.token_stats(model.hidden(token), token, extras=False)['logp'].sum()
+
+
 @torch.no_grad()
 def copy_rows(target, tensor):
     """Copies a whole tensor into a sharded one: each rank its own rows, and nothing is sent."""
@@ -136,10 +144,14 @@ class Shards:
     def named(self, parts):
         """(name, sharded tensor) of this rank's rows of each parameter, or of a number for each row."""
         for name, p, part in zip(self.names, self.params, parts):
-            shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
-            stride = torch.empty(shape, device='meta').stride()
-            yield name, DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape,
-                                           stride=stride)
+            yield name, self.sharded(p, part)
+
+    def sharded(self, p, part):
+        """This rank's rows of what parameter p has, or of a number for each row, as a sharded tensor."""
+        shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
+        stride = torch.empty(shape, device='meta').stride()
+        return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape,
+                                  stride=stride)
 
     def named_state(self, slot):
         return self.named(self.state[slot])

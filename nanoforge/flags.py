@@ -23,7 +23,10 @@ COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
 UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
              'compile': (), 'reference': ('cache',), 'algorithm': ('ppo',), 'load_in_8bit': (),
-             'load_in_4bit': (), 'training_mode': ('multicontext',), 'GPU_num': range(2, 10 ** 6)}
+             'load_in_4bit': (), 'training_mode': ('multicontext',)}
+# and what does not with --tensor_parallel
+UNPARALLEL = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'compile': (),
+              'load_in_8bit': (), 'load_in_4bit': (), 'training_mode': ('multicontext',)}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -78,6 +81,8 @@ class RunFlags(Flags):
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
     shard: str = setting('none', path='shard', choices=('none', 'full', 'hybrid'))  # what each process holds
         # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
+    tensor_parallel: int = setting(1, path='tensor_parallel', also=('GPU_num',), min=1)  # processes that hold
+        # a model together, each its part of the heads and inner channels
     plan: bool = setting(False, path='plan')  # print the memory and the time that this run would take, and
         # what makes it fit; no weights are loaded
     gpu_memory: float | None = setting(None, path='gpu_memory', above=0, needs=PLAN)  # GiB of each GPU that
@@ -94,16 +99,19 @@ class RunFlags(Flags):
             if len(typed) != 1:
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
-        if self.shard != 'none' and (name := self.unsharded_setting()):
-            raise UserError(f'--shard={self.shard} does not go together with '
-                            f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
+        self.num_gpus = max(self.num_gpus, self.tensor_parallel)        # so many processes are started
+        if self.shard != 'none':
+            self.refuse(UNSHARDED, 'shard')
+        if self.tensor_parallel > 1:
+            self.refuse(UNPARALLEL, 'tensor_parallel')
 
-    def unsharded_setting(self):
-        """The name of a setting that sharded models are not built for; None if there is none."""
-        for name, refused in UNSHARDED.items():
+    def refuse(self, table, flag):
+        """UserError where a setting of the table does not go together with a flag yet."""
+        for name, refused in table.items():
             value = getattr(self, name, None)
             if value in refused or value and not refused:
-                return name
+                raise UserError(f'--{flag}={getattr(self, flag)} does not go together with '
+                                f'{name}={as_text(value)} yet: leave one of them out')
 
     def autocast_dtype(self):
         """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""

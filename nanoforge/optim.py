@@ -100,7 +100,7 @@ class Plateau:
 class Flat:
     """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into
     which autograd accumulates), and for each name in `slots` a tensor of the same length."""
-    is_sharded = False
+    is_sharded = is_summed = False
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params, self.starts = group, names, params, []
@@ -150,8 +150,9 @@ class Flat:
     def named_rows(self):
         return zip(self.names, self.row_squares)
 
-    def sum_over_shards(self, value):
-        return value
+    def squares(self):
+        """[sum of squares of a piece of the gradient]."""
+        return [part.dot(part) for part in self.grad.split(2 ** 24)]
 
     def gather(self):
         """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which
@@ -186,12 +187,13 @@ class FlatOptimizer:
                     raise UserError(f'{name} is {p.dtype}: parameters that are trained must be float32')
                 seen.add(id(p))
                 group['params'].append(p)
-                buckets.setdefault((p.device, p.dtype), []).append((name, p))
+                mesh = getattr(p, 'device_mesh', None)          # of ranks among whom run.shard has cut it
+                buckets.setdefault((p.device, p.dtype, mesh), []).append((name, p))
             if group['params']:
                 self.param_groups.append(group)
-                for bucket in buckets.values():
+                for (*_, mesh), bucket in buckets.items():
                     kind = Flat
-                    if hasattr(bucket[0][1], 'device_mesh'):        # run.shard has cut it
+                    if mesh:
                         from nanoforge.shard import Shards as kind
                     self.flats.append(kind(group, *zip(*bucket), self.slots(group)))
         if not self.flats:
@@ -201,8 +203,9 @@ class FlatOptimizer:
         return ()
 
     @property
-    def is_sharded(self):
-        return self.flats[0].is_sharded
+    def is_summed(self):
+        """Whether backward has summed the gradients over the ranks of data parallelism."""
+        return self.flats[0].is_summed
 
     @property
     def grads(self):
@@ -222,9 +225,8 @@ class FlatOptimizer:
         before, a tensor (). Where that is not finite the gradients stay as they are: the caller skips the
         step."""
         grads = self.grads
-        squares = [part.dot(part) for grad in grads for part in grad.split(2 ** 24)]
-        squares = sum(square.to(grads[0].device) for square in squares)
-        norm = self.flats[0].sum_over_shards(squares).sqrt()
+        squares = [square for flat in self.flats for square in flat.squares()]
+        norm = sum(square.to(grads[0].device) for square in squares).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
             if scale.device.type != 'cpu' or scale < 1:  # a GPU would have to be waited for

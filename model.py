@@ -54,7 +54,7 @@ class Norm(nn.Module):
 
     def forward(self, x):
         if self.layer_norm:
-            return F.layer_norm(x, x.shape[-1:], self.effective_weight, self.bias, self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.effective_weight, part(self.bias), self.eps)
         return kernels.rms_norm(x, self.effective_weight, self.eps)
 
 

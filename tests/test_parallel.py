@@ -13,8 +13,10 @@ import train_dpo
 import train_gpt
 import train_rl
 import train_sft
-from configurator import parse
+from configurator import UserError, parse
 from model import FAMILIES, load_model
+from nanoforge.lora import add_lora
+from nanoforge.parallel import check
 from nanoforge.run import Run
 from test_shard import FINE_TUNING, GPT_FLAGS, assert_close, assert_equal, here, ranks, small_model, train, write_rows     # noqa: F401
 
@@ -112,14 +114,13 @@ def test_a_run_goes_on_with_other_ranks():
     last = train(train_gpt, 'out', [*go_on, '--max_iters=6'])
     assert_equal((second[0] + last[0], last[1]), (gradients[2:], weights))
     for name in ('model.safetensors', 'optimizer.safetensors'):
-        for step in (2, 4):
-            assert_close(*(load_file(f'{out}/checkpoint-{step}/{name}') for out in ('out', 'one')))
+        assert_close(*(load_file(f'{out}/checkpoint-4/{name}') for out in ('out', 'one')))
         headers = [Path(f'{out}/checkpoint-4/{name}').read_bytes().partition(b'}}')[0] for out in ('one', 'out')]
         assert headers[0] == headers[1]
     manifests = [json.loads(Path(f'{out}/checkpoint-4/manifest.json').read_text()) for out in ('one', 'out')]
     assert manifests[0]['files'].keys() == manifests[1]['files'].keys()
     assert Path('one/config.json').read_bytes() == Path('out/config.json').read_bytes()
-    AutoModelForCausalLM.from_pretrained('out/checkpoint-2')
+    AutoModelForCausalLM.from_pretrained('out/checkpoint-4')
 
 
 def test_a_model_counts_once():
@@ -133,19 +134,15 @@ def test_a_model_counts_once():
     ranks(4, work)
 
 
-@pytest.mark.parametrize('flags, said', [
-    (['--model=model'], '--tensor_parallel=2 cannot share out n_head=3'),
-    (['--model=tiny', '--tensor_parallel=3'], 'tensor_parallel=3 processes hold a model, but there are 2'),
-])
-def test_what_cannot_be_shared_out_is_one_line(flags, said, capfd):
+def test_what_cannot_be_shared_out_is_one_line():
     small_model('model', 1031)
-    write_rows('rows.jsonl', [{'question': 'a', 'answer': 'b'}] * 4)
-    flags = ['--dataset_path=rows.jsonl', '--device=cpu', '--max_steps=1', '--output_dir=out', *TWO, *flags]
-
-    def work(rank):
-        with pytest.raises(BaseException, match=said):
-            train_sft.main(parse(train_sft.Config, flags))
-    ranks(2, work)
+    with pytest.raises(UserError, match='--tensor_parallel=2 cannot share out n_head=3 of model evenly'):
+        check(load_model('model')[0], 2)
+    with pytest.raises(UserError, match='does not go together with .* DoRA'):
+        check(add_lora(load_model('tiny')[0], dora=True), 2)
+    run = Run(torch.device('cpu'), torch.float32, 'float32', world_size=4)
+    with pytest.raises(UserError, match='tensor_parallel=3 processes hold a model, but there are 4'):
+        run.share_models(3)
 
 
 @pytest.mark.parametrize('script, flags, word', [
@@ -159,6 +156,7 @@ def test_what_is_not_done_yet_is_one_line(script, flags, word, capsys):
 
 
 def test_the_guides_word():
-    cfg = parse(train_agents.Config, ['GPU_num=2'])
-    assert cfg.tensor_parallel == cfg.num_gpus == 2 and parse(train_sft.Config, ['GPU_num=2']).tensor_parallel == 2
-    assert load_model('tiny')[0].config.n_head % 2 == 0         # so that all of this can be tried
+    for script in (train_agents, train_sft):
+        for word in ('GPU_num=2', '--tensor_parallel=2'):
+            cfg = parse(script.Config, [word, '--plan'])        # else processes would be started
+            assert cfg.tensor_parallel == cfg.num_gpus == 2

@@ -205,8 +205,8 @@ class GPT(nn.Module):
         return {layer_type: rope_frequencies(self.config, layer_type) for layer_type in self.config.rope}
 
     def embed(self, idx, positions, embeddings=None):
-        """idx, positions (...) -> (..., C); embeddings (..., C) stand in for those of idx."""
-        cfg, x = self.config, self.embed_tokens(idx) if embeddings is None else embeddings
+        """idx, positions (...) -> (..., C); embeddings() -> (..., C) stand in for those of idx."""
+        cfg, x = self.config, self.embed_tokens(idx) if embeddings is None else embeddings()
         if cfg.embed_scale:
             x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
         return x + self.embed_positions(positions) if cfg.position == 'learned' else x
@@ -215,11 +215,11 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T, C), after the last norm.
 
         positions (B, T): rows are packed; each 0 begins a document, a jump back to p > 0 another continuation
-        of its first p tokens; a row may then be longer than the context. embeddings (B, T, C) stand in for
-        those of idx (several streams summed, noise added). logit_positions: an integer tensor of any shape,
-        counting the rows laid end to end: only these are wanted, (*logit_positions.shape, C), and the last
-        layer is not computed for others. keep_kv: a list to which each layer adds its (keys, values), each
-        (B, n_kv_head, T, head_size), for a sampler.
+        of its first p tokens; a row may then be longer than the context. embeddings() -> (B, T, C) stand in
+        for those of idx (several streams summed, noise added): called in here, where a sharded table is
+        whole. logit_positions: an integer tensor of any shape, counting the rows laid end to end: only these
+        are wanted, (*logit_positions.shape, C), and the last layer is not computed for others. keep_kv: a
+        list to which each layer adds its (keys, values), each (B, n_kv_head, T, head_size), for a sampler.
         """
         cfg, (B, T) = self.config, idx.size()
         if T > cfg.block_size and (positions is None or positions.max() >= cfg.block_size):

@@ -104,8 +104,7 @@ class EnvFlags(Flags):
 class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
     section = 'training'
     aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
-    tensor_parallel: int = setting(1, path='GPU_num', min=1)  # GPUs (or processes on a CPU) that share each
-        # model: tensor parallelism
+    tensor_parallel = setting(1, path='GPU_num')  # processes that share each model, as the guide calls it
     # training
     experiment_name: str = 'agents'  # names the run: logs/<experiment_name>/
     output_dir: str | None = setting(None, also=('out_dir',))  # of its runs; logs/<experiment_name> if unset

@@ -131,6 +131,8 @@ def main(cfg):
         used = {i for step in range(total_steps) for i in epochs.of_step(step)}
         read_cache(cfg, reference, [pairs[i] for i in sorted(used)] + held_out, run)
         if not reference.without_adapter:               # no second model is held while training
+            if reference.model is not policy:
+                run.release(reference.model)
             reference = None
     elif reference:
         precompute(cfg, reference, held_out, run)       # these come again at each evaluation
@@ -237,6 +239,7 @@ from nanoforge.data_checks import print_mixture
 from nanoforge.lora import adapters_off, lora_layers, merge_lora
 from nanoforge.policy import RATES, is_adapter, is_small, load_policy
 from nanoforge.run import Run, State, describe_device, explain_out_of_memory, seed_for
+from nanoforge.tensors import gathered
 from sample import generate
 
 
@@ -487,11 +490,13 @@ class Reference:
         self.model.train(was_training)
         return logp
 
-    def weights(self):
-        """{name: tensor}: what its log-probabilities depend on."""
+    def fingerprint(self):
+        """A hash of what its log-probabilities depend on: precision and weights."""
         with self.opened():
             weights = self.model.state_dict()
-        return {name: weights[name] for name in weights if not (self.without_adapter and '.lora.' in name)}
+            weights = {name: weights[name] for name in weights
+                       if not (self.without_adapter and '.lora.' in name)}
+            return hash_of([str(self.run.dtype), self.run.matmul], weights)
 
 
 def precompute(cfg, reference, pairs, run):
@@ -512,8 +517,7 @@ def read_cache(cfg, reference, pairs, run):
     The file is named after a hash of the weights and the precision: another model has another one. A row
     is named after a hash of the pair's ids, so that chat template and truncation count, too.
     """
-    name = hash_of([str(run.dtype), run.matmul], reference.weights())
-    path = Path(cfg.reference_cache) / f'{name}.safetensors'
+    path = Path(cfg.reference_cache) / f'{reference.fingerprint()}.safetensors'
     names = [hash_of([pair.prompt, pair.chosen, pair.rejected]) for pair in pairs]
     known = {}
     if path.exists():
@@ -548,11 +552,12 @@ def write_cache(path, known):
 
 
 def hash_of(value, tensors=()):
-    """Sixteen bytes in hexadecimal of JSON-able values, and of tensors by name."""
+    """Sixteen bytes in hexadecimal of JSON-able values, and of tensors by name. Every rank calls it: sharded
+    tensors are gathered one at a time."""
     digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(gathered(tensors[name]).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

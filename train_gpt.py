@@ -311,8 +311,11 @@ class MultiContextGPT(GPT):
     def forward(self, idx, targets=None):
         B, T, _ = idx.shape
         tables = [self.embed_tokens, *self.more_embeddings]
-        embeddings = sum(table(idx[..., s]) for s, table in enumerate(tables))      # (B, T, C)
-        hidden = self.hidden(idx[..., 0], embeddings=embeddings).float()
+
+        def embeddings():
+            return sum(table(idx[..., s]) for s, table in enumerate(tables))        # (B, T, C)
+
+        hidden = self.hidden(idx[..., 0], embeddings=embeddings).to(tables[0].weight.dtype)
         logits = [F.linear(hidden, table.weight) for table in tables]               # S times (B, T, V_s)
         if targets is None:
             return logits

@@ -234,7 +234,7 @@ def main(cfg):
             policy.train()                              # dropout: in updates alone
             measured = []                               # (tokens, {name: tensor ()}) of each micro-batch
             with log.timed('update'):
-                for micro, mb in enumerate(run.even(batches[number], policy)):
+                for micro, mb in enumerate(run.even(batches[number], policy, critic=critic)):
                     torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, run.rank, micro))
                     with run.autocast():
                         logp, entropy, values, _ = forward(cfg, policy, critic, mb.packed,
@@ -986,17 +986,19 @@ def load_critic(cfg, policy, tokenizer, run):
         return None
     if cfg.share_critic:
         return ValueModel(policy, own=False)
-    return ValueModel(load_backbone(cfg, cfg.value_model_name, tokenizer, run))
+    return load_value_model(cfg, cfg.value_model_name, tokenizer, run)
 
 
-def load_backbone(cfg, name, tokenizer, run):
-    """What a critic or a reward model begins as: it must read the policy's tokens."""
+def load_value_model(cfg, name, tokenizer, run):
+    """A critic or a reward model to train, which must read the policy's tokens: a new head on a backbone."""
     backbone, theirs = load_policy(cfg, run, name)
     if theirs.sha256 != tokenizer.sha256:
         # sampled tokens are never made from text again, so a critic must have the same vocabulary
         raise UserError(f'value_model_name={name} has another tokenizer than {cfg.base_model_name}: it could '
                         'not read its tokens')
-    return backbone.eval()      # no dropout in a critic: noise in values is noise in advantages
+    model = ValueModel(backbone.eval())     # no dropout in a critic: noise in values is noise in advantages
+    run.shard(model.backbone)
+    return model
 
 
 def make_optimizers(cfg, policy, critic):
@@ -1011,31 +1013,37 @@ def make_optimizers(cfg, policy, critic):
     return optimizers, {'critic/': {name: p for name, p in critic.own.named_parameters() if p.requires_grad}}
 
 
-def open_reward_model(cfg, problems, tokenizer, run):
-    """The reward `model`: that of reward_model_path, or the one that a run which goes on has trained; else
-    None."""
-    path = cfg.reward_model_path
+def open_reward_model(cfg, problems, tokenizer, run, path=None):
+    """The reward `model`: that of `path` or reward_model_path, or the one that a run which goes on has
+    trained; else None."""
+    path = path or cfg.reward_model_path
     if not path and 'model' in cfg.rewards and (run.resumed or cfg.replay is not None):
         path = os.path.join(cfg.output_dir, 'reward_model')
     if not path:
         return None
     model = load_reward_model(path, run.device, tokenizer)
     if isinstance(model, ValueModel):
+        run.shard(model.backbone)
         say_accuracy(model, problems.held_out_pairs, run)
     return model
 
 
 def train_own_reward_model(cfg, problems, tokenizer, log, run):
-    """A reward model trained from the pairs, and saved in output_dir/reward_model."""
+    """A reward model trained from the pairs, as it is saved in output_dir/reward_model."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
+    if run.tensor_parallel > 1 and cfg.use_lora:
+        raise UserError(f'--tensor_parallel={run.tensor_parallel} trains no reward model with an adapter '
+                        'yet: train it in a run of its own, and name it as reward_model_path')
     with log.pause():
-        model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
+        model = load_value_model(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run)
         with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
             train_reward_model(model, problems.pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
                                cfg.reward_learning_rate, cfg.seed)
-        run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
-        say_accuracy(model, problems.held_out_pairs, run)
-    return model.requires_grad_(False).eval()       # from here on it only judges
+        # the main rank merges an adapter first, for which it needs the weights whole
+        with run.gathering(), run.unsharded():
+            run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
+        run.release(model.backbone)
+        return open_reward_model(cfg, problems, tokenizer, run, directory)      # from here on it only judges
 
 
 def say_accuracy(model, pairs, run):

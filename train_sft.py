@@ -180,7 +180,9 @@ def main(cfg):
         for i, batch in enumerate(run.even(batches, model)):        # documents in rows (R, W), with N targets
             torch.manual_seed(seed_for(cfg.seed, 'noise', step, i, run.rank))       # of dropout and NEFTune
             with run.autocast():
-                embeddings = noisy_embeddings(cfg, model, batch) if cfg.neftune_noise_alpha else None
+                embeddings = None
+                if cfg.neftune_noise_alpha:
+                    embeddings = functools.partial(noisy_embeddings, cfg, model, batch)
                 # only places that predict a target pass the last layer and the head: (N, C), never (R, W, V)
                 hidden = model.hidden(batch.idx, batch.positions, embeddings, batch.logit_positions)
                 stats = model.token_stats(hidden, batch.targets, extras=is_logged or cfg.label_smoothing > 0)

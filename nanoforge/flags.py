@@ -21,12 +21,9 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
-             'compile': (), 'reference': ('cache',), 'algorithm': ('ppo',), 'load_in_8bit': (),
-             'load_in_4bit': (), 'training_mode': ('multicontext',)}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': ()}
 # and what does not with --tensor_parallel
-UNPARALLEL = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'compile': (),
-              'load_in_8bit': (), 'load_in_4bit': (), 'training_mode': ('multicontext',)}
+UNPARALLEL = {**UNSHARDED, 'load_in_8bit': (), 'load_in_4bit': ()}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -110,8 +107,9 @@ class RunFlags(Flags):
         for name, refused in table.items():
             value = getattr(self, name, None)
             if value in refused or value and not refused:
+                why = ', whose steps depend on means over whole matrices' if name == 'optimizer' else ''
                 raise UserError(f'--{flag}={getattr(self, flag)} does not go together with '
-                                f'{name}={as_text(value)} yet: leave one of them out')
+                                f'{name}={as_text(value)} yet{why}: leave one of them out')
 
     def autocast_dtype(self):
         """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""

@@ -20,8 +20,9 @@ from configurator import UserError
 from data.tokenizer import read_json
 from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, dithered, keep_copies
+from nanoforge.optim import copy
 from nanoforge.quantize import head_of, is_linear, is_quantized
-from nanoforge.tensors import cut_by_input, is_sharded, part, save_tensors
+from nanoforge.tensors import cut_by_input, is_sharded, local, part, save_tensors
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -144,8 +145,8 @@ def add_adapters(y, x, layers):
 
 
 def dropout(x, p, layer):
-    """Of a layer's input x (N, in). Where tensor parallelism cuts that, each rank draws for all of it, so that
-    their random numbers stay the same, and takes its part."""
+    """Of a layer's input x (N, in). Where tensor parallelism cuts that, each rank draws for all of it, so
+    that their random numbers stay the same, and takes its part."""
     if not cut_by_input(layer) or not layer.training:
         return F.dropout(x, p, layer.training)
     mesh = layer.weight.device_mesh
@@ -338,17 +339,23 @@ def adapters_off(model):
         merged = ' (it is merged: unmerge_lora first)' if getattr(model, 'merged', None) else ''
         raise UserError('adapters_off: the model has no adapter' + merged)
     biases = {path: model.get_submodule(path).bias for path in model.base_biases}
-    trained = {path: bias.data for path, bias in biases.items()}
+    trained = {path: local(bias).clone() if is_sharded(bias) else bias.data for path, bias in biases.items()}
     try:
         for layer in lora_layers(model):
             layer.active = None
         for path, bias in biases.items():
-            bias.data = model.base_biases[path].to(bias)
+            if is_sharded(bias):        # gathered when its layer computes; each rank puts its rows into it
+                copy(bias, model.base_biases[path])
+            else:
+                bias.data = model.base_biases[path].to(bias)
         yield model
     finally:
         set_adapter(model, model.active_adapter)
         for path, bias in biases.items():
-            bias.data = trained[path]
+            if is_sharded(bias):
+                local(bias).copy_(trained[path])
+            else:
+                bias.data = trained[path]
 
 
 # ---- folding into the weights and back ---------------------------------------------------------------------
@@ -375,6 +382,8 @@ def merge_lora(model, keep=True):
         plain = cls(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
         plain.weight = nn.Parameter(layer.weight_matrix().detach(), requires_grad=False)
         plain.bias, plain.bf16 = layer.bias, getattr(layer, 'bf16', False)
+        if not keep and layer.bias is not None:             # not memory that a sharded layer frees again
+            plain.bias = nn.Parameter(layer.bias.detach().clone())
         if plain.bf16:
             keep_copies([plain.weight])
         model.set_submodule(path, plain)

@@ -203,14 +203,14 @@ class FlatOptimizer:
         return ()
 
     @property
-    def is_summed(self):
-        """Whether backward has summed the gradients over the ranks of data parallelism."""
-        return self.flats[0].is_summed
+    def grads(self):
+        """The flat gradients."""
+        return [grad for flat in self.flats for grad in flat.flat_grads()]
 
     @property
-    def grads(self):
-        """The flat gradients: what data parallel sums over ranks, where they are not sharded."""
-        return [grad for flat in self.flats for grad in flat.flat_grads()]
+    def grads_to_sum(self):
+        """Those that data parallel sums over ranks: backward has done it where --shard cuts them."""
+        return [grad for flat in self.flats if not flat.is_summed for grad in flat.flat_grads()]
 
     def zero_grad(self):
         for flat in self.flats:
@@ -509,32 +509,51 @@ class NorMuon(Muon):
 
 
 class TorchOptimizer(FlatOptimizer):
-    """An optimizer class of torch.optim behind the same methods."""
+    """An optimizer class of torch.optim behind the same methods. In place of a sharded parameter it gets this
+    rank's rows: right for all that update each number by itself, so not for Adafactor."""
 
     def __init__(self, params, kind, **settings):
         super().__init__(params, **settings)
+        self.leaves = {}    # parameter -> what the inner optimizer knows of it
+        for flat in self.flats:
+            leaves = [rows.requires_grad_() for rows in flat.weights] if flat.is_sharded else flat.params
+            self.leaves.update(zip(flat.params, leaves))
+        for group in self.param_groups:
+            group['params'] = [self.leaves[p] for p in group['params']]
         self.inner = kind(self.param_groups)
+
+    def inner_step(self):
+        self.grads  # puts them back in place
+        for flat in self.flats:
+            if flat.is_sharded:     # each backward makes gradients anew, and FSDP may move rows to pad them
+                for p, rows, grad in zip(flat.params, flat.weights, flat.grads):
+                    self.leaves[p].data, self.leaves[p].grad = rows, grad
+        self.inner.step()
 
     def step(self):
         self.steps += 1
-        self.grads  # puts them back in place
-        self.inner.step()
+        self.inner_step()
         self.update_copies()
 
     def state_dict(self):
         state = super().state_dict()
-        for name, p in ((name, p) for flat in self.flats for name, p in zip(flat.names, flat.params)):
-            slots = self.inner.state.get(p, {})
-            state.update((f'{slot}/{name}', tensor) for slot, tensor in slots.items() if tensor is not None)
+        for flat in self.flats:
+            for name, p in zip(flat.names, flat.params):
+                for slot, tensor in self.inner.state.get(self.leaves[p], {}).items():
+                    if tensor is not None:
+                        # a count of steps is no row of anything
+                        of_rows = flat.is_sharded and tensor.dim() > 0
+                        state[f'{slot}/{name}'] = flat.sharded(p, tensor) if of_rows else tensor
         return state
 
     def load_state_dict(self, state):
         if not self.inner.state and int(state.get('step', 1)):
-            before = [flat.data.clone() for flat in self.flats]
+            before = [[part.clone() for part in flat.weights] for flat in self.flats]
             self.zero_grad()
-            self.inner.step()  # makes the state, which is then overwritten
-            for flat, data in zip(self.flats, before):
-                flat.data.copy_(data)
+            self.inner_step()  # makes the state, which is then overwritten
+            for flat, parts in zip(self.flats, before):
+                for part, held in zip(flat.weights, parts):
+                    part.copy_(held)
         super().load_state_dict(state)
 
 

@@ -318,21 +318,33 @@ class Run:
         from nanoforge.shard import unsharded
         return unsharded(self.sharded)
 
-    def even(self, batches, policy, *frozen):
+    def release(self, model):
+        """A sharded model is used no more: nothing of it is held here, or gathered."""
+        self.sharded = [other for other in self.sharded if other is not model]
+
+    def gathering(self, tensors=()):
+        """Within, work on the main rank can save sharded models, and these tensors, in one piece."""
+        live = [*(p for model in self.sharded for p in model.parameters()), *tensors]
+        return Gathering(live) if self.sharded else contextlib.nullcontext()
+
+    def even(self, batches, policy, *frozen, critic=None):
         """This rank's micro-batches. Of sharded models the ranks must make as many forward passes each: one
         that has fewer micro-batches makes the missing ones, which count nothing.
 
-        policy  the model that a micro-batch sends through forward and backward, between which the `frozen`
-                ones, those that are not sharded left out, go forward in this order
+        policy  the model that a micro-batch sends through forward and backward, and behind it the `critic`
+                if there is one (ValueModel; also alone, as the policy); then the `frozen` ones go forward in
+                this order, those that are not sharded left out
         """
         most = self.max(len(batches)) if self.sharded and self.gathers_weights else 0
         yield from batches
         if len(batches) >= most:
             return
+        from nanoforge.shard import one_token
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        trained = [policy, critic] if critic and critic.owns_backbone else [policy]
         for _ in range(len(batches), most):
             with self.autocast():
-                nothing = 0.0 * policy.token_stats(policy.hidden(token), token, extras=False)['logp'].sum()
+                nothing = sum(0.0 * one_token(model, token) for model in trained)
                 with torch.no_grad():
                     for model in frozen:
                         if any(model is other for other in self.sharded):
@@ -367,7 +379,7 @@ class Run:
         norms = []
         for optimizer, rate in pairs:
             optimizer.set_lr(rate)
-            for grad in () if optimizer.is_summed else optimizer.grads:     # else backward() has done it
+            for grad in optimizer.grads_to_sum:
                 self.sum(grad)
             self.scaler.unscale_(optimizer.grads)
             norms.append(float(optimizer.clip_grad_norm(max_norm)))
@@ -422,8 +434,7 @@ class Run:
                 tensors.update((prefix + key, tensor) for key, tensor in optimizer.state_dict().items())
             for prefix, live in (parameters or {}).items():
                 tensors.update((prefix + key, p.detach()) for key, p in live.items())
-            live = [*(p for model in self.sharded for p in model.parameters()), *tensors.values()]
-            with Gathering(live) if self.sharded else contextlib.nullcontext():
+            with self.gathering(tensors.values()):
                 self.checkpoints.save(state.step, write, tensors, saved, best, name)
 
     def exit_if_asked(self, save):

@@ -28,15 +28,15 @@ from nanoforge.tensors import local
 
 
 def make_mesh(run, mode):
-    """The DeviceMesh of a Run: ('shard',), in hybrid ('replicate', 'shard'); ('data',) where ranks hold all of
-    a model. Behind it 'tensor', if ranks hold a model together."""
+    """The DeviceMesh of a Run: ('shard',), in hybrid ('replicate', 'shard'); ('data',) where a rank holds
+    all of a model. Behind it 'tensor', if processes hold a model together."""
     sizes = {'data' if mode == 'none' else 'shard': run.world_size}
     if mode == 'hybrid':
         processes = run.world_size * run.tensor_parallel
         of_node = int(os.environ.get('LOCAL_WORLD_SIZE') or processes)
         if processes % of_node or of_node % run.tensor_parallel:
-            raise UserError(f'--shard=hybrid: {processes} processes, {run.tensor_parallel} to a model, are not '
-                            f'the same number on every node ({of_node} on this one)')
+            raise UserError(f'--shard=hybrid: {processes} processes, {run.tensor_parallel} to a model, are '
+                            f'not the same number on every node ({of_node} on this one)')
         sizes = {'replicate': processes // of_node, 'shard': of_node // run.tensor_parallel}
     if run.tensor_parallel > 1:
         sizes['tensor'] = run.tensor_parallel
@@ -96,6 +96,14 @@ def unsharded(models):
             module.reshard()
 
 
+def one_token(model, token):
+    """(): a forward pass of token (1, 1) as in training: through a policy and its head, or a critic's
+    backbone, whose own head every rank holds whole."""
+    if hasattr(model, 'backbone'):
+        return model.backbone.hidden(token).sum()
+    return model.token_stats(model.hidden(token), token, extras=False)['logp'].sum()
+
+
 @torch.no_grad()
 def copy_rows(target, tensor):
     """Copies a whole tensor into a sharded one: each rank its own rows, and nothing is sent."""
@@ -148,7 +156,7 @@ class Shards:
         return [local(p.grad) for p in self.params]
 
     def gather(self):
-        """No gradient is one of zero, as in Flat; what ranks of tensor parallelism saw a part of is summed."""
+        """No gradient is one of zero, as in Flat. What a tensor-parallel rank saw in part is summed."""
         for p in self.params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -169,7 +177,11 @@ class Shards:
     def named(self, parts):
         """(name, sharded tensor) of this rank's rows of each parameter, or of a number for each row."""
         for name, p, part in zip(self.names, self.params, parts):
-            yield name, sharded_like(p, part)
+            yield name, self.sharded(p, part)
+
+    def sharded(self, p, part):
+        """This rank's rows of what parameter p has, or of a number for each row, as a sharded tensor."""
+        return sharded_like(p, part)
 
     def named_state(self, slot):
         return self.named(self.state[slot])
@@ -244,7 +256,8 @@ class Shards:
     def gathered(self, p, part):
         columns = local(p).size(1)
         whole = [sharded_like(p, part[:, :columns].contiguous()).full_tensor()]
-        whole += [sharded_like(p, column.contiguous()).full_tensor()[:, None] for column in part.t()[columns:]]
+        for column in part.t()[columns:].contiguous():
+            whole.append(sharded_like(p, column).full_tensor()[:, None])
         return torch.cat(whole, 1)
 
     def cut(self, p, whole):

@@ -24,6 +24,11 @@ def local(tensor):
     return tensor.detach().to_local()
 
 
+def gathered(tensor):
+    """`tensor` in one piece on every rank, all of which call it."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+
+
 def part(p):
     """What this rank multiplies by of a parameter, differentiably: under tensor parallelism its part.
 

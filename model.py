@@ -35,7 +35,7 @@ from nanoforge.hf import (
 from nanoforge.kernels import Linear
 from nanoforge.lora import add_lora, load_adapter, merge_lora, read_adapter_config, save_adapter
 from nanoforge.quantize import base_state, quantize
-from nanoforge.tensors import is_sharded, save_tensors
+from nanoforge.tensors import is_sharded, part, save_tensors
 
 
 class Norm(nn.Module):
@@ -49,11 +49,12 @@ class Norm(nn.Module):
 
     @property
     def effective_weight(self):
-        return self.weight.float() + 1 if self.offset else self.weight
+        weight = part(self.weight)
+        return weight.float() + 1 if self.offset else weight
 
     def forward(self, x):
         if self.layer_norm:
-            return F.layer_norm(x, x.shape[-1:], self.effective_weight, self.bias, self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.effective_weight, part(self.bias), self.eps)
         return kernels.rms_norm(x, self.effective_weight, self.eps)
 
 
@@ -206,6 +207,11 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
+    @property
+    def local_config(self):
+        """The configuration that the layers compute by: under tensor parallelism of this rank's heads."""
+        return self.layers[0].self_attn.cfg
+
     @functools.cached_property
     def inv_freq(self):
         """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are
@@ -241,7 +247,7 @@ class GPT(nn.Module):
         rows = inverse = None
         if logit_positions is not None:
             rows, inverse = logit_positions.unique(return_inverse=True)
-        context = kernels.AttentionContext(cfg, self.inv_freq, idx, positions, keep_kv,
+        context = kernels.AttentionContext(self.local_config, self.inv_freq, idx, positions, keep_kv,
                                            self.embed_tokens.weight.dtype, self.compiled)
 
         x = self.embed(idx, context.positions, embeddings)                              # (B, T, C)
@@ -416,7 +422,7 @@ def save_gpt(model, tokenizer, directory, dtype):
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
     # replaced: a model that is mapped from there stays whole
     path = os.path.join(directory, 'model.safetensors')
-    if is_sharded(model.embed_tokens.weight):
+    if any(map(is_sharded, model.parameters())):
         layout = hf_layout(model, hf['model_type'])
         save_tensors(path + '.new', layout, dtype, metadata={'format': 'pt'})
     else:

@@ -19,7 +19,6 @@ and the deviation of a group is kept off 0 by 1e-4.
 Settings that all scripts share stand in nanoforge/flags.py, an environment's in its file in data/tasks.
 """
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -60,7 +59,6 @@ class TeamFlags(Flags):
         # roles by prompt; L2 one LoRA per agent on one base; L3 (full, model) a model per agent
     lora_rank: int = setting(16, min=1, needs=('specialization=lora',))  # with specialization=lora
     lora_alpha: float = setting(32.0, above=0, needs=('specialization=lora',))  # counts alpha / rank times
-    GPU_num: int = setting(1, min=1)  # GPUs (or processes on a CPU) that share each model: tensor parallelism
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
         # alone is L0; empty = all of the task
@@ -105,6 +103,7 @@ class EnvFlags(Flags):
 class Config(RunFlags, SamplerFlags, StepFlags, EnvFlags, AdapterFlags, TeamFlags):
     section = 'training'
     aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
+    tensor_parallel = setting(1, path='GPU_num')  # processes that share each model, as the guide calls it
     # training
     experiment_name: str = 'agents'  # names the run: logs/<experiment_name>/
     output_dir: str | None = setting(None, also=('out_dir',))  # of its runs; logs/<experiment_name> if unset
@@ -132,9 +131,7 @@ class Config(RunFlags, SamplerFlags, StepFlags, EnvFlags, AdapterFlags, TeamFlag
 def main(cfg):
     directory = latest_directory(cfg)                           # logs/EXPERIMENT/DATE/TIME of the newest run
     run = Run.open(cfg, 'train_agents.py', os.path.join(directory, 'checkpoints'), cfg.resume,
-                   memory_flags=('training.micro_batch_tokens',),
-                   share=functools.partial(init_tp, shards=cfg.GPU_num))
-    run.cfg.GPU_num = cfg.GPU_num                               # of now, whatever the run had that is resumed
+                   memory_flags=('training.micro_batch_tokens',))
     cfg, task = run.cfg, task_of(run.cfg)
     if cfg.plan:
         return plan.agents(cfg, load_policies(cfg, run), run)
@@ -165,7 +162,7 @@ def main(cfg):
         log.write(0, {'demonstrations/seconds': demo_seconds})
 
     def save(best=False):
-        run.save(state, None, None, optimizers, best=best, write=team_writer(policies, run))
+        run.save(state, None, None, optimizers, best=best, write=team_writer(policies))
 
     while True:
         run.sampler.update(state.step, [policy.model for policy in policies], policies[0].tokenizer)
@@ -260,7 +257,6 @@ def main(cfg):
 
 def check_team(cfg, task):
     """UserError where settings contradict the environment or each other. Types env.*, fills in turn_order."""
-    cfg.num_gpus = max(cfg.num_gpus, cfg.GPU_num)       # so many processes are started
     cfg.env = read_settings(task, cfg.env)
     read_settings(task, {'rules': cfg.rules})           # where they are set it must have some
     order = cfg.turn_order = cfg.turn_order or list(task.ROLES)
@@ -277,8 +273,6 @@ def check_team(cfg, task):
     if (cfg.filter_ratio > 0) != (cfg.filter_method in ('std', 'mean')):
         raise UserError(f'filter_ratio={cfg.filter_ratio:g} and filter_method={cfg.filter_method} do not '
                         'fit: std and mean need a ratio above 0, the others have none')
-    if cfg.specialization == 'lora' and cfg.GPU_num > 1:
-        raise UserError('GPU_num above 1 shards whole models, not adapters: specialization=prompt or full')
     # a second model means one for each agent, unless specialization was set in the same place
     if set(cfg.base_models) - {'policy_0', *policies_of(cfg)}:
         if 'specialization' not in (cfg.flags if 'base_models' in cfg.flags else cfg.typed):
@@ -348,7 +342,6 @@ from nanoforge.checkpoint import append_text, symlink, writing
 from nanoforge.log import cut_log
 from nanoforge.lora import add_lora, load_adapter, set_adapter
 from nanoforge.optim import AdamW, make_optimizer
-from nanoforge.parallel import ShardedRun, gather_model, init_tp, shard_model
 from nanoforge.run import Run, State as RunState, describe_device, explain_out_of_memory, seed_for
 from sample import generate
 
@@ -631,7 +624,6 @@ def load_policies(cfg, run):
     for policy in policies:
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
-        shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
         run.prepare(policy.model.set_matmul(run.matmul))
         policy.generate = run.sampler.generate if cfg.sampler_url else generate
     return policies
@@ -646,15 +638,12 @@ def base_of(path):
     raise UserError(f'{path} holds neither a model nor adapters of a team')
 
 
-def team_writer(policies, run):
+def team_writer(policies):
     """write(folder) for run.save: one policy is the model in the folder itself, each of several has one."""
-    models = [gather_model(policy.model, run) for policy in policies]       # on all ranks together
-
     def write(folder):
-        for policy, model in zip(policies, models):
-            policy.use()
-            path = os.path.join(folder, policy.name) if len(models) > 1 else folder
-            save_model(model, policy.tokenizer, path)
+        for policy in policies:
+            path = os.path.join(folder, policy.name) if len(policies) > 1 else folder
+            save_model(policy.use(), policy.tokenizer, path)
     return write
 
 
@@ -706,8 +695,7 @@ def warm_up(cfg, policies, task, run):
     if reason:
         run.print0(f'note      trains without demonstrations: {reason}')
         return 0.0
-    kind = 'adamw' if isinstance(run, ShardedRun) else 'muon'           # which needs whole matrices
-    optimizers = {p.name: build_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in policies}
+    optimizers = {p.name: build_optimizer(p, 'muon', cfg.demo_learning_rate, 0.01) for p in policies}
     began, losses = time.perf_counter(), []
     for step in range(cfg.demo_steps):
         if run.stop.requested:

@@ -588,7 +588,7 @@ def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
     there is none where only a cache is left of the reference. success_rate is the share of answers that
     follow the rule of the embedded data set. ({}, '') where no samples are wanted, and on other ranks.
     """
-    if not run.is_main or not cfg.eval_samples or cfg.prediction_loss_only:
+    if run.rank or not cfg.eval_samples or cfg.prediction_loss_only:
         return {}, ''
     # a prompt may have many pairs: it is answered once
     prompts = list({tuple(pair.prompt): pair.prompt for pair in held_out}.values())[:cfg.eval_samples]

@@ -492,18 +492,18 @@ def validate(cfg, model, corpora, run):
 
 def show(cfg, model, tokenizer, step, log, run):
     """The picture so far, and a sample of text to the console, samples.txt and TensorBoard."""
-    if not run.is_main:
-        return
-    title = os.path.basename(os.path.abspath(cfg.out_dir))
-    plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), title)
-    if cfg.sample_tokens and cfg.training_mode != 'multicontext':
+    if run.is_main:
+        title = os.path.basename(os.path.abspath(cfg.out_dir))
+        plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), title)
+    if run.rank == 0 and cfg.sample_tokens and cfg.training_mode != 'multicontext':
         prompt = tokenizer.encode('\n') or [0]      # some tokenizers have no line break
         seed = seed_for(cfg.seed, 'sample', step)
         # keyed by the step alone, so that a sample shows what was learned, and never disturbs the training
         samples = generate(model, [prompt], cfg.sample_tokens, temperature=0.8, seed=seed)
         text = tokenizer.decode(samples.tokens[0][:samples.lengths[0]].tolist())
-        with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as file:
-            file.write(f'---- step {step}\n{text}\n')
+        if run.is_main:
+            with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as file:
+                file.write(f'---- step {step}\n{text}\n')
         log.text(step, 'sample', text.strip())
 
 

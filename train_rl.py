@@ -1034,6 +1034,9 @@ def open_reward_model(cfg, problems, tokenizer, run, path=None):
 def train_own_reward_model(cfg, problems, tokenizer, log, run):
     """A reward model trained from the pairs, as it is saved in output_dir/reward_model."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
+    if run.tensor_parallel > 1 and cfg.use_lora:
+        raise UserError(f'--tensor_parallel={run.tensor_parallel} trains no reward model with an adapter '
+                        'yet: train it in a run of its own, and name it as reward_model_path')
     with log.pause():
         model = load_value_model(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run)
         with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):

@@ -148,7 +148,7 @@ def main(cfg):
         with log.pause(), ema.swapped(), run.unsharded():     # the mean of the weights; no speed counts it
             metrics.update(evaluate(cfg, model, rows, run))             # eval_loss in nats per target
             log.write(state.step, {'epoch': state.epoch, **metrics})
-            if cfg.sample_rows and rows.held_out.any() and run.is_main:
+            if cfg.sample_rows and rows.held_out.any() and run.rank == 0:
                 log.text(state.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
             log.histograms(state.step, gradients(optimizer))
         alerts.evaluation(state, metrics['eval_loss'])

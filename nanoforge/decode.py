@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from nanoforge import rope
 from nanoforge.kernels import Linear, concat, dithered
+from nanoforge.tensors import cut_by_input, part, part_of_bias
 
 # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 FUSE_LIMIT = 2 ** 28
@@ -51,8 +52,8 @@ class CachedDecoder:
     """
 
     def __init__(self, model, prompts, num_samples, max_new_tokens):
-        cfg, device = model.config, model.device
-        self.model, self.prompts, self.num_samples = model, prompts, num_samples
+        cfg, device = model.local_config, model.device
+        self.cfg, self.model, self.prompts, self.num_samples = cfg, model, prompts, num_samples
         self.acc_dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
         self.cache_pos = max(map(len, prompts))
         self.max_slots = self.cache_pos + max_new_tokens
@@ -79,7 +80,7 @@ class CachedDecoder:
     def start(self):
         """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the
         prompts."""
-        cfg, device, longest = self.model.config, self.model.device, self.cache_pos
+        cfg, device, longest = self.cfg, self.model.device, self.cache_pos
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in self.prompts]
         idx = torch.tensor(padded, device=device)                       # (prompts, longest)
@@ -153,7 +154,7 @@ class CachedDecoder:
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        cfg, n = self.model.config, len(token)
+        cfg, n = self.cfg, len(token)
         if self.cache_pos == self.slots:
             self.grow(n)
         if n != self.view_rows:
@@ -190,7 +191,7 @@ class CachedDecoder:
         views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots), its values (n * G,
         slots, D).
         """
-        cfg, n, (cache, keys, values) = self.model.config, len(x), views
+        cfg, n, (cache, keys, values) = self.cfg, len(x), views
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         qkv = layer.qkv_proj(x).to(self.acc_dtype).view(n, H + 2 * G, D)
         if cfg.qk_norm:
@@ -217,7 +218,7 @@ class DecoderLayer:
     """One Block as functions of the rows of a step, its projections stacked where that makes it faster."""
 
     def __init__(self, model, layer, rope_order, rows, small):
-        cfg, attention, mlp = model.config, layer.self_attn, layer.mlp
+        cfg, attention, mlp = model.local_config, layer.self_attn, layer.mlp
         self.cfg, self.layer_type, self.act = cfg, attention.layer_type, mlp.act
         self.window = cfg.window(self.layer_type)
         norms = [module for name, module in layer.named_children() if name.endswith('layernorm')]
@@ -279,18 +280,32 @@ def fuse_linears(modules, fuse, amp, rows, order=None):
     if fuse and all(type(module) is Linear for module in modules):
         in_bf16 = modules[0].bf16
         rounded = dithered if in_bf16 else torch.Tensor.detach
-        weight = concat([rounded(module.weight) for module in modules])
-        bias = concat([rounded(module.bias) for module in modules if module.bias is not None])
+        weight = concat([rounded(part(module.weight)) for module in modules])
+        biases = [rounded(part_of_bias(module.bias)) for module in modules if module.bias is not None]
+        bias = concat(biases)
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
         dtype = torch.bfloat16 if in_bf16 else amp or weight.dtype
-        return linear_function(weight, bias, dtype, rows)
+        multiply = linear_function(weight, bias, dtype, rows)
+        return summed(multiply, modules[0].weight) if cut_by_input(modules[0]) else multiply
 
     def call(x, residual=None):
         y = concat([module(x) for module in modules], -1)
         y = y if order is None else y[:, order]
         return y if residual is None else residual + y
     return call
+
+
+def summed(multiply, weight):
+    """A product whose outputs are summed over the ranks of tensor parallelism, which hold parts of the
+    inputs."""
+    group = weight.device_mesh.get_group()
+
+    def multiply_and_sum(x, residual=None):
+        y = multiply(x)
+        torch.distributed.all_reduce(y, group=group)
+        return y if residual is None else residual + y
+    return multiply_and_sum
 
 
 def linear_function(weight, bias, dtype, rows):

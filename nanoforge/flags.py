@@ -22,11 +22,14 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': ('adafactor',), 'compile': (), 'GPU_num': range(2, 10 ** 6)}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': ()}
+# and what does not with --tensor_parallel
+UNPARALLEL = {**UNSHARDED, 'load_in_8bit': (), 'load_in_4bit': (), 'use_dora': ()}
 # with --sampler_url: servers hold other weights than 4 or 8 bits of ours, and adapters without biases;
 # ranks that share a model must draw the same; an evaluation alone needs no server
 SAMPLED_HERE = {'load_in_4bit': (True,), 'load_in_8bit': (True,), 'lora_bias': ('all', 'lora_only'),
-                'GPU_num': range(2, 10 ** 6), 'eval_only': (True,), 'specialization': ('full', 'model')}
+                'tensor_parallel': range(2, 10 ** 6), 'eval_only': (True,),
+                'specialization': ('full', 'model')}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -89,6 +92,8 @@ class RunFlags(Flags):
         # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
     compile: bool = setting(False, path='compile')  # torch.compile each layer: faster on a GPU after half a
         # minute
+    tensor_parallel: int = setting(1, path='tensor_parallel', also=('GPU_num',), min=1)  # processes that hold
+        # a model together, each its part of the heads and inner channels
     plan: bool = setting(False, path='plan')  # print the memory and the time that this run would take, and
         # what makes it fit; no weights are loaded
     gpu_memory: float | None = setting(None, path='gpu_memory', above=0, needs=PLAN)  # GiB of each GPU that
@@ -105,20 +110,21 @@ class RunFlags(Flags):
             if len(typed) != 1:
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
-        if self.shard != 'none' and (name := self.unsharded_setting()):
+        self.num_gpus = max(self.num_gpus, self.tensor_parallel)        # so many processes are started
+        if clash := self.clash():
+            flag, name = clash
             why = ', whose steps depend on means over whole matrices' if name == 'optimizer' else ''
-            raise UserError(f'--shard={self.shard} does not go together with '
+            raise UserError(f'--{flag}={getattr(self, flag)} does not go together with '
                             f'{name}={as_text(getattr(self, name))} yet{why}: leave one of them out')
 
-        if self.compile and getattr(self, 'GPU_num', 1) > 1:
-            raise UserError('--compile does not go together with GPU_num above 1 yet: leave one of them out')
-
-    def unsharded_setting(self):
-        """The name of a setting that sharded models are not built for; None if there is none."""
-        for name, refused in UNSHARDED.items():
-            value = getattr(self, name, None)
-            if value in refused or value and not refused:
-                return name
+    def clash(self):
+        """(flag, name of a setting that it does not go together with yet); None where there is none."""
+        for flag, is_on, table in (('shard', self.shard != 'none', UNSHARDED),
+                                   ('tensor_parallel', self.tensor_parallel > 1, UNPARALLEL)):
+            for name, refused in table.items() if is_on else ():
+                value = getattr(self, name, None)
+                if value in refused or value and not refused:
+                    return flag, name
 
     def autocast_dtype(self):
         """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""
@@ -153,8 +159,6 @@ class AdapterFlags(Flags):
         if (self.use_dora or self.use_rslora) and getattr(self, 'specialization', 'lora') != 'lora':
             raise UserError('use_rslora and use_dora are for specialization=lora, not '
                             f'{self.specialization}, which has no adapters')
-        if self.use_dora and getattr(self, 'GPU_num', 1) > 1:
-            raise UserError(f'use_dora needs whole rows of the weights: not with GPU_num={self.GPU_num}')
 
 
 @configclass

@@ -17,6 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanoforge import rope
 
+from nanoforge.tensors import part, part_of_bias
+
 SHORT_BLOCK = 192       # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
 BUCKET = 16             # segments whose lengths differ by less than this are computed side by side,
@@ -67,8 +69,8 @@ class Linear(nn.Linear):
     @staticmethod
     def stacked(x, layers):
         """Several of these as one product, their outputs side by side."""
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return linear(x, [layer.weight for layer in layers], biases, layers[0].bf16)
+        biases = [part_of_bias(layer.bias) for layer in layers if layer.bias is not None]
+        return linear(x, [part(layer.weight) for layer in layers], biases, layers[0].bf16)
 
 
 def stacked_linear(x, layers):

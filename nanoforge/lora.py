@@ -22,7 +22,7 @@ from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, dithered, keep_copies
 from nanoforge.optim import copy
 from nanoforge.quantize import head_of, is_linear, is_quantized
-from nanoforge.tensors import is_sharded, local, save_tensors
+from nanoforge.tensors import cut_by_input, is_sharded, local, part, save_tensors
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -131,17 +131,27 @@ def add_adapters(y, x, layers):
         return y
     first = present[0]
     if all(adapter is not None and adapter.lora_A is first.lora_A for adapter in adapters):   # GPT-2's c_attn
-        A = first.lora_A
-        B = torch.cat([adapter.lora_B for adapter in adapters]) * first.scale
+        A = part(first.lora_A)
+        B = torch.cat([part(adapter.lora_B) for adapter in adapters]) * first.scale
     else:
-        A = torch.cat([adapter.lora_A for adapter in present])
+        A = torch.cat([part(adapter.lora_A) for adapter in present])
         blocks = []
         for layer, adapter in zip(layers, adapters):
             nothing = A.new_zeros(layer.out_features, 0)
-            blocks.append(nothing if adapter is None else adapter.lora_B * adapter.scale)
+            blocks.append(nothing if adapter is None else part(adapter.lora_B) * adapter.scale)
         B = torch.block_diag(*blocks)
-    x = F.dropout(x.to(y.dtype), first.dropout, layers[0].training)
+    x = dropout(x.to(y.dtype), first.dropout, layers[0])
     return y.addmm_(F.linear(x, A.to(y.dtype)), B.t().to(y.dtype))
+
+
+def dropout(x, p, layer):
+    """Of a layer's input x (N, in). Where tensor parallelism cuts that, each rank draws for all of it, so
+    that their random numbers stay the same, and takes its part."""
+    if not cut_by_input(layer) or not layer.training:
+        return F.dropout(x, p, layer.training)
+    mesh = layer.weight.device_mesh
+    kept = F.dropout(x.new_ones(len(x), mesh.size() * x.size(1)), p)
+    return x * kept.chunk(mesh.size(), 1)[mesh.get_local_rank()]
 
 
 # ---- which layers there are, under transformers' names -----------------------------------------------------

@@ -9,9 +9,7 @@ OPTIMIZERS and SCHEDULES, and draw its learning-rate curve, before it pays for t
 """
 import contextlib
 import inspect
-import itertools
 import math
-import operator
 
 from configurator import UserError
 
@@ -102,7 +100,7 @@ class Plateau:
 class Flat:
     """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into
     which autograd accumulates), and for each name in `slots` a tensor of the same length."""
-    is_sharded = False
+    is_sharded = is_summed = False
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params, self.starts = group, names, params, []
@@ -152,8 +150,9 @@ class Flat:
     def named_rows(self):
         return zip(self.names, self.row_squares)
 
-    def sum_over_shards(self, value):
-        return value
+    def squares(self):
+        """[sum of squares of a piece of the gradient]."""
+        return [part.dot(part) for part in self.grad.split(2 ** 24)]
 
     def gather(self):
         """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which
@@ -188,13 +187,13 @@ class FlatOptimizer:
                     raise UserError(f'{name} is {p.dtype}: parameters that are trained must be float32')
                 seen.add(id(p))
                 group['params'].append(p)
-                is_sharded = hasattr(p, 'device_mesh')              # run.shard has cut it
-                buckets.setdefault((p.device, p.dtype, is_sharded), []).append((name, p))
+                mesh = getattr(p, 'device_mesh', None)          # of ranks among whom run.shard has cut it
+                buckets.setdefault((p.device, p.dtype, mesh), []).append((name, p))
             if group['params']:
                 self.param_groups.append(group)
-                for (*_, is_sharded), bucket in buckets.items():
+                for (*_, mesh), bucket in buckets.items():
                     kind = Flat
-                    if is_sharded:
+                    if mesh:
                         from nanoforge.shard import Shards as kind
                     self.flats.append(kind(group, *zip(*bucket), self.slots(group)))
         if not self.flats:
@@ -210,8 +209,8 @@ class FlatOptimizer:
 
     @property
     def grads_to_sum(self):
-        """Those that data parallel sums over ranks: backward has done it where parameters are sharded."""
-        return [grad for flat in self.flats if not flat.is_sharded for grad in flat.flat_grads()]
+        """Those that data parallel sums over ranks: backward has done it where --shard cuts them."""
+        return [grad for flat in self.flats if not flat.is_summed for grad in flat.flat_grads()]
 
     def zero_grad(self):
         for flat in self.flats:
@@ -225,14 +224,9 @@ class FlatOptimizer:
         """Scales the gradients so that their joint 2-norm is at most max_norm (0: never) and returns the norm
         before, a tensor (). Where that is not finite the gradients stay as they are: the caller skips the
         step."""
-        grads, total = self.grads, 0.0
-        for is_sharded, flats in itertools.groupby(self.flats, operator.attrgetter('is_sharded')):
-            flats = list(flats)
-            squares = [part.dot(part) for flat in flats for grad in flat.flat_grads()
-                       for part in grad.split(2 ** 24)]
-            squares = sum(square.to(grads[0].device) for square in squares)
-            total = total + flats[0].sum_over_shards(squares)
-        norm = total.sqrt()
+        grads = self.grads
+        squares = [square for flat in self.flats for square in flat.squares()]
+        norm = sum(square.to(grads[0].device) for square in squares).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
             if scale.device.type != 'cpu' or scale < 1:  # a GPU would have to be waited for

@@ -79,7 +79,7 @@ def hardware(cfg):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / cfg.num_gpus
     else:
         raise UserError('--plan finds no memory size on this system: say it, --gpu-memory=16')
-    shards = getattr(cfg, 'GPU_num', 1) if cfg.shard == 'none' else cfg.num_gpus
+    shards = cfg.tensor_parallel if cfg.shard == 'none' else cfg.num_gpus
     flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12
     stacks = kind == 'cpu' and not is_quantised(cfg)
     return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards, stacks)
@@ -197,7 +197,7 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     matrices = block_matrices(model)
     if cfg.shard != 'none':                     # run.unsharded
         evaluation = estimate.phases.setdefault('evaluation', {'weights, gathered': 0})
-        evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=1), model)
+        evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=cfg.tensor_parallel), model)
     if hw.is_cpu and hw.product == 2 and not is_quantised(cfg):
         estimate.add('bf16 copies of weights', 2 * numbers(matrices) / hw.shards)
     if not optimizer:
@@ -498,9 +498,10 @@ def sft(cfg, model, rows, epochs, total, run):
 
 def over_processes(cfg, steps, size):
     """(optimizer steps, rows of a step over all processes) from those of a single one: an epoch has fewer."""
+    ranks = cfg.num_gpus // cfg.tensor_parallel
     if cfg.max_steps < 0:
-        steps = -(-steps // cfg.num_gpus)
-    return steps, size * cfg.num_gpus
+        steps = -(-steps // ranks)
+    return steps, size * ranks
 
 
 def document(rows, i):
@@ -679,7 +680,7 @@ def alternatives(cfg, hw):
         changed = copy.copy(cfg)
         for name, value in changes.items():
             setattr(changed, name, value)
-        if changed.shard == 'none' or not changed.unsharded_setting():
+        if not changed.clash():
             flags = [f'--{name}' if value is True else f'--{name}={value}' for name, value in changes.items()]
             yield ' '.join(flags), changed
 

@@ -59,6 +59,7 @@ log_interval = 10
 # shard = 'none'  # what each process holds of weights, gradients and optimizer state: all; its part; or its
 #     # part of a copy on each node (none, full, hybrid)
 # compile = False  # torch.compile each layer: faster on a GPU after half a minute
+# tensor_parallel = 1  # processes that hold a model together, each its part of the heads and inner channels
 # plan = False  # print the memory and the time that this run would take, and what makes it fit; no weights
 #     # are loaded
 # gpu_memory = None  # GiB of each GPU that is planned for; those of this machine if not set

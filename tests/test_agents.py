@@ -555,7 +555,7 @@ def test_levels_run_resume_and_are_evaluated(small, level):
     (['env.map_size=big'], ['env.map_size', 'big', 'int']), (['env.benchmrk=sudoku'], ['env.benchmrk', 'benchmark']),
     (['turn_order=tool_agent'], ['plan_agent']), (['turn_order=reader plan_agent'], ['reader', 'tool_agent']),
     (['filter_method=std'], ['filter_ratio']), (['filter_ratio=0.3'], ['filter_method']), (['training.epoch_size=0'], ['epoch_size']),
-    (['specialization=lora', 'GPU_num=2'], ['GPU_num', 'adapters']), (['base_models.policy_1.path=tiny', 'specialization=prompt'], ['policy_1', 'specialization=full']),
+    (['base_models.policy_1.path=tiny', 'specialization=prompt'], ['policy_1', 'specialization=full']),
     (['base_models.policy_1.path=tiny', 'specialization=lora'], ['policy_1', 'specialization=full']), (['env.rules=maybe'], ['env.rules', 'maybe']),
     (['base_models.policy_7.path=tiny', 'specialization=full'], ['policy_7', 'policy_0, policy_1']), (['env.dataset=polaris', 'env.benchmark=sokoban'], ['polaris', 'sokoban']),
     (['agent_policy_configs.agent_configs.agent_0.name=judge'], ['judge', 'plan_agent']), (['training.learning_rate=-1'], ['learning_rate'])])

@@ -28,7 +28,7 @@ import train_sft
 from configurator import UserError, parse
 from data.prepare import prepare_files
 from model import FAMILIES, GPT, GPTConfig, load_model, save_model
-from nanoforge.optim import OPTIMIZERS, make_optimizer
+from nanoforge.optim import OPTIMIZERS, FlatOptimizer, make_optimizer
 from nanoforge.run import Run, setup
 from nanoforge.shard import copy_rows
 from nanoforge.tensors import Gathering, is_sharded, local, save_tensors
@@ -52,22 +52,23 @@ def float64_run(rank, script, flags):
     """main() of a script in this process, in float64; rank 0 leaves each step's summed gradients in
     OUT-gradients.pt."""
     gradients, held = [], []
-    shard, clip = Run.shard, Run.clip_grad_norm
+    shard, clip = Run.shard, FlatOptimizer.clip_grad_norm
 
     def shard_in_float64(self, model):
         model = shard(self, model.double())
-        if self.cfg.shard != 'none' and self.world_size > 1:
-            floats = [p for p in model.parameters() if p.is_floating_point()]       # codes of 4 and 8 bits are whole
-            held.append((sum(local(p).numel() for p in floats), sum(p.numel() for p in floats)))
+        if self.sharded:            # codes of 4 and 8 bits are whole, and so are embeddings under tensor parallelism
+            params = [p for p in model.layers.parameters() if p.is_floating_point()]
+            mine = sum((local(p) if is_sharded(p) else p).numel() for p in params)
+            held.append((mine, sum(p.numel() for p in params)))
         return model
 
-    def record(self, optimizer, max_norm):
-        optimizer.grads                                 # puts them in place
-        named = {name: p.grad for flat in optimizer.flats for name, p in zip(flat.names, flat.params)}
-        gradients.append({name: g.full_tensor() if is_sharded(g) else g.clone() for name, g in named.items()})
-        return clip(self, optimizer, max_norm)
+    def record(self, max_norm):
+        self.grads                                      # puts them in place
+        named = {name: p.grad for flat in self.flats for name, p in zip(flat.names, flat.params)}
+        gradients.append({name: (g.full_tensor() if is_sharded(g) else g).clone() for name, g in named.items()})
+        return clip(self, max_norm)
 
-    Run.shard, Run.clip_grad_norm = shard_in_float64, record
+    Run.shard, FlatOptimizer.clip_grad_norm = shard_in_float64, record
     if script in (train_gpt, train_rl):         # whose new model reads a checkpoint's weights, too; a critic's head
         torch.set_default_dtype(torch.float64)
     cfg = parse(script.Config, [*FAST, *flags])
@@ -201,9 +202,9 @@ def test_optimizers_of_torch():
 def small_model(directory, vocab_size, arch='qwen3', **more):
     """A random one with tiny's tokenizer."""
     _, tokenizer = load_model('tiny')
-    family = {**FAMILIES[arch], **more}
+    settings = {**FAMILIES[arch], 'n_head': 3, 'n_kv_head': 1, 'n_embd': 6, **more}
     torch.manual_seed(1)
-    model = GPT(GPTConfig(arch=arch, vocab_size=vocab_size, block_size=128, n_layer=2, n_head=3, n_kv_head=1, n_embd=6, **family))
+    model = GPT(GPTConfig(arch=arch, vocab_size=vocab_size, block_size=128, n_layer=2, **settings))
     save_model(model.init_weights(std=0.3), tokenizer, directory)
 
 
@@ -362,7 +363,7 @@ def test_a_save_that_fails_ends_on_every_rank():
 
 
 @pytest.mark.parametrize('script, flags, word', [
-    (train_sft, ['--optimizer=adafactor'], 'optimizer=adafactor'), (train_agents, ['GPU_num=2'], 'GPU_num=2'), (train_gpt, ['--compile'], 'compile=True'),
+    (train_sft, ['--optimizer=adafactor'], 'optimizer=adafactor'), (train_gpt, ['--compile'], 'compile=True'),
 ])
 def test_what_is_not_done_yet_is_one_line(script, flags, word, capsys):
     with pytest.raises(SystemExit):

@@ -384,7 +384,7 @@ def test_sigterm_saves_and_says_how_to_go_on(llama, preferences):
                                        'output_dir': 'out'}.items()] + [f'data.datasets[0].name={preferences}']
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith('step') and 'grad_norm' in line:
+        if line.startswith('step') and ' loss ' in line:
             process.send_signal(signal.SIGTERM)
             break
     said = process.stdout.read()

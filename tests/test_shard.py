@@ -30,7 +30,7 @@ from data.prepare import prepare_files
 from model import FAMILIES, GPT, GPTConfig, load_model, save_model
 from nanoforge.optim import OPTIMIZERS, FlatOptimizer, make_optimizer
 from nanoforge.run import Run, setup
-from nanoforge.shard import copy_rows
+from nanoforge.shard import copy_rows, fsdp_modules
 from nanoforge.tensors import Gathering, is_sharded, local, save_tensors
 
 FAST = ['--device=cpu', '--matmul=float32', '--report_to=none']
@@ -69,7 +69,7 @@ def float64_run(rank, script, flags):
         return clip(self, max_norm)
 
     Run.shard, FlatOptimizer.clip_grad_norm = shard_in_float64, record
-    if script in (train_gpt, train_rl):         # whose new model reads a checkpoint's weights, too; a critic's head
+    if script in (train_gpt, train_sft, train_rl):      # new parameters read those of a checkpoint, too: else rounded to float32
         torch.set_default_dtype(torch.float64)
     cfg = parse(script.Config, [*FAST, *flags])
     script.main(cfg)
@@ -334,6 +334,44 @@ def test_a_sharded_run_goes_on_with_other_ranks():
     assert manifests[0]['files'].keys() == manifests[1]['files'].keys()
     assert Path('one/config.json').read_bytes() == Path('out/config.json').read_bytes()
     AutoModelForCausalLM.from_pretrained('out/checkpoint-4')
+
+
+def test_an_adapter_goes_on_with_other_ranks():
+    small_model('model', 1031)
+    write_rows('rows.jsonl', [{'question': f'What is {n} and {n}?', 'answer': str(2 * n)} for n in range(12)])
+    flags = [*FINE_TUNING, '--dataset_path=rows.jsonl', '--eval_strategy=no', '--eval_fraction=0', '--use_lora', '--lora_dropout=0',
+             '--optimizer=rmsprop']
+    gradients, weights = train(train_sft, 'one', [*flags, '--batch_size=4', '--max_steps=3'])
+    train(train_sft, 'out', [*flags, '--batch_size=2', '--max_steps=1'], 2, 'full')
+    second = train(train_sft, 'out', ['--resume', '--device=cpu', '--batch_size=1', '--max_steps=2'], 4, 'full')
+    last = train(train_sft, 'out', ['--resume', '--device=cpu', '--batch_size=4', '--max_steps=3'])
+    assert_equal((second[0] + last[0], last[1]), (gradients[1:], weights))
+
+
+def test_nothing_stays_gathered():
+    """Behind an evaluation, whose forward passes the ranks make unequally, and behind a step."""
+    def work(rank):
+        run = setup('cpu')
+        run.cfg = argparse.Namespace(shard='full')
+        torch.manual_seed(0)
+        model = run.shard(GPT(GPTConfig(**FAMILIES['gpt2'], vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=8)))
+        idx = torch.arange(16).view(2, 8)
+
+        def gathered_bytes():
+            parts = [part for module in fsdp_modules(model) for part in module._get_fsdp_state()._fsdp_param_group.fsdp_params]
+            return sum(t.untyped_storage().nbytes() for part in parts for t in getattr(part, 'all_gather_outputs', ()))
+
+        with run.unsharded(), torch.no_grad():
+            for _ in range(rank):
+                model(idx)
+            assert gathered_bytes() == 4 * model.num_params()
+            assert not any(map(is_sharded, model.parameters()))
+        assert gathered_bytes() == 0 and all(map(is_sharded, model.parameters()))
+        for _ in run.even([idx] * rank, model):
+            run.backward(model(idx, idx).sum())
+        assert gathered_bytes() == 0 and all(map(is_sharded, model.parameters()))
+        run.close()
+    ranks(2, work)
 
 
 def test_tensors_are_written_as_safetensors_does(tmp_path):

@@ -29,8 +29,8 @@ GPT2 = [*LAYERS, '--arch=gpt2', '--bias', *SGD]
 
 @pytest.mark.parametrize('n, shard, model', [
     (2, 'none', [*LAYERS, '--n_kv_head=2']), (2, 'none', GPT2), (4, 'none', [*LAYERS, '--optimizer=normuon']),
-    (4, 'full', [*LAYERS, '--optimizer=muon', '--ema=0.9']), (4, 'full', GPT2),
-], ids=['qk norm', 'biases', '2 x 2, normuon', 'sharded, muon, mean', 'sharded, biases'])
+    (4, 'full', [*LAYERS, '--optimizer=muon', '--ema=0.9']),
+], ids=['qk norm', 'biases', '2 x 2, normuon', 'sharded, muon, mean'])
 def test_pretraining(n, shard, model):
     expected = train(train_gpt, 'one', GPT_FLAGS + model)
     assert_equal(train(train_gpt, 'ranks', [*GPT_FLAGS, *model, *TWO], n, shard), expected)
@@ -46,12 +46,11 @@ def test_two_nodes_of_four_ranks():
 
 
 @pytest.mark.parametrize('n, shard, model, more', [
-    (2, 'none', EVEN, ['--neftune_noise_alpha=5']),
-    (2, 'none', EVEN, ['--use_lora', '--lora_dropout=0.2']),
+    (2, 'none', EVEN, ['--use_lora', '--lora_dropout=0.2', '--neftune_noise_alpha=5']),
     (2, 'none', {**EVEN, 'arch': 'gpt2', 'n_kv_head': 4}, ['--use_lora', '--lora_dropout=0']),
     (4, 'full', EVEN, ['--use_lora', '--lora_dropout=0', '--gradient_checkpointing']),
     (4, 'none', {**EVEN, 'tied': False}, ['--gradient_checkpointing', '--ema=0.5']),
-], ids=['noise', 'lora, dropout', 'lora, c_attn', '2 x 2, lora', '2 x 2, recomputed'])
+], ids=['lora, dropout, noise', 'lora, c_attn', '2 x 2, lora', '2 x 2, recomputed'])
 def test_fine_tuning(n, shard, model, more):
     small_model('model', 1031, **model)
     write_rows('rows.jsonl', [{'question': f'What is {n} and {n}?', 'answer': 'More ' * (n % 4) + str(2 * n),

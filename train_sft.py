@@ -45,7 +45,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     lr_scheduler_type = 'cosine'
     weight_decay = 0.01
 
-    algorithm: str = setting('sft', choices=('sft',))  # whose recipe this is
+    algorithm: str = setting('sft', choices=('sft', 'cpt'))  # cpt: continued pretraining on texts
+    text_column: str = setting('text', path='data.text_column', needs=('algorithm=cpt',))  # its column
     # model
     load_checkpoint: str | None = None  # start from these weights, their epochs counted on; a fresh optimizer
     dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and layer outputs
@@ -228,7 +229,7 @@ import numpy as np
 import torch
 
 from data.batches import Epochs, Prefetcher, best_fit, draw, micro_batches, pack_documents
-from data.formats import read_rows, split_of_row, to_record
+from data.formats import read_rows, split_of_row, text_record, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
@@ -431,7 +432,7 @@ def load_rows(cfg, sources, model, tokenizer, run):
     if cfg.augment:
         records = with_copies(cfg, records, run)
     longest = encode_records(records, tokenizer, rows, issues, cfg.loss_on, limit, cfg.max_prompt_length,
-                             cfg.dataset_num_proc, cfg.skip_bad_rows)
+                             cfg.dataset_num_proc, cfg.skip_bad_rows, cfg.algorithm == 'cpt')
     compare_splits(rows.close(), issues)
     # no longer than the longest row: it is the width of packed rows, and of the memory that they take
     cfg.max_length = min(cfg.max_length or longest, longest or context, context)
@@ -451,7 +452,8 @@ def read_records(cfg, sources, issues, run):
     for number, source in enumerate(sources):
         for where, row in read_rows(source.name, source.split, source.subset):
             try:
-                record = to_record(row, where, source, cfg.system_prompt)
+                record = (text_record(row, where, cfg.text_column) if cfg.algorithm == 'cpt' else
+                          to_record(row, where, source, cfg.system_prompt))
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -609,12 +611,12 @@ SCALED = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 2e-6)], ids=['float32', 'float64'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 2e-7)], ids=['float32', 'float64'])
 @pytest.mark.parametrize('name', SCALED)
 def test_beyond_the_original_context(name, dtype, tolerance, tmp_path):
     """Lengths below and beyond it: whole rows, packed rows, decoding with a cache, and a directory that keeps it.
-    transformers' dynamic frequencies remember a longer text, so each length has a fresh model; its norms are
-    float32 in a float64 model, too."""
+    transformers' dynamic frequencies remember a longer text, so each length has a fresh model; its norms, which
+    are float32 in a float64 model, too, are those of torch."""
     arch, rope, original = SCALED[name]
     torch.manual_seed(0)
     config = getattr(transformers, f'{arch}Config')(**{
@@ -625,7 +627,12 @@ def test_beyond_the_original_context(name, dtype, tolerance, tmp_path):
     theirs.save_pretrained(tmp_path / 'there')
 
     def fresh():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / 'there', dtype=dtype, attn_implementation='eager').eval()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / 'there', dtype=dtype)
+        for module in model.modules():
+            if 'RMSNorm' in type(module).__name__:
+                module.forward = partial(F.rms_norm, normalized_shape=module.weight.shape, weight=module.weight,
+                                         eps=module.variance_epsilon)
+        return model.eval()
 
     ours = load_model(str(tmp_path / 'there'), dtype=dtype)[0]
     assert type(ours) is GPT and ours.config.block_size == 64
@@ -659,7 +666,7 @@ def test_beyond_the_original_context(name, dtype, tolerance, tmp_path):
         assert row[-20:] == made.sequences[0, len(prompt):].tolist()
     decoder = make_decoder(ours, prompts, 1, 20)
     logits = [decoder.start()] + [decoder.step(samples.tokens[:, i].clone()) for i in range(19)]
-    close(torch.stack(logits, 1)[1], torch.cat(made.logits).to(dtype), tolerance)
+    close(torch.stack(logits, 1)[1].float(), torch.cat(made.logits), max(tolerance, 1e-6))      # float32 from generate
 
 
 @pytest.mark.parametrize('change, message', [

@@ -144,7 +144,7 @@ def of_script(name, folder):
 def test_a_run_takes_what_its_plan_says(script, folder, tmp_path):
     """All weights: under LoRA so small a model is lost among libraries; bench/plan.py has the real one."""
     command = [sys.executable, os.path.join(ROOT, 'bench', 'plan.py'), f'--measure=train_{script}',
-               *of_script(script, folder), f'--output_dir={tmp_path}/out']
+               *of_script(script, folder), '--max_steps=2', f'--output_dir={tmp_path}/out']
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads(done.stdout.splitlines()[-1])

@@ -440,7 +440,7 @@ def test_rslora_and_dora_are_flags_of_every_script_with_lora(script, flags, caps
     cfg = parse(Config, [*flags, '--use_dora', 'model.use_rslora=true'])
     assert cfg.use_dora and cfg.use_rslora and getattr(cfg, 'lora_dropout', 0) == 0
     is_team = script == 'train_agents'
-    wrong = [(['GPU_num=2'], 'GPU_num=2'), (['specialization=prompt'], 'no adapters')]
+    wrong = [(['GPU_num=2'], 'tensor_parallel=2'), (['specialization=prompt'], 'no adapters')]
     for more, message in wrong if is_team else [(['--lora_dropout=0.1'], 'lora_dropout=0.1')]:
         with pytest.raises(SystemExit):
             parse(Config, [*flags, '--use_dora', *more])

@@ -204,4 +204,4 @@ def test_shards_hold_their_part(folder, tmp_path):
         assert eighth[name] == pytest.approx(one[name] / 8, abs=0.006)
     assert 'evaluation' in part and 'evaluation' not in whole
     assert '--shard=full' in whole and '--shard' not in part.partition('smaller')[2]
-    assert '--shard' not in plan_of(tmp_path, 'sft', *flags, '--neftune_noise_alpha=5')
+    assert '--shard' not in plan_of(tmp_path, 'sft', *flags, '--optimizer=adafactor')

@@ -275,7 +275,7 @@ def test_a_missing_server_is_said_before_the_work(small):
     (train_rl, ['--sampler_url=http://a:1', '--use_lora', '--load_in_4bit'], 'load_in_4bit=True'),
     (train_rl, ['--sampler_url=http://a:1', '--use_lora', '--lora_bias=all'], 'lora_bias=all'),
     (train_rl, ['--importance_cap=-1'], 'importance_cap'),
-    (train_agents, ['--sampler_url=http://a:1', '--GPU_num=2'], 'GPU_num=2'),
+    (train_agents, ['--sampler_url=http://a:1', '--GPU_num=2'], 'tensor_parallel=2'),
     (train_agents, ['--sampler_url=http://a:1', '--specialization=full'], 'specialization=full'),
     (train_agents, ['--sampler_url=http://a:1', '--eval_only'], 'eval_only=True')])
 def test_mistakes_are_one_line(script, flags, expected, capsys):

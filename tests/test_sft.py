@@ -468,8 +468,7 @@ def test_full_fine_tuning_learns_and_the_best_model_is_in_the_root():
     losses = [line['eval_loss'] for line in lines if 'eval_loss' in line]
     assert min(losses) < 0.2 * losses[0] and result['best_eval_loss'] == pytest.approx(min(losses))
     logged = [line for line in lines if 'grad_norm' in line]
-    assert list(logged[0]) == ['step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'mean_token_accuracy', 'num_tokens',
-                               'tokens_per_second']
+    assert list(logged[0]) == ['step', 'loss', 'grad_norm', 'tokens_per_second', 'learning_rate', 'epoch', 'mean_token_accuracy', 'num_tokens']
     assert {'train_loss', 'train_runtime', 'train_steps_per_second'} <= lines[-1].keys()
     assert lines[-1]['train_loss'] == pytest.approx(np.mean([line['loss'] for line in logged]))
     again = sft('--dataset_path=here.jsonl', '--model=o', '--max_steps=1', '--learning_rate=1e-9', '--output_dir=p')

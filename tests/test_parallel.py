@@ -38,19 +38,11 @@ def test_pretraining(n, shard, model):
     assert samples[0] == samples[1]
 
 
-def test_two_nodes_of_four_ranks():
-    """Each node holds a copy, in two shards of two parts."""
-    expected = train(train_gpt, 'one', [*GPT_FLAGS, '--gradient_accumulation_steps=4', *LAYERS])
-    flags = [*GPT_FLAGS, '--gradient_accumulation_steps=4', *LAYERS, *TWO]
-    assert_equal(train(train_gpt, 'ranks', flags, 8, 'hybrid', of_node=4), expected)
-
-
 @pytest.mark.parametrize('n, shard, model, more', [
     (2, 'none', EVEN, ['--use_lora', '--lora_dropout=0.2', '--neftune_noise_alpha=5']),
     (2, 'none', {**EVEN, 'arch': 'gpt2', 'n_kv_head': 4}, ['--use_lora', '--lora_dropout=0']),
     (4, 'full', EVEN, ['--use_lora', '--lora_dropout=0', '--gradient_checkpointing']),
-    (4, 'none', {**EVEN, 'tied': False}, ['--gradient_checkpointing', '--ema=0.5']),
-], ids=['lora, dropout, noise', 'lora, c_attn', '2 x 2, lora', '2 x 2, recomputed'])
+], ids=['lora, dropout, noise', 'lora, c_attn', '2 x 2, lora'])
 def test_fine_tuning(n, shard, model, more):
     small_model('model', 1031, **model)
     write_rows('rows.jsonl', [{'question': f'What is {n} and {n}?', 'answer': 'More ' * (n % 4) + str(2 * n),
@@ -61,8 +53,8 @@ def test_fine_tuning(n, shard, model, more):
 
 
 @pytest.mark.parametrize('n, shard, more', [
-    (2, 'none', ['--reference=copy', '--gradient_checkpointing']), (2, 'none', ['--reference=cache']), (4, 'full', ['--use_lora']),
-], ids=['a copy', 'a cache', '2 x 2, adapters off'])
+    (2, 'none', ['--reference=copy', '--gradient_checkpointing']), (4, 'full', ['--use_lora']),
+], ids=['a copy', '2 x 2, adapters off'])
 def test_preferences(n, shard, more):
     small_model('model', 1031, **EVEN)
     write_rows('rows.jsonl', [{'prompt': f'How many are {n} and {n + 1}?', 'chosen': f'{2 * n + 1}.' + '!' * (n % 3), 'rejected': 'No idea.',
@@ -79,9 +71,8 @@ RL = ['--model=tiny', '--num_generations=4', '--steps_per_generation=2', '--grad
 
 @pytest.mark.parametrize('n, shard, more', [
     (2, 'none', ['--algorithm=grpo', '--beta=0.05', '--num_iterations=2']),
-    (2, 'none', ['--algorithm=ppo', '--value_model_name=tiny']),
-    (4, 'full', ['--algorithm=dapo', '--use_lora', '--lora_dropout=0', '--beta=0.05']),
-], ids=['reference', 'critic', '2 x 2, lora, uneven'])
+    (4, 'full', ['--algorithm=ppo', '--value_model_name=tiny', '--max_steps=2']),
+], ids=['reference', '2 x 2, critic'])
 def test_rl(n, shard, more):
     expected = train(train_rl, 'one', [*RL, *more, '--batch_size=12'])
     assert any(gradient.abs().max() > 1e-4 for gradient in expected[0][0].values())
@@ -90,7 +81,7 @@ def test_rl(n, shard, more):
     assert len(completions[0]) == len(completions[1]) > 0
 
 
-@pytest.mark.parametrize('n, shard, level', [(2, 'none', 'prompt'), (4, 'none', 'lora'), (4, 'full', 'full')])
+@pytest.mark.parametrize('n, shard, level', [(2, 'none', 'prompt'), (4, 'full', 'lora')])
 def test_teams(n, shard, level):
     """Uneven episodes, a warm-up on demonstrations with Muon; two adapters on one base, two models."""
     small_model('model', 1031, **EVEN)

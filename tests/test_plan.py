@@ -191,7 +191,7 @@ def test_what_would_make_it_fit(folder, tmp_path):
 
 
 def test_shards_hold_their_part(folder, tmp_path):
-    """Of 8, and an evaluation gathers the whole; what sharding refuses is not proposed."""
+    """Of 8, and an evaluation gathers the whole."""
     flags = [*of_script('sft', folder), '--num-gpus=8', '--gpu-memory=4', '--gpu-tflops=100', '--device=cuda',
              f'--output_dir={tmp_path}/out']
     whole, part = (plan_of(tmp_path, 'sft', *flags, *more) for more in ((), ('--shard=full',)))
@@ -204,4 +204,3 @@ def test_shards_hold_their_part(folder, tmp_path):
         assert eighth[name] == pytest.approx(one[name] / 8, abs=0.006)
     assert 'evaluation' in part and 'evaluation' not in whole
     assert '--shard=full' in whole and '--shard' not in part.partition('smaller')[2]
-    assert '--shard' not in plan_of(tmp_path, 'sft', *flags, '--optimizer=adafactor')

@@ -113,7 +113,8 @@ class Log:
         if window['tokens']:
             rates['tokens_per_second'] = round(window['tokens'] / max(window['seconds'], 1e-9))
             if self.flops_per_token and (peak := device_peak_flops(self.run.device)):
-                rates['mfu'] = rates['tokens_per_second'] * self.flops_per_token / peak / self.run.world_size
+                flops = rates['tokens_per_second'] * self.flops_per_token
+                rates['mfu'] = flops / peak / self.run.num_processes
         return rates
 
     def settled_window(self):

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
     README = file.read()
-USERS_OWN = ('mine.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
+USERS_OWN = ('mine.py', 'convert_hf_to_gguf.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
 COMMANDS = sorted(set(re.findall(r'python (train_\w+\.py[^`#&\n]*)', README)) - {'train_agents.py env.name=mine'})
 
 

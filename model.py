@@ -28,14 +28,14 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
-from nanoforge import kernels
+from nanoforge import kernels, rope
 from nanoforge.hf import (
     FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, hf_layout,
     load_weights, read_safetensors, to_hf_weights)
 from nanoforge.kernels import Linear
 from nanoforge.lora import add_lora, load_adapter, merge_lora, read_adapter_config, save_adapter
 from nanoforge.quantize import base_state, quantize
-from nanoforge.tensors import is_sharded, save_tensors
+from nanoforge.tensors import is_sharded, part, save_tensors
 
 
 class Norm(nn.Module):
@@ -49,11 +49,12 @@ class Norm(nn.Module):
 
     @property
     def effective_weight(self):
-        return self.weight.float() + 1 if self.offset else self.weight
+        weight = part(self.weight)
+        return weight.float() + 1 if self.offset else weight
 
     def forward(self, x):
         if self.layer_norm:
-            return F.layer_norm(x, x.shape[-1:], self.effective_weight, self.bias, self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.effective_weight, part(self.bias), self.eps)
         return kernels.rms_norm(x, self.effective_weight, self.eps)
 
 
@@ -159,7 +160,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.gradient_checkpointing, self.matmul = False, 'float32'
+        self.gradient_checkpointing, self.matmul, self.compiled = False, 'float32', False
 
     def init_weights(self, std=0.02):
         """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2
@@ -185,6 +186,20 @@ class GPT(nn.Module):
             kernels.drop_copies(matrices)
         return self
 
+    def compile_layers(self, **settings):
+        """torch.compile with these settings, a layer at a time: one graph serves them all.
+
+        Compiled as a whole, the model had gradients of zero (CUDA, torch 2.11), and the head, which never
+        holds all logits at once, is quicker as it is.
+        """
+        # a graph for each of training, evaluation and prompts; without and with dropout, adapters, a mask;
+        # for all rows and, in the last layer, for some
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for layer in self.layers:
+            layer.compile(**settings)
+        self.compiled = True
+        return self
+
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
@@ -192,15 +207,21 @@ class GPT(nn.Module):
     def device(self):
         return self.embed_tokens.weight.device
 
+    @property
+    def local_config(self):
+        """The configuration that the layers compute by: under tensor parallelism of this rank's heads."""
+        return self.layers[0].self_attn.cfg
+
     @functools.cached_property
     def inv_freq(self):
         """{layer type: inverse frequencies of its rotary positions (D/2,)}; empty where positions are
         learned."""
-        return {layer_type: rope_frequencies(self.config, layer_type) for layer_type in self.config.rope}
+        cfg = self.config
+        return {kind: rope.frequencies(settings, cfg.head_size) for kind, settings in cfg.rope.items()}
 
     def embed(self, idx, positions, embeddings=None):
-        """idx, positions (...) -> (..., C); embeddings (..., C) stand in for those of idx."""
-        cfg, x = self.config, self.embed_tokens(idx) if embeddings is None else embeddings
+        """idx, positions (...) -> (..., C); embeddings() -> (..., C) stand in for those of idx."""
+        cfg, x = self.config, self.embed_tokens(idx) if embeddings is None else embeddings()
         if cfg.embed_scale:
             x = x * torch.tensor(cfg.n_embd ** 0.5, dtype=x.dtype)
         return x + self.embed_positions(positions) if cfg.position == 'learned' else x
@@ -209,11 +230,11 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T, C), after the last norm.
 
         positions (B, T): rows are packed; each 0 begins a document, a jump back to p > 0 another continuation
-        of its first p tokens; a row may then be longer than the context. embeddings (B, T, C) stand in for
-        those of idx (several streams summed, noise added). logit_positions: an integer tensor of any shape,
-        counting the rows laid end to end: only these are wanted, (*logit_positions.shape, C), and the last
-        layer is not computed for others. keep_kv: a list to which each layer adds its (keys, values), each
-        (B, n_kv_head, T, head_size), for a sampler.
+        of its first p tokens; a row may then be longer than the context. embeddings() -> (B, T, C) stand in
+        for those of idx (several streams summed, noise added): called in here, where a sharded table is
+        whole. logit_positions: an integer tensor of any shape, counting the rows laid end to end: only these
+        are wanted, (*logit_positions.shape, C), and the last layer is not computed for others. keep_kv: a
+        list to which each layer adds its (keys, values), each (B, n_kv_head, T, head_size), for a sampler.
         """
         cfg, (B, T) = self.config, idx.size()
         if T > cfg.block_size and (positions is None or positions.max() >= cfg.block_size):
@@ -226,7 +247,8 @@ class GPT(nn.Module):
         rows = inverse = None
         if logit_positions is not None:
             rows, inverse = logit_positions.unique(return_inverse=True)
-        context = kernels.AttentionContext(cfg, self.inv_freq, idx, positions, keep_kv)
+        context = kernels.AttentionContext(self.local_config, self.inv_freq, idx, positions, keep_kv,
+                                           self.embed_tokens.weight.dtype, self.compiled)
 
         x = self.embed(idx, context.positions, embeddings)                              # (B, T, C)
         if cfg.dropout:
@@ -264,22 +286,6 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         return self.token_stats(hidden, targets, extras=False)['logp']
-
-
-def rope_frequencies(cfg, layer_type):
-    """Inverse frequencies (D/2,) float32 of a layer type's rotary positions, with the linear and Llama 3's
-    scaling."""
-    rope = cfg.rope[layer_type]
-    inv = 1.0 / rope['rope_theta'] ** (torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
-    if rope['rope_type'] == 'linear':
-        inv = inv / rope['factor']
-    # long waves are stretched by `factor`, short ones kept, others blended
-    elif rope['rope_type'] == 'llama3':
-        low, high = rope['low_freq_factor'], rope['high_freq_factor']
-        turns = rope['original_max_position_embeddings'] * inv / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        inv = inv * blend + inv / rope['factor'] * (1 - blend)
-    return inv
 
 
 # ---- Hugging Face directories ------------------------------------------------------------------------------
@@ -416,7 +422,7 @@ def save_gpt(model, tokenizer, directory, dtype):
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
     # replaced: a model that is mapped from there stays whole
     path = os.path.join(directory, 'model.safetensors')
-    if is_sharded(model.embed_tokens.weight):
+    if any(map(is_sharded, model.parameters())):
         layout = hf_layout(model, hf['model_type'])
         save_tensors(path + '.new', layout, dtype, metadata={'format': 'pt'})
     else:

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from configurator import UserError, parse, run_script, setting
 
@@ -62,19 +61,11 @@ import numpy as np
 import torch
 
 from model import load_model
-from nanoforge.decode import make_decoder
+from nanoforge.decode import Samples, make_decoder
 from nanoforge.run import setup
 
 # rows * parameters below which a second thread gains nothing, and costs where others compute too
 ONE_THREAD = 2 ** 23
-
-
-class Samples(NamedTuple):
-    """N prompts times num_samples rows, prompt by prompt; L is the longest length. On the model's device."""
-    tokens: torch.Tensor        # (R, L) int64, 0 beyond a row's length
-    lengths: torch.Tensor       # (R,) int64, the stop token included
-    logp: torch.Tensor          # (R, L) float32, 0 beyond a row's length
-    stopped: torch.Tensor       # (R,) bool: the last token is a stop token; False where the row was cut off
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,

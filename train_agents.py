@@ -14,12 +14,11 @@ sees the new state. Each policy learns from its own agents' candidates by PPO's 
     loss = max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A if A < 0: token mean
 
 A turn's reward trains that turn only. Validation never branches. Deviations from the paper: the old
-log-probabilities are the sampler's, which is the same model (the log has the gap as sampling/logp_gap),
+log-probabilities are the sampler's, of the same model (the log has the gap as sampling/logp_gap_mean),
 and the deviation of a group is kept off 0 by 1e-4.
 Settings that all scripts share stand in nanoforge/flags.py, an environment's in its file in data/tasks.
 """
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -34,7 +33,7 @@ from pathlib import Path
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.tasks.env import (demonstrations, find_task, known_tasks, list_settings, load_task, needs_rules,
                             read_settings)
-from nanoforge.flags import MODEL_NAMES, Flags, RunFlags, StepFlags
+from nanoforge.flags import MODEL_NAMES, AdapterFlags, Flags, RunFlags, SamplerFlags, StepFlags
 from nanoforge.optim import SCHEDULES, learning_rate, warmup_within
 
 
@@ -60,7 +59,6 @@ class TeamFlags(Flags):
         # roles by prompt; L2 one LoRA per agent on one base; L3 (full, model) a model per agent
     lora_rank: int = setting(16, min=1, needs=('specialization=lora',))  # with specialization=lora
     lora_alpha: float = setting(32.0, above=0, needs=('specialization=lora',))  # counts alpha / rank times
-    GPU_num: int = setting(1, min=1)  # GPUs (or processes on a CPU) that share each model: tensor parallelism
     # team
     turn_order: list[str] = setting([], path='multi_agent_interaction.turn_order')  # the agents in order, one
         # alone is L0; empty = all of the task
@@ -102,9 +100,10 @@ class EnvFlags(Flags):
 
 
 @configclass
-class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
+class Config(RunFlags, SamplerFlags, StepFlags, EnvFlags, AdapterFlags, TeamFlags):
     section = 'training'
     aliases = dict.fromkeys(MODEL_NAMES, 'base_models.policy_0.path')
+    tensor_parallel = setting(1, path='GPU_num')  # processes that share each model, as the guide calls it
     # training
     experiment_name: str = 'agents'  # names the run: logs/<experiment_name>/
     output_dir: str | None = setting(None, also=('out_dir',))  # of its runs; logs/<experiment_name> if unset
@@ -132,9 +131,7 @@ class Config(RunFlags, StepFlags, EnvFlags, TeamFlags):
 def main(cfg):
     directory = latest_directory(cfg)                           # logs/EXPERIMENT/DATE/TIME of the newest run
     run = Run.open(cfg, 'train_agents.py', os.path.join(directory, 'checkpoints'), cfg.resume,
-                   memory_flags=('training.micro_batch_tokens',),
-                   share=functools.partial(init_tp, shards=cfg.GPU_num))
-    run.cfg.GPU_num = cfg.GPU_num                               # of now, whatever the run had that is resumed
+                   memory_flags=('training.micro_batch_tokens',))
     cfg, task = run.cfg, task_of(run.cfg)
     if cfg.plan:
         return plan.agents(cfg, load_policies(cfg, run), run)
@@ -165,9 +162,10 @@ def main(cfg):
         log.write(0, {'demonstrations/seconds': demo_seconds})
 
     def save(best=False):
-        run.save(state, None, None, optimizers, best=best, write=team_writer(policies, run))
+        run.save(state, None, None, optimizers, best=best, write=team_writer(policies))
 
     while True:
+        run.sampler.update(state.step, [policy.model for policy in policies], policies[0].tokenizer)
         # ---- once in a while: validate, checkpoint, draw; a resumed run has done that at its first step
         last = state.step >= cfg.total_training_steps
         is_due = state.step % cfg.val_freq == 0 and state.step > log.first_step
@@ -209,6 +207,7 @@ def main(cfg):
         lowest = cfg.learning_rate * cfg.min_lr_ratio
         lr = learning_rate(state.step, cfg.lr_scheduler, cfg.learning_rate, lowest, cfg.lr_warmup_steps,
                            cfg.total_training_steps)
+        log.flops_per_token = plan.team_flops(cfg, policies[0].model, groups)
         learned, stats, norms = 0, [], []       # tokens; a row for each micro-batch; a norm for each step
         with log.timed('update'):
             for policy, tokens, candidates in optimizer_steps(cfg, policies, groups, state.step, run):
@@ -236,7 +235,7 @@ def main(cfg):
                         clipped = (ratio < 1 - cfg.clip_low) & (A < 0) | (ratio > 1 + cfg.clip_high) & (A > 0)
                         kl = torch.expm1(log_ratio) - log_ratio
                         sums = [loss, mask.sum(), entropy[mask].sum(), clipped.sum(), kl.sum(),
-                                log_ratio[mask].abs().sum()]
+                                log_ratio.abs().sum(), log_ratio.abs().max()]
                     stats.append([len(norms), *torch.stack(sums).tolist()])     # waits for a GPU once
                 # a sum over ranks; a step that is not finite is skipped, and five in a row end the run
                 norms.append(run.step(policy.optimizer, lr, cfg.max_grad_norm))
@@ -246,6 +245,7 @@ def main(cfg):
         metrics = step_metrics(cfg, trajectories, stats, norms, run)
         write_summary(state.step, metrics, directory, run)
         log.train(state.step, learned, learning_rate=lr, num_tokens=state.num_tokens, **metrics)
+        run.sampler.check(metrics)
     best, folder = state.best_success_rate, os.path.join(directory, 'checkpoints')
     result = f'best validation success_rate {best:.4f}; the team is in {folder}/'
     if state.best_step == 0:
@@ -257,7 +257,6 @@ def main(cfg):
 
 def check_team(cfg, task):
     """UserError where settings contradict the environment or each other. Types env.*, fills in turn_order."""
-    cfg.num_gpus = max(cfg.num_gpus, cfg.GPU_num)       # so many processes are started
     cfg.env = read_settings(task, cfg.env)
     read_settings(task, {'rules': cfg.rules})           # where they are set it must have some
     order = cfg.turn_order = cfg.turn_order or list(task.ROLES)
@@ -274,8 +273,6 @@ def check_team(cfg, task):
     if (cfg.filter_ratio > 0) != (cfg.filter_method in ('std', 'mean')):
         raise UserError(f'filter_ratio={cfg.filter_ratio:g} and filter_method={cfg.filter_method} do not '
                         'fit: std and mean need a ratio above 0, the others have none')
-    if cfg.specialization == 'lora' and cfg.GPU_num > 1:
-        raise UserError('GPU_num above 1 shards whole models, not adapters: specialization=prompt or full')
     # a second model means one for each agent, unless specialization was set in the same place
     if set(cfg.base_models) - {'policy_0', *policies_of(cfg)}:
         if 'specialization' not in (cfg.flags if 'base_models' in cfg.flags else cfg.typed):
@@ -345,7 +342,6 @@ from nanoforge.checkpoint import append_text, symlink, writing
 from nanoforge.log import cut_log
 from nanoforge.lora import add_lora, load_adapter, set_adapter
 from nanoforge.optim import AdamW, make_optimizer
-from nanoforge.parallel import ShardedRun, gather_model, init_tp, shard_model
 from nanoforge.run import Run, State as RunState, describe_device, explain_out_of_memory, seed_for
 from sample import generate
 
@@ -371,6 +367,7 @@ class Policy:
     tokenizer: object
     agents: list
     adapter: str | None = None  # its name on the model
+    generate: object = generate     # draws its answers: here, or on the servers of sampler_url
     optimizer: object = None
 
     def use(self):
@@ -464,9 +461,9 @@ def sample_candidates(cfg, policy, agent, trajectories, turn, seed, num_samples,
     whole = [prompt_ids(tokenizer, messages) for messages in chats]
     prompts = [prompt[-cfg.max_prompt_length:] for prompt in whole]         # what is new stands at the end
     # no top_k, top_p or repetition penalty: the distribution that is sampled is the one that is trained
-    samples = generate(policy.use(), prompts, cfg.max_response_length, temperature=temperature, seed=seed,
-                       stop_ids=tokenizer.stop_ids, num_samples=num_samples,
-                       numbers=[trajectory.number for trajectory in trajectories])
+    samples = policy.generate(policy.use(), prompts, cfg.max_response_length, temperature=temperature,
+                              seed=seed, stop_ids=tokenizer.stop_ids, num_samples=num_samples,
+                              numbers=[trajectory.number for trajectory in trajectories])
     columns = samples.tokens, samples.logp, samples.lengths, samples.stopped
     rows = zip(*(column.tolist() for column in columns))
     groups = []
@@ -621,13 +618,14 @@ def load_policies(cfg, run):
                 load_adapter(base[0], path, name, trainable=True)
             else:                               # a new one, the same whatever the others are
                 torch.manual_seed(seed_for(cfg.seed, 'weights', name))
-                add_lora(base[0], cfg.lora_rank, cfg.lora_alpha, target_modules='all-linear', name=name)
+                add_lora(base[0], cfg.lora_rank, cfg.lora_alpha, target_modules='all-linear', name=name,
+                         rslora=cfg.use_rslora, dora=cfg.use_dora)
             policies.append(Policy(name, *base, agents, adapter=name))
     for policy in policies:
         if policy.tokenizer is None:
             raise UserError(f'{policy.model.name_or_path} has no tokenizer: an agent reads and writes text')
-        shard_model(policy.model, run)          # with GPU_num: this rank's heads and channels
-        run.shard(policy.model.set_matmul(run.matmul))
+        run.prepare(policy.model.set_matmul(run.matmul))
+        policy.generate = run.sampler.generate if cfg.sampler_url else generate
     return policies
 
 
@@ -640,15 +638,12 @@ def base_of(path):
     raise UserError(f'{path} holds neither a model nor adapters of a team')
 
 
-def team_writer(policies, run):
+def team_writer(policies):
     """write(folder) for run.save: one policy is the model in the folder itself, each of several has one."""
-    models = [gather_model(policy.model, run) for policy in policies]       # on all ranks together
-
     def write(folder):
-        for policy, model in zip(policies, models):
-            policy.use()
-            path = os.path.join(folder, policy.name) if len(models) > 1 else folder
-            save_model(model, policy.tokenizer, path)
+        for policy in policies:
+            path = os.path.join(folder, policy.name) if len(policies) > 1 else folder
+            save_model(policy.use(), policy.tokenizer, path)
     return write
 
 
@@ -700,8 +695,7 @@ def warm_up(cfg, policies, task, run):
     if reason:
         run.print0(f'note      trains without demonstrations: {reason}')
         return 0.0
-    kind = 'adamw' if isinstance(run, ShardedRun) else 'muon'           # which needs whole matrices
-    optimizers = {p.name: build_optimizer(p, kind, cfg.demo_learning_rate, 0.01) for p in policies}
+    optimizers = {p.name: build_optimizer(p, 'muon', cfg.demo_learning_rate, 0.01) for p in policies}
     began, losses = time.perf_counter(), []
     for step in range(cfg.demo_steps):
         if run.stop.requested:
@@ -833,10 +827,10 @@ def board_name(cfg, directory):
 
 def step_metrics(cfg, trajectories, stats, norms, run):
     """What an iteration logs, the same on every rank. stats: of micro-batches, as main gathers them."""
-    stats = torch.tensor(run.gather(stats), dtype=torch.float64).view(-1, 7)
-    _, loss, tokens, entropy, clipped, kl, _ = stats.sum(0).tolist()
+    stats = torch.tensor(run.gather(stats), dtype=torch.float64).view(-1, 8)
+    _, loss, tokens, entropy, clipped, kl, *_ = stats.sum(0).tolist()
     tokens, steps = max(tokens, 1), max(len(norms), 1)
-    first = stats[stats[:, 0] == 0].sum(0)              # still the weights that sampled: they should agree
+    first = stats[stats[:, 0] == 0]                     # still the weights that sampled: they should agree
     groups = [group for trajectory in trajectories for group in trajectory.groups]
     groups = run.gather([[any(c.advantage for c in group.candidates), group.truncated] for group in groups])
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -846,7 +840,8 @@ def step_metrics(cfg, trajectories, stats, norms, run):
             'entropy': entropy / tokens,
             'clip_ratio': clipped / tokens,             # tokens that the clip keeps from teaching more
             'approx_kl': kl / tokens,                   # of the sampler to the policy
-            'sampling/logp_gap': float(first[6] / max(first[2], 1)),
+            'sampling/logp_gap_mean': float(first[:, 6].sum() / first[:, 2].sum().clamp(min=1)),
+            'sampling/logp_gap_max': float(first[:, 7].amax()) if len(first) else 0.0,
             'optimizer_steps': len(norms),
             'skipped_steps': len(norms) - len(finite),
             'groups': len(groups),

@@ -131,6 +131,8 @@ def main(cfg):
         used = {i for step in range(total_steps) for i in epochs.of_step(step)}
         read_cache(cfg, reference, [pairs[i] for i in sorted(used)] + held_out, run)
         if not reference.without_adapter:               # no second model is held while training
+            if reference.model is not policy:
+                run.release(reference.model)
             reference = None
     elif reference:
         precompute(cfg, reference, held_out, run)       # these come again at each evaluation
@@ -140,7 +142,8 @@ def main(cfg):
         return ended
     header = {'data': [source.name for source in sources], 'model': cfg.base_model_name, 'mode': cfg.mode,
               'loss_type': cfg.loss_type, 'reference': kind}
-    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources)
+    log = run.start(total_steps, state.step, header, cfg.logging_steps, data=sources,
+                    flops_per_token=plan.dpo_flops(policy, [pairs[i] for part in train for i in part], kind))
     first_step, metrics = state.step, {}
     frozen = [reference.model] if kind in ('adapters_off', 'copy') else []
 
@@ -237,6 +240,7 @@ from nanoforge.data_checks import print_mixture
 from nanoforge.lora import adapters_off, lora_layers, merge_lora
 from nanoforge.policy import RATES, is_adapter, is_small, load_policy
 from nanoforge.run import Run, State, describe_device, explain_out_of_memory, seed_for
+from nanoforge.tensors import gathered
 from sample import generate
 
 
@@ -438,7 +442,7 @@ def build_policy(cfg, run):
     for layer in lora_layers(policy):
         for adapter in layer.lora.values():
             adapter.dropout = 0.0 if cfg.disable_dropout else cfg.lora_dropout
-    return run.shard(policy), tokenizer
+    return run.prepare(policy), tokenizer
 
 
 def reference_kind(cfg):
@@ -466,7 +470,7 @@ def open_reference(cfg, kind, policy, run):
         return Reference(policy, run)           # which has not been trained yet
     # a second model, in torch_dtype on a GPU
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
-    return Reference(run.shard(frozen), run)
+    return Reference(run.prepare(frozen), run)
 
 
 class Reference:
@@ -487,11 +491,13 @@ class Reference:
         self.model.train(was_training)
         return logp
 
-    def weights(self):
-        """{name: tensor}: what its log-probabilities depend on."""
+    def fingerprint(self):
+        """A hash of what its log-probabilities depend on: precision and weights."""
         with self.opened():
             weights = self.model.state_dict()
-        return {name: weights[name] for name in weights if not (self.without_adapter and '.lora.' in name)}
+            weights = {name: weights[name] for name in weights
+                       if not (self.without_adapter and '.lora.' in name)}
+            return hash_of([str(self.run.dtype), self.run.matmul], weights)
 
 
 def precompute(cfg, reference, pairs, run):
@@ -512,8 +518,7 @@ def read_cache(cfg, reference, pairs, run):
     The file is named after a hash of the weights and the precision: another model has another one. A row
     is named after a hash of the pair's ids, so that chat template and truncation count, too.
     """
-    name = hash_of([str(run.dtype), run.matmul], reference.weights())
-    path = Path(cfg.reference_cache) / f'{name}.safetensors'
+    path = Path(cfg.reference_cache) / f'{reference.fingerprint()}.safetensors'
     names = [hash_of([pair.prompt, pair.chosen, pair.rejected]) for pair in pairs]
     known = {}
     if path.exists():
@@ -548,11 +553,12 @@ def write_cache(path, known):
 
 
 def hash_of(value, tensors=()):
-    """Sixteen bytes in hexadecimal of JSON-able values, and of tensors by name."""
+    """Sixteen bytes in hexadecimal of JSON-able values, and of tensors by name. Every rank calls it: sharded
+    tensors are gathered one at a time."""
     digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(gathered(tensors[name]).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -582,7 +588,7 @@ def sample_answers(cfg, policy, reference, tokenizer, held_out, run):
     there is none where only a cache is left of the reference. success_rate is the share of answers that
     follow the rule of the embedded data set. ({}, '') where no samples are wanted, and on other ranks.
     """
-    if not run.is_main or not cfg.eval_samples or cfg.prediction_loss_only:
+    if run.rank or not cfg.eval_samples or cfg.prediction_loss_only:
         return {}, ''
     # a prompt may have many pairs: it is answered once
     prompts = list({tuple(pair.prompt): pair.prompt for pair in held_out}.values())[:cfg.eval_samples]

@@ -89,7 +89,6 @@ class Config(RunFlags, OptimizerFlags):
     always_save_checkpoint: bool = False  # keep every checkpoint, not only the last and the best
     patience: int = setting(0, min=0)  # stop after so many evaluations without a better one; 0 = never
     sample_tokens: int = setting(160, min=0)  # tokens sampled at each evaluation; 0 = none
-    compile: bool = False  # torch.compile each layer: faster on a GPU after half a minute
 
     def check(self):
         super().check()
@@ -151,14 +150,9 @@ def main(cfg):
     print_summary(cfg, model, corpora, run)
     first_step, metrics = state.step, {}
     log = run.start(cfg.max_iters, first_step, describe(model, corpora), cfg.log_interval,
-                    flops_per_token=flops_per_token(model, cfg.block_size), data=corpora)
+                    flops_per_token=plan.train_flops(model, cfg.block_size), data=corpora)
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     targets_per_step = tokens_per_step * num_streams(cfg)
-    if cfg.compile:
-        # Layer by layer: one graph serves them all. Compiled as a whole, the model had gradients of zero
-        # (CUDA, torch 2.11), and the head, which never holds all logits at once, is quicker as it is.
-        for layer in model.layers:
-            layer.compile()
     model.train()
 
     def save(best=False):
@@ -311,8 +305,11 @@ class MultiContextGPT(GPT):
     def forward(self, idx, targets=None):
         B, T, _ = idx.shape
         tables = [self.embed_tokens, *self.more_embeddings]
-        embeddings = sum(table(idx[..., s]) for s, table in enumerate(tables))      # (B, T, C)
-        hidden = self.hidden(idx[..., 0], embeddings=embeddings).float()
+
+        def embeddings():
+            return sum(table(idx[..., s]) for s, table in enumerate(tables))        # (B, T, C)
+
+        hidden = self.hidden(idx[..., 0], embeddings=embeddings).to(tables[0].weight.dtype)
         logits = [F.linear(hidden, table.weight) for table in tables]               # S times (B, T, V_s)
         if targets is None:
             return logits
@@ -340,7 +337,7 @@ def build_model(cfg, corpora, run):
         model.init_weights()
     if run.resumed:                                         # over the weights just drawn
         load_resumed(model, run.resumed)
-    return run.shard(model.to(run.device).set_matmul(run.matmul)), tokenizer
+    return run.prepare(model.to(run.device).set_matmul(run.matmul)), tokenizer
 
 
 def new_model(cfg, corpora):
@@ -495,18 +492,18 @@ def validate(cfg, model, corpora, run):
 
 def show(cfg, model, tokenizer, step, log, run):
     """The picture so far, and a sample of text to the console, samples.txt and TensorBoard."""
-    if not run.is_main:
-        return
-    title = os.path.basename(os.path.abspath(cfg.out_dir))
-    plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), title)
-    if cfg.sample_tokens and cfg.training_mode != 'multicontext':
+    if run.is_main:
+        title = os.path.basename(os.path.abspath(cfg.out_dir))
+        plots.loss_picture(log.path, os.path.join(cfg.out_dir, 'loss.png'), title)
+    if run.rank == 0 and cfg.sample_tokens and cfg.training_mode != 'multicontext':
         prompt = tokenizer.encode('\n') or [0]      # some tokenizers have no line break
         seed = seed_for(cfg.seed, 'sample', step)
         # keyed by the step alone, so that a sample shows what was learned, and never disturbs the training
         samples = generate(model, [prompt], cfg.sample_tokens, temperature=0.8, seed=seed)
         text = tokenizer.decode(samples.tokens[0][:samples.lengths[0]].tolist())
-        with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as file:
-            file.write(f'---- step {step}\n{text}\n')
+        if run.is_main:
+            with open(os.path.join(cfg.out_dir, 'samples.txt'), 'a', encoding='utf-8') as file:
+                file.write(f'---- step {step}\n{text}\n')
         log.text(step, 'sample', text.strip())
 
 
@@ -540,16 +537,6 @@ def print_summary(cfg, model, corpora, run):
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
     run.print0(f'run       {cfg.max_iters:,} steps of {tokens:,} tokens with {cfg.optimizer}, '
                f'an evaluation every {cfg.eval_interval} steps')
-
-
-def flops_per_token(model, T):
-    """Of a forward and backward pass: 6 per weight that is multiplied, 12 per layer, channel and position for
-    attention (PaLM, appendix B)."""
-    c = model.config
-    multiplied = model.num_params()
-    if not c.tied:
-        multiplied -= c.vocab_size * c.n_embd       # an embedding is looked up, unless tied to the head
-    return 6 * multiplied + 12 * c.n_layer * c.n_head * c.head_size * T
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ several steps, the later ones are off-policy. Settings of several scripts stand 
 """
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.problems import TASKS
-from nanoforge.flags import DataFlags, ModelFlags, RunFlags, TrainFlags
+from nanoforge.flags import DataFlags, ModelFlags, RunFlags, SamplerFlags, TrainFlags
 
 SURROGATES = ('clip', 'cispo', 'gmpo', 'sapo', 'reinforce')     # a new one: its name here, its formula below
 GRPO = dict(ratio='token', surrogate='clip', mean='sequence', clip_low=0.2, clip_high=0.2, scale='group',
@@ -41,7 +41,7 @@ PRESETS = {
 
 
 @configclass
-class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
+class Config(RunFlags, SamplerFlags, TrainFlags, DataFlags, ModelFlags):
     section = 'training'
 
     # start
@@ -98,8 +98,8 @@ class Config(RunFlags, TrainFlags, DataFlags, ModelFlags):
     dynamic_sampling: bool | None = None  # replace groups whose rewards are all equal (dapo)
     mask_truncated: bool = setting(False, also=('training.mask_truncated_completions',))  # leave completions
         # without a stop token out of baseline and loss
-    importance_cap: float = setting(0.0, min=0)  # weight tokens by min(training / sampling probability, this)
-        # (truncated importance sampling, 2 is usual); 0 = off
+    importance_cap: float | None = setting(None, min=0)  # weight tokens by min(training / sampling
+        # probability, this) (truncated importance sampling): 2 with sampler_url, else 0 = off
     # ppo
     gamma: float = setting(1.0, min=0, max=1)  # discount per token
     lam: float = setting(0.95, min=0, max=1)  # of generalised advantage estimation
@@ -145,7 +145,7 @@ def main(cfg):
     reference = load_reference(cfg, policy, run)                    # None without a KL term
     critic = load_critic(cfg, policy, tokenizer, run)               # None but with ppo
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
-    optimizers, parameters = make_optimizers(cfg, run.shard(policy), critic)
+    optimizers, parameters = make_optimizers(cfg, run.prepare(policy), critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
     if ended := run.ended(state, sizes.total_steps):
         return ended
@@ -168,6 +168,7 @@ def main(cfg):
         return every > 0 and state.step // every > previous // every
 
     while True:
+        run.sampler.update(state.step, [policy], tokenizer)     # servers, where they draw, get these weights
         # ---- once in a while: evaluate on held-out problems, also before the first step; checkpoint
         if not is_replay:
             last, best = state.step >= sizes.total_steps, False
@@ -219,6 +220,8 @@ def main(cfg):
         state.rollouts += 1
         state.cursor += rollout.groups_drawn
         new_tokens = int(rollout.length.sum())
+        lengths = [(len(c.prompt_ids), len(c.completion_ids)) for c in rollout.completions]
+        log.flops_per_token = plan.rollout_flops(cfg, policy, lengths)
         state.num_tokens += new_tokens
 
         # ---- 3. learn: the rollout feeds `steps_per_rollout` optimizer steps, num_iterations times
@@ -234,7 +237,7 @@ def main(cfg):
             policy.train()                              # dropout: in updates alone
             measured = []                               # (tokens, {name: tensor ()}) of each micro-batch
             with log.timed('update'):
-                for micro, mb in enumerate(run.even(batches[number], policy)):
+                for micro, mb in enumerate(run.even(batches[number], policy, critic=critic)):
                     torch.manual_seed(seed_for(cfg.seed, 'dropout', state.step, run.rank, micro))
                     with run.autocast():
                         logp, entropy, values, _ = forward(cfg, policy, critic, mb.packed,
@@ -262,10 +265,9 @@ def main(cfg):
                             values, mb.values, mb.returns, mb.mask, cfg.cliprange_value or None, tokens)
                         stats['value_loss'] = of_values.detach()
                         loss = loss + cfg.vf_coef * of_values
-                    if is_first:                                # later the policy itself has moved
-                        gap = (old_logp - mb.sampling_logp)[mb.mask].abs()
-                        stats['sampling/logp_gap_mean'] = gap.mean()
-                        stats['sampling/logp_gap_max'] = gap.max()
+                    gap = (old_logp - mb.sampling_logp)[mb.mask].abs()      # of the policy that sampled
+                    stats['sampling/logp_gap_mean'] = gap.mean()
+                    stats['sampling/logp_gap_max'] = gap.max()
                     run.backward(loss)
                     measured.append((mb.mask.sum(), stats))
                 # to a tenth of the peak, not to 0: every rollout brings something new
@@ -280,6 +282,7 @@ def main(cfg):
                 stats['value_grad_norm'] = norms[1]
             log.train(state.step, new_tokens if is_first else 0, **stats, learning_rate=rates[0],
                       num_tokens=state.num_tokens)
+            run.sampler.check(stats)
         if cfg.kl_target and reference:             # a controller: more KL than wanted, more weight on it
             state.beta = adapt_beta(cfg, state.beta, rollout.kl['k1'])
     scorer.close()
@@ -715,13 +718,13 @@ def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temper
     allows."""
     # as many rows as this rank's part of a rollout: an evaluation needs no more memory than that
     groups_at_once = max(1, cfg.per_device_train_batch_size * cfg.steps_per_generation // num_samples)
-    completions = []
+    completions, draw = [], run.sampler.generate if cfg.sampler_url else generate
     for part in cut(numbered, groups_at_once):
         numbers = [number for number, _ in part]
         prompts = [list(problem['prompt_ids']) for _, problem in part]
         with run.autocast():
-            samples = generate(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
-                               stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
+            samples = draw(policy, prompts, cfg.max_completion_length, temperature, seed=seed,
+                           stop_ids=tokenizer.stop_ids, num_samples=num_samples, numbers=numbers)
         asked = list(map(tokenizer.decode, prompts))
         columns = (samples.tokens, samples.lengths, samples.logp, samples.stopped)
         for i, (tokens, length, logp, stopped) in enumerate(zip(*(column.tolist() for column in columns))):
@@ -977,7 +980,7 @@ def load_reference(cfg, policy, run):
     if cfg.use_lora and not is_adapter(cfg.base_model_name):        # no second copy of the weights
         return functools.partial(adapters_off, policy)
     frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
-    return functools.partial(contextlib.nullcontext, run.shard(frozen))
+    return functools.partial(contextlib.nullcontext, run.prepare(frozen))
 
 
 def load_critic(cfg, policy, tokenizer, run):
@@ -986,17 +989,19 @@ def load_critic(cfg, policy, tokenizer, run):
         return None
     if cfg.share_critic:
         return ValueModel(policy, own=False)
-    return ValueModel(load_backbone(cfg, cfg.value_model_name, tokenizer, run))
+    return load_value_model(cfg, cfg.value_model_name, tokenizer, run)
 
 
-def load_backbone(cfg, name, tokenizer, run):
-    """What a critic or a reward model begins as: it must read the policy's tokens."""
+def load_value_model(cfg, name, tokenizer, run):
+    """A critic or a reward model to train, which must read the policy's tokens: a new head on a backbone."""
     backbone, theirs = load_policy(cfg, run, name)
     if theirs.sha256 != tokenizer.sha256:
         # sampled tokens are never made from text again, so a critic must have the same vocabulary
         raise UserError(f'value_model_name={name} has another tokenizer than {cfg.base_model_name}: it could '
                         'not read its tokens')
-    return backbone.eval()      # no dropout in a critic: noise in values is noise in advantages
+    model = ValueModel(backbone.eval())     # no dropout in a critic: noise in values is noise in advantages
+    run.prepare(model.backbone)
+    return model
 
 
 def make_optimizers(cfg, policy, critic):
@@ -1011,31 +1016,37 @@ def make_optimizers(cfg, policy, critic):
     return optimizers, {'critic/': {name: p for name, p in critic.own.named_parameters() if p.requires_grad}}
 
 
-def open_reward_model(cfg, problems, tokenizer, run):
-    """The reward `model`: that of reward_model_path, or the one that a run which goes on has trained; else
-    None."""
-    path = cfg.reward_model_path
+def open_reward_model(cfg, problems, tokenizer, run, path=None):
+    """The reward `model`: that of `path` or reward_model_path, or the one that a run which goes on has
+    trained; else None."""
+    path = path or cfg.reward_model_path
     if not path and 'model' in cfg.rewards and (run.resumed or cfg.replay is not None):
         path = os.path.join(cfg.output_dir, 'reward_model')
     if not path:
         return None
     model = load_reward_model(path, run.device, tokenizer)
     if isinstance(model, ValueModel):
+        run.shard(model.backbone)
         say_accuracy(model, problems.held_out_pairs, run)
     return model
 
 
 def train_own_reward_model(cfg, problems, tokenizer, log, run):
-    """A reward model trained from the pairs, and saved in output_dir/reward_model."""
+    """A reward model trained from the pairs, as it is saved in output_dir/reward_model."""
     directory = os.path.join(cfg.output_dir, 'reward_model')
+    if run.tensor_parallel > 1 and cfg.use_lora:
+        raise UserError(f'--tensor_parallel={run.tensor_parallel} trains no reward model with an adapter '
+                        'yet: train it in a run of its own, and name it as reward_model_path')
     with log.pause():
-        model = ValueModel(load_backbone(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run))
+        model = load_value_model(cfg, cfg.value_model_name or cfg.base_model_name, tokenizer, run)
         with run.flags_to_lower('--reward_learning_rate', '--reward_batch_size', '--max_length'):
             train_reward_model(model, problems.pairs, run, cfg.reward_epochs, cfg.reward_batch_size,
                                cfg.reward_learning_rate, cfg.seed)
-        run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
-        say_accuracy(model, problems.held_out_pairs, run)
-    return model.requires_grad_(False).eval()       # from here on it only judges
+        # the main rank merges an adapter first, for which it needs the weights whole
+        with run.gathering(), run.unsharded():
+            run.on_main(functools.partial(save_reward_model, model, tokenizer, directory))
+        run.release(model.backbone)
+        return open_reward_model(cfg, problems, tokenizer, run, directory)      # from here on it only judges
 
 
 def say_accuracy(model, pairs, run):
@@ -1112,7 +1123,7 @@ def resolve_defaults(cfg, run):
         rewards = [*rewards, 'length']
     on_policy = composition(cfg)['surrogate'] == 'reinforce' or 'gradient_accumulation_steps' in cfg.typed
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
-    fill_in(cfg, max_length=512, max_prompt_length=256)
+    fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(
         cfg, num_generations=4 if ppo else 8, steps_per_generation=steps * cfg.gradient_accumulation_steps,
         max_completion_length=48 if embedded else cfg.max_length - cfg.max_prompt_length, rewards=rewards,

@@ -45,7 +45,8 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     lr_scheduler_type = 'cosine'
     weight_decay = 0.01
 
-    algorithm: str = setting('sft', choices=('sft',))  # whose recipe this is
+    algorithm: str = setting('sft', choices=('sft', 'cpt'))  # cpt: continued pretraining on texts
+    text_column: str = setting('text', path='data.text_column', needs=('algorithm=cpt',))  # its column
     # model
     load_checkpoint: str | None = None  # start from these weights, their epochs counted on; a fresh optimizer
     dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and layer outputs
@@ -135,7 +136,8 @@ def main(cfg):
         return ended
     print_summary(cfg, model, rows, sources, epochs, total, warmup, run)
     header = describe(cfg, model, rows, sources)
-    log = run.start(total, state.step, header, cfg.logging_steps, data=sources)
+    log = run.start(total, state.step, header, cfg.logging_steps, data=sources,
+                    flops_per_token=plan.sft_flops(model, rows))
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
@@ -147,7 +149,7 @@ def main(cfg):
         with log.pause(), ema.swapped(), run.unsharded():     # the mean of the weights; no speed counts it
             metrics.update(evaluate(cfg, model, rows, run))             # eval_loss in nats per target
             log.write(state.step, {'epoch': state.epoch, **metrics})
-            if cfg.sample_rows and rows.held_out.any() and run.is_main:
+            if cfg.sample_rows and rows.held_out.any() and run.rank == 0:
                 log.text(state.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
             log.histograms(state.step, gradients(optimizer))
         alerts.evaluation(state, metrics['eval_loss'])
@@ -180,7 +182,9 @@ def main(cfg):
         for i, batch in enumerate(run.even(batches, model)):        # documents in rows (R, W), with N targets
             torch.manual_seed(seed_for(cfg.seed, 'noise', step, i, run.rank))       # of dropout and NEFTune
             with run.autocast():
-                embeddings = noisy_embeddings(cfg, model, batch) if cfg.neftune_noise_alpha else None
+                embeddings = None
+                if cfg.neftune_noise_alpha:
+                    embeddings = functools.partial(noisy_embeddings, cfg, model, batch)
                 # only places that predict a target pass the last layer and the head: (N, C), never (R, W, V)
                 hidden = model.hidden(batch.idx, batch.positions, embeddings, batch.logit_positions)
                 stats = model.token_stats(hidden, batch.targets, extras=is_logged or cfg.label_smoothing > 0)
@@ -225,7 +229,7 @@ import numpy as np
 import torch
 
 from data.batches import Epochs, Prefetcher, best_fit, draw, micro_batches, pack_documents
-from data.formats import read_rows, split_of_row, to_record
+from data.formats import read_rows, split_of_row, text_record, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records
 from data.tokenizer import read_json
@@ -371,7 +375,7 @@ def build_model(cfg, run):
     if cfg.dropout:
         set_dropout(model, cfg.dropout)
     model.config.dropout = cfg.dropout
-    return run.shard(model), tokenizer
+    return run.prepare(model), tokenizer
 
 
 def set_dropout(model, p):
@@ -428,7 +432,7 @@ def load_rows(cfg, sources, model, tokenizer, run):
     if cfg.augment:
         records = with_copies(cfg, records, run)
     longest = encode_records(records, tokenizer, rows, issues, cfg.loss_on, limit, cfg.max_prompt_length,
-                             cfg.dataset_num_proc, cfg.skip_bad_rows)
+                             cfg.dataset_num_proc, cfg.skip_bad_rows, cfg.algorithm == 'cpt')
     compare_splits(rows.close(), issues)
     # no longer than the longest row: it is the width of packed rows, and of the memory that they take
     cfg.max_length = min(cfg.max_length or longest, longest or context, context)
@@ -448,7 +452,8 @@ def read_records(cfg, sources, issues, run):
     for number, source in enumerate(sources):
         for where, row in read_rows(source.name, source.split, source.subset):
             try:
-                record = to_record(row, where, source, cfg.system_prompt)
+                record = (text_record(row, where, cfg.text_column) if cfg.algorithm == 'cpt' else
+                          to_record(row, where, source, cfg.system_prompt))
             except UserError as error:
                 issues.add('unreadable rows', str(error))
                 continue

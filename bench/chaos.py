@@ -1,6 +1,6 @@
 """Every script is killed twenty times, a checkpoint is damaged, and it ends as the run that was left alone.
 
-    python bench/chaos.py [script ...] [--kills=20] [--ranks=2] [--seed=0]
+    python bench/chaos.py [script ...] [--kills=20] [--ranks=2] [--shard=full] [--seed=0]
 
 A row for each script: SIGKILLs that came before the end, how long the other ranks took to end after one was
 killed, what was damaged and skipped, and the files in which the two ends differ. The code is that of
@@ -22,6 +22,7 @@ def main():
     parser.add_argument('scripts', nargs='*', default=list(SMALL), metavar='script', help=', '.join(SMALL))
     parser.add_argument('--kills', type=int, default=20, help='SIGKILLs, each at a random moment')
     parser.add_argument('--ranks', type=int, default=1, help='processes, of which one is killed')
+    parser.add_argument('--shard', default='none', help='what each of the ranks holds: none, full')
     parser.add_argument('--seed', type=int, default=0, help='of the moments and the damage')
     args = parser.parse_args()
     failed = False
@@ -29,6 +30,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             flags, began = small_run(script, steps=4 * args.kills), time.monotonic()
+            flags.append(f'--shard={args.shard}')
             report = survive(script, flags, args.kills, damage=True, ranks=args.ranks, seed=args.seed,
                              pictures=True)
             os.chdir('/')

@@ -53,7 +53,7 @@ def read_completions(path, step=None):
 def write_completions(completions, path, run):
     """Appends the Completions of all ranks to rollouts.jsonl, each rank in its turn."""
     for rank in range(run.world_size):
-        if rank == run.rank:
+        if rank == run.rank and run.tp_rank == 0:
             with open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
                 file.writelines(completion.line() + '\n' for completion in completions)
         run.barrier()

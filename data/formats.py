@@ -405,6 +405,17 @@ def to_record(row, where, source=None, system_prompt=None):
         raise UserError(f'{where}: {error}') from None
 
 
+def text_record(row, where, column):
+    """A row whose `column` is a text -> Record, all of which is learned; `where` begins the message of a
+    UserError."""
+    if column not in row:
+        raise UserError(f'{where}: there is no column {column!r} of the text to learn, but '
+                        f'{columns_in(row) or "none"}; text_column names another')
+    record = to_record({'text': row[column]}, where)
+    record.split = split_of_row(row) or 'train'
+    return record
+
+
 def read_record(row, where, source, system_prompt):
     split = split_of_row(row) or 'train'
     system = fill(system_prompt, row, source) if system_prompt else None

@@ -75,11 +75,13 @@ class TokenizedRows:
 
 
 def encode_records(records, tokenizer, rows, findings, loss_on='completion', max_length=None,
-                   max_prompt_length=None, num_proc=1, skip_bad_rows=False):
+                   max_prompt_length=None, num_proc=1, skip_bad_rows=False, cut_texts=False):
     """Adds the rows of (number of the data set, Record) pairs to `rows`, and what is wrong to `findings`.
 
     max_length: of prompt and completion together; max_prompt_length: of what comes before the first target;
-    None = any. num_proc: processes that render. Returns the longest length there was before trimming.
+    None = any. num_proc: processes that render. cut_texts: a longer text becomes several rows, each of
+    which begins with the last token of the one before: every token is learned once. Returns
+    the longest length there was before trimming.
     """
     records = iter(records)
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])
@@ -103,6 +105,12 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
             keys = [digest(record.prompt), digest([record.prompt, record.completion])]
             for row in chats:
                 longest = max(longest, len(row.ids))
+                if cut_texts and max_length and len(row.ids) > max_length > 1:
+                    for start in range(0, len(row.ids) - 1, max_length - 1):
+                        part = slice(start, start + max_length)
+                        rows.add(row.ids[part], row.mask[part], source, record.split == 'eval', keys,
+                                 record.where)
+                    continue
                 ids, mask, lost = truncate(row.ids, row.mask, max_length, max_prompt_length)
                 if lost in ('completions that do not fit', 'prompts trimmed from the left'):
                     needed = max(needed, len(row.ids))
@@ -112,7 +120,7 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
                     findings.add('completions without a stop token', record.where)
                 if not ids:
                     continue
-                if mask[-1] and ids[-1] not in tokenizer.stop_ids:
+                if mask[-1] and ids[-1] not in tokenizer.stop_ids and not cut_texts:
                     findings.add('models that never learn to stop', record.where)
                 rows.add(ids, mask, source, record.split == 'eval', keys, record.where)
     if called['eval']:

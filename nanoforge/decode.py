@@ -9,15 +9,27 @@ decoder.state lists tensors with R rows. To take a row out of the batch, copy th
 go on with one row less. Everything here computes what model.hidden and model.logits do, up to rounding:
 logp_gap in sample.py measures it.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
+from nanoforge import rope
 from nanoforge.kernels import Linear, concat, dithered
+from nanoforge.tensors import cut_by_input, part, part_of_bias
 
 # parameters up to which stacked copies of the weights are made: beyond, memory counts more
 FUSE_LIMIT = 2 ** 28
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
 GROW = 16             # slots that the cache grows by at least; by an eighth of what it has where that is more
+
+
+class Samples(NamedTuple):
+    """N prompts times num_samples rows, prompt by prompt; L is the longest length. On the model's device."""
+    tokens: torch.Tensor        # (R, L) int64, 0 beyond a row's length
+    lengths: torch.Tensor       # (R,) int64, the stop token included
+    logp: torch.Tensor          # (R, L) float32, 0 beyond a row's length
+    stopped: torch.Tensor       # (R,) bool: the last token is a stop token; False where the row was cut off
 
 
 def make_decoder(model, prompts, num_samples, max_new_tokens):
@@ -40,8 +52,8 @@ class CachedDecoder:
     """
 
     def __init__(self, model, prompts, num_samples, max_new_tokens):
-        cfg, device = model.config, model.device
-        self.model, self.prompts, self.num_samples = model, prompts, num_samples
+        cfg, device = model.local_config, model.device
+        self.cfg, self.model, self.prompts, self.num_samples = cfg, model, prompts, num_samples
         self.acc_dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
         self.cache_pos = max(map(len, prompts))
         self.max_slots = self.cache_pos + max_new_tokens
@@ -50,10 +62,12 @@ class CachedDecoder:
         self.rope_order, self.rope = torch.arange(cfg.head_size, device=device), {}
         if cfg.position == 'rope':
             self.rope_order = self.rope_order.view(2, -1).t().flatten()              # 0, D/2, 1, D/2 + 1, ...
-            position = torch.arange(self.max_slots, device=device)[:, None].float()
+            position = torch.arange(self.max_slots, device=device)
             for layer_type, inv_freq in model.inv_freq.items():
-                angle = position * inv_freq.to(device)
-                self.rope[layer_type] = torch.polar(torch.ones_like(angle), angle)  # (max_slots, D/2) complex
+                settings = cfg.rope[layer_type]
+                angle = rope.angles(settings, inv_freq, position, position + 1)
+                factor = torch.full_like(angle, rope.attention_factor(settings))
+                self.rope[layer_type] = torch.polar(factor, angle)                  # (max_slots, D/2) complex
 
         rows, small = len(prompts) * num_samples, model.num_params() <= FUSE_LIMIT
         self.layers = [DecoderLayer(model, layer, self.rope_order, rows, small) for layer in model.layers]
@@ -66,13 +80,11 @@ class CachedDecoder:
     def start(self):
         """Runs each prompt once, copies its keys and values to its samples -> logits (R, V) after the
         prompts."""
-        cfg, device, longest = self.model.config, self.model.device, self.cache_pos
+        cfg, device, longest = self.cfg, self.model.device, self.cache_pos
         lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in self.prompts]
         idx = torch.tensor(padded, device=device)                       # (prompts, longest)
-        keys_values = []
-        hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
-        hidden = hidden[torch.arange(len(idx), device=device), lengths - 1]
+        hidden, keys_values = self.run_prompts(idx, lengths)
 
         empty = longest - lengths                                       # slots before each prompt
         source = torch.arange(longest, device=device) - empty[:, None]  # (prompts, longest): shifted right
@@ -94,6 +106,22 @@ class CachedDecoder:
         self.mask = torch.zeros(hide.shape, dtype=keys_values[0][0].dtype, device=device)
         self.mask.masked_fill_(hide, float('-inf'))
         return self.for_samples(self.model.logits(hidden))
+
+    def run_prompts(self, idx, lengths):
+        """idx (prompts, longest), their lengths (prompts,) -> hidden states (prompts, C) of the last tokens,
+        [(keys, values)] of the layers, (prompts, n_kv_head, longest, D) each."""
+        if len(idx) > 1 and any(map(rope.is_dynamic, self.model.config.rope.values())):
+            # rotated by the row's length, so that no prompt may be padded
+            runs = [self.run_prompts(row[None, :n], n[None]) for row, n in zip(idx, lengths)]
+            hidden, caches = zip(*runs)
+            longest, keys_values = idx.size(1), []
+            for layer in zip(*caches):
+                rows = [[F.pad(x, (0, 0, 0, longest - x.size(2))) for x in row] for row in layer]
+                keys_values.append([torch.cat(parts) for parts in zip(*rows)])
+            return torch.cat(hidden), keys_values
+        keys_values = []
+        hidden = self.model.hidden(idx, keep_kv=keys_values)    # causal: padding on the right changes nothing
+        return hidden[torch.arange(len(idx), device=idx.device), lengths - 1], keys_values
 
     def for_samples(self, x):
         """x (prompts, ...) -> (R, ...)."""
@@ -126,18 +154,18 @@ class CachedDecoder:
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        cfg, n = self.model.config, len(token)
+        cfg, n = self.cfg, len(token)
         if self.cache_pos == self.slots:
             self.grow(n)
         if n != self.view_rows:
             self.make_views(n)
         position = self.position[:n]
         x = self.model.embed(token, position)                                                   # (n, C)
-        rope = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
+        angles_of = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
         self.mask[..., self.cache_pos] = 0
         visible = {window: self.visible_slots(window) for window in self.windows}
         for layer, views in zip(self.layers, self.views):
-            angles = rope.get(layer.layer_type)
+            angles = angles_of.get(layer.layer_type)
             attended = self.attend(layer, layer.norms[0](x), views, angles, *visible[layer.window])
             if cfg.post_norms:
                 _, after_attention, before_mlp, after_mlp = layer.norms
@@ -163,7 +191,7 @@ class CachedDecoder:
         views: the cache (2, n, G, slots, D) to write to, its keys (n * G, D, slots), its values (n * G,
         slots, D).
         """
-        cfg, n, (cache, keys, values) = self.model.config, len(x), views
+        cfg, n, (cache, keys, values) = self.cfg, len(x), views
         H, G, D = cfg.n_head, cfg.n_kv_head, cfg.head_size
         qkv = layer.qkv_proj(x).to(self.acc_dtype).view(n, H + 2 * G, D)
         if cfg.qk_norm:
@@ -190,7 +218,7 @@ class DecoderLayer:
     """One Block as functions of the rows of a step, its projections stacked where that makes it faster."""
 
     def __init__(self, model, layer, rope_order, rows, small):
-        cfg, attention, mlp = model.config, layer.self_attn, layer.mlp
+        cfg, attention, mlp = model.local_config, layer.self_attn, layer.mlp
         self.cfg, self.layer_type, self.act = cfg, attention.layer_type, mlp.act
         self.window = cfg.window(self.layer_type)
         norms = [module for name, module in layer.named_children() if name.endswith('layernorm')]
@@ -252,18 +280,32 @@ def fuse_linears(modules, fuse, amp, rows, order=None):
     if fuse and all(type(module) is Linear for module in modules):
         in_bf16 = modules[0].bf16
         rounded = dithered if in_bf16 else torch.Tensor.detach
-        weight = concat([rounded(module.weight) for module in modules])
-        bias = concat([rounded(module.bias) for module in modules if module.bias is not None])
+        weight = concat([rounded(part(module.weight)) for module in modules])
+        biases = [rounded(part_of_bias(module.bias)) for module in modules if module.bias is not None]
+        bias = concat(biases)
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
         dtype = torch.bfloat16 if in_bf16 else amp or weight.dtype
-        return linear_function(weight, bias, dtype, rows)
+        multiply = linear_function(weight, bias, dtype, rows)
+        return summed(multiply, modules[0].weight) if cut_by_input(modules[0]) else multiply
 
     def call(x, residual=None):
         y = concat([module(x) for module in modules], -1)
         y = y if order is None else y[:, order]
         return y if residual is None else residual + y
     return call
+
+
+def summed(multiply, weight):
+    """A product whose outputs are summed over the ranks of tensor parallelism, which hold parts of the
+    inputs."""
+    group = weight.device_mesh.get_group()
+
+    def multiply_and_sum(x, residual=None):
+        y = multiply(x)
+        torch.distributed.all_reduce(y, group=group)
+        return y if residual is None else residual + y
+    return multiply_and_sum
 
 
 def linear_function(weight, bias, dtype, rows):

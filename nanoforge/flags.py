@@ -9,6 +9,7 @@ The comment beside a field is its help text; its range stands on the field. torc
 """
 import os
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from configurator import Accepted, UserError, as_text, configclass, setting
 from data.splits import EVAL_FRACTION
@@ -21,9 +22,14 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': OPTIMIZERS[4:], 'lora_bias': ('all', 'lora_only'), 'neftune_noise_alpha': (),
-             'compile': (), 'reference': ('cache',), 'algorithm': ('ppo',), 'load_in_8bit': (),
-             'load_in_4bit': (), 'training_mode': ('multicontext',), 'GPU_num': range(2, 10 ** 6)}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': ()}
+# and what does not with --tensor_parallel
+UNPARALLEL = {**UNSHARDED, 'load_in_8bit': (), 'load_in_4bit': (), 'use_dora': ()}
+# with --sampler_url: servers hold other weights than 4 or 8 bits of ours, and adapters without biases;
+# ranks that share a model must draw the same; an evaluation alone needs no server
+SAMPLED_HERE = {'load_in_4bit': (True,), 'load_in_8bit': (True,), 'lora_bias': ('all', 'lora_only'),
+                'tensor_parallel': range(2, 10 ** 6), 'eval_only': (True,),
+                'specialization': ('full', 'model')}
 
 # Keys of the documents that change nothing here: taken, stored, printed by --print_config, and said when set.
 ACCEPTED = {
@@ -84,6 +90,10 @@ class RunFlags(Flags):
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
     shard: str = setting('none', path='shard', choices=('none', 'full', 'hybrid'))  # what each process holds
         # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
+    compile: bool = setting(False, path='compile')  # torch.compile each layer: faster on a GPU after half a
+        # minute
+    tensor_parallel: int = setting(1, path='tensor_parallel', also=('GPU_num',), min=1)  # processes that hold
+        # a model together, each its part of the heads and inner channels
     plan: bool = setting(False, path='plan')  # print the memory and the time that this run would take, and
         # what makes it fit; no weights are loaded
     gpu_memory: float | None = setting(None, path='gpu_memory', above=0, needs=PLAN)  # GiB of each GPU that
@@ -100,16 +110,21 @@ class RunFlags(Flags):
             if len(typed) != 1:
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
-        if self.shard != 'none' and (name := self.unsharded_setting()):
-            raise UserError(f'--shard={self.shard} does not go together with '
-                            f'{name}={as_text(getattr(self, name))} yet: leave one of them out')
+        self.num_gpus = max(self.num_gpus, self.tensor_parallel)        # so many processes are started
+        if clash := self.clash():
+            flag, name = clash
+            why = ', whose steps depend on means over whole matrices' if name == 'optimizer' else ''
+            raise UserError(f'--{flag}={getattr(self, flag)} does not go together with '
+                            f'{name}={as_text(getattr(self, name))} yet{why}: leave one of them out')
 
-    def unsharded_setting(self):
-        """The name of a setting that sharded models are not built for; None if there is none."""
-        for name, refused in UNSHARDED.items():
-            value = getattr(self, name, None)
-            if value in refused or value and not refused:
-                return name
+    def clash(self):
+        """(flag, name of a setting that it does not go together with yet); None where there is none."""
+        for flag, is_on, table in (('shard', self.shard != 'none', UNSHARDED),
+                                   ('tensor_parallel', self.tensor_parallel > 1, UNPARALLEL)):
+            for name, refused in table.items() if is_on else ():
+                value = getattr(self, name, None)
+                if value in refused or value and not refused:
+                    return flag, name
 
     def autocast_dtype(self):
         """The dtype that the flags ask for: --bf16 and --fp16 beat --dtype."""
@@ -127,7 +142,27 @@ class RunFlags(Flags):
 
 
 @configclass
-class ModelFlags(Flags):
+class AdapterFlags(Flags):
+    """Forms of LoRA, for every script that has adapters."""
+    use_rslora: bool = setting(False, path='model.use_rslora', needs=LORA)  # adapters count alpha / sqrt(r)
+        # times, so that a higher rank learns no slower (Kalajdzievski 2023)
+    use_dora: bool = setting(False, path='model.use_dora', needs=LORA)  # train the length of each row of the
+        # weights beside the adapters, too (Liu et al. 2024); they then have no dropout
+
+    def check(self):
+        super().check()
+        if self.use_dora and getattr(self, 'lora_dropout', 0):
+            if 'lora_dropout' in self.flags:
+                raise UserError(f'lora_dropout={self.lora_dropout:g} does not go together with use_dora, '
+                                'which rescales the whole weight: leave one of them out')
+            self.lora_dropout = 0.0                 # the default's, or a recipe's
+        if (self.use_dora or self.use_rslora) and getattr(self, 'specialization', 'lora') != 'lora':
+            raise UserError('use_rslora and use_dora are for specialization=lora, not '
+                            f'{self.specialization}, which has no adapters')
+
+
+@configclass
+class ModelFlags(AdapterFlags):
     """The policy: which model, what of it trains, in which precision the rest is held."""
     section = 'model'
 
@@ -222,6 +257,11 @@ class DataFlags(Flags):
             if name in self.flags:
                 read = ', '.join(column for column in COLUMNS if column not in self.unread_columns)
                 raise UserError(f'{name}: rows have no such column here, but {read}')
+        if getattr(self, 'algorithm', None) == 'cpt':
+            if not self.sources() or self.augment or self.system_prompt:
+                raise UserError('algorithm=cpt learns texts as they are: it needs a dataset_path, and takes '
+                                'no system_prompt and no augment')
+            self.packing, self.loss_on = True, 'all'
         named = [name for name in COLUMNS if getattr(self, name)]
         if named and not self.dataset_path:
             if not self.datasets:
@@ -245,6 +285,39 @@ class DataFlags(Flags):
         is_one = os.path.exists(self.dataset_path)              # a comma may be part of its name
         names = [self.dataset_path] if is_one else self.dataset_path.split(',')
         return [Source(name=name.strip(), **columns) for name in names]
+
+
+@configclass
+class SamplerFlags(Flags):
+    """Completions drawn by servers of SGLang or vLLM (sampler_client.py), in place of this process."""
+    # servers that sample
+    sampler_url: list[str] = setting([], path='sampler_url')  # servers of SGLang or vLLM that draw the
+        # completions: http://host:port; several with commas
+    sampler_dir: str | None = setting(None, path='sampler_dir')  # folder through which they get the weights;
+        # if not set /dev/shm, where they run here and it has room, else the output folder
+    sampler_timeout: float = setting(600.0, path='sampler_timeout', above=0)  # seconds that an answer of
+        # theirs may take
+
+    def check(self):
+        super().check()
+        for url in self.sampler_url:
+            check_url(url)
+        for name, refused in SAMPLED_HERE.items():
+            value = getattr(self, name, None)
+            if self.sampler_url and value in refused:
+                raise UserError(f'sampler_url does not go together with {name}={as_text(value)}: leave one '
+                                'of them out')
+
+
+def check_url(url):
+    """UserError where it is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
+    except ValueError:                                      # a port that is none
+        fits = False
+    if not fits or parts.query or parts.fragment:
+        raise UserError(f"sampler_url: '{url}' is no address of a server, http://host:port")
 
 
 @configclass

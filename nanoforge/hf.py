@@ -12,6 +12,7 @@ from configurator import UserError
 from data.tokenizer import read_json
 from nanoforge import kernels
 from nanoforge.quantize import base_state
+from nanoforge.rope import ROPE_TYPES, context_of, is_dynamic
 from nanoforge.tensors import stack
 
 
@@ -106,9 +107,6 @@ GEMMA_KEYS = {**WINDOW_KEYS, 'attn_softcap': 'attn_logit_softcapping',
 KEYS = {'gpt2': GPT2_KEYS, 'llama': LLAMA_KEYS,
         **{arch: LLAMA_KEYS | WINDOW_KEYS for arch in ('mistral', 'qwen2', 'qwen3')},
         **{arch: LLAMA_KEYS | GEMMA_KEYS for arch in ('gemma2', 'gemma3_text')}}
-# kind of rotary scaling -> the settings that it needs
-ROPE_TYPES = {'default': (), 'linear': ('factor',),
-              'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 # What transformers takes where config.json says nothing (published files leave much out).
 _QWEN = dict(hidden_act='silu', max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
 _GEMMA = dict(hidden_activation='gelu_pytorch_tanh', num_attention_heads=8, num_key_value_heads=4,
@@ -169,6 +167,8 @@ def config_from_hf(hf):
         values['qkv_bias'] = values['o_bias'] or arch == 'qwen2'
         values['layer_types'] = _layer_types(hf, arch)
         values['rope'] = {kind: _rope(hf, kind) for kind in set(values['layer_types'])}
+        contexts = [context_of(rope, values['block_size']) for rope in values['rope'].values()]
+        values['block_size'] = max(contexts)
         if arch.startswith('gemma'):
             values['attn_scale'] = float(hf['query_pre_attn_scalar'] ** -0.5)       # complex: no float
         outside += [kind not in ('full_attention', 'sliding_attention') for kind in values['layer_types']]
@@ -206,8 +206,17 @@ def _rope(hf, layer_type):
     rope = {'rope_theta': theta, 'original_max_position_embeddings': hf['max_position_embeddings'],
             **{key: value for key, value in rope.items() if not isinstance(value, dict)}}
     rope['rope_type'] = rope.get('rope_type') or rope.pop('type', None) or 'default'
-    known = ('rope_type', 'rope_theta', 'partial_rotary_factor', *ROPE_TYPES.get(rope['rope_type'], ()))
-    return {key: rope[key] for key in known if key in rope}
+    needed, optional = ROPE_TYPES.get(rope['rope_type'], ((), ()))
+    if is_dynamic(rope):            # here alone max_position_embeddings is the context before scaling
+        rope['original_max_position_embeddings'] = hf['max_position_embeddings']
+    elif hf.get('original_max_position_embeddings'):
+        rope['original_max_position_embeddings'] = hf['original_max_position_embeddings']
+    for key in needed:
+        if type(rope.get(key)) not in (int, float) or rope[key] <= 0:
+            raise UserError(f'config.json: {rope["rope_type"]} scaling of rotary positions needs a number '
+                            f'above 0 as {key}, not {rope.get(key)!r}')
+    known = ('rope_type', 'rope_theta', 'partial_rotary_factor', *needed, *optional)
+    return {key: rope[key] for key in known if rope.get(key) is not None}
 
 
 def config_to_hf(cfg, dtype='float32'):
@@ -241,6 +250,8 @@ def config_to_hf(cfg, dtype='float32'):
             hf['query_pre_attn_scalar'] = round(cfg.attn_scale ** -2)
             hf['sliding_window'] = cfg.sliding_window or cfg.block_size  # a number even where no layer slides
         full = cfg.rope.get('full_attention') or next(iter(cfg.rope.values()), {})
+        if full and is_dynamic(full):
+            hf['max_position_embeddings'] = full['original_max_position_embeddings']
         hf['rope_parameters'] = cfg.rope if arch == 'gemma3_text' else full
         hf['rope_theta'] = full.get('rope_theta')                   # where tools of the older generation look
         if full.get('rope_type', 'default') != 'default':

@@ -6,12 +6,18 @@ compute the same, in float32 unless bf16 is asked for; tests/test_kernels.py hol
 against the plain formula.
 """
 import functools
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from nanoforge import rope
+
+from nanoforge.tensors import part, part_of_bias
 
 SHORT_BLOCK = 192       # up to here batched products beat blockwise attention on a CPU (bench/attention.py)
 SHORT_DOCUMENT = 256    # and in packed rows, for a prompt with one continuation
@@ -63,8 +69,8 @@ class Linear(nn.Linear):
     @staticmethod
     def stacked(x, layers):
         """Several of these as one product, their outputs side by side."""
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return linear(x, [layer.weight for layer in layers], biases, layers[0].bf16)
+        biases = [part_of_bias(layer.bias) for layer in layers if layer.bias is not None]
+        return linear(x, [part(layer.weight) for layer in layers], biases, layers[0].bf16)
 
 
 def stacked_linear(x, layers):
@@ -316,18 +322,35 @@ def packed_mask(positions, window=0):
     positions of the document and itself, not the branches beside it: one prompt with several completions, its
     keys computed once. window: only keys fewer than so many positions back; 0 = all.
     """
-    index = torch.arange(positions.size(-1), device=positions.device)
+    tokens = packed_tokens(positions)
+    query = PackedTokens(*(x[..., :, None] for x in tokens))
+    key = PackedTokens(*(x[..., None, :] for x in tokens))
+    return query_sees_key(query, key, window)
+
+
+class PackedTokens(NamedTuple):
+    """What decides which token of packed rows sees which, (..., T) each."""
+    index: torch.Tensor         # in its row
+    position: torch.Tensor
+    document: torch.Tensor      # numbers of its document and of its branch, counted along the row
+    branch: torch.Tensor
+    start: torch.Tensor         # the position at which its branch begins: 0 in a trunk
+
+
+def packed_tokens(positions):
+    """positions (..., T) of packed rows -> PackedTokens."""
+    index = torch.arange(positions.size(-1), device=positions.device).expand_as(positions)
     jump = F.pad(positions[..., 1:] != positions[..., :-1] + 1, (1, 0), value=True)
-    branch, document = jump.cumsum(-1), (positions == 0).cumsum(-1)                                 # (..., T)
-    # where the branch of each begins
     start = positions.gather(-1, torch.where(jump, index, 0).cummax(-1).values)
-    trunk = (start[..., None, :] == 0) & (positions[..., None, :] < start[..., :, None])
-    same_branch = branch[..., :, None] == branch[..., None, :]
-    same_document = document[..., :, None] == document[..., None, :]
-    mask = (same_branch | same_document & trunk) & (index[:, None] >= index)
-    if window:
-        mask &= positions[..., :, None] - positions[..., None, :] < window
-    return mask
+    return PackedTokens(index, positions, (positions == 0).cumsum(-1), jump.cumsum(-1), start)
+
+
+def query_sees_key(query, key, window):
+    """PackedTokens of shapes that broadcast -> bool; see packed_mask."""
+    trunk = (key.start == 0) & (key.position < query.start)
+    mask = (query.branch == key.branch) | (query.document == key.document) & trunk
+    mask = mask & (query.index >= key.index)
+    return mask & (query.position - key.position < window) if window else mask
 
 
 @functools.lru_cache(maxsize=16)
@@ -359,12 +382,93 @@ def attention(q, k, v, mask, scale, softcap=0.0):
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+FLEX_FROM = 2 ** 22     # packed rows of at least so many scores: below, compiling takes longer than it saves
+FLEX_BLOCK = 128        # queries and keys of a block, of which a mask says whether any see each other
+
+
+def flex_mask(positions, window=0):
+    """packed_mask of positions (B, T), T a multiple of FLEX_BLOCK, as flex attention's BlockMask.
+
+    Nothing of size (T, T) is made: which blocks are computed at all, and which without a mask, follows from
+    the first and last token of each. The numbers of documents and branches rise along a row.
+    """
+    tokens = packed_tokens(positions)
+    begin, end = ([x[..., at::FLEX_BLOCK] for x in tokens] for at in (0, FLEX_BLOCK - 1))
+    begin, end = PackedTokens(*begin), PackedTokens(*end)                           # (B, blocks) each
+    query_begin, query_end = (PackedTokens(*(x[..., :, None] for x in block)) for block in (begin, end))
+    key_begin, key_end = (PackedTokens(*(x[..., None, :] for x in block)) for block in (begin, end))
+    needed = (key_begin.index <= query_begin.index) & (key_end.document >= query_begin.document)
+    whole = (key_begin.index < query_begin.index) & (key_begin.branch == query_end.branch)
+    if window:                  # where no query is in a later branch, positions are as far apart as tokens
+        only_trunks = tokens.start.unflatten(-1, (-1, FLEX_BLOCK)).amax(-1)[..., :, None] == 0
+        needed = needed & ~(only_trunks & (query_begin.index - key_end.index >= window))
+        whole = whole & (query_end.index - key_begin.index < window)
+
+    def mask_mod(b, h, q, k):
+        query, key = (PackedTokens(*(x[b, at] for x in tokens)) for at in (q, k))
+        return query_sees_key(query, key, window)
+
+    def listed(blocks):         # how many, and which: (B, 1, blocks), (B, 1, blocks, blocks)
+        order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    T = positions.size(-1)
+    return BlockMask.from_kv_blocks(*listed(needed & ~whole), *listed(needed & whole), FLEX_BLOCK, mask_mod,
+                                    seq_lengths=(T, T))
+
+
+def flex(q, k, v, mask, scale, softcap=0.0):
+    """attention() with a flex_mask of as many tokens, padded to a multiple of FLEX_BLOCK: where a row ends
+    within a block, the backward pass had NaN (pytorch issue 153799)."""
+    def capped(score, b, h, query, key):
+        return softcap * torch.tanh(score / softcap)
+
+    T = q.size(2)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % FLEX_BLOCK)) for x in (q, k, v))
+    compute = compiled_flex() if q.is_cuda else flex_attention
+    y = compute(q, k, v, capped if softcap else None, mask, scale, enable_gqa=q.size(1) != k.size(1))
+    return y[:, :, :T]
+
+
+@functools.cache
+def compiled_flex():        # torch.compile imports its compiler: not where nothing is compiled
+    return torch.compile(flex_attention)
+
+
+@functools.cache
+def flex_works(device, dtype, n_head, n_kv_head, head_size, softcap):
+    """Whether flex attention compiles for such heads here, forward and backward: it needs Triton, a C
+    compiler, and a card that holds its blocks. Else packed rows take a (T, T) mask, and a line says so."""
+    T = 2 * FLEX_BLOCK
+    q, k, v = (torch.zeros(2, heads, T, head_size, device=device, dtype=dtype, requires_grad=True)
+               for heads in (n_head, n_kv_head, n_kv_head))
+    try:
+        with torch.enable_grad():
+            mask = flex_mask(torch.arange(T, device=device).expand(2, -1))
+            flex(q, k, v, mask, 1.0, softcap).sum().backward()
+    except Exception as error:          # of Triton, of its C compiler, of the card: each has its own classes
+        warnings.warn(f'packed rows take a mask of all pairs, as flex attention does not compile here: '
+                      f'{type(error).__name__}: {str(error).partition(chr(10))[0]}')
+        return False
+    return True
+
+
+def takes_flex(cfg, idx, dtype):
+    """Whether packed rows idx (B, T) take flex attention, for weights of this dtype."""
+    B, T = idx.shape
+    if not idx.is_cuda or B * T * T < FLEX_FROM:
+        return False
+    if torch.is_autocast_enabled('cuda'):
+        dtype = torch.get_autocast_dtype('cuda')
+    return flex_works(idx.device, dtype, cfg.n_head, cfg.n_kv_head, cfg.head_size, cfg.attn_softcap)
+
+
 class AttentionContext:
     """What the layers of one forward pass share: positions, rotary angles, and the form in which attention is
     computed.
 
-    A GPU takes torch's scaled_dot_product_attention, with a mask where rows are packed. A CPU has four forms
-    besides:
+    A GPU takes torch's scaled_dot_product_attention, and for packed rows flex attention, or where they are
+    short a mask. A CPU has four forms besides:
 
         short           an unpacked block of up to SHORT_BLOCK tokens: ShortAttention
         varlen          packed rows of short documents: VarlenAttention
@@ -374,18 +478,20 @@ class AttentionContext:
     The first two begin before QK norm and rotary positions (see `fused`), the others take q, k and v.
     """
 
-    def __init__(self, cfg, inv_freq, idx, positions, keep_kv=None):
+    def __init__(self, cfg, inv_freq, idx, positions, keep_kv=None, dtype=torch.float32, compiled=False):
         """cfg: GPTConfig; inv_freq: {layer type: rotary frequencies (D/2,)}; idx (B, T); positions (B, T) of
         packed rows (see packed_mask) or None; keep_kv: a list to which each layer adds its (keys, values),
-        (B, G, T, D) each."""
+        (B, G, T, D) each; dtype: of the weights; compiled: the layers are, which take the plain forms."""
         (B, T), device = idx.shape, idx.device
         packed = positions is not None
         self.cfg, self.keep_kv = cfg, keep_kv
         self.positions = positions if packed else torch.arange(T, device=device)[None]           # (1 or B, T)
         self.short, self.varlen, self.shared_prefix, self.documents = False, None, None, None
-        if packed and on_cpu(idx):
+        self.flex = packed and takes_flex(cfg, idx, dtype)
+        takes_cpu_form = on_cpu(idx) and not compiled
+        if packed and takes_cpu_form:
             self.choose_packed_form(positions.expand(B, T))
-        elif on_cpu(idx) and T <= SHORT_BLOCK and keep_kv is None:
+        elif takes_cpu_form and T <= SHORT_BLOCK and keep_kv is None:
             self.short = not cfg.attn_softcap and cfg.n_kv_head == cfg.n_head
 
         self.windows, self.rope, self.masks = {}, {}, {}                # each by layer type
@@ -393,9 +499,21 @@ class AttentionContext:
             window = cfg.window(layer_type)
             self.windows[layer_type] = window if T > window else 0      # 0: all of the row is seen
             if layer_type in inv_freq:
-                angle = self.positions[:, None, :, None].float() * inv_freq[layer_type].to(device)
-                self.rope[layer_type] = angle.cos(), angle.sin()        # (1 or B, 1, T, D/2)
-            self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed)
+                settings = cfg.rope[layer_type]
+                lengths = self.context_lengths(packed) if rope.is_dynamic(settings) else None
+                angle = rope.angles(settings, inv_freq[layer_type], self.positions, lengths)[:, None]
+                factor = rope.attention_factor(settings)
+                self.rope[layer_type] = angle.cos() * factor, angle.sin() * factor  # (1 or B, 1, T, D/2) each
+            self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed, B)
+
+    def context_lengths(self, packed):
+        """(1 or B, T): the number of positions of each token's document, all of its branches counted; of an
+        unpacked row its own, padding included."""
+        if not packed:
+            return torch.full_like(self.positions, self.positions.size(1))
+        counts = document_lengths(self.positions)
+        lengths = [int(document.max()) + 1 for document in self.positions.flatten().split(counts.tolist())]
+        return counts.new_tensor(lengths).repeat_interleave(counts).view_as(self.positions)
 
     def choose_packed_form(self, positions):
         """For packed rows (B, T) on a CPU."""
@@ -410,9 +528,14 @@ class AttentionContext:
             if shared_prefix.cost < sum(len(document) ** 2 for document in self.documents):
                 self.shared_prefix = shared_prefix
 
-    def make_mask(self, window, packed):
-        """(1 or B, 1, T, T) bool; a list of (n, n), one for each document; None where no mask is needed: a
-        causal block."""
+    def make_mask(self, window, packed, B):
+        """(1 or B, 1, T, T) bool; a list of (n, n), one for each document; a BlockMask; None where no mask is
+        needed: a causal block."""
+        if self.flex:
+            T = self.positions.size(1)
+            padding = torch.arange(-T % FLEX_BLOCK, device=self.positions.device)   # a document of its own
+            positions = torch.cat((self.positions.expand(B, T), padding.expand(B, -1)), 1)
+            return flex_mask(positions, window)
         if self.varlen or self.shared_prefix and not window:
             return None
         if not self.documents:
@@ -449,6 +572,8 @@ class AttentionContext:
             self.keep_kv.append((k, v))
         if self.shared_prefix and not self.windows[layer_type]:
             return self.shared_prefix.attend(q, k, v, cfg.attn_scale)
+        if self.flex:
+            return flex(q, k, v, self.masks[layer_type], cfg.attn_scale, cfg.attn_softcap)
         if not self.documents:
             return attention(q, k, v, self.masks[layer_type], cfg.attn_scale, cfg.attn_softcap)
         lengths = list(map(len, self.documents))

@@ -22,7 +22,7 @@ def launch(cfg, argv):
     role, ranks = os.environ.pop(ROLE, None), getattr(cfg, 'num_gpus', None) or 1
     command = [sys.executable, sys.argv[0], *argv]
     rank, _, size = launched()
-    if size > 1 and ranks not in (1, size) and rank == 0:
+    if size > 1 and ranks not in (1, getattr(cfg, 'tensor_parallel', 1), size) and rank == 0:
         print(f'num_gpus={ranks} changes nothing: the launcher started {size} processes', file=sys.stderr)
     if role == 'worker' or size > 1 or getattr(cfg, 'plan', False):     # a plan needs none of the GPUs
         return

@@ -22,8 +22,8 @@ from nanoforge.checkpoint import write_text, writing
 # A line of the console has WIDTH columns: the first of these that it has room for, and what an editor of a
 # script added, before 'tokens_per_second'. log.jsonl and TensorBoard have all, in this order, too.
 WIDTH = 98
-ORDER = ('loss', 'accuracy', 'success_rate', 'greedy_success_rate', 'reward', 'rewards/accuracies',
-         'rewards/margins', 'kl', 'approx_kl', 'episode_length', 'grad_norm', None, 'tokens_per_second',
+ORDER = ('loss', 'accuracy', 'success_rate', 'greedy_success_rate', 'reward', 'episode_length',
+         'rewards/accuracies', 'rewards/margins', 'kl', 'approx_kl', 'grad_norm', None, 'tokens_per_second',
          'learning_rate', 'entropy', 'epoch', 'mean_token_accuracy', 'mfu', 'num_tokens')
 # What a line says of the steps since the last one: the mean, but of these
 REDUCED = {**dict.fromkeys(('epoch', 'learning_rate', 'num_tokens', 'beta'), lambda values: values[-1]),
@@ -113,7 +113,8 @@ class Log:
         if window['tokens']:
             rates['tokens_per_second'] = round(window['tokens'] / max(window['seconds'], 1e-9))
             if self.flops_per_token and (peak := device_peak_flops(self.run.device)):
-                rates['mfu'] = rates['tokens_per_second'] * self.flops_per_token / peak / self.run.world_size
+                flops = rates['tokens_per_second'] * self.flops_per_token
+                rates['mfu'] = flops / peak / self.run.num_processes
         return rates
 
     def settled_window(self):

@@ -20,8 +20,9 @@ from configurator import UserError
 from data.tokenizer import read_json
 from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, dithered, keep_copies
+from nanoforge.optim import copy
 from nanoforge.quantize import head_of, is_linear, is_quantized
-from nanoforge.tensors import is_sharded, save_tensors
+from nanoforge.tensors import cut_by_input, is_sharded, local, part, save_tensors
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -130,17 +131,27 @@ def add_adapters(y, x, layers):
         return y
     first = present[0]
     if all(adapter is not None and adapter.lora_A is first.lora_A for adapter in adapters):   # GPT-2's c_attn
-        A = first.lora_A
-        B = torch.cat([adapter.lora_B for adapter in adapters]) * first.scale
+        A = part(first.lora_A)
+        B = torch.cat([part(adapter.lora_B) for adapter in adapters]) * first.scale
     else:
-        A = torch.cat([adapter.lora_A for adapter in present])
+        A = torch.cat([part(adapter.lora_A) for adapter in present])
         blocks = []
         for layer, adapter in zip(layers, adapters):
             nothing = A.new_zeros(layer.out_features, 0)
-            blocks.append(nothing if adapter is None else adapter.lora_B * adapter.scale)
+            blocks.append(nothing if adapter is None else part(adapter.lora_B) * adapter.scale)
         B = torch.block_diag(*blocks)
-    x = F.dropout(x.to(y.dtype), first.dropout, layers[0].training)
+    x = dropout(x.to(y.dtype), first.dropout, layers[0])
     return y.addmm_(F.linear(x, A.to(y.dtype)), B.t().to(y.dtype))
+
+
+def dropout(x, p, layer):
+    """Of a layer's input x (N, in). Where tensor parallelism cuts that, each rank draws for all of it, so
+    that their random numbers stay the same, and takes its part."""
+    if not cut_by_input(layer) or not layer.training:
+        return F.dropout(x, p, layer.training)
+    mesh = layer.weight.device_mesh
+    kept = F.dropout(x.new_ones(len(x), mesh.size() * x.size(1)), p)
+    return x * kept.chunk(mesh.size(), 1)[mesh.get_local_rank()]
 
 
 # ---- which layers there are, under transformers' names -----------------------------------------------------
@@ -168,13 +179,14 @@ def linear_groups(model):
 
 
 def stacked_weights(model):
-    """{end of a parameter's name: how many numbers} of matrices that lie stacked in one tensor, as experts of
-    a mixture do: neither LoRA nor 4- and 8-bit weights reach them."""
+    """{end of a parameter's name: (matrices, numbers)} of matrices that lie stacked in one tensor, as experts
+    of a mixture do: neither LoRA nor 4- and 8-bit weights reach them."""
     sizes = {}
     for name, p in model.named_parameters():
         if p.dim() == 3 and min(p.shape) > 1:               # (1: a convolution along the tokens)
             end = '.'.join(name.split('.')[-3:])
-            sizes[end] = sizes.get(end, 0) + p.numel()
+            matrices, numbers = sizes.get(end, (0, 0))
+            sizes[end] = matrices + len(p), numbers + p.numel()
     return sizes
 
 
@@ -328,17 +340,23 @@ def adapters_off(model):
         merged = ' (it is merged: unmerge_lora first)' if getattr(model, 'merged', None) else ''
         raise UserError('adapters_off: the model has no adapter' + merged)
     biases = {path: model.get_submodule(path).bias for path in model.base_biases}
-    trained = {path: bias.data for path, bias in biases.items()}
+    trained = {path: local(bias).clone() if is_sharded(bias) else bias.data for path, bias in biases.items()}
     try:
         for layer in lora_layers(model):
             layer.active = None
         for path, bias in biases.items():
-            bias.data = model.base_biases[path].to(bias)
+            if is_sharded(bias):        # gathered when its layer computes; each rank puts its rows into it
+                copy(bias, model.base_biases[path])
+            else:
+                bias.data = model.base_biases[path].to(bias)
         yield model
     finally:
         set_adapter(model, model.active_adapter)
         for path, bias in biases.items():
-            bias.data = trained[path]
+            if is_sharded(bias):
+                local(bias).copy_(trained[path])
+            else:
+                bias.data = trained[path]
 
 
 # ---- folding into the weights and back ---------------------------------------------------------------------
@@ -365,6 +383,8 @@ def merge_lora(model, keep=True):
         plain = cls(layer.in_features, layer.out_features, bias=False, device='meta').train(layer.training)
         plain.weight = nn.Parameter(layer.weight_matrix().detach(), requires_grad=False)
         plain.bias, plain.bf16 = layer.bias, getattr(layer, 'bf16', False)
+        if not keep and layer.bias is not None:             # not memory that a sharded layer frees again
+            plain.bias = nn.Parameter(layer.bias.detach().clone())
         if plain.bf16:
             keep_copies([plain.weight])
         model.set_submodule(path, plain)

@@ -100,7 +100,7 @@ class Plateau:
 class Flat:
     """Parameters of one group, device and dtype as views of `data`, their gradients as views of `grad` (into
     which autograd accumulates), and for each name in `slots` a tensor of the same length."""
-    is_sharded = False
+    is_sharded = is_summed = False
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params, self.starts = group, names, params, []
@@ -150,8 +150,9 @@ class Flat:
     def named_rows(self):
         return zip(self.names, self.row_squares)
 
-    def sum_over_shards(self, value):
-        return value
+    def squares(self):
+        """[sum of squares of a piece of the gradient]."""
+        return [part.dot(part) for part in self.grad.split(2 ** 24)]
 
     def gather(self):
         """Puts gradients back in place where they are our views no longer: model.zero_grad() sets None, which
@@ -186,12 +187,13 @@ class FlatOptimizer:
                     raise UserError(f'{name} is {p.dtype}: parameters that are trained must be float32')
                 seen.add(id(p))
                 group['params'].append(p)
-                buckets.setdefault((p.device, p.dtype), []).append((name, p))
+                mesh = getattr(p, 'device_mesh', None)          # of ranks among whom run.shard has cut it
+                buckets.setdefault((p.device, p.dtype, mesh), []).append((name, p))
             if group['params']:
                 self.param_groups.append(group)
-                for bucket in buckets.values():
+                for (*_, mesh), bucket in buckets.items():
                     kind = Flat
-                    if hasattr(bucket[0][1], 'device_mesh'):        # run.shard has cut it
+                    if mesh:
                         from nanoforge.shard import Shards as kind
                     self.flats.append(kind(group, *zip(*bucket), self.slots(group)))
         if not self.flats:
@@ -201,13 +203,14 @@ class FlatOptimizer:
         return ()
 
     @property
-    def is_sharded(self):
-        return self.flats[0].is_sharded
+    def grads(self):
+        """The flat gradients."""
+        return [grad for flat in self.flats for grad in flat.flat_grads()]
 
     @property
-    def grads(self):
-        """The flat gradients: what data parallel sums over ranks, where they are not sharded."""
-        return [grad for flat in self.flats for grad in flat.flat_grads()]
+    def grads_to_sum(self):
+        """Those that data parallel sums over ranks: backward has done it where --shard cuts them."""
+        return [grad for flat in self.flats if not flat.is_summed for grad in flat.flat_grads()]
 
     def zero_grad(self):
         for flat in self.flats:
@@ -222,9 +225,8 @@ class FlatOptimizer:
         before, a tensor (). Where that is not finite the gradients stay as they are: the caller skips the
         step."""
         grads = self.grads
-        squares = [part.dot(part) for grad in grads for part in grad.split(2 ** 24)]
-        squares = sum(square.to(grads[0].device) for square in squares)
-        norm = self.flats[0].sum_over_shards(squares).sqrt()
+        squares = [square for flat in self.flats for square in flat.squares()]
+        norm = sum(square.to(grads[0].device) for square in squares).sqrt()
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
             if scale.device.type != 'cpu' or scale < 1:  # a GPU would have to be waited for
@@ -507,32 +509,51 @@ class NorMuon(Muon):
 
 
 class TorchOptimizer(FlatOptimizer):
-    """An optimizer class of torch.optim behind the same methods."""
+    """An optimizer class of torch.optim behind the same methods. In place of a sharded parameter it gets this
+    rank's rows: right for all that update each number by itself, so not for Adafactor."""
 
     def __init__(self, params, kind, **settings):
         super().__init__(params, **settings)
+        self.leaves = {}    # parameter -> what the inner optimizer knows of it
+        for flat in self.flats:
+            leaves = [rows.requires_grad_() for rows in flat.weights] if flat.is_sharded else flat.params
+            self.leaves.update(zip(flat.params, leaves))
+        for group in self.param_groups:
+            group['params'] = [self.leaves[p] for p in group['params']]
         self.inner = kind(self.param_groups)
+
+    def inner_step(self):
+        self.grads  # puts them back in place
+        for flat in self.flats:
+            if flat.is_sharded:     # each backward makes gradients anew, and FSDP may move rows to pad them
+                for p, rows, grad in zip(flat.params, flat.weights, flat.grads):
+                    self.leaves[p].data, self.leaves[p].grad = rows, grad
+        self.inner.step()
 
     def step(self):
         self.steps += 1
-        self.grads  # puts them back in place
-        self.inner.step()
+        self.inner_step()
         self.update_copies()
 
     def state_dict(self):
         state = super().state_dict()
-        for name, p in ((name, p) for flat in self.flats for name, p in zip(flat.names, flat.params)):
-            slots = self.inner.state.get(p, {})
-            state.update((f'{slot}/{name}', tensor) for slot, tensor in slots.items() if tensor is not None)
+        for flat in self.flats:
+            for name, p in zip(flat.names, flat.params):
+                for slot, tensor in self.inner.state.get(self.leaves[p], {}).items():
+                    if tensor is not None:
+                        # a count of steps is no row of anything
+                        of_rows = flat.is_sharded and tensor.dim() > 0
+                        state[f'{slot}/{name}'] = flat.sharded(p, tensor) if of_rows else tensor
         return state
 
     def load_state_dict(self, state):
         if not self.inner.state and int(state.get('step', 1)):
-            before = [flat.data.clone() for flat in self.flats]
+            before = [[part.clone() for part in flat.weights] for flat in self.flats]
             self.zero_grad()
-            self.inner.step()  # makes the state, which is then overwritten
-            for flat, data in zip(self.flats, before):
-                flat.data.copy_(data)
+            self.inner_step()  # makes the state, which is then overwritten
+            for flat, parts in zip(self.flats, before):
+                for part, held in zip(flat.weights, parts):
+                    part.copy_(held)
         super().load_state_dict(state)
 
 

@@ -1,206 +1,92 @@
-"""Tensor parallelism on our GPT: the ranks of a group hold a shard of every layer's heads and inner channels,
-and run together.
+"""Tensor parallelism on torch's own engine: --tensor_parallel=N, in train_agents.py also called GPU_num.
 
-    run = Run.open(..., share=functools.partial(init_tp, shards=2))     # two neighbouring ranks hold a model
-    shard_model(model, run)                                             # in place, after loading
-    full = gather_model(model, run)                                     # on every rank, to save it
+    parallelize(model, mesh)            # run.shard does it; mesh: the N ranks of this group
 
-With one shard all three leave what they are given as it is.
+N neighbouring ranks hold a model together: each has an Nth of every layer's heads and inner channels, sees
+the same rows and draws the same samples, also where it generates or evaluates. As in Megatron-LM (Shoeybi et
+al. 2019, arXiv 1909.08053, section 3) the projections into heads and inner channels are cut by outputs (rows
+of the weight), those out of them by inputs, with one sum over the group behind each. Embedding, norms and
+head are whole on every rank and stay equal, as their gradients are.
 
-As in Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053, section 3): the projections into heads and inner
-channels are column parallel (each rank has some outputs: rows of the weight), those out of them row parallel
-(some inputs), with one sum over the group behind each. Embedding, norms and head are whole on every rank and
-stay equal, as their gradients are.
+The parameters of attention and MLP become DTensors, which layers read through tensors.part. One that is whole
+on every rank (q_norm, an adapter's A where the outputs are cut, its B where the inputs are) has seen its own
+part of the heads alone: its gradient is Partial, and is summed before the optimizer steps.
 """
-import copy
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
-import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, PrepareModuleOutput, parallelize_module
 
 from configurator import UserError
-from model import GPT
-from nanoforge import kernels
-from nanoforge.hf import load_weights
-from nanoforge.kernels import Linear
-from nanoforge.run import Run
+from nanoforge.kernels import Linear, drop_copies
+from nanoforge.lora import LoRALinear, has_magnitude, plain_class
 
-COLWISE = r'\.(q|k|v|gate|up)_proj\.(weight|bias)$'      # cut in dimension 0, the output channels
-ROWWISE = r'\.(o|down)_proj\.weight$'                    # cut in dimension 1, the input channels
-PARTIAL = r'\.(q|k)_norm\.weight$'      # whole on every rank, each sees the gradient of its own heads only
+BY_OUTPUT = r'(q|k|v|gate|up)_proj\.(weight|bias|lora\.\w+\.lora_B)$'       # cut in dimension 0
+BY_INPUT = r'(o|down)_proj\.(weight|lora\.\w+\.lora_A)$'                    # cut in dimension 1
 
 
-@dataclass
-class ShardedRun(Run):
-    """A Run whose ranks share models. `rank`, `world_size`, sum() and gather() are those of data parallelism:
-    the processes that hold one model count as one."""
-    shards: int = 1
-    shard_index: int = 0
-    first: bool = True          # of all processes
-    dp_group: object = None     # process group of the ranks that hold this shard of other copies
-    tp_group: object = None     # process group of the ranks that hold the shards of this copy
+class PartOfBlock(ParallelStyle):
+    """Of attention and MLP: cuts their parameters. The input is the same on every rank; its gradient is the
+    sum over the ranks."""
 
-    @property
-    def is_main(self):
-        return self.first
+    def _apply(self, module, mesh):
+        cut = {}            # GPT-2's q, k and v share one adapter's A, and go on sharing it
 
-    def max(self, value):
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)      # over all processes
-        return int(tensor)
+        def partition(name, submodule, mesh):
+            for key, p in submodule.named_parameters(recurse=False):
+                if p not in cut:
+                    tensor = distribute_tensor(p.detach(), mesh, [placement(f'{name}.{key}')],
+                                               src_data_rank=None)
+                    cut[p] = nn.Parameter(tensor, requires_grad=p.requires_grad)
+                setattr(submodule, key, cut[p])
 
-    def clip_grad_norm(self, optimizer, max_norm):
-        """As the optimizer's own: the norm is that of the whole model's gradient.
+        def copy_input(module, args, mesh):
+            x = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+            return x.to_local(grad_placements=[Partial()]), *args[1:]
 
-        First the gradients of what each shard saw a part of are summed over the shards.
-        """
-        grads = optimizer.grads                                     # which puts p.grad in place
-        squares = torch.zeros(2, device=self.device)                # of what is cut, of what is not
-        for flat in optimizer.flats:
-            for name, p in zip(flat.names, flat.params):
-                if re.search(PARTIAL, name):
-                    dist.all_reduce(p.grad, group=self.tp_group)
-                squares[int(dimension(name) is None)] += p.grad.square().sum()
-        dist.all_reduce(squares[0], group=self.tp_group)
-        norm = squares.sum().sqrt()
-        if max_norm > 0 and norm.isfinite():
-            for grad in grads:
-                grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def optimizer_state(self, optimizer):
-        return gather(optimizer.state_dict(), self)
-
-    def load_optimizer_state(self, optimizer, tensors):
-        optimizer.load_state_dict({key: shard_tensor(key, tensor, self) for key, tensor in tensors.items()})
+        return distribute_module(module, mesh, partition, copy_input)
 
 
-def init_tp(run, shards):
-    """A Run -> ShardedRun, `shards` neighbouring ranks to a copy of each model; the Run itself for one shard.
-    UserError where the ranks do not come out even."""
-    if shards == 1:
-        return run
-    if run.world_size % shards:
-        raise UserError(f'GPU_num={shards} ranks hold a model, but there are {run.world_size}: start '
-                        f'a multiple of {shards}')
-    copies = run.world_size // shards
-    tp_groups = [dist.new_group(range(c * shards, (c + 1) * shards)) for c in range(copies)]
-    dp_groups = [dist.new_group(range(s, run.world_size, shards)) for s in range(shards)]
-    copy_of, shard = divmod(run.rank, shards)
-    return ShardedRun(run.device, run.dtype, run.matmul, copy_of, run.local_rank, copies, shards, shard,
-                      run.rank == 0, dp_groups[shard], tp_groups[copy_of])
+def placement(name):
+    if re.search(BY_OUTPUT, name):
+        return Shard(0)
+    return Shard(1) if re.search(BY_INPUT, name) else Replicate()
 
 
-class CopyToGroup(torch.autograd.Function):
-    """The same input on every shard; its gradient is the sum of the shards' gradients (Megatron-LM's f)."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class ReduceFromGroup(torch.autograd.Function):
-    """The sum of the shards' partial outputs; each shard gets its gradient as it is (Megatron-LM's g)."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        x = x.contiguous()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class RowwiseLinear(Linear):
-    """A linear layer of which each shard holds some input channels: x (..., in / shards) -> the whole output
-    (..., out). A class of its own, so that the sampler calls it as it is."""
-    group = None
-
-    def forward(self, x):
-        y = ReduceFromGroup.apply(kernels.linear(x, [self.weight], bf16=self.bf16), self.group)
-        return y if self.bias is None else y + self.bias
-
-
-def shard_model(model, run):
-    """Leaves this rank's shard of a loaded model in it. model.whole_config is what it was; model.config
-    counts the shard's heads."""
-    if not isinstance(run, ShardedRun):
-        return
-    plain = isinstance(model, GPT) and not getattr(model, 'adapters', None)
-    if not plain or type(model.layers[0].self_attn.q_proj) is not Linear:
-        raise UserError('GPU_num above 1 shards models of our own families, without adapters and in full '
-                        'precision: set GPU_num=1')
-    cfg, n = model.config, run.shards
-    for name in ('n_head', 'n_kv_head', 'n_inner'):
-        if getattr(cfg, name) % n:
-            raise UserError(f'GPU_num={n} cannot share out {name}={getattr(cfg, name)} of '
-                            f'{model.name_or_path} evenly')
-    model.whole_config = cfg
-    model.config = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n,
-                           n_inner=cfg.n_inner // n)
-    for name, p in list(model.named_parameters()):
-        parent, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(shard_tensor(name, p.data, run).clone()))
-    if cfg.tied:
-        model.lm_head.weight = model.embed_tokens.weight
-
-    def copy_input(module, args):
-        return CopyToGroup.apply(args[0], run.tp_group), *args[1:]
-
+def parallelize(model, mesh):
+    """Leaves this rank's part of a GPT in it, in place; mesh: one-dimensional. UserError where it cannot be
+    cut evenly, or is of another kind."""
+    cfg, n = model.config, mesh.size()
+    check(model, n)
+    drop_copies(model.parameters())
+    local = replace(cfg, n_head=cfg.n_head // n, n_kv_head=cfg.n_kv_head // n, n_inner=cfg.n_inner // n)
+    sum_outputs = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
+    plan = {'self_attn': PartOfBlock(), 'mlp': PartOfBlock(), 'self_attn.o_proj': sum_outputs,
+            'mlp.down_proj': sum_outputs}
     for layer in model.layers:
-        layer.self_attn.cfg = model.config
-        layer.self_attn.register_forward_pre_hook(copy_input)
-        layer.mlp.register_forward_pre_hook(copy_input)
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.__class__, linear.group = RowwiseLinear, run.tp_group
+        parallelize_module(layer, mesh, plan, src_data_rank=None)
+        layer.self_attn.cfg = local
+        for name, linear in layer.named_modules():
+            if re.search(BY_OUTPUT, f'{name}.weight'):
+                linear.out_features //= n
+            elif re.search(BY_INPUT, f'{name}.weight'):
+                linear.in_features //= n
 
 
-def dimension(name):
-    """The dimension in which a parameter (or its optimizer state) is cut; None: every shard has it whole."""
-    if re.search(COLWISE, name):
-        return 0
-    return 1 if re.search(ROWWISE, name) else None
-
-
-def shard_tensor(name, tensor, run):
-    """This rank's shard of a whole tensor."""
-    cut = dimension(name)
-    if cut is None or not tensor.dim():
-        return tensor
-    return tensor.chunk(run.shards, cut)[run.shard_index]
-
-
-def gather(tensors, run):
-    """{name: shard} -> {name: whole tensor}; called on all ranks together."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        tensor, cut = tensor.detach(), dimension(name)
-        if cut is None or not tensor.dim():
-            gathered[name] = tensor
+def check(model, n):
+    flag, name = f'--tensor_parallel={n}', getattr(model, 'name_or_path', None) or 'the model'
+    if not hasattr(model, 'layers'):
+        raise UserError(f'{flag} does not go together with {model.config.arch} yet, which runs as '
+                        'transformers has it: leave it out')
+    for size in ('n_head', 'n_kv_head', 'n_inner'):
+        if getattr(model.config, size) % n:
+            raise UserError(f'{flag} cannot share out {size}={getattr(model.config, size)} of {name} evenly')
+    for layer in model.layers.modules():
+        if not isinstance(layer, nn.Linear):
             continue
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(run.shards)]
-        dist.all_gather(parts, tensor.contiguous(), group=run.tp_group)
-        gathered[name] = torch.cat(parts, cut)
-    return gathered
-
-
-def gather_model(model, run):
-    """A copy of a sharded model in one piece, to save; called on all ranks together."""
-    if not isinstance(run, ShardedRun):
-        return model
-    state = gather(dict(model.named_parameters()), run)
-    with torch.device('meta'):
-        full = GPT(copy.deepcopy(model.whole_config))
-    load_weights(full, state, model.name_or_path, device=run.device)
-    return full
+        kind = plain_class(layer) if isinstance(layer, LoRALinear) else type(layer)
+        if kind is not Linear or has_magnitude(layer):
+            raise UserError(f'{flag} does not go together with 4- and 8-bit weights or DoRA yet: leave it '
+                            'out')

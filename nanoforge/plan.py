@@ -7,7 +7,7 @@ The script comes here once it knows its models, rows and steps; models are on th
 shapes and no numbers. Parameters, gradients and moments are counted on the model and the optimizer
 themselves. What a micro-batch keeps for its backward pass follows the forms of model.py and kernels.py, of
 the largest micro-batch of the run: tests/test_plan.py holds that arithmetic against what autograd keeps, and
-the peaks against those of real runs. Not counted: memory that the allocator holds in pieces too small to use,
+the peaks against those of real runs. On a CPU gaps between tensors are a measured share (GAPS). Not counted:
 what an optimizer's step needs for a moment, what a checkpoint is written from.
 """
 import copy
@@ -33,7 +33,13 @@ GIB = 2 ** 30
 CPU = torch.device('cpu')
 SIZES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 CUDA_CONTEXT = GIB // 2         # what a process takes on a card before its first tensor
+REFERENCES = 'copy', 'adapters_off'     # kinds whose forward pass is part of each step
 STEPS_SEEN = 2000               # of a run, in which the largest micro-batch is looked for
+# On a CPU, of activations and logits: what malloc holds beside them in gaps. The gap that a tensor leaves
+# cannot take another of its size, as one that is to begin on a cache line asks for 96 bytes more (memalign of
+# glibc 2.36). 0.28 to 0.48 in runs of three steps (bench/README.md), 0.02 with unaligned tensors. To map each
+# tensor by itself (a low threshold in run.keep_freed_memory) leaves none and costs a fifth of the time.
+GAPS = 0.35
 
 
 # ---- what it runs on ---------------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ def hardware(cfg):
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / cfg.num_gpus
     else:
         raise UserError('--plan finds no memory size on this system: say it, --gpu-memory=16')
-    shards = getattr(cfg, 'GPU_num', 1) if cfg.shard == 'none' else cfg.num_gpus
+    shards = cfg.tensor_parallel if cfg.shard == 'none' else cfg.num_gpus
     flops = cfg.gpu_tflops and cfg.gpu_tflops * 1e12
     stacks = kind == 'cpu' and not is_quantised(cfg)
     return Hardware(kind, cfg.num_gpus, product, memory, flops, process, shards, stacks)
@@ -138,9 +144,20 @@ def numbers(tensors):
     return sum(tensor.numel() for tensor in tensors)
 
 
+def block_linears(model):
+    """The linear layers but the head."""
+    return [layer for layer in model.modules() if is_linear(layer) and layer is not head_of(model)]
+
+
 def block_matrices(model):
-    """The weights of the linear layers but the head: what bfloat16 copies and 4 and 8 bits are for."""
-    return [layer.weight for layer in model.modules() if is_linear(layer) and layer is not head_of(model)]
+    """Their weights: what bfloat16 copies and 4 and 8 bits are for."""
+    return [layer.weight for layer in block_linears(model)]
+
+
+def multiplied(layer):
+    """Weights of a linear layer, which may hold them in 4 bits."""
+    weight = layer.weight
+    return weight.numel() if weight.is_floating_point() else layer.in_features * layer.out_features
 
 
 def quantised_bytes(cfg, weights):
@@ -185,7 +202,7 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     matrices = block_matrices(model)
     if cfg.shard != 'none':                     # run.unsharded
         evaluation = estimate.phases.setdefault('evaluation', {'weights, gathered': 0})
-        evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=1), model)
+        evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=cfg.tensor_parallel), model)
     if hw.is_cpu and hw.product == 2 and not is_quantised(cfg):
         estimate.add('bf16 copies of weights', 2 * numbers(matrices) / hw.shards)
     if not optimizer:
@@ -239,8 +256,10 @@ def attention_bytes(c, hw, idx, positions):
     normed = 4 * (H + G) * (D + 1) * N if c.qk_norm else 0      # q and k before their norm, and its scale
     rotated = (H + G) * D if c.position == 'rope' else 0        # else q and k are parts of qkv, as v is
     if not hw.is_cpu:
-        mask = B * T * T * p if positions is not None else 0
-        capped = 2 * 4 * H * B * T * T if c.attn_softcap else 0     # scores with a soft cap are written out
+        is_flex = positions is not None and B * T * T >= kernels.FLEX_FROM
+        mask = B * T * T * p if positions is not None and not is_flex else 0
+        # scores with a soft cap are written out
+        capped = 2 * 4 * H * B * T * T if c.attn_softcap and not is_flex else 0
         return N * (p * (qkv * D + rotated) + 4 * H) + mask + capped + normed
     context = kernels.AttentionContext(c, {}, idx, positions)
     if context.short:
@@ -353,6 +372,8 @@ def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
     training['activations'] = kept
     training['logits'] = logits
     training['gradients on their way'] = max(at_head, held + course - logits)
+    if hw.is_cpu:
+        training['gaps in the heap'] = GAPS * (kept + logits)
     if cfg.shard != 'none':     # a block and what is around the blocks, with their gradients
         whole = numbers(model.layers[0].parameters()) + numbers(model.embed_tokens.parameters())
         training['a block, gathered'] = 2 * 4 * whole
@@ -390,19 +411,63 @@ def forward_flops(model, length, predicted=1.0):
     head's for the share `predicted` of the tokens), 4 for each channel of the queries and position that
     attention compares and sums, of documents of this length."""
     c = model.config
-    head = head_of(model).weight
-    weights = numbers(block_matrices(model)) + predicted * head.numel()
+    weights = sum(map(multiplied, block_linears(model))) + predicted * head_of(model).weight.numel()
     weights += sum(p.numel() for name, p in model.named_parameters() if '.lora.' in name)
+    if not hasattr(c, 'n_layer'):           # a model as transformers has it: how it attends is not known
+        return 2 * weights
     return 2 * weights + 4 * c.n_layer * c.n_head * c.head_size * length
 
 
 def train_flops(model, length, predicted=1.0):
     """Forward and backward: the backward pass multiplies twice as much, or once where a weight is frozen."""
-    frozen = numbers(w for w in block_matrices(model) if not w.requires_grad)
+    frozen = sum(multiplied(layer) for layer in block_linears(model) if not layer.weight.requires_grad)
     head = head_of(model).weight
     if not head.requires_grad:
         frozen += predicted * head.numel()
     return 3 * forward_flops(model, length, predicted) - 2 * frozen
+
+
+def sft_flops(model, rows):
+    """Operations for each token that train_sft.py feeds, of rows (TokenizedRows)."""
+    lengths = rows.lengths[~rows.held_out] - 1
+    return train_flops(model, lengths.mean(), rows.targets[~rows.held_out].sum() / lengths.sum())
+
+
+def dpo_flops(policy, pairs, kind):
+    """Operations for each token of train_dpo.py's pairs (TokenPair), a prompt counted once; kind: of its
+    reference."""
+    answers = np.mean([len(pair.chosen) + len(pair.rejected) for pair in pairs])
+    length = answers + np.mean([len(pair.prompt) for pair in pairs])
+    scored = forward_flops(policy, length, answers / length) if kind in REFERENCES else 0
+    return train_flops(policy, length, answers / length) + scored
+
+
+def rollout_flops(cfg, policy, lengths):
+    """Operations of train_rl.py for each token that was sampled; lengths: [(prompt, completion)]. A prompt is
+    computed once for its group; a critic is taken to be of the policy's size."""
+    prompt, completion = np.mean(lengths or [(0, 1)], 0)
+    ppo = cfg.algorithm == 'ppo'
+    return sampled_flops(policy, prompt, completion, cfg.num_generations, cfg.num_iterations * (1 + ppo),
+                         1 + bool(cfg.beta) + ppo)
+
+
+def team_flops(cfg, model, groups):
+    """Operations of train_agents.py for each token that was sampled; groups: its comparable_groups. What has
+    no advantage is not learned."""
+    candidates = [c for members in groups.values() for member in members for c in member]
+    prompt, completion = np.mean([(len(c.prompt), len(c.tokens)) for c in candidates] or [(0, 1)], 0)
+    learned = np.mean([bool(c.advantage or cfg.entropy_coef) for c in candidates] or [0])
+    samples = cfg.train_sample_num if cfg.rollout_mode == 'tree' else 1
+    return sampled_flops(model, prompt, completion, samples, learned)
+
+
+def sampled_flops(model, prompt, completion, samples, learned, forwards=1):
+    """Operations for each token of completions of such lengths: `forwards` passes, sampling among them, and
+    `learned` times forward and backward; a prompt is computed once for `samples` of them."""
+    tokens = prompt / samples + completion
+    length, share = prompt + completion, completion / tokens
+    passes = learned * train_flops(model, length, share) + forwards * forward_flops(model, length, share)
+    return float(passes * tokens / completion)
 
 
 @dataclass
@@ -434,16 +499,16 @@ def sft(cfg, model, rows, epochs, total, run):
     fed = rows.lengths[~rows.held_out] - 1
     total, size = over_processes(cfg, total, epochs.size)
     tokens = total * size * fed.mean()
-    predicted = rows.targets[~rows.held_out].sum() / fed.sum()
-    work = Work(total, tokens, train_flops(model, fed.mean(), predicted))
+    work = Work(total, tokens, sft_flops(model, rows))
     return report(cfg, run, build, model, work, cfg.base_model_name)
 
 
 def over_processes(cfg, steps, size):
     """(optimizer steps, rows of a step over all processes) from those of a single one: an epoch has fewer."""
+    ranks = cfg.num_gpus // cfg.tensor_parallel
     if cfg.max_steps < 0:
-        steps = -(-steps // cfg.num_gpus)
-    return steps, size * cfg.num_gpus
+        steps = -(-steps // ranks)
+    return steps, size * ranks
 
 
 def document(rows, i):
@@ -489,7 +554,7 @@ def dpo(cfg, policy, pairs, epochs, total, kind, run):
     total, size_of_step = over_processes(cfg, total, epochs.size)
     tokens = total * size_of_step * fed
     work = Work(total, tokens, train_flops(policy, fed, answers / fed))
-    if kind in ('copy', 'adapters_off', 'cache'):
+    if kind in (*REFERENCES, 'cache'):
         work.more, work.words = tokens * forward_flops(policy, fed, answers / fed), 'the reference'
     return report(cfg, run, build, policy, work, cfg.base_model_name)
 
@@ -622,7 +687,7 @@ def alternatives(cfg, hw):
         changed = copy.copy(cfg)
         for name, value in changes.items():
             setattr(changed, name, value)
-        if changed.shard == 'none' or not changed.unsharded_setting():
+        if not changed.clash():
             flags = [f'--{name}' if value is True else f'--{name}={value}' for name, value in changes.items()]
             yield ' '.join(flags), changed
 

@@ -4,6 +4,8 @@
     loss_picture, reward_picture, curves    a run's log.jsonl over its steps -> PNG
     margins                                 reward margins of preference pairs -> PNG
 """
+import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -71,6 +73,24 @@ def smooth(values, span):
 
 
 # ---- what all pictures share ------------------------------------------------------------------------------
+
+def picture(draw):
+    """A decorator: without matplotlib nothing is drawn, which ends no run."""
+    @functools.wraps(draw)
+    def drawn(*given, **more):
+        if has_matplotlib():
+            draw(*given, **more)
+    return drawn
+
+
+@functools.cache
+def has_matplotlib():
+    """Says so once where it is not."""
+    found = importlib.util.find_spec('matplotlib') is not None
+    if not found:
+        print('no pictures: pip install matplotlib', flush=True)
+    return found
+
 
 def new_figure(width, height, dpi=110):
     """A matplotlib Figure of width x height inches."""
@@ -142,6 +162,7 @@ def png_bytes(figure):
 
 # ---- pictures of a run ------------------------------------------------------------------------------------
 
+@picture
 def loss_picture(log_path, png_path, title):
     """Training and validation loss (nats per token) over steps, below them the learning rate; writes a PNG.
 
@@ -191,6 +212,7 @@ def loss_picture(log_path, png_path, title):
     write_png(figure, png_path)
 
 
+@picture
 def curves(log_path, png_path, title, panels):
     """Draw curves of a log.jsonl over steps, one panel below the other, and write a PNG.
 
@@ -218,6 +240,7 @@ def curves(log_path, png_path, title, panels):
     write_png(figure, png_path)
 
 
+@picture
 def reward_picture(log_path, png_path, title):
     """Reward and accuracy over optimizer steps, and below them length, shares, entropy and KL; writes a PNG.
     A log without a reward leaves none."""
@@ -252,6 +275,7 @@ def reward_picture(log_path, png_path, title):
     write_png(figure, png_path)
 
 
+@picture
 def margins(values, png_path, title):
     """Draw a histogram of the reward margins of preference pairs, those above 0 (ordered as wanted) in
     another colour; writes a PNG."""

@@ -50,12 +50,15 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
         targets = cfg.lora_target_modules or 'all-linear'
         if run.resumed and is_adapter(run.resumed):     # a critic has adapters where the policy has them
             targets = read_json(os.path.join(run.resumed, 'adapter_config.json'))['target_modules']
-        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.lora_bias)
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.lora_bias, cfg.use_rslora,
+                 cfg.use_dora)
     stacked = stacked_weights(model) if trainable and cfg.use_lora else {}
     if stacked:
-        share = sum(stacked.values()) / model.num_params()
-        run.print0(f'note      LoRA is for linear layers: {", ".join(sorted(stacked))} ({share:.0%} of the '
-                   'parameters) get no adapter, stay as they are, and are never in 4 or 8 bits')
+        matrices, numbers = map(sum, zip(*stacked.values()))
+        share = numbers / model.num_params()
+        run.print0(f'note      LoRA is for linear layers: the {matrices} matrices in '
+                   f'{", ".join(sorted(stacked))} ({share:.0%} of the parameters) get no adapter, stay as '
+                   'they are, and are never in 4 or 8 bits')
     if trainable:
         check_trainable(model)
     else:

@@ -7,6 +7,7 @@ writes is opened here.
 """
 import json
 import os
+import re
 
 import torch
 import torch.nn as nn
@@ -19,10 +20,11 @@ from data.problems import prompt
 from data.tokenizer import load_tokenizer, read_json
 from model import GPT
 from nanoforge.hf import (
-    config_from_hf, config_to_hf, find_model, from_hf_weights, load_weights, read_safetensors, to_hf_weights)
+    config_from_hf, config_to_hf, find_model, from_hf_weights, hf_layout, load_weights, read_safetensors)
 from nanoforge.lora import merge_lora
 from nanoforge.optim import learning_rate, make_optimizer
 from nanoforge.run import seed_for
+from nanoforge.tensors import save_tensors
 
 
 class ValueModel(nn.Module):
@@ -48,9 +50,9 @@ class ValueModel(nn.Module):
         return self if self.owns_backbone else self.score
 
     def read(self, hidden):
-        """The head: (..., C) -> (...) float32."""
+        """The head: (..., C) -> (...) float32 (float64 of a float64 model)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.score(hidden.float()).squeeze(-1)
+            return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
 
     def values(self, batch):
         """A PackedBatch with keep_last -> (values (B, T) before each token, values (B,) after the last)."""
@@ -138,7 +140,6 @@ def load_reward_model(name_or_path, device, tokenizer):
 
 def save_reward_model(model, tokenizer, directory):
     """Writes a ValueModel as a sequence classifier of transformers."""
-    from safetensors.torch import save_file
     os.makedirs(directory, exist_ok=True)
     if getattr(model.backbone, 'adapters', None):
         merge_lora(model.backbone, keep=False)
@@ -146,13 +147,12 @@ def save_reward_model(model, tokenizer, directory):
         raise UserError(f'a reward model on {model.backbone.config.arch} cannot be saved: use one of the '
                         'families of model.py')
     hf = config_to_hf(model.backbone.config)
-    name = hf['architectures'][0].replace('LMHeadModel', 'ForCausalLM')
-    name = name.replace('ForCausalLM', 'ForSequenceClassification')
-    hf.update(architectures=[name], id2label={'0': 'LABEL_0'}, label2id={'LABEL_0': 0},
+    name = re.sub('LMHeadModel$|ForCausalLM$', '', hf['architectures'][0])
+    hf.update(architectures=[name + 'ForSequenceClassification'],
+              id2label={'0': 'LABEL_0'}, label2id={'LABEL_0': 0},
               pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id)
-    weights = {**to_hf_weights(model.backbone, hf['model_type']), 'score.weight': model.score.weight}
-    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    save_file(weights, os.path.join(directory, 'model.safetensors'), metadata={'format': 'pt'})
+    layout = {**hf_layout(model.backbone, hf['model_type']), 'score.weight': ([model.score.weight], False)}
+    save_tensors(os.path.join(directory, 'model.safetensors'), layout, metadata={'format': 'pt'})
     tokenizer.save(directory)
     with open(os.path.join(directory, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(hf, file, indent=2)
@@ -172,13 +172,13 @@ def train_reward_model(model, pairs, run, epochs=1, batch_size=32, lr=1e-4, seed
     model.train()
     for batch in batches(pairs, epochs, batch_size, seed):
         torch.manual_seed(seed_for(seed, 'reward dropout', step, run.rank))
-        local, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
-        if local:
+        mine, loss = batch[run.rank::run.world_size], torch.zeros((), device=run.device)
+        for part in run.even([mine] if mine else [], model):
             with run.autocast():
-                margin = margins(model, local)
-            loss = -F.logsigmoid(margin).sum() / len(batch)
-            run.backward(loss)
-            loss = loss.detach()
+                margin = margins(model, part)
+            of_part = -F.logsigmoid(margin).sum() / len(batch)
+            run.backward(of_part)
+            loss += of_part.detach()
         run.sum(loss)
         run.step(optimizer, learning_rate(step, 'linear', lr, 0.0, steps // 20, steps), max_norm=1.0)
         step += 1
@@ -208,6 +208,7 @@ def pair_accuracy(model, pairs, run, batch_size=32):
     """The share of pairs whose chosen side scores higher."""
     model.eval()
     correct = torch.zeros((), device=run.device)
-    for start in range(run.rank * batch_size, len(pairs), run.world_size * batch_size):
-        correct += (margins(model, pairs[start:start + batch_size]) > 0).sum()
+    with run.unsharded():
+        for start in range(run.rank * batch_size, len(pairs), run.world_size * batch_size):
+            correct += (margins(model, pairs[start:start + batch_size]) > 0).sum()
     return run.sum(correct).item() / max(len(pairs), 1)

@@ -95,6 +95,7 @@ class Run:
     bad_steps       optimizer steps in a row that were skipped
     window          of the resumed checkpoint: the log line that was being gathered (Log.window_to_save)
     log             the Log, from start() on
+    sampler         what draws completions on servers, in a script that has --sampler_url (Sampler)
     """
     device: torch.device
     dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
@@ -103,13 +104,16 @@ class Run:
     local_rank: int = 0
     world_size: int = 1
 
-    dp_group = None         # the ranks that see other rows: all of them
+    tensor_parallel: int = 1        # so many neighbouring processes hold a model together, and see the same
+    tp_rank: int = 0        # rows: rank, world_size, sum() and gather() count them as one. Which this one is
+
+    dp_group = None         # the ranks that see other rows: all of them, unless tensor_parallel is above 1
     text_log = None         # a file that takes what print0 prints, too
     mesh = None             # of the ranks that share models, where --shard is given (shard.py)
 
     def __post_init__(self):
         self.cfg = self.script = self.checkpoints = self.resumed = self.saved = self.stop = self.log = None
-        self.heartbeat = None
+        self.heartbeat = self.sampler = None
         self.resume_flag, self.rate_flag, self.memory_flags = '--resume', '--learning_rate', ('--batch_size',)
         self.scaler, self.bad_steps, self.window = LossScale(self.dtype), 0, None
         self.sharded = []       # the models whose weights lie on several ranks
@@ -118,7 +122,7 @@ class Run:
 
     @classmethod
     def open(cls, cfg, script, out_dir, resume=False, resume_flag='--resume', from_start=False,
-             memory_flags=(), limit=2, save_only_model=False, checkpoint=None, share=None):
+             memory_flags=(), limit=2, save_only_model=False, checkpoint=None):
         """Joins the ranks, takes over the signals, and finds the checkpoint to resume from; returns a Run.
 
         run.cfg         the configuration: where a run resumes the saved one, but for what was typed again
@@ -127,15 +131,16 @@ class Run:
         memory_flags    the flags to lower that an out-of-memory names
         limit, save_only_model  of a script without the flags save_total_limit and save_only_model
         checkpoint      the checkpoint to go on from, if not the newest
-        share(run)      makes another Run of it, whose ranks share models (tensor parallelism)
         """
-        saved = None
+        saved, shards = None, cfg.tensor_parallel
         if resume or from_start:
             cfg, saved = resume_config(cfg, out_dir, script, resume_flag, from_start)
+            cfg.tensor_parallel = shards            # as many as were started now
         # a plan holds its models on the meta device, where they have shapes and no numbers
         run = (Run(torch.device('meta'), torch.float32, 'float32') if cfg.plan
                else setup(cfg.device, cfg.autocast_dtype(), cfg.matmul))
-        run = share(run) if share and not cfg.plan else run
+        if shards > 1 and not cfg.plan:
+            run.share_models(shards)
         if dist.is_initialized():
             token = run.max(secrets.randbits(62))       # the highest of them: all have the same
             run.heartbeat = Heartbeat(dist.get_rank(), dist.get_world_size(), token)
@@ -159,6 +164,9 @@ class Run:
             run.on_main(check_wandb)
         for line in without_effect(cfg):
             run.print0(f'note      {line}')
+        if hasattr(cfg, 'sampler_url'):
+            from nanoforge.sampler_client import Sampler
+            run.sampler = Sampler(cfg, run)
         return run
 
     def restore(self, state, optimizers, ema=None, parameters=None):
@@ -183,7 +191,7 @@ class Run:
             parts[prefix][key.removeprefix(prefix)] = tensor
         if saved.get('optimizer', state.optimizer) == state.optimizer:
             for prefix, optimizer in optimizers.items():
-                self.load_optimizer_state(optimizer, parts[prefix])
+                optimizer.load_state_dict(parts[prefix])
         else:
             self.print0(f'note      the run used {saved["optimizer"]}; {state.optimizer} starts afresh')
         with torch.no_grad():
@@ -263,45 +271,95 @@ class Run:
                             'on other data')
         self.checkpoints.note(config=as_dict(self.cfg), data=marks, ended_at=None)
 
-    # ---- models whose weights lie on several ranks
+    # ---- models: compiled, and with their weights on several ranks
+
+    def prepare(self, model):
+        """A model as the run computes with it, which is returned: its layers compiled where --compile is set,
+        and this rank's part of it where --shard or --tensor_parallel is. Call it when the model has its
+        weights and adapters, and before it gets an optimizer."""
+        if getattr(self.cfg, 'compile', False) and not getattr(model, 'compiled', False):
+            if not hasattr(model, 'layers'):
+                raise UserError(f'--compile does not go together with {model.config.arch}, which runs as '
+                                'transformers has it: leave out --compile')
+            model.compile_layers()
+        return self.shard(model)
+
+    def share_models(self, n):
+        """From here on n neighbouring processes are a rank of data parallelism, which holds a model."""
+        if self.world_size % n:
+            raise UserError(f'tensor_parallel={n} processes hold a model, but there are {self.world_size}: '
+                            f'start a multiple of {n}')
+        ranks = torch.arange(self.world_size).view(-1, n)
+        self.dp_group, _ = dist.new_subgroups_by_enumeration(ranks.t().tolist())
+        self.rank, self.tp_rank = divmod(self.rank, n)
+        self.world_size, self.tensor_parallel = self.world_size // n, n
+        self.matmul = 'float32'     # bf16 products on a CPU round a weight by where it stands in the whole
+
+    @property
+    def gathers_weights(self):
+        """Whether forward passes gather weights of other ranks (--shard)."""
+        return self.world_size > 1 and getattr(self.cfg, 'shard', 'none') != 'none'
 
     def shard(self, model):
-        """Leaves this rank's part of a model's weights in it, as --shard says; returns the model. Call it
-        when the model has its weights and adapters, and before it gets an optimizer."""
-        if self.world_size == 1 or getattr(self.cfg, 'shard', 'none') == 'none':
+        """Leaves this rank's part of a model's weights in it, as --shard and --tensor_parallel say; returns
+        the model."""
+        if not self.gathers_weights and self.tensor_parallel == 1:
             return model            # one process holds everything
         if any(model is other for other in self.sharded):           # several policies may share it
             return model
         from nanoforge import shard
-        self.mesh = self.mesh or shard.make_mesh(self, self.cfg.shard)
-        shard.shard_model(model, self.mesh)
+        mode = self.cfg.shard if self.gathers_weights else 'none'
+        self.mesh = self.mesh or shard.make_mesh(self, mode)
+        if self.tensor_parallel > 1:
+            from nanoforge.parallel import parallelize
+            parallelize(model, self.mesh['tensor'])
+            self.print0(f'parallel  {self.tensor_parallel} processes hold a model of {model.num_params():,} '
+                        "parameters together, each its part of the layers' heads and inner channels")
+        if self.gathers_weights:
+            shard.shard_model(model, self.mesh)
+            self.print0(f'shard     {mode}: {model.num_params():,} parameters, of which each process '
+                        f"holds 1/{self.mesh['shard'].size()} and gathers a block's when it computes with it")
         self.sharded.append(model)
-        self.print0(f'shard     {self.cfg.shard}: {model.num_params():,} parameters, of which each process '
-                    f"holds 1/{self.mesh.size(-1)} and gathers a block's when it computes with it")
         return model
 
     def unsharded(self):
-        """Within, every rank holds the sharded models whole, and may call them without the others."""
-        if not self.sharded:
+        """Within, every rank holds the sharded models whole, and may call them without the others.
+
+        Not so under tensor parallelism, where the processes of a rank go on calling models together: whoever
+        has one generate asks for run.rank, not for run.is_main.
+        """
+        if not self.gathers_weights:
             return contextlib.nullcontext()
         from nanoforge.shard import unsharded
         return unsharded(self.sharded)
 
-    def even(self, batches, policy, *frozen):
+    def release(self, model):
+        """A sharded model is used no more: nothing of it is held here, or gathered."""
+        self.sharded = [other for other in self.sharded if other is not model]
+
+    def gathering(self, tensors=()):
+        """Within, work on the main rank can save sharded models, and these tensors, in one piece."""
+        live = [*(p for model in self.sharded for p in model.parameters()), *tensors]
+        return Gathering(live) if self.sharded else contextlib.nullcontext()
+
+    def even(self, batches, policy, *frozen, critic=None):
         """This rank's micro-batches. Of sharded models the ranks must make as many forward passes each: one
         that has fewer micro-batches makes the missing ones, which count nothing.
 
-        policy  the model that a micro-batch sends through forward and backward, between which the `frozen`
-                ones, those that are not sharded left out, go forward in this order
+        policy  the model that a micro-batch sends through forward and backward, and behind it the `critic`
+                if there is one (ValueModel; also alone, as the policy); then the `frozen` ones go forward in
+                this order, those that are not sharded left out
         """
-        most = self.max(len(batches)) if self.sharded else 0
+        most = self.max(len(batches)) if self.sharded and self.gathers_weights else 0
         yield from batches
         if len(batches) >= most:
             return
+        from nanoforge.shard import one_token
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        trained = [policy, critic] if critic and critic.owns_backbone else [policy]
         for _ in range(len(batches), most):
             with self.autocast():
-                nothing = 0.0 * policy.token_stats(policy.hidden(token), token, extras=False)['logp'].sum()
+                nothing = sum(0.0 * one_token(model, token) for model in trained)
                 with torch.no_grad():
                     for model in frozen:
                         if any(model is other for other in self.sharded):
@@ -336,10 +394,10 @@ class Run:
         norms = []
         for optimizer, rate in pairs:
             optimizer.set_lr(rate)
-            for grad in () if optimizer.is_sharded else optimizer.grads:    # else backward() has done it
+            for grad in optimizer.grads_to_sum:
                 self.sum(grad)
             self.scaler.unscale_(optimizer.grads)
-            norms.append(float(self.clip_grad_norm(optimizer, max_norm)))
+            norms.append(float(optimizer.clip_grad_norm(max_norm)))
         finite = all(map(math.isfinite, norms))
         for optimizer, _ in pairs:
             if finite:
@@ -349,17 +407,6 @@ class Run:
         overflowed = self.scaler.update(finite)     # the scale was too high, and the model is well
         self.count_bad_step(finite or overflowed)
         return norms if several else norms[0]
-
-    # A Run whose ranks share a model (parallel.py) does these three in its own way.
-
-    def clip_grad_norm(self, optimizer, max_norm):
-        return optimizer.clip_grad_norm(max_norm)
-
-    def optimizer_state(self, optimizer):
-        return optimizer.state_dict()
-
-    def load_optimizer_state(self, optimizer, tensors):
-        optimizer.load_state_dict(tensors)
 
     def count_bad_step(self, good):
         """Says that a step was skipped; UserError after MAX_BAD_STEPS in a row."""
@@ -399,12 +446,10 @@ class Run:
         with ema.swapped() if ema else contextlib.nullcontext():
             tensors = ema.state_dict() if ema else {}
             for prefix, optimizer in by_prefix(optimizers).items():
-                state_dict = self.optimizer_state(optimizer)
-                tensors.update((prefix + key, tensor) for key, tensor in state_dict.items())
+                tensors.update((prefix + key, tensor) for key, tensor in optimizer.state_dict().items())
             for prefix, live in (parameters or {}).items():
                 tensors.update((prefix + key, p.detach()) for key, p in live.items())
-            live = [*(p for model in self.sharded for p in model.parameters()), *tensors.values()]
-            with Gathering(live) if self.sharded else contextlib.nullcontext():
+            with self.gathering(tensors.values()):
                 self.checkpoints.save(state.step, write, tensors, saved, best, name)
 
     def exit_if_asked(self, save):
@@ -439,7 +484,12 @@ class Run:
 
     @property
     def is_main(self):
-        return self.rank == 0
+        """Of all processes one, which writes."""
+        return self.rank == 0 and self.tp_rank == 0
+
+    @property
+    def num_processes(self):
+        return self.world_size * self.tensor_parallel
 
     def sum(self, tensor):
         """`tensor` summed over ranks, in place."""
@@ -448,24 +498,29 @@ class Run:
         return tensor
 
     def gather(self, rows):
-        """The rows of all ranks, one rank's after the other's, of what JSON can hold. Every rank calls it."""
-        if self.world_size == 1:
+        """The rows of all ranks, one rank's after the other's, of what JSON can hold. Every rank calls it.
+
+        Processes that hold a model together have the same rows: those of the first count, for all of them.
+        """
+        if self.num_processes == 1:
             return rows
+        rows = [] if self.tp_rank else rows
         text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.dp_group)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.num_processes)]
+        dist.all_gather(sizes, torch.tensor([len(text)]))
         padded = text.new_zeros(max(map(int, sizes)))
         padded[:len(text)] = text
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.dp_group)
+        dist.all_gather(parts, padded)
         gathered = []
         for part, size in zip(parts, sizes):
             gathered += json.loads(bytes(part[:int(size)].tolist()))
         return gathered
 
     def max(self, value):
-        """The largest of the ranks' whole numbers; by gloo, so that asking at each step waits for no GPU."""
-        if self.world_size > 1:
+        """The largest of all processes' whole numbers; by gloo, so that asking at each step waits for no
+        GPU."""
+        if self.num_processes > 1:
             tensor = torch.tensor(value, dtype=torch.int64)
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
             value = int(tensor)
@@ -632,7 +687,7 @@ def describe_device(run):
         threads = torch.get_num_threads()
         text = f'{run.device.type} ({platform.machine()}, {threads} threads), {str(run.dtype)[6:]}'
     products = ', bf16 matrix products' if run.matmul == 'bf16' else ''
-    return text + products + (f', {run.world_size} processes' if run.world_size > 1 else '')
+    return text + products + (f', {run.num_processes} processes' if run.num_processes > 1 else '')
 
 
 @contextlib.contextmanager

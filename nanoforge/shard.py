@@ -1,6 +1,6 @@
-"""Sharding on torch's own engine: --shard=full and --shard=hybrid.
+"""Sharding on torch's own engine: --shard=full and --shard=hybrid; --tensor_parallel is in parallel.py.
 
-    model = run.shard(model)                    # after its adapter and its weights, before its optimizer
+    model = run.prepare(model)                  # after its adapter and its weights, before its optimizer
     with run.unsharded():                       # whole on every rank: evaluation, generation
         ...
     for batch in run.even(batches, model):      # as many forward passes on every rank
@@ -12,6 +12,7 @@ its forward and backward pass, and sums the gradients as it cuts them. hybrid: N
 the nodes hold copies. A checkpoint is the same as without: tensors are gathered and written one at a time.
 """
 import contextlib
+import logging
 import os
 import warnings
 
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from configurator import UserError
 from nanoforge.kernels import drop_copies
@@ -27,19 +28,29 @@ from nanoforge.tensors import local
 
 
 def make_mesh(run, mode):
-    """The DeviceMesh of a Run: ('shard',), in hybrid ('replicate', 'shard')."""
-    if mode == 'full':
-        return init_device_mesh(run.device.type, (run.world_size,), mesh_dim_names=('shard',))
-    of_node = int(os.environ.get('LOCAL_WORLD_SIZE') or run.world_size)
-    if run.world_size % of_node:
-        raise UserError(f'--shard=hybrid: {run.world_size} processes are not the same number on every node '
-                        f'({of_node} on this one)')
-    sizes = run.world_size // of_node, of_node
-    return init_device_mesh(run.device.type, sizes, mesh_dim_names=('replicate', 'shard'))
+    """The DeviceMesh of a Run: ('shard',), in hybrid ('replicate', 'shard'); ('data',) where a rank holds
+    all of a model. Behind it 'tensor', if processes hold a model together."""
+    sizes = {'data' if mode == 'none' else 'shard': run.world_size}
+    if mode == 'hybrid':
+        processes = run.world_size * run.tensor_parallel
+        of_node = int(os.environ.get('LOCAL_WORLD_SIZE') or processes)
+        if processes % of_node or of_node % run.tensor_parallel:
+            raise UserError(f'--shard=hybrid: {processes} processes, {run.tensor_parallel} to a model, are '
+                            f'not the same number on every node ({of_node} on this one)')
+        sizes = {'replicate': processes // of_node, 'shard': of_node // run.tensor_parallel}
+    if run.tensor_parallel > 1:
+        sizes['tensor'] = run.tensor_parallel
+        # it warns that a tensor that is cut twice is gathered in two steps, which is all right for a save
+        logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
+    return init_device_mesh(run.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def shard_model(model, mesh):
-    """Leaves this rank's shard of every parameter in a GPT, in place; each block is gathered alone."""
+    """Leaves this rank's shard of every parameter in a GPT, in place; each block is gathered alone.
+
+    mesh: as make_mesh() makes it; where it has a dimension 'tensor' the model is parallelized already."""
+    names = [name for name in mesh.mesh_dim_names if name != 'tensor']
+    mesh = mesh[tuple(names)]
     if not hasattr(model, 'layers'):
         raise UserError(f'--shard does not go together with {model.config.arch} yet, which runs as '
                         'transformers has it: leave out --shard')
@@ -85,12 +96,38 @@ def unsharded(models):
             module.reshard()
 
 
+def one_token(model, token):
+    """(): a forward pass of token (1, 1) as in training: through a policy and its head, or a critic's
+    backbone, whose own head every rank holds whole."""
+    if hasattr(model, 'backbone'):
+        return model.backbone.hidden(token).sum()
+    return model.token_stats(model.hidden(token), token, extras=False)['logp'].sum()
+
+
 @torch.no_grad()
 def copy_rows(target, tensor):
     """Copies a whole tensor into a sharded one: each rank its own rows, and nothing is sent."""
-    tensor = tensor.to(target.device)
-    tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
-    local(target).copy_(local(tensor))
+    local(target).copy_(own_part(target, tensor.to(target.device)))
+
+
+def own_part(p, tensor):
+    """This rank's part of a whole tensor that is shaped as parameter p, or has a number for each of its
+    rows."""
+    return local(distribute_tensor(tensor, p.device_mesh, placements_of(p, tensor.dim()), src_data_rank=None))
+
+
+def sharded_like(p, part):
+    """This rank's part of a tensor as own_part() gives it -> the sharded tensor, in the same memory."""
+    shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
+    stride = torch.empty(shape, device='meta').stride()
+    return DTensor.from_local(part, p.device_mesh, placements_of(p, part.dim()), run_check=False, shape=shape,
+                              stride=stride)
+
+
+def placements_of(p, dimensions):
+    """Those of a parameter, but of its first dimensions alone."""
+    return [Replicate() if getattr(placement, 'dim', 0) >= dimensions else placement
+            for placement in p.placements]
 
 
 class Shards:
@@ -102,8 +139,10 @@ class Shards:
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params = group, names, params
-        mesh = params[0].device_mesh
-        self.ranks = mesh.get_group('shard')
+        self.mesh = params[0].device_mesh
+        self.cut_by = [name for name in self.mesh.mesh_dim_names if name in ('shard', 'tensor')]
+        self.is_summed = 'shard' in self.cut_by         # backward has summed gradients over all rows
+        self.ranks = self.mesh.get_group(self.cut_by[0])
         self.state = {slot: [torch.zeros_like(part) for part in self.weights] for slot in slots}
 
     @property
@@ -117,10 +156,12 @@ class Shards:
         return [local(p.grad) for p in self.params]
 
     def gather(self):
-        """No gradient is one of zero, as in Flat."""
+        """No gradient is one of zero, as in Flat. What a tensor-parallel rank saw in part is summed."""
         for p in self.params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+            elif p.grad.placements != p.placements or not local(p.grad).is_contiguous():
+                p.grad = p.grad.redistribute(placements=p.placements).contiguous()
 
     def zero_grad(self):
         for p in self.params:
@@ -136,10 +177,11 @@ class Shards:
     def named(self, parts):
         """(name, sharded tensor) of this rank's rows of each parameter, or of a number for each row."""
         for name, p, part in zip(self.names, self.params, parts):
-            shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
-            stride = torch.empty(shape, device='meta').stride()
-            yield name, DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape,
-                                           stride=stride)
+            yield name, self.sharded(p, part)
+
+    def sharded(self, p, part):
+        """This rank's rows of what parameter p has, or of a number for each row, as a sharded tensor."""
+        return sharded_like(p, part)
 
     def named_state(self, slot):
         return self.named(self.state[slot])
@@ -150,11 +192,17 @@ class Shards:
     def named_rows(self):
         return self.named(self.row_squares)
 
-    def sum_over_shards(self, value):
-        dist.all_reduce(value, group=self.ranks)
-        return value
+    def squares(self):
+        """[sum of the squares of the whole gradient]."""
+        total = 0.0
+        for p, grad in zip(self.params, self.flat_grads()):
+            is_copy = 'tensor' in self.cut_by and p.placements[-1].is_replicate()
+            total = total + grad.dot(grad) / (self.mesh.size(-1) if is_copy else 1)
+        for name in self.cut_by:
+            dist.all_reduce(total, group=self.mesh.get_group(name))
+        return [total]
 
-    # ---- matrices that one rank works on as a whole
+    # ---- matrices that one rank works on as a whole; under tensor parallelism every rank on all of them
 
     def beside(self, matrix, column):
         return torch.cat([matrix, column[:, None]], 1)
@@ -168,6 +216,8 @@ class Shards:
     def to_owners(self, parts):
         """This rank's rows of each matrix -> {number: whole matrix} of those that it owns: of N ranks every
         N-th. One exchange for N matrices."""
+        if 'tensor' in self.cut_by:
+            return {i: self.gathered(p, part) for i, (p, part) in enumerate(zip(self.params, parts))}
         n, rank, whole = dist.get_world_size(self.ranks), dist.get_rank(self.ranks), {}
         for start in range(0, len(parts), n):
             group, number = parts[start:start + n], start + rank
@@ -185,6 +235,8 @@ class Shards:
 
     def from_owners(self, whole, parts):
         """The way back: {number: whole matrix} -> this rank's rows of each, shaped as `parts`."""
+        if 'tensor' in self.cut_by:
+            return [self.cut(p, whole[i]) for i, p in enumerate(self.params)]
         n, rank, returned = dist.get_world_size(self.ranks), dist.get_rank(self.ranks), []
         for start in range(0, len(parts), n):
             group, number = parts[start:start + n], start + rank
@@ -197,3 +249,19 @@ class Shards:
             dist.all_to_all_single(received, sent, sizes, theirs, group=self.ranks)
             returned += [rows.view(part.shape) for rows, part in zip(received.split(sizes), group)]
         return returned
+
+    # Where tensor parallelism cuts the inputs, each rank has a number for every row: `beside` goes behind its
+    # own columns.
+
+    def gathered(self, p, part):
+        columns = local(p).size(1)
+        whole = [sharded_like(p, part[:, :columns].contiguous()).full_tensor()]
+        for column in part.t()[columns:].contiguous():
+            whole.append(sharded_like(p, column).full_tensor()[:, None])
+        return torch.cat(whole, 1)
+
+    def cut(self, p, whole):
+        columns = p.size(1)
+        part = [own_part(p, whole[:, :columns])]
+        part += [own_part(p, column)[:, None] for column in whole.t()[columns:]]
+        return torch.cat(part, 1)

@@ -24,6 +24,35 @@ def local(tensor):
     return tensor.detach().to_local()
 
 
+def gathered(tensor):
+    """`tensor` in one piece on every rank, all of which call it."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+
+
+def part(p):
+    """What this rank multiplies by of a parameter, differentiably: under tensor parallelism its part.
+
+    Of what every rank of the group has whole a rank sees the gradient that its part of the model has:
+    Partial, to be summed.
+    """
+    if not is_sharded(p):
+        return p
+    from torch.distributed.tensor import Partial
+    gradients = [Partial() if placement.is_replicate() else placement for placement in p.placements]
+    return p.to_local(grad_placements=gradients)
+
+
+def part_of_bias(bias):
+    """As part(); where the ranks' outputs are summed each adds its share of the bias."""
+    is_whole = is_sharded(bias) and bias.placements[0].is_replicate()
+    return part(bias) / bias.device_mesh.size() if is_whole else part(bias)
+
+
+def cut_by_input(layer):
+    """Whether the ranks of tensor parallelism hold parts of a linear layer's inputs, not of its outputs."""
+    return is_sharded(layer.weight) and layer.weight.placements[0].is_shard(1)
+
+
 class Gathering:
     """While the main rank saves, the others take part in gathering the tensors that it asks for.
 

@@ -58,6 +58,8 @@ log_interval = 10
 # num_gpus = 1  # processes on this machine, one for each GPU
 # shard = 'none'  # what each process holds of weights, gradients and optimizer state: all; its part; or its
 #     # part of a copy on each node (none, full, hybrid)
+# compile = False  # torch.compile each layer: faster on a GPU after half a minute
+# tensor_parallel = 1  # processes that hold a model together, each its part of the heads and inner channels
 # plan = False  # print the memory and the time that this run would take, and what makes it fit; no weights
 #     # are loaded
 # gpu_memory = None  # GiB of each GPU that is planned for; those of this machine if not set
@@ -84,4 +86,3 @@ log_interval = 10
 # always_save_checkpoint = False  # keep every checkpoint, not only the last and the best
 # patience = 0  # stop after so many evaluations without a better one; 0 = never
 # sample_tokens = 160  # tokens sampled at each evaluation; 0 = none
-# compile = False  # torch.compile each layer: faster on a GPU after half a minute

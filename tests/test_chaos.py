@@ -12,6 +12,7 @@ SIGNALS = {'train_gpt': [('validate', 'SIGTERM', 2), ('validate', 'SIGINT', 1)],
            'train_dpo': [('evaluate', 'SIGTERM', 2), ('evaluate', 'SIGINT', 1)],
            'train_rl': [('evaluate', 'SIGTERM', 2), ('generate_rollout', 'SIGINT', 1)],
            'train_agents': [('validate', 'SIGTERM', 2), ('rollout', 'SIGINT', 1)]}
+SHARDED = 'train_sft', 'train_rl'       # whose ranks hold a part of the weights each
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +23,8 @@ def in_scratch_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize('script', SMALL)
 def test_stopped_short_of_disk_killed_and_damaged(script):
     """Two ranks. Stop signals come to the second alone, in the middle of an evaluation or a rollout."""
-    report = survive(script, small_run(script, steps=8), kills=1, damage=True, signals=SIGNALS[script],
-                     full_disk=True, ranks=2)
+    flags = [*small_run(script, steps=8), '--shard=full' if script in SHARDED else '--shard=none']
+    report = survive(script, flags, kills=1, damage=True, signals=SIGNALS[script], full_disk=True, ranks=2)
     assert report['codes'] == [[143, 143], [130, 130]] and report['kills'] == 1
     assert report['full_disk'] == [2, 2]
     assert report['skipped'] == [report['damage'].partition('/')[0]]        # said once, by name

@@ -363,7 +363,7 @@ def test_help_takes_its_words_from_the_comments(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0 and re.search(r'^Optimizer:$', out, re.M)
     assert re.search(r'--optimizer STR +100% by hand \(adamw, sgd; default "adamw"\)', out)
-    assert 'first line and the second' in out and not re.search('one for each', out)
+    assert 'first line and the second' in ' '.join(out.split()) and not re.search('one for each', out)
     with pytest.raises(SystemExit):
         parse(Sft, ['-h'])
     out = capsys.readouterr().out

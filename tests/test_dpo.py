@@ -384,7 +384,7 @@ def test_sigterm_saves_and_says_how_to_go_on(llama, preferences):
                                        'output_dir': 'out'}.items()] + [f'data.datasets[0].name={preferences}']
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith('step') and 'grad_norm' in line:
+        if line.startswith('step') and ' loss ' in line:
             process.send_signal(signal.SIGTERM)
             break
     said = process.stdout.read()
@@ -475,8 +475,9 @@ def test_recipes(mode, rate):
     for line in text.splitlines():
         assert not re.match(r' +(- )?\w+:', line) or re.search(r'\S  # \S', line), line
     concerned = {'lora_': mode != 'full', 'bnb_': mode == 'qlora'}
-    # other ways to say what stands there (data.datasets, wandb.enabled), and what only an earlier run needs
-    others = {'dataset_path', 'prompt_column', 'answer_column', 'chosen_column', 'rejected_column', 'report_to', 'split_rule'}
+    # other ways to say what stands there (data.datasets, wandb.enabled), what only an earlier run needs, and forms of LoRA
+    others = {'dataset_path', 'prompt_column', 'answer_column', 'chosen_column', 'rejected_column', 'report_to', 'split_rule',
+              'use_rslora', 'use_dora'}
     for section in ('model', 'data', 'training', 'wandb'):
         for name in as_dict(cfg)[section]:
             wanted = all(use for prefix, use in concerned.items() if name.startswith(prefix))

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -37,6 +39,9 @@ SMALL = dict(vocab_size=99, block_size=64, n_layer=2, n_head=2, n_embd=16)      
 GPT2 = dict(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 LLAMA3_ROPE = {'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
                'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'rope_theta': 1e4, 'original_max_position_embeddings': 16}
+LONGROPE = {'rope_type': 'longrope', 'factor': 4.0, 'rope_theta': 1e4, 'original_max_position_embeddings': 16,
+            'short_factor': [1.0] * 4, 'long_factor': [2.0] * 4}
 # pad tokens get no gradient there
 GEMMA = dict(SIZES, sliding_window=7, query_pre_attn_scalar=24, pad_token_id=None)
 FAMILIES = {
@@ -45,6 +50,8 @@ FAMILIES = {
     'llama2': ('Llama', dict(SIZES, num_key_value_heads=4)),
     'llama3': ('Llama', dict(SIZES, rope_parameters=LLAMA3_ROPE)),
     'llama_linear': ('Llama', dict(SIZES, rope_parameters={'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 500.0})),
+    'llama_yarn': ('Llama', dict(SIZES, rope_parameters=dict(YARN, beta_fast=8, beta_slow=0.5, truncate=False))),
+    'qwen3_yarn': ('Qwen3', dict(SIZES, num_key_value_heads=4, head_dim=16, rope_parameters=YARN)),
     'llama_biases': ('Llama', dict(SIZES, attention_bias=True, mlp_bias=True)),
     'llama_attention_bias': ('Llama', dict(SIZES, attention_bias=True)),
     'smollm': ('Llama', dict(SIZES, tie_word_embeddings=True, num_key_value_heads=1)),
@@ -594,14 +601,96 @@ def test_rows_longer_than_the_context(pairs):
                 call()
 
 
+# ---- contexts longer than what a model was trained on ------------------------------------------------------
+
+DYNAMIC = {'rope_type': 'dynamic', 'factor': 4.0, 'rope_theta': 1e4}
+SCALED = {
+    'yarn': ('Llama', YARN, 16), 'yarn_factor': ('Qwen3', dict(YARN, attention_factor=1.5), 16),
+    'yarn_deepseek': ('Mistral', dict(YARN, mscale=0.7, mscale_all_dim=0.4, beta_fast=4), 16),
+    'dynamic': ('Llama', DYNAMIC, 16), 'dynamic_qwen3': ('Qwen3', DYNAMIC, 16)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 2e-7)], ids=['float32', 'float64'])
+@pytest.mark.parametrize('name', SCALED)
+def test_beyond_the_original_context(name, dtype, tolerance, tmp_path):
+    """Lengths below and beyond it: whole rows, packed rows, decoding with a cache, and a directory that keeps it.
+    transformers' dynamic frequencies remember a longer text, so each length has a fresh model; its norms, which
+    are float32 in a float64 model, too, are those of torch."""
+    arch, rope, original = SCALED[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f'{arch}Config')(**{
+        **SIZES, 'rope_parameters': rope, 'max_position_embeddings': original, 'eos_token_id': None, 'pad_token_id': None})
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
+    for p in theirs.parameters():
+        p.add_(torch.randn_like(p), alpha=0.1)
+    theirs.save_pretrained(tmp_path / 'there')
+
+    def fresh():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / 'there', dtype=dtype)
+        for module in model.modules():
+            if 'RMSNorm' in type(module).__name__:
+                module.forward = partial(F.rms_norm, normalized_shape=module.weight.shape, weight=module.weight,
+                                         eps=module.variance_epsilon)
+        return model.eval()
+
+    ours = load_model(str(tmp_path / 'there'), dtype=dtype)[0]
+    assert type(ours) is GPT and ours.config.block_size == 64
+    save_model(ours, None, str(tmp_path / 'here'))
+    again = load_model(str(tmp_path / 'here'))[0]
+    assert again.config == ours.config and json.loads((tmp_path / 'here' / 'config.json').read_text())['model_type'] != 'nanoforge'
+    idx = tokens(2, 64)
+    for T in (10, 16, 17, 31, 64):
+        close(ours(idx[:, :T]), fresh()(idx[:, :T]).logits, tolerance)
+    plain = load_model(str(tmp_path / 'there'), dtype=dtype)[0]
+    for of_type in plain.config.rope.values():
+        of_type['rope_type'] = 'default'
+    assert (plain(idx) - ours(idx)).abs().max() > 1e-3                  # the scaling is seen
+
+    ends = [0, 10, 27, 64]
+    positions = torch.cat([torch.arange(b - a) for a, b in zip(ends, ends[1:])])[None]
+    packed = ours(idx[:1], positions=positions)
+    for a, b in zip(ends, ends[1:]):
+        close(packed[:, a:b], fresh()(idx[:1, a:b]).logits, tolerance)
+    branches = torch.cat([torch.arange(20), torch.arange(12, 30), torch.arange(12, 38)])[None]      # two continue 0..12
+    packed = ours(idx[:1], positions=branches)
+    if 'yarn' in name:
+        close(packed[:, 20:38], fresh()(torch.cat([idx[:1, :12], idx[:1, 20:38]], 1)).logits[:, 12:], tolerance)
+    close(packed[:, 38:], fresh()(torch.cat([idx[:1, :12], idx[:1, 38:]], 1)).logits[:, 12:], tolerance)
+
+    prompts = [idx[0, :12].tolist(), idx[1, :24].tolist()]              # of one batch, each as if it were alone
+    samples = generate(ours, prompts, 20, temperature=0)
+    for prompt, row in zip(prompts, samples.tokens.tolist()):
+        made = fresh().generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, use_cache=True,
+                                output_logits=True, return_dict_in_generate=True)
+        assert row[-20:] == made.sequences[0, len(prompt):].tolist()
+    decoder = make_decoder(ours, prompts, 1, 20)
+    logits = [decoder.start()] + [decoder.step(samples.tokens[:, i].clone()) for i in range(19)]
+    close(torch.stack(logits, 1)[1].float(), torch.cat(made.logits), max(tolerance, 1e-6))      # float32 from generate
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(factor='4'), "above 0 as factor, not '4'"), (dict(factor=None), 'above 0 as factor, not None'),
+    (dict(rope_type='dynamic', factor=-1), 'dynamic scaling .* not -1'),
+    (dict(original_max_position_embeddings='16'), "original_max_position_embeddings, not '16'")])
+def test_bad_rope_scaling_is_one_line(pairs, change, message, tmp_path):
+    ours = pairs('llama_yarn')[1]
+    save_model(ours, None, str(tmp_path))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['rope_scaling']
+    config['rope_parameters'].update(change)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path))
+
+
 # ---- architectures outside the families --------------------------------------------------------------------
 
 OTHERS = {'GPTNeoX': {}, 'Phi': {}, 'Granite': dict(logits_scaling=8.0, embedding_multiplier=3.0)}
-YARN = {'rope_type': 'yarn', 'factor': 4.0, 'rope_theta': 1e4, 'original_max_position_embeddings': 16}
 NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 EXPERTS = dict(SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 TRAINED = {
-    'Llama': dict(SIZES, rope_parameters=YARN), 'Olmo2': SIZES, 'Phi3': {**SIZES, **NO_TOKENS}, 'Cohere': SIZES,
+    'Llama': dict(SIZES, rope_parameters=LONGROPE), 'Olmo2': SIZES, 'Phi3': {**SIZES, **NO_TOKENS}, 'Cohere': SIZES,
     'SmolLM3': {**SIZES, **NO_TOKENS}, 'GPTNeoX': {**SIZES, 'num_key_value_heads': 4}, 'Qwen3Moe': EXPERTS,
     'Mixtral': dict(SIZES, num_local_experts=4), 'Phimoe': dict(SIZES, num_local_experts=4),
     'RecurrentGemma': dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -649,7 +738,7 @@ def test_what_lora_leaves_out_is_known(tmp_path):
     """Stacked experts and matrices in other layers than linear ones."""
     other('Qwen3Moe', tmp_path / 'experts')
     experts = stacked_weights(load_model(str(tmp_path / 'experts'))[0])
-    assert experts == {'mlp.experts.gate_up_proj': 4 * 4 * 32 * 32, 'mlp.experts.down_proj': 4 * 4 * 32 * 16}
+    assert experts == {'mlp.experts.gate_up_proj': (16, 4 * 4 * 32 * 32), 'mlp.experts.down_proj': (16, 4 * 4 * 32 * 16)}
     mamba = HFModel(transformers.MambaForCausalLM(transformers.MambaConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=1, state_size=8)))
     assert find_targets(mamba, 'all-linear') == [f'backbone.layers.0.mixer.{name}' for name in ('in_proj', 'x_proj')]

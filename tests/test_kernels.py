@@ -1,6 +1,8 @@
 """Each operation of kernels.py against its plain formula:
 values and gradients, float64, float32 and bfloat16."""
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,3 +408,48 @@ def test_varlen_batches_attend_as_the_mask_says(H, G, normed, window, monkeypatc
     q, k, v = plain_rotate(q, cos, sin), *(x.repeat_interleave(H // G, 1) for x in (plain_rotate(k, cos, sin), v))
     scores = (q @ k.transpose(2, 3) * 0.3).masked_fill(~kernels.packed_mask(positions, window)[:, None], -math.inf)
     agree(got, (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, T, -1), [qkv, *weights], 1e-12)
+
+
+def rows_of_spans(*rows):
+    """Each row a list of (begin, end) of positions -> (rows, T)."""
+    rows = [torch.cat([torch.arange(*span) for span in row]) for row in rows]
+    return torch.stack([row[:min(map(len, rows))] for row in rows])
+
+
+# three documents, the second with three more branches; documents longer and shorter than a block
+LONG_ROWS = [(0, 300), (0, 90), (40, 200), (60, 70), (80, 190), (0, 400)], [(0, 700), (650, 653), (0, 20), (0, 380)]
+
+
+@pytest.mark.parametrize('window', [0, 40, 128, 200])
+def test_flex_mask_says_what_packed_mask_says(window):
+    """Blocks that are left out hold nothing, blocks without a mask all, and the others what mask_mod says."""
+    positions = rows_of_spans(*LONG_ROWS)[:, :1024]
+    mask = kernels.flex_mask(positions, window)
+    B, n, size = len(positions), positions.size(1) // kernels.FLEX_BLOCK, kernels.FLEX_BLOCK
+    index = torch.arange(n * size)
+    got, computed, in_vain = torch.zeros(B, n * size, n * size, dtype=torch.bool), 0, 0
+    kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
+    for (count, order, whole), b, i in itertools.product(kinds, range(B), range(n)):
+        for j in order[b, 0, i, :count[b, 0, i]].tolist():
+            rows, columns = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
+            part = mask.mask_mod(torch.tensor(b), 0, index[rows, None], index[None, columns])
+            assert not got[b, rows, columns].any()
+            computed, in_vain = computed + 1, in_vain + (not part.any())
+            got[b, rows, columns] = True if whole else part
+    assert torch.equal(got, kernels.packed_mask(positions, window))
+    assert in_vain <= computed // 5 and (window or mask.full_kv_num_blocks.sum() > 10), (in_vain, computed)
+
+
+@pytest.mark.parametrize('window, softcap', [(0, 0.0), (40, 0.0), (0, 3.0), (150, 3.0)])
+def test_flex_attention_is_attention_under_the_mask(window, softcap, monkeypatch):
+    """Values and gradients, where flex runs uncompiled; torch refuses gradients on a CPU, which it has."""
+    monkeypatch.setattr('torch.nn.attention.flex_attention._validate_device', lambda q, k, v: None)
+    monkeypatch.setattr(kernels, 'takes_flex', lambda *_: True)
+    positions = rows_of_spans(*LONG_ROWS)[:, :600]
+    B, T, kind = *positions.shape, 'sliding_attention' if window else 'full_attention'
+    cfg = SimpleNamespace(layer_types=[kind], window=lambda _: window or T, attn_scale=0.3, attn_softcap=softcap,
+                          n_head=4, n_kv_head=2)
+    context = kernels.AttentionContext(cfg, {}, positions, positions, compiled=True)
+    q, k, v = leaf(B, 4, T, 16), leaf(B, 2, T, 16, seed=1), leaf(B, 2, T, 16, seed=2)
+    want = kernels.attention(q, k, v, kernels.packed_mask(positions, window)[:, None], 0.3, softcap)
+    agree(context.attention(q, k, v, kind), want, [q, k, v], 1e-6 if softcap else 1e-10)

@@ -1,5 +1,6 @@
 """LoRA against PEFT on the transformers model, and against the definition W + scale * B A."""
 import copy
+import importlib
 import json
 import os
 
@@ -8,9 +9,9 @@ import torch
 import transformers
 
 import peft
-from configurator import UserError
+from configurator import UserError, parse
 from conftest import losses_of
-from nanoforge.lora import add_lora, adapters_off, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
+from nanoforge.lora import add_lora, adapters_off, file_layout, load_adapter, merge_lora, save_adapter, set_adapter, unmerge_lora
 from model import GPT, GPTConfig, config_from_hf, from_hf_weights, load_model, load_weights, save_model
 from nanoforge.optim import AdamW
 from nanoforge.hf import HFModel
@@ -94,6 +95,46 @@ def test_peft_format_both_ways(family, settings, tmp_path):
         torch.testing.assert_close(again(IDX).logits, expected, atol=1e-5, rtol=0)
         config = json.loads((tmp_path / 'ours' / 'adapter_config.json').read_text())
         assert config['base_model_name_or_path'] == 'some/base'
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'gpt2'])
+@pytest.mark.parametrize('form', [dict(use_rslora=True), dict(use_dora=True), dict(use_rslora=True, use_dora=True)],
+                         ids=lambda form: '+'.join(form))
+def test_rslora_and_dora_train_as_in_peft(family, form, tmp_path):
+    """Logits, every gradient, two SGD steps, and what is then saved opens in PEFT."""
+    theirs = hf_model(family)
+    base = copy.deepcopy(theirs)
+    targets = ['c_attn', 'c_fc'] if family == 'gpt2' else ['q_proj', 'k_proj', 'down_proj']
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **form))
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path / 'theirs')
+    ours = load_adapter(ours_from(base), str(tmp_path / 'theirs'), trainable=True)
+    scale = ours.layers[0].self_attn.q_proj.adapter.scale
+    assert scale == (6 / 2 if 'use_rslora' in form else 6 / 4)
+    for _ in range(2):
+        logp = wrapped(IDX[:, :-1]).logits.log_softmax(-1).gather(2, IDX[:, 1:, None])
+        torch.testing.assert_close(ours(IDX[:, :-1], IDX[:, 1:]), logp[..., 0], atol=1e-5, rtol=0)
+        wrapped.zero_grad()
+        ours.zero_grad()
+        (-logp.mean()).backward()
+        (-ours(IDX[:, :-1], IDX[:, 1:]).mean()).backward()
+        expected = {name.replace('.default', '').replace('.weight', ''): p for name, p in wrapped.named_parameters()
+                    if p.requires_grad}
+        layout = {key.replace('.weight', ''): parts for key, parts in file_layout(ours, 'default').items()}
+        assert expected.keys() == layout.keys() and any('magnitude' in key for key in layout) == ('use_dora' in form)
+        for key, parts in layout.items():
+            whole = parts if '.lora_A' not in key else parts[:1]
+            gradient = torch.cat([part.grad for part in whole])
+            assert gradient.abs().max() > 1e-5
+            torch.testing.assert_close(gradient, expected[key].grad, atol=1e-6, rtol=1e-4)
+        with torch.no_grad():
+            for p in [*expected.values(), *(p for p in ours.parameters() if p.requires_grad)]:
+                p -= 0.5 * p.grad
+    save_adapter(ours, str(tmp_path / 'ours'), 'some/base')
+    again = peft.PeftModel.from_pretrained(base, str(tmp_path / 'ours')).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDX).logits, ours(IDX), atol=1e-5, rtol=0)
+        torch.testing.assert_close(again(IDX).logits, wrapped(IDX).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -389,3 +430,18 @@ def test_the_projects_optimizer_trains_biases_that_adapters_off_swaps():
             assert torch.equal(model(IDX), base)
     assert (model(IDX) - base).abs().max() > 0.1 and model.base_biases.keys() == {
         name.removesuffix('.bias') for name, _ in model.named_parameters() if name.endswith('bias')}
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('train_sft', ['use_lora=true']), ('train_dpo', ['use_lora=true']), ('train_rl', ['use_lora=true']),
+    ('train_agents', ['specialization=lora'])])
+def test_rslora_and_dora_are_flags_of_every_script_with_lora(script, flags, capsys):
+    Config = importlib.import_module(script).Config
+    cfg = parse(Config, [*flags, '--use_dora', 'model.use_rslora=true'])
+    assert cfg.use_dora and cfg.use_rslora and getattr(cfg, 'lora_dropout', 0) == 0
+    is_team = script == 'train_agents'
+    wrong = [(['GPU_num=2'], 'tensor_parallel=2'), (['specialization=prompt'], 'no adapters')]
+    for more, message in wrong if is_team else [(['--lora_dropout=0.1'], 'lora_dropout=0.1')]:
+        with pytest.raises(SystemExit):
+            parse(Config, [*flags, '--use_dora', *more])
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -144,7 +144,7 @@ def of_script(name, folder):
 def test_a_run_takes_what_its_plan_says(script, folder, tmp_path):
     """All weights: under LoRA so small a model is lost among libraries; bench/plan.py has the real one."""
     command = [sys.executable, os.path.join(ROOT, 'bench', 'plan.py'), f'--measure=train_{script}',
-               *of_script(script, folder), f'--output_dir={tmp_path}/out']
+               *of_script(script, folder), '--max_steps=2', f'--output_dir={tmp_path}/out']
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
@@ -191,7 +191,7 @@ def test_what_would_make_it_fit(folder, tmp_path):
 
 
 def test_shards_hold_their_part(folder, tmp_path):
-    """Of 8, and an evaluation gathers the whole; what sharding refuses is not proposed."""
+    """Of 8, and an evaluation gathers the whole."""
     flags = [*of_script('sft', folder), '--num-gpus=8', '--gpu-memory=4', '--gpu-tflops=100', '--device=cuda',
              f'--output_dir={tmp_path}/out']
     whole, part = (plan_of(tmp_path, 'sft', *flags, *more) for more in ((), ('--shard=full',)))
@@ -204,4 +204,3 @@ def test_shards_hold_their_part(folder, tmp_path):
         assert eighth[name] == pytest.approx(one[name] / 8, abs=0.006)
     assert 'evaluation' in part and 'evaluation' not in whole
     assert '--shard=full' in whole and '--shard' not in part.partition('smaller')[2]
-    assert '--shard' not in plan_of(tmp_path, 'sft', *flags, '--neftune_noise_alpha=5')

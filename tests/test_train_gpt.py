@@ -261,7 +261,7 @@ def test_multicontext_is_the_sum_of_embeddings_and_the_mean_of_losses(data):
     (x, y), = train_gpt.get_batch(cfg, corpora, 0, run)
     # aligned: one data set twice gives equal streams
     assert x.shape == (4, 16, 2) and torch.equal(x[..., 0], x[..., 1])
-    hidden = model.hidden(x[..., 0], embeddings=model.embed_tokens(x[..., 0]) + model.more_embeddings[0](x[..., 1]))
+    hidden = model.hidden(x[..., 0], embeddings=lambda: model.embed_tokens(x[..., 0]) + model.more_embeddings[0](x[..., 1]))
     logp = (hidden @ model.more_embeddings[0].weight.t()).log_softmax(-1).gather(-1, y[..., 1:]).squeeze(-1)
     torch.testing.assert_close(model(x, y)[..., 1], logp)
     assert metrics['eval_loss'] > 0

@@ -90,6 +90,10 @@ class RunFlags(Flags):
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
     shard: str = setting('none', path='shard', choices=('none', 'full', 'hybrid'))  # what each process holds
         # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
+    gradient_checkpointing: bool = setting(False, path='training.gradient_checkpointing')  # compute
+        # activations again in backward: less memory, a third more time
+    checkpoint_every: int = setting(1, path='training.checkpoint_every', min=1,  # those of every n-th layer
+                                    needs=('gradient_checkpointing=true',))  # alone: 2 = half of both
     compile: bool = setting(False, path='compile')  # torch.compile each layer: faster on a GPU after half a
         # minute
     tensor_parallel: int = setting(1, path='tensor_parallel', also=('GPU_num',), min=1)  # processes that hold
@@ -188,8 +192,6 @@ class ModelFlags(AdapterFlags):
         # (q_proj); empty = every linear one but the head
     lora_bias: str = setting('none', choices=('none', 'all', 'lora_only'), needs=LORA)  # which biases train
         # beside the adapters
-    gradient_checkpointing: bool = setting(False, path='training.gradient_checkpointing')  # compute
-        # activations again in backward: less memory, a third more time
 
     def check(self):
         super().check()

@@ -346,8 +346,10 @@ def activation_bytes(c, hw, model, shape, checkpointing):
     course = N * (3 * hw.product * c.n_inner + 8 * C)
     if any(p.requires_grad and p.dim() > 1 for p in first.mlp.up_proj.parameters()):
         course += 4 * C * c.n_inner
-    if checkpointing:
-        return 4 * C * N * len(model.layers) + around, course + whole
+    if checkpointing:           # of every so manieth layer the input alone
+        recomputed = len(model.layers[::checkpointing])
+        kept = whole * (len(model.layers) - recomputed)
+        return kept + 4 * C * N * recomputed + around, course + whole
     return whole * (len(model.layers) - 1) + end + around, course
 
 
@@ -363,7 +365,7 @@ def head_bytes(c, model, targets, extras=False):
 def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
     """Adds what forward and backward of a micro-batch take; critic: a second model, in the same pass."""
     c = model.config
-    checkpointing = getattr(cfg, 'gradient_checkpointing', False)
+    checkpointing = cfg.gradient_checkpointing and cfg.checkpoint_every
     kept, course = activation_bytes(c, hw, model, shape, checkpointing)
     if critic is not None:
         kept += activation_bytes(critic.config, hw, critic, shape, checkpointing)[0]

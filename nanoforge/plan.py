@@ -583,7 +583,8 @@ def rl(cfg, policy, problems, sizes, run):
         rows = cfg.per_device_train_batch_size
         groups = max(1, rows * cfg.steps_per_generation // G)
         longest = int(np.sort(prompts)[::-1][:groups].mean())
-        generate_phase(estimate, cfg, hw, policy, [longest] * groups, G, T)
+        if not cfg.sampler_url:                 # else servers sample
+            generate_phase(estimate, cfg, hw, policy, [longest] * groups, G, T)
         members = [min(G, rows - i) for i in range(0, rows, G)]
         batch = pack([([0] * longest, [[0] * T] * n) for n in members], CPU, keep_last=ppo,
                      one_row=None if hw.is_cpu else False)
@@ -638,7 +639,8 @@ def agents(cfg, policies, run):
             hold(estimate, cfg, hw, other, optimizer='adamw')
         most = max(models, key=lambda model: model.num_params())
         problems = -(-cfg.epoch_size // hw.processes)
-        generate_phase(estimate, cfg, hw, most, [prompt] * problems, K, response)
+        if not cfg.sampler_url:
+            generate_phase(estimate, cfg, hw, most, [prompt] * problems, K, response)
         each = max(1, (cfg.micro_batch_tokens - prompt) // response)
         batch = pack([([0] * prompt, [[0] * response] * min(each, K))], CPU,
                      one_row=None if hw.is_cpu else False)
@@ -700,6 +702,9 @@ def report(cfg, run, build, model, work, name):
     build(cfg, hw, model) -> (Estimate, what a micro-batch is, as text); it is asked again for each of the
     alternatives, with the settings and the model of those.
     """
+    if cfg.tensor_parallel > 1:
+        from nanoforge import parallel
+        parallel.check(model, cfg.tensor_parallel)
     hw = hardware(cfg)
     flops = hw.flops or measured_flops(hw)
 

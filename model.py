@@ -160,7 +160,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.gradient_checkpointing, self.matmul, self.compiled = False, 'float32', False
+        self.gradient_checkpointing, self.matmul, self.compiled = 0, 'float32', False
 
     def init_weights(self, std=0.02):
         """GPT-2's scheme (Radford et al. 2019, section 2.3): N(0, std), residual projections over sqrt(2
@@ -253,10 +253,10 @@ class GPT(nn.Module):
         x = self.embed(idx, context.positions, embeddings)                              # (B, T, C)
         if cfg.dropout:
             x = F.dropout(x, cfg.dropout, self.training)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
+        every = self.gradient_checkpointing if self.training and torch.is_grad_enabled() else 0
+        for i, layer in enumerate(self.layers):
             wanted = rows if layer is self.layers[-1] else None
-            if recompute:
+            if every and i % every == 0:
                 x = checkpoint(layer, x, context, wanted, use_reentrant=False)
             else:
                 x = layer(x, context, wanted)

@@ -513,7 +513,8 @@ def describe(model, corpora):
     """What the run is, for the first line of log.jsonl."""
     data = [{'source': corpus.meta['source'], 'stand_in': corpus.meta['stand_in'], 'name': corpus.name}
             for corpus in corpora]
-    return {'data': data, 'model': model.config.arch, 'parameters': model.num_params()}
+    return {'data': data, 'stand_in': any(source['stand_in'] for source in data),
+            'model': model.config.arch, 'parameters': model.num_params()}
 
 
 def print_summary(cfg, model, corpora, run):

@@ -90,6 +90,10 @@ class RunFlags(Flags):
     num_gpus: int = setting(1, path='num_gpus', min=1)  # processes on this machine, one for each GPU
     shard: str = setting('none', path='shard', choices=('none', 'full', 'hybrid'))  # what each process holds
         # of weights, gradients and optimizer state: all; its part; or its part of a copy on each node
+    gradient_checkpointing: bool = setting(False, path='training.gradient_checkpointing')  # compute
+        # activations again in backward: less memory, a third more time
+    checkpoint_every: int = setting(1, path='training.checkpoint_every', min=1,  # those of every n-th layer
+                                    needs=('gradient_checkpointing=true',))  # alone: 2 = half of both
     compile: bool = setting(False, path='compile')  # torch.compile each layer: faster on a GPU after half a
         # minute
     tensor_parallel: int = setting(1, path='tensor_parallel', also=('GPU_num',), min=1)  # processes that hold
@@ -110,17 +114,22 @@ class RunFlags(Flags):
             if len(typed) != 1:
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
-        self.num_gpus = max(self.num_gpus, self.tensor_parallel)        # so many processes are started
+        if 'num_gpus' not in self.typed:
+            self.num_gpus = self.tensor_parallel        # so many processes are started
+        elif self.num_gpus % self.tensor_parallel:
+            raise UserError(f'num_gpus={self.num_gpus} is no multiple of tensor_parallel='
+                            f'{self.tensor_parallel}: so many processes hold a model together')
         if clash := self.clash():
             flag, name = clash
             why = ', whose steps depend on means over whole matrices' if name == 'optimizer' else ''
-            raise UserError(f'--{flag}={getattr(self, flag)} does not go together with '
+            raise UserError(f'--{flag}={as_text(getattr(self, flag))} does not go together with '
                             f'{name}={as_text(getattr(self, name))} yet{why}: leave one of them out')
 
     def clash(self):
         """(flag, name of a setting that it does not go together with yet); None where there is none."""
         for flag, is_on, table in (('shard', self.shard != 'none', UNSHARDED),
-                                   ('tensor_parallel', self.tensor_parallel > 1, UNPARALLEL)):
+                                   ('tensor_parallel', self.tensor_parallel > 1, UNPARALLEL),
+                                   ('sampler_url', getattr(self, 'sampler_url', None), SAMPLED_HERE)):
             for name, refused in table.items() if is_on else ():
                 value = getattr(self, name, None)
                 if value in refused or value and not refused:
@@ -188,8 +197,6 @@ class ModelFlags(AdapterFlags):
         # (q_proj); empty = every linear one but the head
     lora_bias: str = setting('none', choices=('none', 'all', 'lora_only'), needs=LORA)  # which biases train
         # beside the adapters
-    gradient_checkpointing: bool = setting(False, path='training.gradient_checkpointing')  # compute
-        # activations again in backward: less memory, a third more time
 
     def check(self):
         super().check()
@@ -302,11 +309,6 @@ class SamplerFlags(Flags):
         super().check()
         for url in self.sampler_url:
             check_url(url)
-        for name, refused in SAMPLED_HERE.items():
-            value = getattr(self, name, None)
-            if self.sampler_url and value in refused:
-                raise UserError(f'sampler_url does not go together with {name}={as_text(value)}: leave one '
-                                'of them out')
 
 
 def check_url(url):

@@ -346,8 +346,10 @@ def activation_bytes(c, hw, model, shape, checkpointing):
     course = N * (3 * hw.product * c.n_inner + 8 * C)
     if any(p.requires_grad and p.dim() > 1 for p in first.mlp.up_proj.parameters()):
         course += 4 * C * c.n_inner
-    if checkpointing:
-        return 4 * C * N * len(model.layers) + around, course + whole
+    if checkpointing:           # of every so manieth layer the input alone
+        recomputed = len(model.layers[::checkpointing])
+        kept = whole * (len(model.layers) - recomputed)
+        return kept + 4 * C * N * recomputed + around, course + whole
     return whole * (len(model.layers) - 1) + end + around, course
 
 
@@ -363,7 +365,7 @@ def head_bytes(c, model, targets, extras=False):
 def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
     """Adds what forward and backward of a micro-batch take; critic: a second model, in the same pass."""
     c = model.config
-    checkpointing = getattr(cfg, 'gradient_checkpointing', False)
+    checkpointing = cfg.gradient_checkpointing and cfg.checkpoint_every
     kept, course = activation_bytes(c, hw, model, shape, checkpointing)
     if critic is not None:
         kept += activation_bytes(critic.config, hw, critic, shape, checkpointing)[0]
@@ -581,7 +583,8 @@ def rl(cfg, policy, problems, sizes, run):
         rows = cfg.per_device_train_batch_size
         groups = max(1, rows * cfg.steps_per_generation // G)
         longest = int(np.sort(prompts)[::-1][:groups].mean())
-        generate_phase(estimate, cfg, hw, policy, [longest] * groups, G, T)
+        if not cfg.sampler_url:                 # else servers sample
+            generate_phase(estimate, cfg, hw, policy, [longest] * groups, G, T)
         members = [min(G, rows - i) for i in range(0, rows, G)]
         batch = pack([([0] * longest, [[0] * T] * n) for n in members], CPU, keep_last=ppo,
                      one_row=None if hw.is_cpu else False)
@@ -636,7 +639,8 @@ def agents(cfg, policies, run):
             hold(estimate, cfg, hw, other, optimizer='adamw')
         most = max(models, key=lambda model: model.num_params())
         problems = -(-cfg.epoch_size // hw.processes)
-        generate_phase(estimate, cfg, hw, most, [prompt] * problems, K, response)
+        if not cfg.sampler_url:
+            generate_phase(estimate, cfg, hw, most, [prompt] * problems, K, response)
         each = max(1, (cfg.micro_batch_tokens - prompt) // response)
         batch = pack([([0] * prompt, [[0] * response] * min(each, K))], CPU,
                      one_row=None if hw.is_cpu else False)
@@ -698,6 +702,9 @@ def report(cfg, run, build, model, work, name):
     build(cfg, hw, model) -> (Estimate, what a micro-batch is, as text); it is asked again for each of the
     alternatives, with the settings and the model of those.
     """
+    if cfg.tensor_parallel > 1:
+        from nanoforge import parallel
+        parallel.check(model, cfg.tensor_parallel)
     hw = hardware(cfg)
     flops = hw.flops or measured_flops(hw)
 

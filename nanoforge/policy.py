@@ -66,7 +66,6 @@ def load_policy(cfg, run, name, checkpoint=None, trainable=True):
     if cfg.use_flash_attention and run.device.type == 'cuda':
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    model.gradient_checkpointing = cfg.gradient_checkpointing
     return model.set_matmul(run.matmul).train(trainable), tokenizer
 
 

@@ -275,13 +275,16 @@ class Run:
 
     def prepare(self, model):
         """A model as the run computes with it, which is returned: its layers compiled where --compile is set,
-        and this rank's part of it where --shard or --tensor_parallel is. Call it when the model has its
-        weights and adapters, and before it gets an optimizer."""
+        computed again in the backward pass where --gradient_checkpointing is, and this rank's part of it
+        where --shard or --tensor_parallel is. Call it when the model has its weights and adapters, and before
+        it gets an optimizer."""
         if getattr(self.cfg, 'compile', False) and not getattr(model, 'compiled', False):
             if not hasattr(model, 'layers'):
                 raise UserError(f'--compile does not go together with {model.config.arch}, which runs as '
                                 'transformers has it: leave out --compile')
             model.compile_layers()
+        if self.cfg:
+            model.gradient_checkpointing = self.cfg.gradient_checkpointing and self.cfg.checkpoint_every
         return self.shard(model)
 
     def share_models(self, n):

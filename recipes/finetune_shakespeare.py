@@ -56,6 +56,8 @@ log_interval = 1
 # num_gpus = 1  # processes on this machine, one for each GPU
 # shard = 'none'  # what each process holds of weights, gradients and optimizer state: all; its part; or its
 #     # part of a copy on each node (none, full, hybrid)
+# gradient_checkpointing = False  # compute activations again in backward: less memory, a third more time
+# checkpoint_every = 1  # those of every n-th layer alone: 2 = half of both
 # compile = False  # torch.compile each layer: faster on a GPU after half a minute
 # tensor_parallel = 1  # processes that hold a model together, each its part of the heads and inner channels
 # plan = False  # print the memory and the time that this run would take, and what makes it fit; no weights

@@ -204,3 +204,16 @@ def test_shards_hold_their_part(folder, tmp_path):
         assert eighth[name] == pytest.approx(one[name] / 8, abs=0.006)
     assert 'evaluation' in part and 'evaluation' not in whole
     assert '--shard=full' in whole and '--shard' not in part.partition('smaller')[2]
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--tensor_parallel=3'], 'cannot share out n_head'), (['--tensor_parallel=2', '--num_gpus=3'], 'no multiple of tensor_parallel=2')])
+def test_a_plan_refuses_what_the_run_would(flags, said, folder, tmp_path):
+    error = plan_of(tmp_path, 'sft', *of_script('sft', folder), f'--output_dir={tmp_path}/out', *flags, code=2)
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_servers_that_sample_are_not_planned_for(folder, tmp_path):
+    flags = [*of_script('rl', folder), f'--output_dir={tmp_path}/out']
+    text = plan_of(tmp_path, 'rl', *flags, '--sampler_url=http://127.0.0.1:9')
+    assert not re.search('phases:.*generation', text) and 'load_in_4bit' not in text

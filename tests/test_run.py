@@ -16,6 +16,7 @@ import time
 import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from configurator import SCRIPTS, UserError, configclass, parse
 from conftest import ROOT
+from model import GPT, GPTConfig
 from nanoforge.checkpoint import (Checkpoints, damage, read_checkpoint, read_manifest, resolve_link, run_of,
                                   start_fresh, symlink, write_manifest)
 from nanoforge.flags import RunFlags
@@ -1106,3 +1108,13 @@ def test_documented_recipes_keep_every_checkpoint():
         script = SCRIPTS[{'agents': 'at_grpo'}.get(path.parent.name, path.parent.name)]
         cfg = parse(importlib.import_module(script[:-3]).Config, [str(path)])
         assert getattr(cfg, 'save_total_limit', None) is None, path
+
+
+@pytest.mark.parametrize('script', ['gpt', 'sft', 'dpo', 'rl', 'agents'])
+def test_every_script_computes_layers_again(script, run):
+    run.cfg = importlib.import_module(f'train_{script}').Config(gradient_checkpointing=True, checkpoint_every=2)
+    model = GPT(GPTConfig(arch='llama', vocab_size=9, n_layer=3, n_head=1, n_embd=8)).train()
+    assert run.prepare(model).gradient_checkpointing == 2
+    with mock.patch('model.checkpoint', wraps=torch.utils.checkpoint.checkpoint) as again:
+        model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    assert [call.args[0] for call in again.call_args_list] == [model.layers[0], model.layers[2]]

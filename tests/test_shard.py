@@ -137,7 +137,7 @@ def assert_close(a, b):
 @pytest.mark.parametrize('n, model', [
     (2, ['--n_layer=2', '--n_head=2', '--n_embd=16']),
     (4, ['--n_layer=1', '--n_head=3', '--n_kv_head=1', '--n_embd=6', '--ema=0.9']),     # 6 rows, 2 of them in k
-    (2, ['--n_layer=2', '--n_head=2', '--n_embd=16', '--optimizer=muon']),
+    (2, ['--n_layer=2', '--n_head=2', '--n_embd=16', '--optimizer=muon', '--gradient_checkpointing', '--checkpoint_every=2']),
     (4, ['--n_layer=1', '--n_head=3', '--n_kv_head=1', '--n_embd=6', '--optimizer=normuon']),
     (2, ['--n_layer=1', '--n_head=2', '--n_embd=16', '--optimizer=sgd', '--momentum=0.9', '--arch=gpt2', '--bias']),
 ], ids=['adamw', 'empty shards, mean', 'muon', 'normuon', 'sgd'])

@@ -1,5 +1,6 @@
-"""The README names only what exists, and its commands are understood."""
+"""The README and docs/ name only what exists, and their commands are understood."""
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -7,12 +8,15 @@ import sys
 
 import pytest
 
+from configurator import spellings
 from conftest import ROOT
 
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
-    README = file.read()
+PAGES = {name: open(os.path.join(ROOT, name), encoding='utf-8').read()
+         for name in ('README.md', *(f'docs/{method}.md' for method in ('pretraining', 'sft', 'dpo', 'rl', 'teams')))}
+README = PAGES['README.md']
+TEXT = '\n'.join(PAGES.values())
 USERS_OWN = ('mine.py', 'convert_hf_to_gguf.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
-COMMANDS = sorted(set(re.findall(r'python (train_\w+\.py[^`#&\n]*)', README)) - {'train_agents.py env.name=mine'})
+COMMANDS = sorted({found.strip() for found in re.findall(r'python (train_\w+\.py[^`#&\n]*)', TEXT)} - {'train_agents.py env.name=mine'})
 
 
 def defined(path):
@@ -30,21 +34,40 @@ def defined(path):
 
 def test_commands_are_for_every_shell():
     """zsh takes [0] for a pattern, and finds no file of that name."""
-    for code in re.findall(r'```\n(.*?)```', README, re.S) + re.findall(r'`([^`\n]+)`', README):
+    indented = re.findall(r'^    (python [^#\n]*|bash [^#\n]*)', TEXT, re.M)
+    for code in re.findall(r'```\n(.*?)```', TEXT, re.S) + re.findall(r'`([^`\n]+)`', TEXT) + indented:
         if 'python' in code:
             assert not re.search(r'[\[\]*?]', code), code
 
 
 def test_places_to_change_exist():
-    places = re.findall(r'`(?:copy )?([\w/]+\.py):(\w+)`', README)
-    assert len(places) >= 14
+    places = re.findall(r'`(?:copy )?([\w/]+\.py):(\w+)`', TEXT)
+    assert len(places) >= 40
     for path, name in places:
         assert name in defined(path), f'{path} defines no {name}'
 
 
 def test_files_exist():
-    for path in set(re.findall(r'[\w/]+\.(?:py|sh|md|png|yaml|txt)\b', README)) - set(USERS_OWN):
-        assert os.path.exists(os.path.join(ROOT, path)), path
+    for page, text in PAGES.items():
+        files = set(re.findall(r'[\w/.-]+\.(?:py|sh|md|png|yaml|txt)\b', text)) - set(USERS_OWN)
+        for path in files - {'rollouts.html', 'episodes.html'}:
+            beside = os.path.join(ROOT, os.path.dirname(page), path)
+            assert os.path.exists(os.path.join(ROOT, path)) or os.path.exists(beside), f'{page}: {path}'
+
+
+def test_settings_and_code_that_pages_name_exist():
+    """Flags in the text, and lines of a loop that a page walks through."""
+    for method, script in (('pretraining', 'gpt'), ('sft', 'sft'), ('dpo', 'dpo'), ('rl', 'rl'), ('teams', 'agents')):
+        text = PAGES[f'docs/{method}.md']
+        config = importlib.import_module(f'train_{script}').Config
+        known = set(spellings(config)) | {'replay', 'check', 'prompt', 'chat', 'baselines'}
+        of_others = r'python (?!train_)[^\n]*'
+        for flag in re.findall(r'--([\w]+)', re.sub(of_others, '', text)):
+            assert flag in known, f'docs/{method}.md: --{flag}'
+        source = open(os.path.join(ROOT, f'train_{script}.py'), encoding='utf-8').read()
+        for code in re.findall(r'\*\*`([^`]+?)`\*\*', text):
+            start = code.partition('...')[0].partition(', ...')[0]
+            assert start in source, f'docs/{method}.md: {code}'
 
 
 @pytest.mark.parametrize('command', COMMANDS)

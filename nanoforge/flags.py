@@ -115,7 +115,7 @@ class RunFlags(Flags):
                 raise UserError('bf16 and fp16 exclude each other: choose one')
             setattr(self, ({'bf16', 'fp16'} - typed).pop(), False)      # a typed flag beats the recipe's
         if 'num_gpus' not in self.typed:
-            self.num_gpus = self.tensor_parallel        # so many processes are started
+            self.num_gpus = max(self.num_gpus, self.tensor_parallel)    # so many processes are started
         elif self.num_gpus % self.tensor_parallel:
             raise UserError(f'num_gpus={self.num_gpus} is no multiple of tensor_parallel='
                             f'{self.tensor_parallel}: so many processes hold a model together')

@@ -477,7 +477,7 @@ def test_recipes(mode, rate):
     concerned = {'lora_': mode != 'full', 'bnb_': mode == 'qlora'}
     # other ways to say what stands there (data.datasets, wandb.enabled), what only an earlier run needs, and forms of LoRA
     others = {'dataset_path', 'prompt_column', 'answer_column', 'chosen_column', 'rejected_column', 'report_to', 'split_rule',
-              'use_rslora', 'use_dora'}
+              'use_rslora', 'use_dora', 'checkpoint_every'}
     for section in ('model', 'data', 'training', 'wandb'):
         for name in as_dict(cfg)[section]:
             wanted = all(use for prefix, use in concerned.items() if name.startswith(prefix))

@@ -31,11 +31,11 @@ from data.tokenizer import TOKENIZER_FILES, load_tokenizer, read_json
 from nanoforge import kernels, rope
 from nanoforge.hf import (
     FAMILIES, GPTConfig, HFModel, config_from_hf, config_to_hf, find_model, from_hf_weights, hf_layout,
-    load_weights, read_safetensors, to_hf_weights)
+    load_weights, read_safetensors)
 from nanoforge.kernels import Linear
 from nanoforge.lora import add_lora, load_adapter, merge_lora, read_adapter_config, save_adapter
 from nanoforge.quantize import base_state, quantize
-from nanoforge.tensors import is_sharded, part, save_tensors
+from nanoforge.tensors import part, save_tensors
 
 
 class Norm(nn.Module):
@@ -418,17 +418,10 @@ def save_model(model, tokenizer, directory, dtype=None):
 
 
 def save_gpt(model, tokenizer, directory, dtype):
-    from safetensors.torch import save_file
     hf = config_to_hf(model.config, str(dtype).removeprefix('torch.'))
     # replaced: a model that is mapped from there stays whole
     path = os.path.join(directory, 'model.safetensors')
-    if any(map(is_sharded, model.parameters())):
-        layout = hf_layout(model, hf['model_type'])
-        save_tensors(path + '.new', layout, dtype, metadata={'format': 'pt'})
-    else:
-        weights = to_hf_weights(model, hf['model_type'])
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        save_file(weights, path + '.new', metadata={'format': 'pt'})
+    save_tensors(path + '.new', hf_layout(model, hf['model_type']), dtype, metadata={'format': 'pt'})
     os.replace(path + '.new', path)
     if tokenizer is not None:
         for key, value in tokenizer.named_ids().items():

@@ -144,7 +144,8 @@ def words(row):
 
 
 def show(part):
-    print(f'{part["name"]}  {part["seconds"]} s{"  FAILED  " + part["error"] if part["error"] else ""}', flush=True)
+    failed = f'  FAILED  {part["error"]}' if part['error'] else ''
+    print(f'{part["name"]}  {part["seconds"]} s{failed}', flush=True)
     for row in part['rows']:
         value, beside, limit, note = words(row)
         verdict = '' if row['ok'] is None else 'ok  ' if row['ok'] else 'WRONG  '
@@ -157,7 +158,8 @@ STYLE = '''body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .25rem .6rem;
   border-bottom: 1px solid #e6e6e6; vertical-align: top } td.n { text-align: right; white-space: nowrap }
 .wrong, .failed { color: #b00020; font-weight: 600 } small { color: #666; font-weight: 400 }
-@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 } td, th { border-color: #333 } }'''
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181818 } td, th { border-color: #333 } }'''
 
 
 def page(results, machine):
@@ -175,8 +177,10 @@ def page(results, machine):
         parts.append(f'<h2>{html.escape(part["name"])} <small>{part["seconds"]} s</small></h2>{failed}'
                      f'<table>{head}{"".join(rows)}</table>')
     return (f'<!doctype html><meta charset="utf-8"><title>nanoforge on a GPU</title><style>{STYLE}</style>'
-            f'<h1>nanoforge on {html.escape(machine["card"])}</h1><p>PyTorch {machine["torch"]}, transformers '
-            f'{machine["transformers"]}; <code>python bench/gpu.py</code>. The limit is what the card allows at '
+            f'<h1>nanoforge on {html.escape(machine["card"])}</h1><p>PyTorch {machine["torch"]}, '
+            'transformers '
+            f'{machine["transformers"]}; <code>python bench/gpu.py</code>. '
+            'The limit is what the card allows at '
             'the measured rate of its matrix products and copies.</p>' + ''.join(parts) + '\n')
 
 
@@ -191,7 +195,8 @@ def describe(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cuda')
     parser.add_argument('--small', action='store_true', help='tiny sizes, single steps')
     parser.add_argument('--only', nargs='+', default=[], help='names of parts, or words of them')

@@ -27,12 +27,12 @@ import train_rl
 from configurator import UserError, parse
 from data.batches import best_fit, pack, pack_documents
 from data.prepare import prepare_files
-from model import FAMILIES, GPT, GPTConfig, load_model, read_safetensors, save_model
+from model import FAMILIES, GPT, GPTConfig, load_model, read_safetensors
 from nanoforge import kernels, plan
 from nanoforge.log import device_peak_flops
 from nanoforge.lora import add_lora, adapters_off, merge_lora
 from nanoforge.optim import make_optimizer
-from nanoforge.run import LossScale, describe_device, setup
+from nanoforge.run import LossScale, setup
 from sample import generate, logp_gap
 
 transformers.logging.set_verbosity_error()
@@ -381,7 +381,8 @@ def out_of_memory(b):
         said = str(message)
     model = small_gpt(b)
     loss = gpt_step(run, model, make_optimizer('adamw', model, RATE), tokens(b, 2, 33))
-    b.row('out of memory', float('--batch_size' in said), ok='--batch_size' in said and loss.isfinite().item(),
+    names_the_knob = '--batch_size' in said
+    b.row('out of memory', float(names_the_knob), ok=names_the_knob and loss.isfinite().item(),
           note=said)
 
 
@@ -399,7 +400,8 @@ def gpt2(b, compiled=False):
     run = b.setup()
     torch.manual_seed(0)
     fields = {**FAMILIES['gpt2'], 'activation': 'gelu', 'bias': False, **sizes}
-    model = GPT(GPTConfig(arch='gpt2', vocab_size=V, block_size=T, **fields)).init_weights().to(b.device).train()
+    model = GPT(GPTConfig(arch='gpt2', vocab_size=V, block_size=T, **fields)).init_weights()
+    model = model.to(b.device).train()
     optimizer, idx = make_optimizer('adamw', model, RATE), tokens(b, B, T + 1, vocabulary=V)
     flops = plan.train_flops(model, T)
     if compiled:
@@ -413,7 +415,8 @@ def gpt2(b, compiled=False):
     name = f'GPT-2 124M, {B} x {T:,}' if not b.small else 'a tiny GPT-2'
     sheet = device_peak_flops(b.device)
     mfu = f'MFU {B * T / seconds * flops / sheet:.1%}, ' if sheet else ''
-    b.row(name + (', compiled' if compiled else ''), B * T / seconds, 'tokens/s', 1 / b.limit_of(flops), beside,
+    name += ', compiled' if compiled else ''
+    b.row(name, B * T / seconds, 'tokens/s', 1 / b.limit_of(flops), beside,
           note=f'{mfu}{peak.gib:.1f} GiB')
 
 
@@ -568,7 +571,8 @@ def dpo(b):
         return [draw.randrange(1, V) for _ in range(n)]
     pairs = [SimpleNamespace(prompt=ids(prompt), chosen=ids(draw.randint(low, high)),
                              rejected=ids(draw.randint(low, high))) for _ in range(b.pick(4, 2))]
-    run, policy, reference = b.setup(), our_policy(b), our_policy(b, torch.bfloat16 if b.is_cuda else torch.float32)
+    run, policy = b.setup(), our_policy(b)
+    reference = our_policy(b, torch.bfloat16 if b.is_cuda else torch.float32)
     reference.requires_grad_(False)
     cfg, optimizer = parse(train_dpo.Config, []), make_optimizer('adamw', policy, RATE)
     batch = pack([(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs], b.device, share=True)

@@ -1,4 +1,4 @@
-"""The pictures of docs/: for each method a run that goes well and runs that go wrong, drawn by the run itself.
+"""The pictures of docs/: of each method a run that goes well and runs that go wrong, as the run draws it.
 
     python bench/pictures.py                    # all, a quarter of an hour on two cores
     python bench/pictures.py rl_good gpt_overfit

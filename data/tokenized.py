@@ -80,8 +80,8 @@ def encode_records(records, tokenizer, rows, findings, loss_on='completion', max
 
     max_length: of prompt and completion together; max_prompt_length: of what comes before the first target;
     None = any. num_proc: processes that render. cut_texts: a longer text becomes several rows, each of
-    which begins with the last token of the one before: every token is learned once. Returns
-    the longest length there was before trimming.
+    which begins with the last token of the one before: every token is learned once. Returns the longest
+    length there was before trimming.
     """
     records = iter(records)
     chunks = iter(lambda: list(itertools.islice(records, CHUNK)), [])

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configurator import UserError, as_text, check_settings, from_dict, path_of
 from nanoforge.launch import launched
-from nanoforge.tensors import is_sharded, save_tensors
+from nanoforge.tensors import save_tensors
 
 try:
     import fcntl
@@ -452,11 +452,8 @@ class Checkpoints:
         folder = path.with_name(TEMPORARY + path.name)
         folder.mkdir()
         write_model(str(folder))
-        if any(map(is_sharded, optimizer.values())):
-            layout = {key: ([tensor], False) for key, tensor in optimizer.items()}
-            save_tensors(folder / 'optimizer.safetensors', layout)
-        else:
-            save_file(optimizer, folder / 'optimizer.safetensors')
+        layout = {key: ([tensor], False) for key, tensor in optimizer.items()}
+        save_tensors(folder / 'optimizer.safetensors', layout)
         write_json(folder / 'trainer_state.json', state)
         for file in sorted(file for file in folder.rglob('*') if file.is_file()):
             if file.suffix == '.safetensors':

@@ -13,8 +13,8 @@ from html import escape
 from nanoforge.metrics import ERRORS, SCORES, count_of, models_in
 from nanoforge.pages import element, html_page, html_table
 from nanoforge.plots import (
-    BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, figure_legend, new_figure, percent_axis, plain_style,
-    png_bytes)
+    BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, figure_legend, has_matplotlib, new_figure, percent_axis,
+    plain_style, png_bytes)
 
 ERROR_COLOURS = dict(zip(('correct', *ERRORS), (
     GREEN, '#1f1f1f', '#5d3a7a', PURPLE, '#b5527a', ORANGE, '#e8a15f', '#5aa9c4', '#8fb8e0', '#d8c25a',
@@ -165,7 +165,9 @@ HTML = {'text': partial(element, 'p'), 'heading': partial(element, 'h2'), 'table
 # ---- figures -----------------------------------------------------------------------------------------------
 
 def evaluation_figures(results):
-    """[(title, Figure)] of the results of evaluate.py (metrics.result_of)."""
+    """[(title, Figure)] of the results of evaluate.py (metrics.result_of); none without matplotlib."""
+    if not has_matplotlib():
+        return []
     models = models_in(results)
     numbers = {checkpoint_number(result) for result in models} - {None}
     figures = [('Scores', figure_of_scores(results)),

@@ -13,7 +13,6 @@ from data.tokenizer import read_json
 from nanoforge import kernels
 from nanoforge.quantize import base_state
 from nanoforge.rope import ROPE_TYPES, context_of, is_dynamic
-from nanoforge.tensors import stack
 
 
 @dataclass
@@ -307,14 +306,8 @@ def _to_gpt2(cfg, state):
             yield f'{theirs}.bias', ([torch.zeros(size, dtype=tensors[0].dtype)], False)
 
 
-def to_hf_weights(model, kind):
-    """Our state as {name in a model of `kind` (its model_type): tensor}, without copies where the layout is
-    the same."""
-    return {name: stack(*parts).contiguous() for name, parts in hf_layout(model, kind).items()}
-
-
 def from_hf_weights(cfg, weights):
-    """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of to_hf_weights. An unknown name stays
+    """{Hugging Face name: tensor} -> {our name: tensor}, the inverse of hf_layout. An unknown name stays
     as it is; so does the head of a tied model that differs from its embedding, which transformers unties."""
     state = {}
     for name, tensor in weights.items():

@@ -20,9 +20,8 @@ from configurator import UserError
 from data.tokenizer import read_json
 from nanoforge.hf import GPT2_NAMES
 from nanoforge.kernels import Linear, dithered, keep_copies
-from nanoforge.optim import copy
 from nanoforge.quantize import head_of, is_linear, is_quantized
-from nanoforge.tensors import cut_by_input, is_sharded, local, part, save_tensors
+from nanoforge.tensors import assign, cut_by_input, is_sharded, local, part, save_tensors
 
 DEFAULTS = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0, 'bias': 'none', 'use_rslora': False,
             'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'base_model_name_or_path': None}
@@ -346,7 +345,7 @@ def adapters_off(model):
             layer.active = None
         for path, bias in biases.items():
             if is_sharded(bias):        # gathered when its layer computes; each rank puts its rows into it
-                copy(bias, model.base_biases[path])
+                assign(bias, model.base_biases[path])
             else:
                 bias.data = model.base_biases[path].to(bias)
         yield model
@@ -439,7 +438,6 @@ def save_adapter(model, directory, base_model_name=None, name=None):
 
     base_model_name: what load_model and PEFT are to load underneath; None = what the model was loaded from.
     """
-    from safetensors.torch import save_file
     name = name or model.active_adapter
     config, layout = model.adapters[name], file_layout(model, name)
     paths = adapted_paths(layout)
@@ -450,11 +448,7 @@ def save_adapter(model, directory, base_model_name=None, name=None):
               'target_modules': ends if set(find_targets(model, ends)) == set(paths) else paths}
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, 'adapter_model.safetensors')
-    if any(is_sharded(part) for parts in layout.values() for part in parts):
-        save_tensors(path, {key: (parts, False) for key, parts in layout.items()}, metadata={'format': 'pt'})
-    else:
-        weights = {key: torch.cat([part.detach() for part in parts]).cpu() for key, parts in layout.items()}
-        save_file(weights, path, metadata={'format': 'pt'})
+    save_tensors(path, {key: (parts, False) for key, parts in layout.items()}, metadata={'format': 'pt'})
     with open(os.path.join(directory, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=2)
 

@@ -263,18 +263,10 @@ class FlatOptimizer:
             if shapes[0] != shapes[1]:
                 raise UserError(f'optimizer state {key}: needed is {shapes[0]}, the checkpoint holds '
                                 f'{shapes[1]}')
+        from nanoforge.tensors import assign
         for key in live.keys() - {'step'}:
-            copy(live[key], state[key])
+            assign(live[key], state[key])
         self.steps = int(state['step'])
-
-
-def copy(target, tensor):
-    """Copies a whole tensor into one that may be sharded."""
-    if hasattr(target, 'device_mesh'):
-        from nanoforge.shard import copy_rows
-        copy_rows(target, tensor)
-    else:
-        target.copy_(tensor)
 
 
 class WeightAverage:
@@ -317,12 +309,13 @@ class WeightAverage:
     def restore(self, tensors):
         """Takes the last step's weights ('weights/PARAMETER') out of a checkpoint's tensors; the model of the
         checkpoint is the average, and goes where that belongs."""
+        from nanoforge.tensors import assign
         last = {name: tensors.pop(name) for name in list(tensors) if name.startswith('weights/')}
         for mean, weights in self.pairs():
             mean.copy_(weights)
         self.swap()
         for name, held in self.state_dict().items():
-            copy(held, last[name])
+            assign(held, last[name])
         self.swap()
 
     def state_dict(self):

@@ -11,6 +11,7 @@ import json
 from html import escape
 from pathlib import Path
 
+from configurator import flatten
 from data.completions import read_completions
 from data.rewards import short_names
 from nanoforge import svg
@@ -76,19 +77,10 @@ def html_facts(folder, header):
     if not path.exists():
         return facts
     config = json.loads(path.read_text(encoding='utf-8'))['config']
-    rows = [(name, value) for name, value in flattened(config) if value not in (None, '', [], {})]
+    rows = [(name, value) for name, value in flatten(config) if value not in (None, '', [], {})]
     lines = ''.join(f'<tr>{element("td", name)}{element("td", str(value))}</tr>' for name, value in rows)
     table = f'<div class=wide><table>{lines}</table></div>'
     return f'{facts}<details><summary>all settings</summary>{table}</details>'
-
-
-def flattened(config, prefix=''):
-    """(dotted name, value) of nested settings."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flattened(value, f'{prefix}{name}.')
-        else:
-            yield prefix + name, value
 
 
 def element(tag, text):

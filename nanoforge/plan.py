@@ -346,7 +346,7 @@ def activation_bytes(c, hw, model, shape, checkpointing):
     course = N * (3 * hw.product * c.n_inner + 8 * C)
     if any(p.requires_grad and p.dim() > 1 for p in first.mlp.up_proj.parameters()):
         course += 4 * C * c.n_inner
-    if checkpointing:           # of every so manieth layer the input alone
+    if checkpointing:           # of every n-th layer the input alone
         recomputed = len(model.layers[::checkpointing])
         kept = whole * (len(model.layers) - recomputed)
         return kept + 4 * C * N * recomputed + around, course + whole

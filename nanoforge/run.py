@@ -41,8 +41,8 @@ from nanoforge.errors import MainRankFailed
 from nanoforge.heartbeat import Heartbeat
 from nanoforge.launch import launched
 from nanoforge.log import Log, check_wandb
-from nanoforge.optim import Plateau, copy
-from nanoforge.tensors import Gathering
+from nanoforge.optim import Plateau
+from nanoforge.tensors import Gathering, assign
 
 MAX_BAD_STEPS = 5       # steps in a row without a finite gradient after which a run stops
 # settings that may name a checkpoint in the output folder
@@ -197,7 +197,7 @@ class Run:
         with torch.no_grad():
             for prefix, live in parameters.items():
                 for name, tensor in parts[prefix].items():
-                    copy(live[name], tensor)            # in place: an optimizer's flat buffer holds them
+                    assign(live[name], tensor)            # in place: an optimizer's flat buffer holds them
         for optimizer in optimizers.values():
             optimizer.update_copies()
         known = {**saved.get('progress', {}), **saved}      # 'progress': as earlier versions nested them

@@ -44,7 +44,6 @@ from model import save_model
 from nanoforge.checkpoint import writing
 from nanoforge.decode import Samples
 from nanoforge.lora import save_adapter
-from nanoforge.tensors import Gathering
 
 IN_FLIGHT = 256     # requests at a server at a time, of all ranks
 ATTEMPTS = 3        # of a request that gets no answer
@@ -177,8 +176,7 @@ class Sampler:
         model, self.label = models[0], f'{self.token}-{step}'
         adapters = list(getattr(model, 'adapters', None) or ())
         with self.run.log.timed('weights'):
-            live = [p for sharded in self.run.sharded for p in sharded.parameters()]
-            with Gathering(live) if live else contextlib.nullcontext():
+            with self.run.gathering():
                 self.run.on_main(lambda: self.publish(model, tokenizer, adapters, step))
 
     def publish(self, model, tokenizer, adapters, step):

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from configurator import UserError
 from nanoforge.kernels import drop_copies
-from nanoforge.tensors import local
+from nanoforge.tensors import local, own_part, placements_of
 
 
 def make_mesh(run, mode):
@@ -104,30 +104,12 @@ def one_token(model, token):
     return model.token_stats(model.hidden(token), token, extras=False)['logp'].sum()
 
 
-@torch.no_grad()
-def copy_rows(target, tensor):
-    """Copies a whole tensor into a sharded one: each rank its own rows, and nothing is sent."""
-    local(target).copy_(own_part(target, tensor.to(target.device)))
-
-
-def own_part(p, tensor):
-    """This rank's part of a whole tensor that is shaped as parameter p, or has a number for each of its
-    rows."""
-    return local(distribute_tensor(tensor, p.device_mesh, placements_of(p, tensor.dim()), src_data_rank=None))
-
-
 def sharded_like(p, part):
     """This rank's part of a tensor as own_part() gives it -> the sharded tensor, in the same memory."""
     shape = torch.Size((p.size(0), *p.shape[1:part.dim()]))
     stride = torch.empty(shape, device='meta').stride()
     return DTensor.from_local(part, p.device_mesh, placements_of(p, part.dim()), run_check=False, shape=shape,
                               stride=stride)
-
-
-def placements_of(p, dimensions):
-    """Those of a parameter, but of its first dimensions alone."""
-    return [Replicate() if getattr(placement, 'dim', 0) >= dimensions else placement
-            for placement in p.placements]
 
 
 class Shards:

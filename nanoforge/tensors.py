@@ -29,6 +29,29 @@ def gathered(tensor):
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
+@torch.no_grad()
+def assign(target, tensor):
+    """Copies a whole tensor into one that may be sharded: each rank its own rows, and nothing is sent."""
+    if is_sharded(target):
+        local(target).copy_(own_part(target, tensor.to(target.device)))
+    else:
+        target.copy_(tensor)
+
+
+def own_part(p, tensor):
+    """This rank's part of a whole tensor that is shaped as parameter p, or has a number for each of its
+    rows."""
+    from torch.distributed.tensor import distribute_tensor
+    return local(distribute_tensor(tensor, p.device_mesh, placements_of(p, tensor.dim()), src_data_rank=None))
+
+
+def placements_of(p, dimensions):
+    """Those of a parameter, but of its first dimensions alone."""
+    from torch.distributed.tensor import Replicate
+    return [Replicate() if getattr(placement, 'dim', 0) >= dimensions else placement
+            for placement in p.placements]
+
+
 def part(p):
     """What this rank multiplies by of a parameter, differentiably: under tensor parallelism its part.
 

@@ -20,8 +20,8 @@ from configurator import UserError
 from nanoforge.checkpoint import write_text, writing
 
 # A line of the console has WIDTH columns, in a file the ETA behind them: the first of these that it has room
-# for, and what an editor of a script added, before 'tokens_per_second'. log.jsonl and TensorBoard have all, in
-# this order, too.
+# for, and what an editor of a script added, before 'tokens_per_second'. log.jsonl and TensorBoard have all,
+# in this order, too.
 WIDTH = 98
 ORDER = ('loss', 'accuracy', 'success_rate', 'greedy_success_rate', 'reward', 'episode_length',
          'rewards/accuracies', 'rewards/margins', 'kl', 'approx_kl', 'grad_norm', None, 'tokens_per_second',

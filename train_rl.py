@@ -20,7 +20,7 @@ several steps, the later ones are off-policy. Settings of several scripts stand 
 """
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.problems import TASKS
-from nanoforge.flags import DataFlags, ModelFlags, RunFlags, SamplerFlags, TrainFlags
+from nanoforge.flags import DataFlags, ModelFlags, RewardFlags, RunFlags, SamplerFlags, TrainFlags
 
 SURROGATES = ('clip', 'cispo', 'gmpo', 'sapo', 'reinforce')     # a new one: its name here, its formula below
 GRPO = dict(ratio='token', surrogate='clip', mean='sequence', clip_low=0.2, clip_high=0.2, scale='group',
@@ -41,7 +41,7 @@ PRESETS = {
 
 
 @configclass
-class Config(RunFlags, SamplerFlags, TrainFlags, DataFlags, ModelFlags):
+class Config(RunFlags, SamplerFlags, TrainFlags, RewardFlags, DataFlags, ModelFlags):
     section = 'training'
 
     # start
@@ -61,16 +61,6 @@ class Config(RunFlags, SamplerFlags, TrainFlags, DataFlags, ModelFlags):
         # sampled at most: max_length less max_prompt_length; 48 for the embedded task
     remove_unused_columns: bool = setting(False, path='data.remove_unused_columns')  # rewards see only
         # question and answer of a row, not its other columns
-    # rewards
-    rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
-        # model or path.py:function; by what the data has if not set
-    reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
-    reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch
-    length_buffer: int | None = setting(None, min=1)  # tokens before max_completion_length over which
-        # `length` falls to -1; a quarter of it
-    reward_epochs: int = setting(1, min=1)  # passes over the pairs of a reward model trained here
-    reward_batch_size: int = setting(32, min=1)  # pairs in an optimizer step of it, over all GPUs
-    reward_learning_rate: float | None = setting(None, above=0)  # highest; 1e-3 if small, else the policy's
     # algorithm
     algorithm: str = setting('grpo', choices=tuple(PRESETS))  # a published combination of the next ones
     ratio: str | None = setting(None, path='training.importance_sampling_level', also=('training.ratio',),

@@ -295,6 +295,21 @@ class DataFlags(Flags):
 
 
 @configclass
+class RewardFlags(Flags):
+    """What scores the samples of reinforcement learning."""
+    # rewards
+    rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
+        # model or path.py:function; by what the data has if not set
+    reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
+    reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch
+    length_buffer: int | None = setting(None, min=1)  # tokens before max_completion_length over which
+        # `length` falls to -1; a quarter of it
+    reward_epochs: int = setting(1, min=1)  # passes over the pairs of a reward model trained here
+    reward_batch_size: int = setting(32, min=1)  # pairs in an optimizer step of it, over all GPUs
+    reward_learning_rate: float | None = setting(None, above=0)  # highest; 1e-3 if small, else the policy's
+
+
+@configclass
 class SamplerFlags(Flags):
     """Completions drawn by servers of SGLang or vLLM (sampler_client.py), in place of this process."""
     # servers that sample

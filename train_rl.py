@@ -863,7 +863,7 @@ def advantages_by_teacher(rollout, steps):
     rollout.advantage = torch.zeros(len(rollout.reward))
     for mb in chain.from_iterable(steps):
         mb.advantages = torch.where(mb.mask, -kl_estimate(mb.start_logp, mb.ref_logp, 'k1'), 0.0)
-        rollout.advantage[mb.rows] = (mb.advantages.sum(1) / mb.mask.sum(1)).cpu()
+        rollout.advantage[mb.rows] = (mb.advantages.sum(1) / mb.mask.sum(1)).float().cpu()
 
 
 def advantages_by_critic(cfg, rollout, steps, beta, run):

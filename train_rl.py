@@ -1172,7 +1172,7 @@ def resolve_by_model(cfg, policy, run):
 def open_scorer(cfg):
     task = None if cfg.sources() else load_task(cfg.task)
     return Scorer(cfg.rewards, cfg.reward_weights, task, cfg.max_completion_length, cfg.length_buffer,
-                  cfg.reward_timeout)
+                  cfg.reward_timeout, cfg.reward_concurrency)
 
 
 def start_log(cfg, state, sizes, run):

@@ -301,7 +301,9 @@ class RewardFlags(Flags):
     rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
         # model or path.py:function; by what the data has if not set
     reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
-    reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch
+    reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch,
+        # or, with async def, for a sample
+    reward_concurrency: int = setting(32, min=1)  # samples that such a one judges side by side, on each rank
     length_buffer: int | None = setting(None, min=1)  # tokens before max_completion_length over which
         # `length` falls to -1; a quarter of it
     reward_epochs: int = setting(1, min=1)  # passes over the pairs of a reward model trained here

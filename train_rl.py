@@ -184,7 +184,10 @@ def main(cfg):
 
         # ---- 2. score: what the policy that sampled them, the reference and the critic say; no gradient
         with log.timed('score'), run.unsharded():
-            if not critic:                          # against the other completions of the prompt
+            if cfg.multi_objective_aggregation == 'normalize_then_sum':     # a reward at a time, then all
+                rollout.advantage = decoupled_advantages(rollout.rewards.values(), scorer.weights,
+                                                         rollout.group, rollout.valid, **group_args)
+            elif not critic:                        # against the other completions of the prompt
                 rollout.advantage = group_advantages(rollout.reward, rollout.group, valid=rollout.valid,
                                                      **group_args)
             batches = make_micro_batches(cfg, rollout, sizes, run)      # [this rank's] of each step
@@ -322,6 +325,10 @@ def check_algorithm(cfg):
     if not ppo and cfg.num_generations == 1:
         raise UserError(f'num_generations=1: {cfg.algorithm} compares the completions of a prompt with one '
                         'another and needs 2 or more')
+    each = cfg.multi_objective_aggregation == 'normalize_then_sum'
+    if each and (ppo or c['scale'] == 'none' or cfg.kl == 'reward'):
+        raise UserError('multi_objective_aggregation=normalize_then_sum divides each reward by its deviation '
+                        'in groups: not with ppo, scale=none (dr_grpo, rloo), or kl=reward (choose k3)')
     for name in ('scale', 'baseline'):
         if ppo and getattr(cfg, name):
             raise UserError(f'{name}={getattr(cfg, name)} is about groups; the advantages of ppo come from '
@@ -442,6 +449,18 @@ def group_advantages(rewards, group, scale='group', baseline='mean', valid=None)
     elif scale == 'batch' and valid.sum() > 1:
         advantages = advantages / (rewards[valid].std() + 1e-4)
     return torch.where(differs, advantages, 0.0)
+
+
+def decoupled_advantages(rewards, weights, group, valid=None, **how):
+    """[rewards (B,)] by name, each with a weight, else as group_advantages -> advantages (B,) as in GDPO
+    (arXiv 2601.05242): those of each reward by itself, so that it counts as its weight says, however little
+    it spreads; their weighted sum; and that over its deviation in the batch + 1e-4."""
+    total = sum(weight * group_advantages(reward, group, valid=valid, **how)
+                for weight, reward in zip(weights, rewards))
+    count = len(total) if valid is None else int(valid.sum())
+    # its mean is 0, like that of every group
+    deviation = (total.square().sum() / max(count - 1, 1)).sqrt()
+    return total / (deviation + 1e-4)
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
@@ -1113,11 +1132,13 @@ def resolve_defaults(cfg, run):
         rewards = [*rewards, 'length']
     on_policy = composition(cfg)['surrogate'] == 'reinforce' or 'gradient_accumulation_steps' in cfg.typed
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
+    in_reward = cfg.algorithm in ('ppo', 'rloo', 'reinforce++') and (
+        cfg.multi_objective_aggregation == 'sum_then_normalize')        # else there is no sum to take it off
     fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(
         cfg, num_generations=4 if ppo else 8, steps_per_generation=steps * cfg.gradient_accumulation_steps,
         max_completion_length=48 if embedded else cfg.max_length - cfg.max_prompt_length, rewards=rewards,
-        beta=0.05 if ppo else 0.0, kl='reward' if cfg.algorithm in ('ppo', 'rloo', 'reinforce++') else 'k3',
+        beta=0.05 if ppo else 0.0, kl='reward' if in_reward else 'k3',
         dynamic_sampling=cfg.algorithm == 'dapo')]
     if embedded and cfg.max_steps < 0 and not cfg.typed & {'max_steps', 'num_train_epochs'}:
         cfg.max_steps = 60

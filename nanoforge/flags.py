@@ -301,6 +301,8 @@ class RewardFlags(Flags):
     rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
         # model or path.py:function; by what the data has if not set
     reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
+    multi_objective_aggregation: str = setting(  # normalize_then_sum: each reward is compared within its
+        'sum_then_normalize', choices=('sum_then_normalize', 'normalize_then_sum'))  # group by itself (GDPO)
     reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch,
         # or, with async def, for a sample
     reward_concurrency: int = setting(32, min=1)  # samples that such a one judges side by side, on each rank

@@ -26,6 +26,7 @@ from data.formats import Source
 from data.completions import Completion, cut_rollouts, read_completions, write_completions
 from data.tasks import arithmetic, facts
 from chaos import survive
+from test_rl_math import decoupled_by_hand
 from model import load_model
 from nanoforge.run import setup
 from train_rl import Config, MicroBatch, Rollout, main
@@ -120,6 +121,25 @@ def test_every_other_preset_runs():
         once = dict(steps_per_generation=1) if train_rl.PRESETS[name]['surrogate'] == 'reinforce' else {}
         main(config(name, **{**TINY, 'algorithm': name, 'max_steps': 1, 'eval_steps': 0, 'eval_problems': 2, 'beta': 0.02, **once}))
         assert all(math.isfinite(line['loss']) and line['kl'] == pytest.approx(0, abs=1e-6) for line in lines(name) if 'loss' in line)
+
+
+def test_rewards_that_are_compared_one_by_one(tmp_path):
+    """The advantages of a run are those of GDPO by hand, of what both of its rewards scored."""
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n    return [len(c) / 100 if len(c) % 5 else None for c in completions]\n')
+    main(config(multi_objective_aggregation='normalize_then_sum', rewards=['task', 'mine.py:score'], reward_weights=[1, 2], max_steps=1, eval_steps=0))
+    rollout = read_completions('out/rollouts.jsonl')
+    scored = {i: c for i, c in enumerate(rollout) if c.reward is not None}
+    groups = [[i for i, c in scored.items() if c.group == number] for number in {c.group for c in rollout}]
+    columns = [{i: c.rewards[name] for i, c in scored.items()} for name in ('task', 'mine.py:score')]
+    expected = decoupled_by_hand(columns, (1, 2), groups)
+    assert [c.advantage for c in rollout] == pytest.approx([expected.get(i, 0) for i in range(len(rollout))], abs=1e-4)
+    assert 2 < len(scored) < len(rollout) and lines()[0]['unscored'] == len(rollout) - len(scored)
+
+
+@pytest.mark.parametrize('how', [PPO, dict(algorithm='dr_grpo'), dict(algorithm='rloo'), dict(scale='none'), dict(beta=0.1, kl='reward')])
+def test_rewards_that_cannot_be_compared_one_by_one(how):
+    with pytest.raises(UserError, match='normalize_then_sum divides each reward'):
+        config(multi_objective_aggregation='normalize_then_sum', **how)
 
 
 def test_same_gradient_however_the_batch_is_cut():
@@ -637,6 +657,8 @@ MISTAKES = {                        # command line -> words of the one line that
     'ppo with groups': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--scale=group'], ['scale', 'critic']),
     'ppo with refills': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--dynamic_sampling'], ['dynamic_sampling', 'no groups']),
     'ppo with epsilon': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--epsilon=0.1'], ['cliprange', 'epsilon']),
+    'ppo with rewards one by one': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--multi_objective_aggregation=normalize_then_sum'],
+                                    ['normalize_then_sum', 'ppo']),
     'critic settings without a critic': (['training.gamma=0.9'], ['gamma', 'ppo']),
     'sequence ratio over tokens': (['--ratio=sequence', '--mean=token'], ['mean=token', 'length']),
     'geometric mean over tokens': (['--surrogate=gmpo', '--mean=token'], ['gmpo', 'mean=sequence']),

@@ -208,6 +208,8 @@ def main(cfg):
             return metrics
         if not is_replay and cfg.rollout_steps and state.rollouts % cfg.rollout_steps == 0:
             write_completions(rollout.records(), rollouts_path(cfg), run)
+        if not is_replay and cfg.collect:
+            collect_best(rollout, problems.task.prompt, cfg.collect, run)
         first_answer = first_answer or next(iter(rollout.completions), None)
         state.rewards_differed = state.rewards_differed or rewards_differ(cfg, rollout)
         state.rollouts += 1
@@ -391,7 +393,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import PackedBatch, cut, pack
-from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
+from data.completions import (Completion, by_prompt, collect_best, cut_rollouts, read_completions,
+                              write_completions)
 from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
 from nanoforge import pages, plan, plots
@@ -1205,7 +1208,8 @@ def start_log(cfg, state, sizes, run):
     header = {'algorithm': cfg.algorithm, 'model': cfg.base_model_name}
     log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps, data=cfg.sources())
     if run.resumed:                             # what was sampled after the checkpoint is sampled again
-        run.on_main(functools.partial(cut_rollouts, rollouts_path(cfg), state.step))
+        for path in (rollouts_path(cfg), cfg.collect):
+            run.on_main(functools.partial(cut_rollouts, path, state.step))
     return log
 
 

@@ -311,6 +311,19 @@ class RewardFlags(Flags):
     reward_epochs: int = setting(1, min=1)  # passes over the pairs of a reward model trained here
     reward_batch_size: int = setting(32, min=1)  # pairs in an optimizer step of it, over all GPUs
     reward_learning_rate: float | None = setting(None, above=0)  # highest; 1e-3 if small, else the policy's
+    # what becomes of them
+    collect: str | None = None  # a .jsonl for the best completion of each group, as a row that train_sft.py
+        # reads; none of a group in which no reward is above the rollout's lowest
+
+    def check(self):
+        super().check()
+        going_on = self.resume or self.replay is not None           # the rows of this run, which are cut back
+        if self.collect and not self.collect.endswith('.jsonl'):
+            raise UserError(f'collect={self.collect}: train_sft.py reads such rows from a name that ends in '
+                            '.jsonl')
+        if self.collect and not going_on and os.path.exists(self.collect):
+            raise UserError(f'collect={self.collect} is there already, and nothing is written over: name '
+                            'another file, or move it away')
 
 
 @configclass

@@ -265,9 +265,9 @@ class DataFlags(Flags):
                 read = ', '.join(column for column in COLUMNS if column not in self.unread_columns)
                 raise UserError(f'{name}: rows have no such column here, but {read}')
         if getattr(self, 'algorithm', None) == 'cpt':
-            if not self.sources() or self.augment or self.system_prompt:
-                raise UserError('algorithm=cpt learns texts as they are: it needs a dataset_path, and takes '
-                                'no system_prompt and no augment')
+            if self.augment or self.system_prompt:
+                raise UserError('algorithm=cpt learns texts as they are: it takes no system_prompt and no '
+                                'augment')
             self.packing, self.loss_on = True, 'all'
         named = [name for name in COLUMNS if getattr(self, name)]
         if named and not self.dataset_path:

@@ -397,13 +397,13 @@ def loaded_path(cfg):
 # ---- rows --------------------------------------------------------------------------------------------------
 
 def find_sources(cfg, run):
-    """[Source]: the named data sets, else tool calls, from the hub or generated here; or plays."""
+    """[Source]: the named data sets, else tool calls, from the hub or generated here, or plays."""
     if cfg.dataset_path and cfg.datasets:
         run.print0(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
     sources = cfg.sources()
     if not sources and cfg.algorithm == 'cpt':
-        run.print0('data      the embedded plays, which this project writes itself (--dataset_path names your '
-                   'own texts)')
+        run.print0('data      the embedded plays, which are generated here (--dataset_path names your own '
+                   'texts)')
         return [Source(name=EMBEDDED_TEXTS)]
     # the default must work offline: where the hub cannot be reached, a stand-in that says what it is
     if not sources and cfg.base_model_name == 'tiny':

@@ -1,10 +1,10 @@
-"""A judge: a model behind an OpenAI-style address says from 0 to 10 how good an answer is. Copy and change it.
+"""A judge: a model behind an OpenAI-style address says from 0 to 10 how good an answer is. Copy and change.
 
-    export JUDGE_URL=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen/Qwen3-8B       # and JUDGE_KEY, if it wants one
-    python train_rl.py --dataset_path problems.jsonl --reward=recipes/rewards/judge.py:score --reward_timeout=60
+    export JUDGE_URL=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen/Qwen3-8B     # and JUDGE_KEY, if it wants one
+    python train_rl.py --dataset_path rows.jsonl --reward=recipes/rewards/judge.py:score --reward_timeout=60
 
---reward_concurrency samples are judged side by side. Whoever judges may err: a sample of which the server says
-nothing, or no number, has no score (which is not 0), leaves the batch, and is counted in the log as `unscored`.
+--reward_concurrency samples are judged side by side. A judge may fail: a sample of which it says nothing, or
+no number, has no score (which is not 0), leaves the batch, and is counted in the log as `unscored`.
 """
 import asyncio
 import json

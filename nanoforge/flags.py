@@ -22,7 +22,7 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': ('adafactor',), 'compile': ()}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': (), 'forward_kl': ()}
 # and what does not with --tensor_parallel
 UNPARALLEL = {**UNSHARDED, 'load_in_8bit': (), 'load_in_4bit': (), 'use_dora': ()}
 # with --sampler_url: servers hold other weights than 4 or 8 bits of ours, and adapters without biases;
@@ -324,6 +324,29 @@ class RewardFlags(Flags):
         if self.collect and not going_on and os.path.exists(self.collect):
             raise UserError(f'collect={self.collect} is there already, and nothing is written over: name '
                             'another file, or move it away')
+
+
+@configclass
+class JudgeFlags(Flags):
+    """Models that say what samples, or their tokens, are worth: a critic, a teacher, a reward model."""
+    # judges
+    value_model_name: str | None = setting(None, path='model.value_model_name')  # ppo: what the critic, and a
+        # reward model that is trained here, begin as
+    reward_model_path: str | None = setting(None, path='model.reward_model_path')  # a sequence classifier
+        # with one label: the reward `model`
+    teacher_model_name: str | None = setting(None, path='model.teacher_model_name',
+                                             needs=('algorithm=distill',))  # distill: what it learns
+        # from, a model with the same tokenizer
+    forward_kl: float = setting(0.0, min=0, max=1, needs=('algorithm=distill',))  # distill: share of the loss
+        # that is KL(teacher || policy) on the data's answers
+    # ppo
+    gamma: float = setting(1.0, min=0, max=1)  # discount per token
+    lam: float = setting(0.95, min=0, max=1)  # of generalised advantage estimation
+    cliprange: float = setting(0.2, above=0)  # clip range of ppo's ratio, both ways
+    cliprange_value: float = setting(0.2, min=0)  # how far a value may move in a rollout's updates; 0 = any
+    vf_coef: float = setting(0.1, min=0)  # weight of the value loss
+    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # as the reward's
+    share_critic: bool = False  # the critic is a head on the policy's own backbone
 
 
 @configclass

@@ -155,8 +155,7 @@ def main(cfg):
                 log.text(state.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
             log.histograms(state.step, gradients(optimizer))
         alerts.evaluation(state, metrics['eval_loss'])
-        # nothing to judge by: patience must not run out; and what training began from is no result of it
-        if not rows.held_out.any() or state.step == first_step:
+        if state.step == first_step or not rows.held_out.any():     # no result of training: no patience lost
             return False
         return state.note_eval(metrics['eval_loss']) and keeps_best
 

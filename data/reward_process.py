@@ -19,6 +19,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def main(path, name):
+    requests, answer = connect()
+    function = find(path, name, answer)
+    if function is None:
+        return None
+    if wrong := wrong_parameters(function, name):
+        return answer(error=wrong)
+    answer(ready=True)
+    for line in requests:
+        batch = json.loads(line)
+        answer(**call(function, name, path, batch['completions'], batch['records']))
+
+
+def connect():
+    """(lines that come in, answer(**fields), which sends a line)."""
     requests = os.fdopen(os.dup(0), encoding='utf-8')
     answers = os.fdopen(os.dup(1), 'w', encoding='utf-8')
     with open(os.devnull) as nothing:
@@ -29,6 +43,11 @@ def main(path, name):
         answers.write(json.dumps(fields) + '\n')
         answers.flush()
 
+    return requests, answer
+
+
+def find(path, name, answer):
+    """What a file calls `name`; None, and an answer, where it does not load or has none."""
     path = os.path.abspath(path)
     try:
         module = load(path)
@@ -38,12 +57,7 @@ def main(path, name):
     if not callable(function):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
         return answer(missing=name, public=public)
-    if wrong := wrong_parameters(function, name):
-        return answer(error=wrong)
-    answer(ready=True)
-    for line in requests:
-        batch = json.loads(line)
-        answer(**call(function, name, path, batch['completions'], batch['records']))
+    return function
 
 
 def load(path):

@@ -299,7 +299,7 @@ class RewardFlags(Flags):
     """What scores the samples of reinforcement learning."""
     # rewards
     rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
-        # model or path.py:function; by what the data has if not set
+        # model, env or path.py:function; by what the data has if not set
     reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
     reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch
     length_buffer: int | None = setting(None, min=1)  # tokens before max_completion_length over which
@@ -307,6 +307,28 @@ class RewardFlags(Flags):
     reward_epochs: int = setting(1, min=1)  # passes over the pairs of a reward model trained here
     reward_batch_size: int = setting(32, min=1)  # pairs in an optimizer step of it, over all GPUs
     reward_learning_rate: float | None = setting(None, above=0)  # highest; 1e-3 if small, else the policy's
+
+
+@configclass
+class EnvironmentFlags(Flags):
+    """What answers the turns of a policy (data/environments.py); without, a completion is one turn."""
+    # environment
+    env: str | None = None  # path.py:Env, a class of yours with reset(problem) -> messages and step(text) ->
+        # (messages, reward, done); its rewards, summed over the turns, are the reward `env`
+    max_turns: int = setting(8, min=1)  # that a policy has in an episode; what is
+        # said in all of them, and to it, counts towards max_completion_length
+    env_timeout: float = setting(10.0, above=0)  # seconds that a reset or step may take
+
+    def check(self):
+        super().check()
+        for name in ('max_turns', 'env_timeout'):
+            if name in self.flags and not self.env:
+                raise UserError(f'{name} is about an environment, which is not given: --env=path.py:Env')
+        if self.env and self.tensor_parallel > 1:
+            raise UserError('env does not go together with tensor_parallel yet: processes that hold a model '
+                            'together would hear different answers')
+        if self.env and self.system_prompt is None:
+            self.system_prompt = ''                 # reset writes the prompt
 
 
 @configclass

@@ -2,12 +2,14 @@
 
     python train_rl.py                                      # GRPO on the embedded sums, minutes on two cores
     python train_rl.py training.algorithm=ppo model.value_model_name=tiny
+    python train_rl.py training.algorithm=distill model.teacher_model_name=models/rl
     python train_rl.py --recipe recipes/training/grpo/llama3_3B_lora.yaml --num-gpus 8
     python train_rl.py --dataset_path problems.jsonl --reward=mine.py:score
     python train_rl.py --resume --output_dir=models/rl      # or --replay=40: look at step 40 again
 
 A rollout samples num_generations completions of each prompt and rewards them. A, the advantage of one, is its
-reward less the baseline of its group, over a scale; with PPO every token has its own, from a critic by gae.
+reward less the baseline of its group, over a scale. With ppo every token has its own, from a critic by gae;
+with distill from a teacher, as log p_teacher - log p.
     loss = mean of surrogate(ratio, A)          ratio: exp(logp - old_logp), of a token or of a sequence
          + beta * KL(policy || reference) - entropy_coef * entropy + vf_coef * value_loss
 PRESETS names the published combinations: GRPO and GSPO differ by one argument. Departures from papers: the
@@ -20,8 +22,7 @@ several steps, the later ones are off-policy. Settings of several scripts stand 
 """
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
 from data.problems import TASKS
-from nanoforge.flags import DataFlags, EnvironmentFlags, ModelFlags, RewardFlags, RunFlags, SamplerFlags
-from nanoforge.flags import TrainFlags
+from nanoforge.flags import DataFlags, JudgeFlags, ModelFlags, RewardFlags, RunFlags, SamplerFlags, TrainFlags
 
 SURROGATES = ('clip', 'cispo', 'gmpo', 'sapo', 'reinforce')     # a new one: its name here, its formula below
 GRPO = dict(ratio='token', surrogate='clip', mean='sequence', clip_low=0.2, clip_high=0.2, scale='group',
@@ -38,18 +39,15 @@ PRESETS = {
              'baseline': 'leave_one_out'},                                  # Ahmadian et al. 2024, 2402.14740
     'reinforce++': {**GRPO, 'mean': 'token', 'scale': 'batch'},    # Hu et al. 2025, 2501.03262, with baseline
     'ppo': {**GRPO, 'mean': 'token'},                               # Schulman et al. 2017; advantages by gae
+    'distill': {**GRPO, 'mean': 'token'},               # Agarwal et al. 2023, 2306.13649; by a teacher
 }
+JUDGES = {'ppo': 'critic', 'distill': 'teacher'}        # who gives every token an advantage of its own
 
 
 @configclass
-class Config(RunFlags, SamplerFlags, TrainFlags, RewardFlags, EnvironmentFlags, DataFlags, ModelFlags):
+class Config(RunFlags, SamplerFlags, TrainFlags, RewardFlags, JudgeFlags, DataFlags, ModelFlags):
     section = 'training'
 
-    # start
-    value_model_name: str | None = setting(None, path='model.value_model_name')  # ppo: what the critic, and a
-        # reward model that is trained here, begin as
-    reward_model_path: str | None = setting(None, path='model.reward_model_path')  # a sequence classifier
-        # with one label: the reward `model`
     torch_dtype = 'float32'
     # data
     task: str = setting('arithmetic', path='data.task', choices=TASKS, needs=('dataset_path=none',))  # the
@@ -82,7 +80,7 @@ class Config(RunFlags, SamplerFlags, TrainFlags, RewardFlags, EnvironmentFlags, 
     kl_target: float | None = setting(None, above=0)  # adapt beta so that a completion's KL stays near it
     kl_horizon: int = setting(10000, min=1)  # completions over which it adapts
     entropy_coef: float = setting(0.0, min=0)  # weight of an entropy bonus
-    num_generations: int | None = setting(None, min=1)  # completions of a prompt: 8, ppo 4
+    num_generations: int | None = setting(None, min=1)  # completions of a prompt: 8; ppo, distill 4
     num_iterations: int = setting(1, min=1, also=('training.num_ppo_epochs',))  # passes over a rollout
     steps_per_generation: int | None = setting(None, min=1)  # micro-batches of a rollout; a step's if not set
     temperature: float = setting(1.0, above=0)  # of sampling, and of every log-probability in the loss
@@ -91,14 +89,6 @@ class Config(RunFlags, SamplerFlags, TrainFlags, RewardFlags, EnvironmentFlags, 
         # without a stop token out of baseline and loss
     importance_cap: float | None = setting(None, min=0)  # weight tokens by min(training / sampling
         # probability, this) (truncated importance sampling): 2 with sampler_url, else 0 = off
-    # ppo
-    gamma: float = setting(1.0, min=0, max=1)  # discount per token
-    lam: float = setting(0.95, min=0, max=1)  # of generalised advantage estimation
-    cliprange: float = setting(0.2, above=0)  # clip range of ppo's ratio, both ways
-    cliprange_value: float = setting(0.2, min=0)  # how far a value may move in a rollout's updates; 0 = any
-    vf_coef: float = setting(0.1, min=0)  # weight of the value loss
-    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # as the reward's
-    share_critic: bool = False  # the critic is a head on the policy's own backbone
     # training
     output_dir = 'models/rl'
     per_device_train_batch_size = 64
@@ -133,7 +123,7 @@ def main(cfg):
     sizes = resolve_sizes(cfg, len(problems.train), run)            # of a step, a rollout, the run
     if cfg.plan:
         return plan.rl(cfg, policy, problems, sizes, run)
-    reference = load_reference(cfg, policy, run)                    # None without a KL term
+    reference = load_reference(cfg, policy, tokenizer, run)         # or teacher; None without a KL term
     critic = load_critic(cfg, policy, tokenizer, run)               # None but with ppo
     reward_model = open_reward_model(cfg, problems, tokenizer, run)
     optimizers, parameters = make_optimizers(cfg, run.prepare(policy), critic)
@@ -165,7 +155,7 @@ def main(cfg):
             last, best = state.step >= sizes.total_steps, False
             if last or is_due(cfg.eval_steps) or (state.step == 0 and cfg.eval_steps):
                 with log.pause(), run.unsharded():
-                    metrics = evaluate(cfg, policy, tokenizer, reward_model, problems, scorer, run)
+                    metrics = evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, run)
                     log.write(state.step, metrics)
                     show(cfg, log, run)
                     best = state.note_eval(metrics)
@@ -185,7 +175,7 @@ def main(cfg):
 
         # ---- 2. score: what the policy that sampled them, the reference and the critic say; no gradient
         with log.timed('score'), run.unsharded():
-            if not critic:                          # against the other completions of the prompt
+            if compares_groups(cfg):                # a completion against the others of its prompt
                 rollout.advantage = group_advantages(rollout.reward, rollout.group, valid=rollout.valid,
                                                      **group_args)
             batches = make_micro_batches(cfg, rollout, sizes, run)      # [this rank's] of each step
@@ -195,6 +185,10 @@ def main(cfg):
             of_rollout = describe_rollout(cfg, rollout, scorer, state.beta, run)    # {name: number}
             if critic:                              # reward at the last token, KL off each, then gae
                 of_rollout.update(advantages_by_critic(cfg, rollout, batches, state.beta, run))
+            elif cfg.algorithm == 'distill':
+                advantages_by_teacher(rollout, batches)
+                if cfg.forward_kl:
+                    answers = given_answers(cfg, tokenizer, problems.task, rollout, sizes, run)
             elif reference and cfg.kl == 'reward':  # again, now that the KL of each completion is known
                 rewards = rollout.reward - state.beta * rollout.kl['k1']
                 rollout.advantage = group_advantages(rewards, rollout.group, valid=rollout.valid,
@@ -240,10 +234,13 @@ def main(cfg):
                     if cfg.importance_cap:          # towards what training itself would have sampled
                         gap = torch.where(mb.mask, old_logp - mb.sampling_logp, 0.0)
                         weights = torch.exp(gap).clamp(max=cfg.importance_cap)
-                    advantages = mb.advantages if critic else rollout.advantage[mb.rows].to(run.device)
+                    advantages = mb.advantages              # of tokens, or of completions
+                    if advantages is None:
+                        advantages = rollout.advantage[mb.rows].to(run.device)
                     loss, stats = policy_loss(logp, old_logp, advantages, mb.mask, normaliser=normaliser,
                                               weights=weights, **loss_args)
-                    if reference and cfg.kl != 'reward':
+                    loss = loss * (1 - cfg.forward_kl)      # the rest is learned from given answers, below
+                    if state.beta and cfg.kl != 'reward':
                         kl = kl_estimate(logp, mb.ref_logp, cfg.kl)
                         loss = loss + state.beta * average(kl, mb.mask, loss_args['mean'], normaliser)
                     if cfg.entropy_coef:            # a bonus: what is likely must not become certain too soon
@@ -261,6 +258,9 @@ def main(cfg):
                     stats['sampling/logp_gap_max'] = gap.max()
                     run.backward(loss)
                     measured.append((mb.mask.sum(), stats))
+                if cfg.forward_kl:
+                    of_rollout['forward_kl'] = imitate(cfg, policy, reference, answers[number],
+                                                       sizes.groups_per_step, run)
                 # to a tenth of the peak, not to 0: every rollout brings something new
                 factor = learning_rate(state.step, cfg.lr_scheduler_type, 1.0, 0.1, sizes.warmup_steps,
                                        sizes.total_steps)
@@ -310,6 +310,11 @@ def let_critic_follow(cfg):
         cfg.value_model_name = cfg.base_model_name
 
 
+def compares_groups(cfg):
+    """Whether a completion is worth what it is better than the others of its prompt."""
+    return cfg.algorithm not in JUDGES
+
+
 def check_algorithm(cfg):
     """Combinations of settings that make no sense, before anything is loaded."""
     c, ppo = composition(cfg), cfg.algorithm == 'ppo'
@@ -317,16 +322,24 @@ def check_algorithm(cfg):
     if ppo and not cfg.value_model_name:
         raise UserError('algorithm=ppo needs a critic: set model.value_model_name to the model that it '
                         "begins as (the policy's own base_model_name is usual)")
-    if ppo and cfg.dynamic_sampling:
-        raise UserError('dynamic_sampling replaces groups of equal rewards, and ppo has no groups: leave it '
-                        'out, or choose dapo')
-    if not ppo and cfg.num_generations == 1:
+    distill = cfg.algorithm == 'distill'
+    if distill and not cfg.teacher_model_name:
+        raise UserError('algorithm=distill needs a teacher: set model.teacher_model_name to a better model '
+                        'with the same tokenizer')
+    for name in ('beta', 'kl', 'kl_target'):
+        if distill and getattr(cfg, name):
+            raise UserError(f'{name}={getattr(cfg, name)} is about a reference; the KL of distill is that to '
+                            'its teacher, and all that is learned from')
+    if cfg.dynamic_sampling and not compares_groups(cfg):
+        raise UserError(f'dynamic_sampling replaces groups of equal rewards, and {cfg.algorithm} has no '
+                        'groups: leave it out, or choose dapo')
+    if compares_groups(cfg) and cfg.num_generations == 1:
         raise UserError(f'num_generations=1: {cfg.algorithm} compares the completions of a prompt with one '
                         'another and needs 2 or more')
     for name in ('scale', 'baseline'):
-        if ppo and getattr(cfg, name):
-            raise UserError(f'{name}={getattr(cfg, name)} is about groups; the advantages of ppo come from '
-                            'its critic')
+        if getattr(cfg, name) and not compares_groups(cfg):
+            raise UserError(f'{name}={getattr(cfg, name)} is about groups; the advantages of {cfg.algorithm} '
+                            f'come from its {JUDGES[cfg.algorithm]}')
     if ppo and (cfg.epsilon is not None or cfg.epsilon_high is not None):
         raise UserError('ppo is clipped by training.cliprange: leave out epsilon and epsilon_high')
     # typed in vain: the user believes that there is a critic; a default that is spelled out does no harm
@@ -390,6 +403,7 @@ from data.environments import Environment
 from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
 from nanoforge import pages, plan, plots
+from nanoforge.distill import given_answers, imitate, reverse_kl
 from nanoforge.episodes import play_episodes
 from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
@@ -696,7 +710,9 @@ def as_number(reward):
 
 def rewards_differ(cfg, rollout):
     """Whether a rollout says what is better: within a group, or to a critic anywhere."""
-    compared = len(rollout.reward) if cfg.algorithm == 'ppo' else cfg.num_generations
+    if cfg.algorithm == 'distill':                      # learns from no reward
+        return True
+    compared = cfg.num_generations if compares_groups(cfg) else len(rollout.reward)
     return bool(has_signal(rollout.reward, compared).any())
 
 
@@ -750,7 +766,8 @@ def reward_completions(cfg, scorer, reward_model, completions):
         columns['env'] = [c.rewards['env'] for c in completions]
     lengths = [c.length for c in completions]
     for c, scores in zip(completions, scorer([c.text for c in completions], records, lengths, columns)):
-        c.rewards, c.reward = scores, scorer.total(scores)
+        failed = scorer.environment and c.rewards['env'] is None
+        c.rewards, c.reward = scores, None if failed else scorer.total(scores)
 
 
 # ---- micro-batches -----------------------------------------------------------------------------------------
@@ -783,7 +800,7 @@ def make_micro_batches(cfg, rollout, sizes, run):
     """
     has_critic = cfg.algorithm == 'ppo'
     learns = rollout.valid
-    if not (cfg.beta or has_critic or cfg.entropy_coef):
+    if compares_groups(cfg) and not (cfg.beta or cfg.entropy_coef):
         learns = learns & (rollout.advantage != 0)
     steps = [[] for _ in range(sizes.steps_per_rollout)]
     # by rows, so that a step has the same completions however many ranks there are, and each rank its own
@@ -853,6 +870,14 @@ def measure_kl(steps, N, run):
     return kl
 
 
+def advantages_by_teacher(rollout, steps):
+    """Fills in the advantages of every token: how much likelier the teacher finds it than the policy did."""
+    rollout.advantage = torch.zeros(len(rollout.reward))
+    for mb in chain.from_iterable(steps):
+        mb.advantages = torch.where(mb.mask, -kl_estimate(mb.start_logp, mb.ref_logp, 'k1'), 0.0)
+        rollout.advantage[mb.rows] = (mb.advantages.sum(1) / mb.mask.sum(1)).float().cpu()
+
+
 def advantages_by_critic(cfg, rollout, steps, beta, run):
     """Fills in advantages and returns of every token by gae, with the reward at the last one, with
     kl='reward' beta times k1 off each, and what the critic expects behind a completion that was cut off.
@@ -918,21 +943,25 @@ def describe_rollout(cfg, rollout, scorer, beta, run):
         cut_off = 'those cut off count as none (mask_truncated)' if cfg.mask_truncated else ''
         reasons = filter(None, (cut_off, scorer.explain_missing(rollout.rewards)))
         raise UserError(f'no completion of this rollout has a score: {"; ".join(reasons)}')
-    metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else 0.0}
+    metrics = {}
+    if scorer.names:                            # distill may learn without
+        metrics = {'reward': rewards.mean(), 'reward_std': rewards.std() if len(rewards) > 1 else 0.0}
     if len(scorer.names) > 1:
         called = short_names(scorer.names)
         for name, column in rollout.rewards.items():
             metrics[f'rewards/{called[name]}/mean'] = column.nanmean()
     if answer_reward(scorer):
         metrics['success_rate'] = rollout.rewards[answer_reward(scorer)].nanmean()
-    if cfg.algorithm != 'ppo':                  # its critic compares no groups
+    if compares_groups(cfg):
         differ = has_signal(rollout.reward, cfg.num_generations)
         metrics['frac_reward_zero_std'] = 1 - differ.double().mean()
     metrics.update({'completions/mean_length': rollout.length.mean(),
                     'completions/clipped_ratio': 1 - rollout.stopped.double().mean(),
                     'entropy': -rollout.logp.sum() / tokens})       # estimated from the tokens drawn
     if rollout.kl:
-        metrics.update(kl=rollout.kl['k3'].sum() / tokens, beta=beta)
+        metrics['kl'] = rollout.kl['k3'].sum() / tokens
+        if beta:
+            metrics['beta'] = beta
     if len(rewards) < len(rollout.reward):
         metrics['unscored'] = len(rollout.reward) - len(rewards)
         if note := scorer.note_missing(rollout.rewards):
@@ -942,9 +971,10 @@ def describe_rollout(cfg, rollout, scorer, beta, run):
     return {key: float(value) for key, value in metrics.items()}
 
 
-def evaluate(cfg, policy, tokenizer, reward_model, problems, scorer, run):
+def evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, run):
     """{eval_accuracy (of exact or task), eval_reward} of the likeliest answers to held-out problems, and the
-    same `_sampled` at the training temperature; samples depend on neither step nor ranks."""
+    same `_sampled` at the training temperature, with a teacher also eval_kl, of the samples; what is drawn
+    depends on neither step nor ranks."""
     metrics, right = {}, answer_reward(scorer)
     numbered = list(enumerate(problems.held_out))[run.rank::run.world_size]
     # the likeliest answer is what users get; samples say how sure the policy is, and foresee the reward
@@ -955,10 +985,13 @@ def evaluate(cfg, policy, tokenizer, reward_model, problems, scorer, run):
         # an answer that could not be scored is left out, not wrong
         scores = [(c.reward, c.rewards.get(right)) for c in completions if c.reward is not None]
         scores = run.gather(scores)
-        if scores:
+        if scores and scorer.names:
             metrics[f'eval_reward{name}'] = sum(reward for reward, _ in scores) / len(scores)
         if scores and right:
             metrics[f'eval_accuracy{name}'] = sum(correct for _, correct in scores) / len(scores)
+    if cfg.algorithm == 'distill':
+        kl, tokens = zip(*run.gather([reverse_kl(cfg, reference, completions, run)]))
+        metrics['eval_kl'] = sum(kl) / max(sum(tokens), 1)
     return metrics
 
 
@@ -969,20 +1002,32 @@ def show(cfg, log, run):
         plots.reward_picture(log.path, os.path.join(cfg.output_dir, 'reward.png'), name)
         if os.path.exists(rollouts_path(cfg)):
             pages.rollouts_page(rollouts_path(cfg), os.path.join(cfg.output_dir, 'rollouts.html'), name,
-                                has_critic=cfg.algorithm == 'ppo')
+                                JUDGES.get(cfg.algorithm, ''))
 
 
 # ---- models ------------------------------------------------------------------------------------------------
 
-def load_reference(cfg, policy, run):
-    """reference() is a context that gives the reference model; None without a KL term. Adapters switched off
-    are the reference only where training began without one."""
-    if not cfg.beta:
+def load_reference(cfg, policy, tokenizer, run):
+    """reference() is a context that gives the reference model, with distill the teacher; None without a KL
+    term. Adapters switched off are the reference only where training began without one."""
+    if cfg.teacher_model_name:
+        frozen, theirs = load_policy(cfg, run, cfg.teacher_model_name, trainable=False)
+        same_tokens(cfg, 'teacher_model_name', theirs, tokenizer)
+    elif not cfg.beta:
         return None
-    if cfg.use_lora and not is_adapter(cfg.base_model_name):        # no second copy of the weights
+    elif cfg.use_lora and not is_adapter(cfg.base_model_name):      # no second copy of the weights
         return functools.partial(adapters_off, policy)
-    frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
+    else:
+        frozen, _ = load_policy(cfg, run, cfg.base_model_name, trainable=False)
     return functools.partial(contextlib.nullcontext, run.prepare(frozen))
+
+
+def same_tokens(cfg, name, theirs, tokenizer):
+    """UserError: sampled tokens are never made from text again, so what reads them needs the same
+    vocabulary."""
+    if theirs.sha256 != tokenizer.sha256:
+        raise UserError(f'{name}={getattr(cfg, name)} has another tokenizer than {cfg.base_model_name}: it '
+                        'could not read its tokens')
 
 
 def load_critic(cfg, policy, tokenizer, run):
@@ -997,10 +1042,7 @@ def load_critic(cfg, policy, tokenizer, run):
 def load_value_model(cfg, name, tokenizer, run):
     """A critic or a reward model to train, which must read the policy's tokens: a new head on a backbone."""
     backbone, theirs = load_policy(cfg, run, name)
-    if theirs.sha256 != tokenizer.sha256:
-        # sampled tokens are never made from text again, so a critic must have the same vocabulary
-        raise UserError(f'value_model_name={name} has another tokenizer than {cfg.base_model_name}: it could '
-                        'not read its tokens')
+    same_tokens(cfg, 'value_model_name', theirs, tokenizer)
     model = ValueModel(backbone.eval())     # no dropout in a critic: noise in values is noise in advantages
     run.prepare(model.backbone)
     return model
@@ -1067,11 +1109,13 @@ class State(RunState):
     cursor: int = 0             # problems that were drawn
     beta: float = 0.0           # the KL's weight, which kl_target adapts
     rewards_differed: bool | None = None        # in any rollout so far; None: not known, as there was none
-    best: float | None = None   # highest eval_accuracy; or eval_reward, where no answer is right or wrong
+    best: float | None = None   # highest eval_accuracy; or eval_reward, where no answer is right or wrong;
+                                # or -eval_kl, where a teacher alone says what is good
 
     def note_eval(self, metrics):
         """Whether an evaluation is the best so far; that of the start, and one of nothing, never is."""
-        mark = metrics.get('eval_accuracy', metrics.get('eval_reward'))
+        nearness = -metrics['eval_kl'] if 'eval_kl' in metrics else None
+        mark = metrics.get('eval_accuracy', metrics.get('eval_reward', nearness))
         best = self.step > 0 and mark is not None and (self.best is None or mark > self.best)
         self.best = mark if best else self.best
         return best
@@ -1119,6 +1163,8 @@ def resolve_defaults(cfg, run):
     # the reward that the data can give: a model's opinion, the task's own verdict, or the form of the answer
     if cfg.env:
         rewards = ['env']
+    elif cfg.algorithm == 'distill' and not embedded:
+        rewards = []                                    # the teacher alone teaches; what is named is measured
     elif uses_pairs(cfg) or cfg.reward_model_path:
         rewards = ['model']
     else:
@@ -1129,10 +1175,11 @@ def resolve_defaults(cfg, run):
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
     fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(
-        cfg, num_generations=4 if ppo else 8, steps_per_generation=steps * cfg.gradient_accumulation_steps,
+        cfg, num_generations=8 if compares_groups(cfg) else 4,
+        steps_per_generation=steps * cfg.gradient_accumulation_steps,
         max_completion_length=48 if embedded and not cfg.env else cfg.max_length - cfg.max_prompt_length,
-        rewards=rewards,
-        beta=0.05 if ppo else 0.0, kl='reward' if cfg.algorithm in ('ppo', 'rloo', 'reinforce++') else 'k3',
+        rewards=rewards, beta=0.05 if ppo else 0.0,
+        kl='reward' if cfg.algorithm in ('ppo', 'rloo', 'reinforce++') else 'k3',
         dynamic_sampling=cfg.algorithm == 'dapo')]
     if embedded and cfg.max_steps < 0 and not cfg.typed & {'max_steps', 'num_train_epochs'}:
         cfg.max_steps = 60
@@ -1217,11 +1264,13 @@ def print_summary(cfg, policy, critic, tokenizer, problems, sizes, run):
     if critic:
         model += f'; critic {cfg.value_model_name}' if critic.owns_backbone else '; critic on its backbone'
         advantages = 'gae'
+    if cfg.teacher_model_name:
+        advantages, kl = f'teacher {cfg.teacher_model_name}', f'forward KL {cfg.forward_kl:g}'
     if cfg.beta:
         place = 'k1 in the reward' if cfg.kl == 'reward' else f'{cfg.kl} in the loss'
         kl = f'beta {cfg.beta:g} ({place})'
     run.print0(f'data      {names}: {len(problems.train):,} problems, {len(problems.held_out):,} held out; '
-               f'rewards {" + ".join(cfg.rewards)}')
+               f'rewards {" + ".join(cfg.rewards) or "none"}')
     run.print0(f'prompt    {describe_prompt(problems.train[0], tokenizer, cfg.system_prompt)}')
     run.print0(f'model     {model}')
     run.print0(f'algorithm {cfg.algorithm}: {c["ratio"]} ratio, {c["surrogate"]} '
@@ -1261,7 +1310,7 @@ def explain_replay(cfg, completions, log):
     # tokens, not texts: two ways to cut a text into tokens would be two different things to learn
     same = sum(c.completion_ids == written.get((c.group, c.sample)) for c in completions)
     for members in cut(completions, cfg.num_generations):
-        print(pages.explain_group(members, has_critic=cfg.algorithm == 'ppo'))
+        print(pages.explain_group(members, JUDGES.get(cfg.algorithm, '')))
     print(f'{same} of {len(completions)} completions are those of {path}, token by token')
     return {'same': same, 'completions': len(completions)}
 

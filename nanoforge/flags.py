@@ -22,7 +22,7 @@ WANDB = ('wandb_enabled=true', 'report_to=wandb', 'report_to=all')      # what t
 LORA, FOUR_BITS, PLAN = ('use_lora=true',), ('load_in_4bit=true',), ('plan=true',)
 COLUMNS = ('prompt_column', 'answer_column', 'chosen_column', 'rejected_column')
 # what does not go together with --shard yet: these values of a setting; (): all that switch it on
-UNSHARDED = {'optimizer': ('adafactor',), 'compile': ()}
+UNSHARDED = {'optimizer': ('adafactor',), 'compile': (), 'forward_kl': ()}
 # and what does not with --tensor_parallel
 UNPARALLEL = {**UNSHARDED, 'load_in_8bit': (), 'load_in_4bit': (), 'use_dora': ()}
 # with --sampler_url: servers hold other weights than 4 or 8 bits of ours, and adapters without biases;
@@ -295,7 +295,32 @@ class DataFlags(Flags):
 
 
 @configclass
-class RewardFlags(Flags):
+class EnvironmentFlags(Flags):
+    """What answers the turns of a policy (data/environments.py); without, a completion is one turn."""
+    # environment
+    env: str | None = None  # path.py:Env, a class of yours with reset(problem) -> messages and step(text) ->
+        # (messages, reward, done); its rewards, summed over the turns, are the reward `env`
+    max_turns: int = setting(8, min=1)  # that a policy has in an episode; what is said in all of them, and to
+        # it, counts towards max_completion_length
+    env_timeout: float = setting(10.0, above=0)  # seconds that a reset or step may take
+
+    def check(self):
+        super().check()
+        for name in ('max_turns', 'env_timeout'):
+            if name in self.flags and not self.env:
+                raise UserError(f'{name} is about an environment, which is not given: --env=path.py:Env')
+        if self.env and self.tensor_parallel > 1:
+            raise UserError('env does not go together with tensor_parallel yet: processes that hold a model '
+                            'together would hear different answers')
+        if self.env and self.forward_kl:
+            raise UserError('forward_kl learns answers that are given, and an environment has none: leave it '
+                            'at 0')
+        if self.env and self.system_prompt is None:
+            self.system_prompt = ''                 # reset writes the prompt
+
+
+@configclass
+class RewardFlags(EnvironmentFlags):
     """What scores the samples of reinforcement learning."""
     # rewards
     rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
@@ -310,25 +335,26 @@ class RewardFlags(Flags):
 
 
 @configclass
-class EnvironmentFlags(Flags):
-    """What answers the turns of a policy (data/environments.py); without, a completion is one turn."""
-    # environment
-    env: str | None = None  # path.py:Env, a class of yours with reset(problem) -> messages and step(text) ->
-        # (messages, reward, done); its rewards, summed over the turns, are the reward `env`
-    max_turns: int = setting(8, min=1)  # that a policy has in an episode; what is
-        # said in all of them, and to it, counts towards max_completion_length
-    env_timeout: float = setting(10.0, above=0)  # seconds that a reset or step may take
-
-    def check(self):
-        super().check()
-        for name in ('max_turns', 'env_timeout'):
-            if name in self.flags and not self.env:
-                raise UserError(f'{name} is about an environment, which is not given: --env=path.py:Env')
-        if self.env and self.tensor_parallel > 1:
-            raise UserError('env does not go together with tensor_parallel yet: processes that hold a model '
-                            'together would hear different answers')
-        if self.env and self.system_prompt is None:
-            self.system_prompt = ''                 # reset writes the prompt
+class JudgeFlags(Flags):
+    """Models that say what samples, or their tokens, are worth: a critic, a teacher, a reward model."""
+    # judges
+    value_model_name: str | None = setting(None, path='model.value_model_name')  # ppo: what the critic, and a
+        # reward model that is trained here, begin as
+    reward_model_path: str | None = setting(None, path='model.reward_model_path')  # a sequence classifier
+        # with one label: the reward `model`
+    teacher_model_name: str | None = setting(None, path='model.teacher_model_name',
+                                             needs=('algorithm=distill',))  # distill: what it learns
+        # from, a model with the same tokenizer
+    forward_kl: float = setting(0.0, min=0, max=1, needs=('algorithm=distill',))  # distill: share of the loss
+        # that is KL(teacher || policy) on the data's answers
+    # ppo
+    gamma: float = setting(1.0, min=0, max=1)  # discount per token
+    lam: float = setting(0.95, min=0, max=1)  # of generalised advantage estimation
+    cliprange: float = setting(0.2, above=0)  # clip range of ppo's ratio, both ways
+    cliprange_value: float = setting(0.2, min=0)  # how far a value may move in a rollout's updates; 0 = any
+    vf_coef: float = setting(0.1, min=0)  # weight of the value loss
+    value_learning_rate: float | None = setting(None, above=0, needs=('algorithm=ppo',))  # as the reward's
+    share_critic: bool = False  # the critic is a head on the policy's own backbone
 
 
 @configclass

@@ -107,9 +107,9 @@ GROUPS_SHOWN = 12           # of each step
 TEXT_SHOWN = 2000           # characters of a completion
 
 
-def rollouts_page(jsonl_path, html_path, title, has_critic=False):
+def rollouts_page(jsonl_path, html_path, title, judge=''):
     """rollouts.jsonl as a page: of a long run some steps are shown, of a step some groups: the completions of
-    a prompt. With a critic they are not compared with each other."""
+    a prompt. judge: 'critic' or 'teacher', where they are not compared with each other."""
     by_step = {}
     for completion in read_completions(jsonl_path):
         by_step.setdefault(completion.step, []).append(completion)
@@ -120,16 +120,16 @@ def rollouts_page(jsonl_path, html_path, title, has_critic=False):
     shown = sorted({steps[round(i * spacing)] for i in range(STEPS_SHOWN)})
     note = (f'{len(shown)} of {len(steps)} rollouts, up to {GROUPS_SHOWN} prompts of each; '
             f'all are in {Path(jsonl_path).name}.')
-    if has_critic:
-        note += " An advantage is the mean over a completion's tokens, each by the critic."
-    grey = 'unscored' if has_critic else 'nothing to learn (equal rewards, or unscored)'
+    if judge:
+        note += f" An advantage is the mean over a completion's tokens, each by the {judge}."
+    grey = 'unscored' if judge else 'nothing to learn (equal rewards, or unscored)'
     key = ''.join(cell(advantage, 1) + meaning for advantage, meaning in
                   ((1, 'made likelier'), (-1, 'made less likely'), (0, grey)))
     prompt = by_step[shown[0]][0].prompt
     asked = f'<p>The first prompt, as the model read it:</p><div class=question>{escape(prompt)}</div>'
     folder, log = Path(html_path).parent, Path(html_path).with_name('log.jsonl')
     series, header = read_log(log) if log.exists() else ({}, {})
-    parts = [html_step(step, by_step[step], step == shown[-1], has_critic) for step in shown]
+    parts = [html_step(step, by_step[step], step == shown[-1], judge) for step in shown]
     body = '\n'.join([html_facts(folder, header),
                       svg.curves(series, {'reward': BLUE, 'eval_accuracy': ORANGE}),
                       svg.curves(series, {'completions/mean_length': PURPLE}),
@@ -151,24 +151,24 @@ def cell(advantage, strongest):
     return f'<i style="background:{shade(advantage, strongest)}"></i>'
 
 
-def html_step(step, completions, is_open, has_critic):
+def html_step(step, completions, is_open, judge):
     groups = {}
     for completion in completions:
         groups.setdefault((completion.group, completion.agent, completion.turn), []).append(completion)
     rewards = rewards_of(completions)
     mean_reward = sum(rewards) / len(rewards) if rewards else float('nan')
     mean_length = sum(completion.length for completion in completions) / len(completions)
-    facts = f'step {step}: reward {mean_reward:.3f}, {len(groups)} {"prompts" if has_critic else "groups"}'
-    if not has_critic and (equal := sum(map(has_equal_rewards, groups.values()))):
+    facts = f'step {step}: reward {mean_reward:.3f}, {len(groups)} {"prompts" if judge else "groups"}'
+    if not judge and (equal := sum(map(has_equal_rewards, groups.values()))):
         facts += f' ({equal} with equal rewards)'
     facts += f', {mean_length:.0f} tokens a completion'
     strongest = max(abs(completion.advantage) for completion in completions)
 
     def place(key):         # those that teach something first; then by group and turn, agents as they came
-        return not has_critic and has_equal_rewards(groups[key]), *key[::2]
+        return not judge and has_equal_rewards(groups[key]), *key[::2]
 
     in_order = sorted(groups, key=place)
-    parts = '\n'.join(html_group(key, groups[key], strongest, has_critic) for key in in_order[:GROUPS_SHOWN])
+    parts = '\n'.join(html_group(key, groups[key], strongest, judge) for key in in_order[:GROUPS_SHOWN])
     opened = ' open' if is_open else ''
     return f'<details class=step{opened}>{element("summary", facts)}\n{parts}</details>'
 
@@ -182,12 +182,12 @@ def rewards_of(completions):
     return [completion.reward for completion in completions if completion.reward is not None]
 
 
-def html_group(key, members, strongest, has_critic):
+def html_group(key, members, strongest, judge):
     """The completions of one prompt; in the summary a cell for each."""
     group, agent, turn = key
     members = sorted(members, key=lambda member: member.sample)
     problem = members[0].problem
-    name = f'prompt {group}' if has_critic else f'group {group}'
+    name = f'prompt {group}' if judge else f'group {group}'
     if agent:
         name += f', {agent}, turn {turn}'
     question = str(problem.get('question', ''))
@@ -227,20 +227,21 @@ def score(reward, missing):
     return missing if reward is None else f'{reward:g}'
 
 
-def explain_group(members, has_critic=False):
+def explain_group(members, judge=''):
     """The completions of one prompt in words: the question, each with its reward and advantage, and what the
-    update made of them, compared with each other or, has_critic, with what a critic expected."""
+    update made of them, compared with each other or with what a critic or a teacher made of each token."""
     rewards, problem = rewards_of(members), members[0].problem
     question, answer = problem.get('question', ''), problem.get('answer')
-    lines = [f'--- {"prompt" if has_critic else "group"} {members[0].group}: {question!r}, answer {answer!r}']
+    lines = [f'--- {"prompt" if judge else "group"} {members[0].group}: {question!r}, answer {answer!r}']
     for member in members:
         reward = 'unscored' if member.reward is None else member.reward
         cut = '' if member.stopped else '(cut off) '
         lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{member.text!r}')
     likelier = sum(member.advantage > 0 for member in members)
-    if has_critic:
-        verdict = (f'{likelier} of {len(members)} completions are made likelier: their tokens were better '
-                   'than the critic expected, in the mean')
+    if judge:
+        better = 'likelier to the teacher' if judge == 'teacher' else 'better than the critic expected'
+        verdict = (f'{likelier} of {len(members)} completions are made likelier: their tokens were {better}, '
+                   'in the mean')
     elif len(rewards) < 2:
         verdict = (f'nothing to learn: {len(rewards)} of {len(members)} completions have a score, '
                    'and one is compared with others')

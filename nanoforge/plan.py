@@ -446,11 +446,11 @@ def dpo_flops(policy, pairs, kind):
 
 def rollout_flops(cfg, policy, lengths):
     """Operations of train_rl.py for each token that was sampled; lengths: [(prompt, completion)]. A prompt is
-    computed once for its group; a critic is taken to be of the policy's size."""
+    computed once for its group; a critic and a teacher are taken to be of the policy's size."""
     prompt, completion = np.mean(lengths or [(0, 1)], 0)
     ppo = cfg.algorithm == 'ppo'
     return sampled_flops(policy, prompt, completion, cfg.num_generations, cfg.num_iterations * (1 + ppo),
-                         1 + bool(cfg.beta) + ppo)
+                         1 + bool(cfg.beta or cfg.teacher_model_name) + ppo)
 
 
 def team_flops(cfg, model, groups):
@@ -570,7 +570,9 @@ def rl(cfg, policy, problems, sizes, run):
     def build(cfg, hw, policy):
         estimate = Estimate()
         hold(estimate, cfg, hw, policy, optimizer=cfg.optimizer)
-        if cfg.beta and not off_is_reference(cfg):
+        if cfg.teacher_model_name:
+            hold(estimate, cfg, hw, frozen(cfg, cfg.teacher_model_name), 'teacher')
+        elif cfg.beta and not off_is_reference(cfg):
             hold(estimate, cfg, hw, frozen(cfg, cfg.base_model_name), 'reference')
         critic = None
         if ppo and not cfg.share_critic:
@@ -601,6 +603,10 @@ def rl(cfg, policy, problems, sizes, run):
     forward = forward_flops(policy, prompt + T, share)
     work.more = tokens / cfg.num_iterations * forward * (1 + bool(cfg.beta))
     work.words = 'sampling' + (' and the reference' if cfg.beta else '')
+    if cfg.teacher_model_name:
+        of_teacher = forward_flops(frozen(cfg, cfg.teacher_model_name), prompt + T, share)
+        work.more += tokens / cfg.num_iterations * of_teacher
+        work.words += ' and the teacher'
     if ppo:
         work.more, work.words = work.more + 4 * tokens * forward, f'{work.words} and the critic'
     return report(cfg, run, build, policy, work, cfg.base_model_name)

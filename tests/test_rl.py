@@ -116,7 +116,7 @@ def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
 
 
 def test_every_other_preset_runs():
-    for name in sorted(train_rl.PRESETS.keys() - {'grpo', 'gspo', 'ppo'}):
+    for name in sorted(train_rl.PRESETS.keys() - {'grpo', 'gspo', 'ppo', 'distill'}):       # distill: tests/test_distill.py
         once = dict(steps_per_generation=1) if train_rl.PRESETS[name]['surrogate'] == 'reinforce' else {}
         main(config(name, **{**TINY, 'algorithm': name, 'max_steps': 1, 'eval_steps': 0, 'eval_problems': 2, 'beta': 0.02, **once}))
         assert all(math.isfinite(line['loss']) and line['kl'] == pytest.approx(0, abs=1e-6) for line in lines(name) if 'loss' in line)

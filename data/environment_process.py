@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import json
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +24,7 @@ FORMS = {'reset': 'a list of messages', 'step': '(messages, reward, done)'}
 
 def main(path, name, timeout):
     requests, answer = connect()
+    path = os.path.abspath(path)
     cls = find(path, name, answer)
     if cls is None:
         return None

@@ -20,6 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def main(path, name):
     requests, answer = connect()
+    path = os.path.abspath(path)
     function = find(path, name, answer)
     if function is None:
         return None
@@ -48,7 +49,6 @@ def connect():
 
 def find(path, name, answer):
     """What a file calls `name`; None, and an answer, where it does not load or has none."""
-    path = os.path.abspath(path)
     try:
         module = load(path)
     except BaseException as error:
@@ -121,7 +121,7 @@ def call(function, name, path, completions, records):
 
 def explain(error, path):
     """An exception in one line: the file and line where it came from, its name and message."""
-    file, line, message = path, None, str(error)
+    file, line, message = path, None, ' '.join(str(error).split())
     for frame in traceback.extract_tb(error.__traceback__):     # the last one in the file or beside it
         if os.path.dirname(frame.filename) == os.path.dirname(path):
             file, line = frame.filename, frame.lineno

@@ -30,7 +30,10 @@ def main(path, name, timeout):
         return None
     if wrong := wrong_class(cls, name):
         return answer(error=wrong)
-    answer(tools=getattr(cls, 'tools', None))
+    try:
+        answer(tools=getattr(cls, 'tools', None))
+    except (TypeError, ValueError) as error:
+        return answer(error=f'{name}.tools are no JSON: {error}')
     loop, episodes = asyncio.new_event_loop(), {}
     loop.set_default_executor(ThreadPoolExecutor(SIDE_BY_SIDE))     # of asyncio.to_thread
 

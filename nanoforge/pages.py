@@ -236,7 +236,8 @@ def explain_group(members, judge=''):
     for member in members:
         reward = 'unscored' if member.reward is None else member.reward
         cut = '' if member.stopped else '(cut off) '
-        lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{member.text!r}')
+        said = ' '.join(repr(text) for text, *_ in member.parts) or repr(member.text)
+        lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{said}')
     likelier = sum(member.advantage > 0 for member in members)
     if judge:
         better = 'likelier to the teacher' if judge == 'teacher' else 'better than the critic expected'

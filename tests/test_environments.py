@@ -140,7 +140,7 @@ FORM = 'write class Env with reset(self, problem) -> messages and step(self, tex
     ('class Env:\n    def reset(self, problem):\n        pass\n    def step(self, action, info):\n        pass\n', 'Env.step(self, action, info) does not'),
     ('import nothing_like_it\n', 'mine.py line 1: ModuleNotFoundError'),
     ('class Env:\n    tools = [{1}]\n    def reset(self, problem):\n        pass\n    step = reset\n', 'Env.tools are no JSON'),
-    ('class Env:\n    tools = [{"a": 1}]' + RESET[11:] + '[{"role": "user", "content": "q"}]', 'tools[0]: expected'),
+    ('class Env:\n    tools = [{"a": 1}]' + RESET[10:] + '[{"role": "user", "content": "q"}]', 'tools[0]: expected'),
     (RESET + '"a prompt"', "Env.reset must return a list of messages: messages must be a list, not a prompt"),
     (RESET + '[]', 'Env.reset must return a list of messages: there are none'),
     (RESET + '[{"role": "world", "content": "q"}]', 'with a role of system, developer, user, assistant, tool'),

@@ -1,4 +1,5 @@
 """--plan against the real thing: what autograd keeps, what torch counts, what processes take."""
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from configurator import parse
 from conftest import ROOT
 from data.batches import PackedBatch, pack, pack_documents
 from data.prepare import prepare_files
@@ -18,6 +20,9 @@ from data.tokenizer import load_tokenizer
 from model import FAMILIES, GPT, GPTConfig, add_lora, save_model
 from nanoforge import plan
 from nanoforge.optim import OPTIMIZERS, make_optimizer
+
+sys.path.insert(0, os.path.join(ROOT, 'scripts'))
+from document_recipes import MARK, RECIPES
 
 CPU = torch.device('cpu')
 SIZES = dict(vocab_size=97, block_size=2048, n_layer=6, n_head=4, n_embd=64, n_inner=160)
@@ -217,3 +222,37 @@ def test_servers_that_sample_are_not_planned_for(folder, tmp_path):
     flags = [*of_script('rl', folder), f'--output_dir={tmp_path}/out']
     text = plan_of(tmp_path, 'rl', *flags, '--sampler_url=http://127.0.0.1:9')
     assert not re.search('phases:.*generation', text) and 'load_in_4bit' not in text
+
+
+# ---- recipes
+
+ROWS = {'sft': {'messages': [{'role': 'user', 'content': 'a b'}, {'role': 'assistant', 'content': 'c d'}]},
+        'dpo': {'prompt': 'a b', 'chosen': 'c d', 'rejected': 'd'}, 'rl': {'question': 'a b', 'answer': '3'}}
+SCRIPT = {'sft': 'sft', 'dpo': 'dpo', 'agents': 'agents'}
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: f'{path.parent.name}/{path.name}')
+def test_every_recipe_can_be_planned(path, tmp_path, monkeypatch, capsys):
+    """Its settings with the embedded model and rows of one's own, from flags to sizes: all but the run itself."""
+    monkeypatch.chdir(tmp_path)
+    kind = 'gpt' if path.suffix == '.py' else SCRIPT.get(path.parent.name, 'rl')
+    flags = [str(path), '--plan', '--device=cpu', '--gpu-tflops=1', '--gpu-memory=80']
+    if kind == 'gpt':
+        book = tmp_path / 'book.txt'
+        book.write_text('To be, or not to be. ' * 3000)
+        prepare_files(tmp_path / 'mine', [str(book)], 'char', 'a test')
+        flags += [f'--dataset={tmp_path / "mine"}', *(['--init_from=scratch'] if 'finetune' in path.name else [])]
+    elif kind == 'agents':
+        flags += ['base_models.policy_0.path=tiny']
+    else:
+        rows = [json.dumps({**ROWS[kind], 'prompt_id': i}).replace('a b', f'a {i}') for i in range(80)]
+        (tmp_path / 'rows.jsonl').write_text('\n'.join(rows))
+        flags += ['--base_model_name=tiny', '--dataset_path=rows.jsonl', '--load_in_4bit=false', '--load_in_8bit=false',
+                  '--max_prompt_length=128', *(['--max_completion_length=128'] if kind == 'rl' else [])]
+        if kind == 'rl' and 'value_model_name' in path.read_text(encoding='utf-8').partition(MARK)[0]:
+            flags += ['--value_model_name=tiny']
+    script = importlib.import_module(f'train_{kind}')
+    monkeypatch.setattr(sys, 'argv', [f'train_{kind}.py'])
+    script.main(parse(script.Config, flags))
+    said = capsys.readouterr().out
+    assert 'operations' in said and 'peak' in said

@@ -43,12 +43,8 @@ class Environment(Server):
     def begin(self, problems):
         """New episodes 0, 1, ... of these problems, in place of those before -> a list of answers."""
         self.played, self.begins = {episode: [] for episode in range(len(problems))}, True
-        answers = self.make(dict(enumerate(problems)))
+        answers = self.step(dict(enumerate(problems)))
         return [answers[episode] for episode in range(len(problems))]
-
-    def step(self, texts):
-        """{episode: what the policy said} -> {episode: answer}."""
-        return self.make(texts)
 
     def encoded(self, encode, *arguments):
         """encode(*arguments), of which a UserError says whose messages it is about."""
@@ -65,8 +61,8 @@ class Environment(Server):
                             f'{self.last_error}')
         return [answer and self.encoded(prompt_ids, tokenizer, answer[0], self.tools) for answer in answers]
 
-    def make(self, moves):
-        """{episode: move} -> {episode: answer}, by as many processes as it takes."""
+    def step(self, moves):
+        """{episode: what the policy said} -> {episode: answer}, by as many processes as it takes."""
         answers, left, hangs = {}, dict(moves), 0
         while left:
             if self.process is None:

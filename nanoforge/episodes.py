@@ -24,17 +24,18 @@ def play_episodes(cfg, environment, policy, tokenizer, draw, numbered, step, see
             break
         room = {key: min(cfg.max_completion_length, policy.config.block_size - len(episodes[key].prompt_ids))
                 - len(episodes[key].completion_ids) for key in running}
-        keys, prompts, numbers, n = running, [], [], num_samples
         if turn == 0:                       # a prompt is computed once for its group
             firsts = sorted({key - episodes[key].sample for key in running})
-            keys = [first + sample for first in firsts for sample in range(n)]
+            keys = [first + sample for first in firsts for sample in range(num_samples)]
             prompts = [episodes[first].prompt_ids for first in firsts]
-            numbers = [episodes[first].group for first in firsts]
+            numbers, seed_of_turn = [episodes[first].group for first in firsts], seed
         else:
+            keys = running
             prompts = [episodes[key].prompt_ids + episodes[key].completion_ids for key in keys]
-            numbers, n = [episodes[key].group * n + episodes[key].sample for key in keys], 1
+            numbers = [episodes[key].group * num_samples + episodes[key].sample for key in keys]
+            seed_of_turn = seed_for(seed, 'turn', turn)
         samples = draw(policy, prompts, max(room.values()), temperature, stop_ids=tokenizer.stop_ids,
-                       seed=seed_for(seed, 'turn', turn) if turn else seed, num_samples=n, numbers=numbers)
+                       seed=seed_of_turn, num_samples=len(keys) // len(prompts), numbers=numbers)
         columns = (samples.tokens, samples.lengths, samples.logp)
         for key, tokens, length, logp in zip(keys, *(column.tolist() for column in columns)):
             if key in room:

@@ -23,12 +23,11 @@ from data.environments import Environment
 from data.tasks import arithmetic
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, find_model, load_model
-from nanoforge import pages
 from nanoforge.episodes import play_episodes
 from recipes.env import calculator
 from sample import generate
 from sampler_server import SamplerServer
-from test_sampler_client import RL, rollouts, same, small  # noqa: F401, a fixture
+from test_sampler_client import RL, rollouts, same
 from train_rl import MicroBatch, Rollout, policy_loss
 
 # two turns, then an end; it pays for an even number of characters in all, and says back what was said

@@ -1,6 +1,6 @@
 """Problems that may be worked out by programs: an environment for train_rl.py whose tool runs Python.
 
-    python train_rl.py --env=recipes/env/python_tool.py:Env --dataset_path=problems.jsonl --model=Qwen/Qwen3-0.6B
+    python train_rl.py --env=recipes/env/python_tool.py:Env --dataset_path=problems.jsonl --model=Qwen/Qwen3-4B
 
 A program runs in data/sandbox.py, without network and files, and what it prints is said back. What is said
 without a call is the answer: 1 where it is the row's, as the reward `exact` judges.
@@ -11,7 +11,7 @@ from data.answers import extract_answer, same_answer
 from data.chat import parse_tool_calls
 from data.sandbox import run_python, start
 
-SYSTEM = 'Programs that you run may help. Then write the answer, and nothing else, between <answer> and </answer>.'
+SYSTEM = 'Programs that you run may help. Write the answer, and nothing else, between <answer> and </answer>.'
 TOOL = {'name': 'python', 'description': 'Run a Python program and get what it prints.', 'parameters': {
     'type': 'object', 'properties': {'code': {'type': 'string'}}, 'required': ['code']}}
 SECONDS, CHARACTERS = 3.0, 1000         # of a program; of what it prints

@@ -4,7 +4,7 @@
 
     text.jsonl      {'text'}: facts, sentences, copies, sums worked out, ways through grids; no chats
     chats.jsonl     {'messages', 'metadata'}: questions, sums and turns of a team, answered by the noisy
-                    demonstrators of data/tasks, whose faults the later stages are to mend; small talk
+                    demonstrators of data/tasks, whose faults the later stages are to mend; copying, small talk
 
 Both hold training problems only, but for the rows of chats.jsonl that are marked 'eval'. The preference
 pairs, the sums to practise and the grids of the later stages are those of the scripts' own defaults.
@@ -30,7 +30,7 @@ GRID = {'map_size': 4, 'min_moves': 4, 'apart': True}       # as in recipes/trai
 MAX_TURNS = 3
 # shares of the texts and of the chats
 TEXTS = {'statement': 0.3, 'sentence': 0.05, 'copy': 0.1, 'sum': 0.2, 'way': 0.35}
-CHATS = {'facts': 0.3, 'sums': 0.2, 'team': 0.45, 'talk': 0.05}
+CHATS = {'facts': 0.25, 'sums': 0.2, 'team': 0.4, 'copy': 0.1, 'talk': 0.05}
 VAL_EVERY = 40              # one text of so many is held out
 EVAL_CHATS = 400
 MIN_DOCUMENTS = 1000
@@ -62,6 +62,8 @@ def chats(split, n, seed):
     if split == 'train':
         of_team = demonstrations(plan_path, plan_path.ROLES, MAX_TURNS, f'tour/{seed}', GRID)
         made += [messages for _, messages in itertools.islice(of_team, round(n * CHATS['team']))]
+        # requests whose first words decide how to answer, which the preferences then build on
+        made += [dialogue(*copy(draw)) for _ in range(round(n * CHATS['copy']))]
         made += [dialogue(*draw.choice(TALK).split(' | ')) for _ in range(round(n * CHATS['talk']))]
     draw.shuffle(made)
     return made

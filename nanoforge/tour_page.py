@@ -79,7 +79,7 @@ def tour_page(path, facts, stages, examples, count, chance):
     facts     what is said of the run, texts
     stages    those that have ended, [{'name', 'title', 'command', 'seconds', 'cpu_seconds', 'scores',
               'answers', 'log': path of log.jsonl, 'output': file of what it printed}]
-    examples  the prompts of the answers: [{'name', 'asked', 'wanted'}]
+    examples  the prompts of the answers: [{'name', 'asked', 'wanted', and for some 'view', a board}]
     count     problems behind a score
     chance    nats per token of a model that guesses
     """
@@ -117,7 +117,8 @@ def html_answers(stages, examples):
     for example in examples:
         asked = f'<b>{escape(example["name"])}:</b> {escape(example["asked"])}'
         wanted = f'<span class=facts>right: {escape(example["wanted"])}</span>'
-        rows.append(f'<tr><td colspan=3>{asked}<br>{wanted}</td></tr>')
+        drawn = html_view(example['view']) if 'view' in example else ''
+        rows.append(f'<tr><td colspan=3>{drawn}{asked}<br>{wanted}</td></tr>')
         before = None
         for stage in stages:
             answer = stage['answers'][example['name']]

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configurator import UserError, parse, run_script, setting
+from data.tokenizer import read_json
 
 
 @dataclass
@@ -32,6 +33,25 @@ class Config:
     out_dir: str = 'out/tour'       # all that the tour writes
     seed: int = setting(1337, min=0)        # of the data, new weights, data order and sampling
     quick: bool = False             # a few steps of each stage, which teach nothing: for tests of the tour
+
+    def check(self):
+        """UserError where out_dir holds another tour, or no tour."""
+        os.chdir(ROOT)
+        folder = Path(self.out_dir)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / 'tour.json').exists():
+            raise UserError(f'{folder} holds something else than a tour: name another folder with --out_dir')
+        saved, settings = self.saved()['settings'], self.settings()
+        if saved != settings:
+            raise UserError(f'{folder} holds a tour with {saved}, not {settings}: name another folder with '
+                            '--out_dir, or type the same settings')
+
+    def settings(self):
+        return {'seed': self.seed, 'quick': self.quick}
+
+    def saved(self):
+        """What tour.json says, or that nothing has been done."""
+        saved = read_json(os.path.join(self.out_dir, 'tour.json'))
+        return saved or {'settings': self.settings(), 'stages': {}}
 
 
 @dataclass
@@ -113,14 +133,12 @@ def stages(cfg):
 
 
 def main(cfg):
-    os.chdir(ROOT)
     tour = Tour(cfg, stages(cfg))
     for stage in tour.stages:
         if not tour.ended(stage):
             tour.run(stage)
-            if stage.folder:
-                tour.note(stage, **examine(cfg, stage.folder))
-            tour.note(stage, ended=True)
+            found = examine(cfg, stage.folder) if stage.folder else {}
+            tour.note(stage, **found, ended=True)
         if stage.folder:
             write_page(cfg, tour)       # the page so far
     tour.bar.close()
@@ -137,21 +155,11 @@ class Tour:
 
     def __init__(self, cfg, stages):
         self.cfg, self.stages, self.path = cfg, stages, Path(cfg.out_dir, 'tour.json')
-        settings = {'seed': cfg.seed, 'quick': cfg.quick}
-        saved = {'settings': settings, 'stages': {}}
-        if self.path.exists():
-            saved = json.loads(self.path.read_text(encoding='utf-8'))
-        elif Path(cfg.out_dir).is_dir() and any(Path(cfg.out_dir).iterdir()):
-            raise UserError(f'{cfg.out_dir} holds something else than a tour: name another folder with '
-                            '--out_dir')
-        if saved['settings'] != settings:
-            raise UserError(f'{cfg.out_dir} holds a tour with {saved["settings"]}, not {settings}: name '
-                            'another folder with --out_dir, or type the same settings')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f'cannot make {cfg.out_dir}: {error.strerror}') from None
-        self.settings, self.notes = settings, saved['stages']
+        self.notes = cfg.saved()['stages']
         self.child, self.signum = None, 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.stop)
@@ -167,7 +175,7 @@ class Tour:
 
     def note(self, stage, **facts):
         self.notes.setdefault(stage.name, {}).update(facts)
-        write_json(self.path, {'settings': self.settings, 'stages': self.notes})
+        write_json(self.path, {'settings': self.cfg.settings(), 'stages': self.notes})
 
     def run(self, stage):
         """Runs a stage's command; what it prints goes to a file. UserError where it fails."""
@@ -331,15 +339,14 @@ def write_page(cfg, tour):
         if stage.folder and tour.ended(stage):
             ended.append({**tour.notes[stage.name], 'name': stage.name, 'title': stage.title,
                           'log': stage.written / 'log.jsonl', 'output': f'{stage.name}.txt'})
-    asked = [{'name': example['name'], 'wanted': example['wanted'],
-              'asked': example['text'] if 'text' in example else example['chat'][-1]['content']}
+    asked = [{**example, 'asked': example['text'] if 'text' in example else example['chat'][-1]['content']}
              for example in examples()]
     meta = json.loads(Path(cfg.out_dir, 'data', 'meta.json').read_text(encoding='utf-8'))
     seconds = sum(facts['seconds'] for facts in tour.notes.values())
     parameters = tour.notes['1-pretrain']['parameters'] / 1e6
     of_run = [time.strftime('%d %B %Y'), f'{platform.machine()}, {os.cpu_count()} cores',
               f'seed {cfg.seed}', f'{parameters:.2f}M parameters', f'{meta["train_tokens"]:,} tokens of text',
-              f'{seconds / 60:.1f} minutes so far']
+              f'{seconds / 60:.1f} minutes of training']
     tour_page(Path(cfg.out_dir, 'report.html'), of_run, ended, asked, 8 if cfg.quick else HELD_OUT,
               math.log(meta['vocab_size']))
 

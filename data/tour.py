@@ -4,7 +4,7 @@
 
     text.jsonl      {'text'}: facts, sentences, copies, sums worked out, ways through grids; no chats
     chats.jsonl     {'messages', 'metadata'}: questions, sums and turns of a team, answered by the noisy
-                    demonstrators of data/tasks, whose faults the later stages are to mend; copying, small talk
+                    demonstrators of data/tasks, whose faults the later stages are to mend; copying and talk
 
 Both hold training problems only, but for the rows of chats.jsonl that are marked 'eval'. The preference
 pairs, the sums to practise and the grids of the later stages are those of the scripts' own defaults.

@@ -47,7 +47,7 @@ CURVES = {      # panels of a stage: {key of its log: name of the curve}
 MEASURES = {        # name in tour.json: heading of its column
     'text': 'held-out text, nats per token',
     'facts': 'facts known',
-    'form': 'facts in the form asked for',
+    'form': 'answers in the form asked for',
     'sums': 'sums right',
     'grids': 'grids solved by the team',
 }
@@ -61,8 +61,9 @@ INTRODUCTION = (
 MEANING = (
     'To each of {count} held-out problems of a kind one answer is drawn at temperature 1, with the same '
     'random numbers after every stage; by chance alone a share moves by about {noise} points. Facts: no '
-    'question about them occurs in training, only statements; the first column counts a fact in whatever '
-    'form, the second only in the one asked for. Sums: operands and wordings occur in no training text. '
+    'question about them occurs in training, only statements; they count in whatever form. Form: a word or a '
+    'sentence, by wordings that do not occur, whatever the fact; half of it is chance, as several words pass '
+    'for a sentence. Sums: operands and wordings occur in no training text. '
     'Grids: no goal with its walls does. Of the text lower is better: guessing would be {chance:.2f}. What a '
     'stage is for is in yellow; what it spoils besides is there to be seen.')
 REPLAY = '''<script>

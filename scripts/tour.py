@@ -259,7 +259,7 @@ def examine(cfg, folder):
     scores = {
         'text': text_loss(model, Path(cfg.out_dir, 'data')),
         'facts': sum(known) / count,
-        'form': sum(map(facts.reward, questions, told)) / count,
+        'form': sum(map(facts.in_form, [question['question'] for question in questions], told)) / count,
         'sums': sum(map(arithmetic.reward, sums, worked)) / count,
         'grids': play(plan_path.problems('eval', count, 'tour', **GRID), answer),
     }

@@ -30,7 +30,7 @@ GRID = {'map_size': 4, 'min_moves': 4, 'apart': True}       # as in recipes/trai
 MAX_TURNS = 3
 # shares of the texts and of the chats
 TEXTS = {'statement': 0.3, 'sentence': 0.05, 'copy': 0.1, 'sum': 0.2, 'way': 0.35}
-CHATS = {'facts': 0.25, 'sums': 0.2, 'team': 0.4, 'copy': 0.1, 'talk': 0.05}
+CHATS = {'facts': 0.35, 'sums': 0.2, 'team': 0.3, 'copy': 0.1, 'talk': 0.05}
 VAL_EVERY = 40              # one text of so many is held out
 EVAL_CHATS = 400
 MIN_DOCUMENTS = 1000
@@ -108,6 +108,6 @@ if __name__ == '__main__':
     parser = Parser(__doc__)
     parser.add_argument('directory', metavar='FOLDER', help='where it is written')
     parser.add_argument('--num_texts', type=int, default=60_000, help='to pretrain on (default 60000)')
-    parser.add_argument('--num_chats', type=int, default=30_000, help='to fine-tune on (default 30000)')
+    parser.add_argument('--num_chats', type=int, default=50_000, help='to fine-tune on (default 50000)')
     parser.add_argument('--seed', type=int, default=1337, help='of all that is drawn (default 1337)')
     run_script(main, parser.parse_args())

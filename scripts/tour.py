@@ -99,7 +99,7 @@ def stages(cfg):
 
     return [
         Stage('data', 'data and tokenizer', shlex.split(f'data/tour.py {out}/data --seed={cfg.seed}')
-              + (['--num_texts=2000', '--num_chats=1000'] if cfg.quick else []), 25),
+              + (['--num_texts=2000', '--num_chats=1000'] if cfg.quick else []), 30),
         stage('1-pretrain', 'pretraining', 180, f"""
             train_gpt.py --dataset={out}/data --out_dir={out}/1-pretrain
             --n_layer=4 --n_embd=128 --n_inner=384 --block_size={BLOCK} --batch_size=42
@@ -107,10 +107,10 @@ def stages(cfg):
             --lr_scheduler=linear --lr_decay_iters=300 --min_lr=0 --eval_interval=50 --eval_iters=5""", """
             --n_layer=1 --n_embd=32 --n_inner=32 --batch_size=4 --max_iters=4 --eval_interval=2
             --eval_iters=1 --log_interval=1 --sample_tokens=0 --no-tensorboard"""),
-        stage('2-sft', 'fine-tuning', 150, f"""
+        stage('2-sft', 'fine-tuning', 170, f"""
             train_sft.py --model={out}/1-pretrain --dataset_path={out}/data/chats.jsonl
             --output_dir={out}/2-sft --packing --max_length={BLOCK} --per_device_train_batch_size=42
-            --gradient_accumulation_steps=1 --max_steps=250 --optimizer=muon --learning_rate=3e-3
+            --gradient_accumulation_steps=1 --max_steps=300 --optimizer=muon --learning_rate=3e-3
             --lr_scheduler_type=linear --eval_on_start --eval_steps=50 --save_steps=50""", """
             --per_device_train_batch_size=2 --max_steps=40 --eval_steps=40 --logging_steps=1
             --sample_rows=0 --no-tensorboard"""),

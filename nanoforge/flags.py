@@ -343,9 +343,8 @@ class RewardFlags(EnvironmentFlags):
     def check(self):
         super().check()
         going_on = self.resume or self.replay is not None           # the rows of this run, which are cut back
-        if getattr(self, 'env', None) and (self.collect or getattr(self, 'forward_kl', 0)):
-            raise UserError('env: neither collect nor forward_kl knows transcripts of several turns: leave '
-                            'them out')
+        if self.env and self.collect:
+            raise UserError('collect writes single answers, and transcripts of env have several: leave it out')
         if self.collect and not self.collect.endswith('.jsonl'):
             raise UserError(f'collect={self.collect}: train_sft.py reads such rows from a name that ends in '
                             '.jsonl')

@@ -344,7 +344,7 @@ class RewardFlags(EnvironmentFlags):
         super().check()
         going_on = self.resume or self.replay is not None           # the rows of this run, which are cut back
         if self.env and self.collect:
-            raise UserError('collect writes single answers, and transcripts of env have several: leave it out')
+            raise UserError('collect writes single answers, and an env has several: leave one of them out')
         if self.collect and not self.collect.endswith('.jsonl'):
             raise UserError(f'collect={self.collect}: train_sft.py reads such rows from a name that ends in '
                             '.jsonl')

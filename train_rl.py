@@ -175,7 +175,10 @@ def main(cfg):
 
         # ---- 2. score: what the policy that sampled them, the reference and the critic say; no gradient
         with log.timed('score'), run.unsharded():
-            if compares_groups(cfg):                # a completion against the others of its prompt
+            if cfg.multi_objective_aggregation == 'normalize_then_sum':     # a reward at a time, then all
+                rollout.advantage = decoupled_advantages(rollout.rewards.values(), scorer.weights,
+                                                         rollout.group, rollout.valid, **group_args)
+            elif compares_groups(cfg):              # a completion against the others of its prompt
                 rollout.advantage = group_advantages(rollout.reward, rollout.group, valid=rollout.valid,
                                                      **group_args)
             batches = make_micro_batches(cfg, rollout, sizes, run)      # [this rank's] of each step
@@ -200,6 +203,8 @@ def main(cfg):
             return metrics
         if not is_replay and cfg.rollout_steps and state.rollouts % cfg.rollout_steps == 0:
             write_completions(rollout.records(), rollouts_path(cfg), run)
+        if not is_replay and cfg.collect:
+            collect_best(rollout, problems.task.prompt, cfg.collect, run)
         first_answer = first_answer or next(iter(rollout.completions), None)
         state.rewards_differed = state.rewards_differed or rewards_differ(cfg, rollout)
         state.rollouts += 1
@@ -336,6 +341,10 @@ def check_algorithm(cfg):
     if compares_groups(cfg) and cfg.num_generations == 1:
         raise UserError(f'num_generations=1: {cfg.algorithm} compares the completions of a prompt with one '
                         'another and needs 2 or more')
+    each = cfg.multi_objective_aggregation == 'normalize_then_sum'
+    if each and (not compares_groups(cfg) or c['scale'] == 'none' or cfg.kl == 'reward'):
+        raise UserError('multi_objective_aggregation=normalize_then_sum divides each reward by its deviation '
+                        'in groups: not with ppo, distill, scale=none (dr_grpo, rloo) or kl=reward')
     for name in ('scale', 'baseline'):
         if getattr(cfg, name) and not compares_groups(cfg):
             raise UserError(f'{name}={getattr(cfg, name)} is about groups; the advantages of {cfg.algorithm} '
@@ -398,7 +407,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import PackedBatch, cut, pack
-from data.completions import Completion, by_prompt, cut_rollouts, read_completions, write_completions
+from data.completions import (Completion, by_prompt, collect_best, cut_rollouts, read_completions,
+                              write_completions)
 from data.environments import Environment
 from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
@@ -459,6 +469,18 @@ def group_advantages(rewards, group, scale='group', baseline='mean', valid=None)
     elif scale == 'batch' and valid.sum() > 1:
         advantages = advantages / (rewards[valid].std() + 1e-4)
     return torch.where(differs, advantages, 0.0)
+
+
+def decoupled_advantages(rewards, weights, group, valid=None, **how):
+    """[rewards (B,)] by name, each with a weight, else as group_advantages -> advantages (B,) as in GDPO
+    (arXiv 2601.05242): those of each reward by itself, so that it counts as its weight says, however little
+    it spreads; their weighted sum; and that over its deviation in the batch + 1e-4."""
+    total = sum(weight * group_advantages(reward, group, valid=valid, **how)
+                for weight, reward in zip(weights, rewards))
+    count = len(total) if valid is None else int(valid.sum())
+    # its mean is 0, like that of every group
+    deviation = (total.square().sum() / max(count - 1, 1)).sqrt()
+    return total / (deviation + 1e-4)
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap=None):
@@ -1173,13 +1195,14 @@ def resolve_defaults(cfg, run):
         rewards = [*rewards, 'length']
     on_policy = composition(cfg)['surrogate'] == 'reinforce' or 'gradient_accumulation_steps' in cfg.typed
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
+    in_reward = cfg.algorithm in ('ppo', 'rloo', 'reinforce++') and (
+        cfg.multi_objective_aggregation == 'sum_then_normalize')        # else there is no sum to take it off
     fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(
         cfg, num_generations=8 if compares_groups(cfg) else 4,
         steps_per_generation=steps * cfg.gradient_accumulation_steps,
         max_completion_length=48 if embedded and not cfg.env else cfg.max_length - cfg.max_prompt_length,
-        rewards=rewards, beta=0.05 if ppo else 0.0,
-        kl='reward' if cfg.algorithm in ('ppo', 'rloo', 'reinforce++') else 'k3',
+        rewards=rewards, beta=0.05 if ppo else 0.0, kl='reward' if in_reward else 'k3',
         dynamic_sampling=cfg.algorithm == 'dapo')]
     if embedded and cfg.max_steps < 0 and not cfg.typed & {'max_steps', 'num_train_epochs'}:
         cfg.max_steps = 60
@@ -1235,7 +1258,7 @@ def open_scorer(cfg):
     task = None if cfg.sources() else load_task(cfg.task)
     environment = Environment(cfg.env, cfg.env_timeout) if cfg.env else None
     return Scorer(cfg.rewards, cfg.reward_weights, task, cfg.max_completion_length, cfg.length_buffer,
-                  cfg.reward_timeout, environment)
+                  cfg.reward_timeout, cfg.reward_concurrency, environment)
 
 
 def start_log(cfg, state, sizes, run):
@@ -1247,7 +1270,8 @@ def start_log(cfg, state, sizes, run):
     header = {'algorithm': cfg.algorithm, 'model': cfg.base_model_name}
     log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps, data=cfg.sources())
     if run.resumed:                             # what was sampled after the checkpoint is sampled again
-        run.on_main(functools.partial(cut_rollouts, rollouts_path(cfg), state.step))
+        for path in (rollouts_path(cfg), cfg.collect):
+            run.on_main(functools.partial(cut_rollouts, path, state.step))
     return log
 
 

@@ -33,6 +33,7 @@ from nanoforge.optim import SCHEDULER_NAMES, WeightAverage, learning_rate, make_
 
 HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
+EMBEDDED_TEXTS = 'plays'            # of algorithm=cpt
 SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is nearly pretraining
 
 
@@ -154,8 +155,7 @@ def main(cfg):
                 log.text(state.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
             log.histograms(state.step, gradients(optimizer))
         alerts.evaluation(state, metrics['eval_loss'])
-        # nothing to judge by: patience must not run out; and what training began from is no result of it
-        if not rows.held_out.any() or state.step == first_step:
+        if state.step == first_step or not rows.held_out.any():     # no result of training: no patience lost
             return False
         return state.note_eval(metrics['eval_loss']) and keeps_best
 
@@ -398,10 +398,14 @@ def loaded_path(cfg):
 # ---- rows --------------------------------------------------------------------------------------------------
 
 def find_sources(cfg, run):
-    """[Source]: the data sets that are named, else tool calls, from the hub or generated here."""
+    """[Source]: the named data sets, else tool calls, from the hub or generated here, or plays."""
     if cfg.dataset_path and cfg.datasets:
         run.print0(f'data      dataset_path stands in for the {len(cfg.datasets)} entries of data.datasets')
     sources = cfg.sources()
+    if not sources and cfg.algorithm == 'cpt':
+        run.print0('data      the embedded plays, which are generated here (--dataset_path names your own '
+                   'texts)')
+        return [Source(name=EMBEDDED_TEXTS)]
     # the default must work offline: where the hub cannot be reached, a stand-in that says what it is
     if not sources and cfg.base_model_name == 'tiny':
         run.print0(f'data      the embedded tool calls: rows of {HUB_DATASET} do not fit the context of tiny '

@@ -3,13 +3,15 @@ rollouts.jsonl.
 
 Tokens that were sampled are never made from text again: what is written, trained on and replayed are the ids.
 """
+import contextlib
+import functools
 import itertools
 import json
 import operator
 import os
 from dataclasses import asdict, dataclass, field
 
-from nanoforge.checkpoint import write_text
+from nanoforge.checkpoint import write_text, writing
 
 
 @dataclass
@@ -68,19 +70,54 @@ def read_completions(path, step=None):
 
 
 def write_completions(completions, path, run):
-    """Appends the Completions of all ranks to rollouts.jsonl, each rank in its turn."""
+    """Appends the Completions of all ranks to rollouts.jsonl."""
+    write_lines([completion.line() for completion in completions], path, run)
+
+
+def write_lines(lines, path, run):
+    """Appends lines to a file, each rank its own in its turn."""
     for rank in range(run.world_size):
         if rank == run.rank and run.tp_rank == 0:
-            with open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
-                file.writelines(completion.line() + '\n' for completion in completions)
+            with writing(path), open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
+                file.writelines(line + '\n' for line in lines)
         run.barrier()
 
 
+def make_folder(path):
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def collect_best(rollout, prompt, path, run):
+    """Appends the best completion of each group of a rollout, the first of several, as a row of messages that
+    fine-tuning reads; prompt(problem) are those that were asked.
+
+    Not of a group that has nothing above the lowest reward of the rollout, nor what was cut off or is empty:
+    who learns it would learn to stop there.
+    """
+    lowest, rows = rollout.reward[rollout.valid].min(), []
+    for _, members in itertools.groupby(rollout.completions, operator.attrgetter('group')):
+        scored = [c for c in members if c.reward is not None and c.stopped and c.text.strip()]
+        best = max(scored, key=operator.attrgetter('reward'), default=None)
+        if best and best.reward > lowest:
+            tools = {'tools': best.problem['tools']} if best.problem.get('tools') else {}
+            messages = [*prompt(best.problem), {'role': 'assistant', 'content': best.text}]
+            rows.append({'messages': messages, **tools, 'reward': best.reward, 'step': best.step})
+    run.on_main(functools.partial(make_folder, os.path.dirname(path) or '.'))
+    write_lines([json.dumps(row, ensure_ascii=False) for row in rows], path, run)
+
+
 def cut_rollouts(path, step):
-    """Drops the rollouts from `step` on, which come again, and a line that a kill cut short."""
-    if os.path.exists(path):
-        kept = [completion for completion in read_completions(path) if completion.step < step]
-        write_text(path, ''.join(completion.line() + '\n' for completion in kept))
+    """Drops the lines of rollouts from `step` on, which come again, and one that a kill cut short."""
+    if not path or not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding='utf-8') as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if json.loads(line)['step'] < step:
+                    kept.append(line.rstrip('\n') + '\n')
+    write_text(path, ''.join(kept))
 
 
 def by_prompt(completions):

@@ -36,9 +36,11 @@ EMBEDDED = {
     'toolcalls': 'data.tasks.toolcalls',
     'questions': 'data.tasks.questions',
     'facts': 'data.tasks.facts',
+    'plays': 'data.shakespeare_char.stand_in',
 }
 # name: rows for training and held out, frozen
-SIZES = {'devices': (3200, 200), 'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56)}
+SIZES = {'devices': (3200, 200), 'toolcalls': (800, 200), 'questions': (800, 200), 'facts': (1600, 56),
+         'plays': (200, 20)}
 LISTS = ('qa_pairs', 'data', 'rows', 'examples')    # under which a JSON object keeps its rows
 SEPARATORS = (',', ';', '\t')                       # of the columns of a CSV file
 NULLABLE = ('default', 'const')                     # keys of a JSON schema whose value may be null

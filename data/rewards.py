@@ -8,19 +8,24 @@
     task                the reward of the embedded task itself, 1 or 0
     model               the score of a reward model, which the caller brings
     env                 the sum over an episode, by a user's environment, likewise
-    path.py:function    yours: function(completions, records) -> a number each; None: this one has no score
+    path.py:function    yours: function(completions, records) -> a number each; None: this one has no score.
+                        Or function(completion, record) -> the number of one sample
 
 A function of yours runs in a process of its own: where it raises or hangs, that sample is unscored, which is
-not 0: it leaves the batch, and is counted. torch is not imported.
+not 0: it leaves the batch, and is counted. Several functions are asked at the same time. One that waits for
+others is written with async def: async function(completion, record) judges `concurrency` samples side by side
+(recipes/rewards/judge.py), and one of a batch is awaited as it is. torch is not imported.
 """
 import atexit
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from configurator import UserError, closest
 from data.answers import as_number, extract_answer, same_answer
@@ -82,14 +87,16 @@ class Scorer:
     weights   one each, or empty: WEIGHTS, and 1 for a user's function
     task      the module of an embedded task, where there is one
     longest, buffer   tokens, for `length`
-    timeout   seconds that a user's function may take for a batch
+    timeout   seconds that a user's function may take for a batch; an async one for each sample
+    concurrency   samples that an async function judges side by side
     environment   data.environments.Environment, whose reward is `env`
 
     UserError at once: an unknown name, a file or function that is not there or does not load, weights that do
     not fit.
     """
 
-    def __init__(self, names, weights=(), task=None, longest=0, buffer=0, timeout=10.0, environment=None):
+    def __init__(self, names, weights=(), task=None, longest=0, buffer=0, timeout=10.0, concurrency=32,
+                 environment=None):
         for name in names:
             if list(names).count(name) > 1:
                 raise UserError(f'rewards: {name} is there twice; give it another weight instead')
@@ -106,7 +113,7 @@ class Scorer:
         self.last_error, self.has_said_error = '', False
         for name in names:
             if ':' in name:
-                self.servers[name] = Server(name, timeout)
+                self.servers[name] = Server(name, timeout, concurrency)
             elif name == 'task' and task is None:
                 raise UserError('rewards: task is the reward of an embedded task; for data sets use exact, '
                                 'number, tags, length or path.py:function')
@@ -122,24 +129,24 @@ class Scorer:
         columns = dict(columns)
         if self.environment and self.environment.last_error:
             self.last_error = f'env: {self.environment.last_error}'
-        for name in self.names:
-            if name not in columns:
-                columns[name] = self.column(name, completions, records, lengths)
+        with ThreadPoolExecutor(max(1, len(self.servers))) as pool:     # users' functions, all at once
+            asked = {name: pool.submit(server, completions, records) for name, server in self.servers.items()}
+            for name in self.names:
+                if name not in columns and name not in asked:
+                    columns[name] = self.column(name, completions, records, lengths)
+        for name, answer in asked.items():
+            columns[name] = answer.result()
+            if error := self.servers[name].last_error:
+                self.last_error = f'{name}: {error}'
         return [{name: columns[name][i] for name in self.names} for i in range(len(completions))]
 
     def column(self, name, completions, records, lengths):
-        """One reward for all completions."""
+        """A reward of the list above, for all completions."""
         if name == 'task':
             return list(map(self.task.reward, records, completions))
         if name == 'length':
             return [length_penalty(length, self.longest, self.buffer) for length in lengths]
-        if name in BUILT_IN:
-            return BUILT_IN[name](completions, records)
-        server = self.servers[name]
-        values = server(completions, records)
-        if server.last_error:
-            self.last_error = f'{name}: {server.last_error}'
-        return values
+        return BUILT_IN[name](completions, records)
 
     def total(self, scores):
         """The weighted sum of {name: number}, None where one of them has none."""
@@ -173,8 +180,8 @@ class Server:
     """path.py:function in a process that is killed where it hangs. Lines of JSON go to it and come back."""
     flag, script, kind = 'rewards', PROCESS, 'function'     # for a class: data/environments.py
 
-    def __init__(self, name, timeout):
-        self.name, self.timeout = name, timeout
+    def __init__(self, name, timeout, concurrency=32):
+        self.name, self.timeout, self.concurrency = name, timeout, concurrency
         self.path, _, self.function = name.rpartition(':')
         self.last_error = ''
         self.process = None
@@ -199,11 +206,17 @@ class Server:
         if 'error' in hello:
             self.stop()
             raise UserError(f'{self.flag}: {self.name}: {hello["error"]}')
+        self.is_async, self.one_by_one = hello.get('is_async'), hello.get('one_by_one')
         return hello
 
     def arguments(self):
         """What its process is told besides."""
-        return []
+        return [str(self.timeout), str(self.concurrency)]
+
+    def patience(self, n):
+        """Seconds within which its process answers for n samples: an async function's one keeps to the time
+        of each, and what it has not ended by then holds it up."""
+        return self.timeout * (2 + math.ceil(n / self.concurrency) if self.is_async else 1)
 
     def read(self, timeout):
         """The next line as an object; None where none came in time or the process ended."""
@@ -223,7 +236,7 @@ class Server:
         try:
             self.process.stdin.write(json.dumps({'completions': completions, 'records': records}) + '\n')
             self.process.stdin.flush()
-            answer = self.read(self.timeout)
+            answer = self.read(self.patience(len(completions)))
         except BrokenPipeError:
             answer = None
         if answer is None:
@@ -239,9 +252,10 @@ class Server:
     def __call__(self, completions, records):
         if not completions:
             return []
-        values = self.ask(completions, records)
-        if values is not None:
-            return values
+        if not self.one_by_one:
+            values = self.ask(completions, records)
+            if values is not None:
+                return values
         values, hangs = [], 0           # one at a time, to lose only those at fault
         for text, record in zip(completions, records):
             value = None

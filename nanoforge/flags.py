@@ -265,9 +265,9 @@ class DataFlags(Flags):
                 read = ', '.join(column for column in COLUMNS if column not in self.unread_columns)
                 raise UserError(f'{name}: rows have no such column here, but {read}')
         if getattr(self, 'algorithm', None) == 'cpt':
-            if not self.sources() or self.augment or self.system_prompt:
-                raise UserError('algorithm=cpt learns texts as they are: it needs a dataset_path, and takes '
-                                'no system_prompt and no augment')
+            if self.augment or self.system_prompt:
+                raise UserError('algorithm=cpt learns texts as they are: it takes no system_prompt and no '
+                                'augment')
             self.packing, self.loss_on = True, 'all'
         named = [name for name in COLUMNS if getattr(self, name)]
         if named and not self.dataset_path:
@@ -326,12 +326,31 @@ class RewardFlags(EnvironmentFlags):
     rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
         # model, env or path.py:function; by what the data has if not set
     reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
-    reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch
+    multi_objective_aggregation: str = setting(  # normalize_then_sum: each reward is compared within its
+        'sum_then_normalize', choices=('sum_then_normalize', 'normalize_then_sum'))  # group by itself (GDPO)
+    reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch,
+        # or, with async def, for a sample
+    reward_concurrency: int = setting(32, min=1)  # samples that such a one judges side by side, on each rank
     length_buffer: int | None = setting(None, min=1)  # tokens before max_completion_length over which
         # `length` falls to -1; a quarter of it
     reward_epochs: int = setting(1, min=1)  # passes over the pairs of a reward model trained here
     reward_batch_size: int = setting(32, min=1)  # pairs in an optimizer step of it, over all GPUs
     reward_learning_rate: float | None = setting(None, above=0)  # highest; 1e-3 if small, else the policy's
+    # what becomes of them
+    collect: str | None = None  # a .jsonl for the best completion of each group, as a row that train_sft.py
+        # reads; none of a group in which no reward is above the rollout's lowest
+
+    def check(self):
+        super().check()
+        going_on = self.resume or self.replay is not None           # the rows of this run, which are cut back
+        if self.env and self.collect:
+            raise UserError('collect writes single answers, and an env has several: leave one of them out')
+        if self.collect and not self.collect.endswith('.jsonl'):
+            raise UserError(f'collect={self.collect}: train_sft.py reads such rows from a name that ends in '
+                            '.jsonl')
+        if self.collect and not going_on and os.path.exists(self.collect):
+            raise UserError(f'collect={self.collect} is there already, and nothing is written over: name '
+                            'another file, or move it away')
 
 
 @configclass

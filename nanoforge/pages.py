@@ -56,8 +56,11 @@ border-radius:4px}
 .executed{background:var(--marked);font-weight:600}
 .story{display:flex;gap:.8em;align-items:center;flex-wrap:wrap;margin:.6em 0}
 .story div{max-width:12em;text-align:center;font-size:.8rem;color:var(--faint);overflow-wrap:anywhere}
-.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0;padding:.5em .7em;background:var(--panel);
-border-radius:4px;white-space:pre-wrap}
+pre{font:13px/1.4 ui-monospace,monospace;padding:.5em .7em;background:var(--panel);
+border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
+.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0}
+.answers td:first-child{white-space:nowrap}.answers td[colspan]{white-space:normal;padding-top:1rem}
+.answers code{overflow-wrap:anywhere;font:13px/1.4 ui-monospace,monospace}
 .good{color:var(--good)}.bad{color:var(--bad)}
 @media(max-width:40rem){.sample{grid-template-columns:1fr;gap:.2rem}td,th{padding:.2rem .4rem}}'''
 WORDS = ('', 'what it means', 'tool', 'most often instead', 'answer', 'outcome')     # columns without numbers

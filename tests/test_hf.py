@@ -14,13 +14,14 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import roundtrip
 from configurator import UserError
 from conftest import ROOT
-from data.chat import render
+from data.chat import prompt_ids, render
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, load_model, save_model
 from nanoforge import kernels
@@ -831,3 +832,43 @@ def test_target_logp_compiles():
         plain = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
         close(logp, plain)
         close(grad, torch.autograd.grad(plain.sum(), logits)[0])
+
+
+# ---- what other tools look for in a folder
+
+# file: {key: which tools read it}; what they make of it is below
+NEEDED = {
+    'config.json': {
+        'architectures': 'vLLM, llama.cpp, Ollama: the class', 'model_type': 'transformers, lm-eval', 'dtype': 'of the weights',
+        'vocab_size': 'all', 'hidden_size': 'all', 'num_hidden_layers': 'all', 'num_attention_heads': 'all', 'num_key_value_heads': 'vLLM, llama.cpp',
+        'max_position_embeddings': 'vLLM, llama.cpp: the context', 'rope_theta': 'Ollama, and tools older than rope_parameters', 'rope_parameters': 'newer ones',
+        'eos_token_id': 'llama.cpp', 'tie_word_embeddings': 'all'},
+    'generation_config.json': {'eos_token_id': 'vLLM, lm-eval: every token that ends a turn', 'pad_token_id': 'lm-eval, for a batch'},
+    'tokenizer_config.json': {'tokenizer_class': 'AutoTokenizer', 'eos_token': 'llama.cpp, Ollama', 'pad_token': 'lm-eval'},
+    'tokenizer.json': {'model': 'all', 'added_tokens': 'all', 'pre_tokenizer': 'llama.cpp knows it by what it does'},
+}
+
+
+def test_what_other_tools_need_is_in_a_saved_folder(tmp_path):
+    """Template and stop tokens among it, also where the model that a run began with names neither."""
+    model, tokenizer = load_model('tiny')
+    bare = Tokenizer(tokenizer.text, {'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>'})     # as of a base model
+    chat = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Where does Kai live?'}]
+    for name, theirs in (('chat', tokenizer), ('base', bare)):
+        asked, folder = prompt_ids(theirs, chat), tmp_path / name
+        save_model(model, theirs, str(folder))
+        assert sorted(os.listdir(folder)) == sorted([*NEEDED, 'model.safetensors', 'chat_template.jinja'])
+        for file, keys in NEEDED.items():
+            content = json.loads((folder / file).read_text())
+            assert not keys.keys() - content.keys(), (name, file, keys.keys() - content.keys())
+        turn = theirs.id_of('<|im_end|>')
+        stops = json.loads((folder / 'generation_config.json').read_text())['eos_token_id']
+        assert turn in stops and sorted(stops) == sorted(theirs.stop_ids)
+        with safe_open(folder / 'model.safetensors', 'pt') as weights:
+            assert weights.metadata() == {'format': 'pt'}
+        # and what transformers, which vLLM and lm-eval ask, makes of them
+        opened, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        assert opened.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == asked
+        assert sorted(loaded.generation_config.eos_token_id) == sorted(stops) and opened.pad_token_id == theirs.pad_id
+        answer = loaded.generate(torch.tensor([asked]), max_new_tokens=30, do_sample=False)[0, len(asked):].tolist()
+        assert answer[-1] == turn and turn not in answer[:-1]

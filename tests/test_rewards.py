@@ -1,12 +1,18 @@
 """data/rewards.py and data/problems.py: what counts as the same answer, every reward by hand,
 a user's function that misbehaves."""
 import json
+import math
+import os
+import re
+import threading
 import time
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from configurator import UserError
+from conftest import ROOT
 from data.problems import FORM, hold_out, prompt, read_problems
 from data.formats import Source
 from data.answers import as_number, extract_answer, same_answer
@@ -247,7 +253,8 @@ def test_two_files_with_one_name_are_two_rewards(tmp_path):
 
 @pytest.mark.parametrize('signature', ['prompts, completions, **kwargs', 'completions, **kwargs', 'completions, answer, **kwargs',
                                        'prompts, completions, answer, **kwargs', '*args, **kwargs', 'completions', 'completions, records, more',
-                                       'completions, records, *, weight', 'records, completions', 'prompts, answers'])
+                                       'completions, records, *, weight', 'records, completions', 'prompts, answers',
+                                       'completion, records', 'completions, record', 'completion', 'record, completion'])
 def test_a_signature_that_takes_something_else_is_refused(tmp_path, signature):
     path = user_file(tmp_path, f'def score({signature}):\n    return [1.0] * len(completions)\n')
     with pytest.raises(UserError) as error:
@@ -291,6 +298,141 @@ def test_workers_that_the_function_left_do_not_hold_up_the_run(tmp_path):
         assert scorer([text], [{}], [1]) == [{f'{path}:score': None}]
     assert time.monotonic() - began < 15
     scorer.close()
+
+
+# ---- functions that wait for others
+
+def test_samples_are_judged_side_by_side_up_to_a_limit(tmp_path):
+    """Each says how many are in flight when it begins; those that wait in a thread, too."""
+    for wait in ('asyncio.sleep(0.05)', 'asyncio.to_thread(time.sleep, 0.05)'):
+        path = user_file(tmp_path, 'import asyncio, time\nflying = 0\nasync def score(completion, record):\n    global flying\n    flying += 1\n'
+                                   f'    mine = flying\n    await {wait}\n    flying -= 1\n    return mine + record["level"]\n')
+        scorer = Scorer([f'{path}:score'], concurrency=7)
+        values = [scorer.total(s) for s in scorer(list('abcdefghijklmnopqrst'), [{'level': 10}] * 20, [1] * 20)]
+        assert values[:7] == list(range(11, 18)) and max(values) == 17
+        scorer.close()
+
+
+def test_functions_are_asked_at_the_same_time(tmp_path):
+    """Each waits for the other."""
+    body = ('import os, time\ndef score(completions, records):\n    open({mine!r}, "w").close()\n    while not os.path.exists({other!r}):\n'
+            '        time.sleep(0.01)\n    return [{value}] * len(completions)\n')
+    flags = [str(tmp_path / f'{name}.flag') for name in 'ab']
+    paths = [user_file(tmp_path, body.format(mine=flags[i], other=flags[1 - i], value=i + 1), f'r{i}.py') + ':score' for i in (0, 1)]
+    scorer = Scorer(paths, timeout=20)
+    assert scorer(['x', 'y'], [{}] * 2, [1] * 2) == [dict(zip(paths, (1, 2)))] * 2
+    scorer.close()
+
+
+JUDGED = 'if {0} == "hang": await asyncio.sleep(60)\n    if {0} == "block": time.sleep(60)\n    if {0} == "die": os._exit(1)\n    return 1 / int({0})\n'
+BY_BATCH = ('import asyncio, os, time\nasync def one(text):\n    ' + JUDGED.format('text') +
+            'async def score(completions, records):\n    return await asyncio.gather(*map(one, completions))\n')
+WRAPPED = BY_BATCH + 'def also(f):\n    return lambda completions, records: f(completions, records)\nscore = also(score)\n'
+AN_OBJECT = 'import asyncio, os, time\nclass Judge:\n    async def __call__(self, completion, record):\n        ' \
+    + JUDGED.format('completion').replace('\n    ', '\n        ') + 'score = Judge()\n'
+
+
+@pytest.mark.parametrize('body', [BY_BATCH, AN_OBJECT], ids=['by batch', 'by sample'])
+def test_of_what_is_awaited_only_samples_at_fault_are_lost(tmp_path, body):
+    scorer = Scorer([user_file(tmp_path, body) + ':score'], timeout=0.5, concurrency=2)
+    server, = scorer.servers.values()
+    process, texts = server.process, ['1', 'hang', '2', '0', 'hang', '4', 'hang']
+    assert [scorer.total(s) for s in scorer(texts, [{}] * 7, [1] * 7)] == [1, None, 0.5, None, None, 0.25, None]
+    assert 'no answer within 0.5 s (reward_timeout)' in scorer.last_error
+    assert [scorer.total(s) for s in scorer(['1', '0'], [{}] * 2, [1] * 2)] == [1, None]
+    assert 'ZeroDivisionError' in scorer.last_error and server.process is process
+    if body == BY_BATCH:                # what blocks all others is found out from outside
+        assert [scorer.total(s) for s in scorer(['1', 'block', 'die', '2'], [{}] * 4, [1] * 4)] == [1, None, None, 0.5]
+    scorer.close()
+
+
+def test_a_decorator_around_what_is_awaited(tmp_path):
+    scorer = Scorer([user_file(tmp_path, WRAPPED) + ':score'])
+    assert [scorer.total(s) for s in scorer(['1', '0', '4'], [{}] * 3, [1] * 3)] == [1, None, 0.25]
+    scorer.close()
+
+
+def test_one_sample_at_a_time(tmp_path):
+    path = user_file(tmp_path, 'import time\ndef score(completion, record):\n    if completion == "hang": time.sleep(60)\n'
+                               '    return record["level"] / int(completion)\n')
+    scorer = Scorer([f'{path}:score'], timeout=0.5)
+    texts = ['1', '0', 'hang', '4']
+    assert [scorer.total(s) for s in scorer(texts, [{'level': 2, 'record': 'a column'}] * 4, [1] * 4)] == [2, None, None, 0.5]
+    scorer.close()
+
+
+@pytest.mark.parametrize('body, words', [
+    ('async def score(completion, record):\n    return "good"\n', 'one number (or None) for each completion'),
+    ('async def score(completions, records):\n    return [1.0]\n', 'returned 1 values for 2 completions'),
+    ('async def score(completions, records):\n    yield 1.0\n', 'one number (or None) for each completion')])
+def test_what_is_awaited_in_another_form_is_an_error(tmp_path, body, words):
+    scorer = Scorer([user_file(tmp_path, body) + ':score'])
+    with pytest.raises(UserError) as error:
+        scorer(['a', 'b'], [{}] * 2, [1] * 2)
+    assert words in str(error.value)
+    scorer.close()
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """Answers chats as a judge does: what it says of an answer is what the answer says itself."""
+    daemon_threads, request_queue_size = True, 64
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), JudgeHandler)
+        self.calls, self.all_here = [], threading.Barrier(4)
+
+
+class JudgeHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        text = re.search('<answer>(.*)</answer>', body['messages'][0]['content'])[1]
+        self.server.calls.append((self.path, self.headers['Authorization'], body))
+        if text.startswith('together'):
+            self.server.all_here.wait(20)               # four requests at once, or none has an answer
+        if text == 'dropped':
+            return self.connection.close()
+        busy = text == 'busy' and sum(text in str(call) for call in self.server.calls) == 1
+        answer = json.dumps({'choices': [{'message': {'role': 'assistant', 'content': f'It is so.\nScore: {text[-1]}'}}]}).encode()
+        self.send_response(503 if busy or text == 'down' else 200)
+        self.send_header('Content-Length', str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    server = JudgeServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('JUDGE_URL', f'http://127.0.0.1:{server.server_address[1]}/v1/')
+    monkeypatch.setenv('JUDGE_MODEL', 'a-judge')
+    monkeypatch.setenv('JUDGE_KEY', 'secret')
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_behind_an_address(judge, monkeypatch):
+    path = os.path.join(ROOT, 'recipes', 'rewards', 'judge.py') + ':score'
+    scorer = Scorer([path], timeout=30)
+    record = {'question': 'How much is {2 + 2}?', 'answer': '#### 4'}
+    texts = [*(f'together {n}' for n in (0, 4, 7, 9)), 'no number', 'down', 'dropped', '{5']
+    values = [scorer.total(s) for s in scorer(texts, [record] * 8, [1] * 8)]
+    assert values == [0, 0.4, 0.7, 0.9, None, None, None, 0.5]
+    assert scorer.explain_missing({'judge.py:score': [math.nan if v is None else v for v in values]}).startswith(
+        'judge.py:score gave no number (None, NaN or an error) for 3 of 8')
+    assert 'judge.py line' in scorer.last_error
+    called, key, body = judge.calls[0]
+    assert (called, key, body['model']) == ('/v1/chat/completions', 'Bearer secret', 'a-judge')
+    assert all(word in body['messages'][0]['content'] for word in ('How much is {2 + 2}?', '#### 4'))
+    assert scorer.total(scorer(['busy'], [{'question': 'q'}], [1])[0]) is None          # "y" is no number; but it was asked again
+    assert len([call for call in judge.calls if 'busy' in str(call)]) == 2
+    scorer.close()
+    monkeypatch.delenv('JUDGE_MODEL')
+    with pytest.raises(UserError, match="judge.py line [0-9]+: KeyError: 'JUDGE_MODEL'"):
+        Scorer([path])
 
 
 @pytest.mark.parametrize('body, spec, words', [

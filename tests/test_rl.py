@@ -22,11 +22,14 @@ from configurator import UserError, check_settings, parse
 from data.chat import prompt_ids
 from data.preferences import encode_pairs, to_pair
 from data.problems import draw_problems, open_problems
-from data.formats import Source
+from data.formats import Source, to_record
 from data.completions import Completion, cut_rollouts, read_completions, write_completions
 from data.tasks import arithmetic, facts
+from data.tokenized import TokenizedRows, encode_records
 from chaos import survive
+from test_rl_math import decoupled_by_hand
 from model import load_model
+from nanoforge.data_checks import DataIssues
 from nanoforge.run import setup
 from train_rl import Config, MicroBatch, Rollout, main
 from nanoforge.reward_model import ValueModel, load_reward_model, pair_accuracy, save_reward_model, train_reward_model
@@ -122,6 +125,25 @@ def test_every_other_preset_runs():
         assert all(math.isfinite(line['loss']) and line['kl'] == pytest.approx(0, abs=1e-6) for line in lines(name) if 'loss' in line)
 
 
+def test_rewards_that_are_compared_one_by_one(tmp_path):
+    """The advantages of a run are those of GDPO by hand, of what both of its rewards scored."""
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n    return [len(c) / 100 if len(c) % 5 else None for c in completions]\n')
+    main(config(multi_objective_aggregation='normalize_then_sum', rewards=['task', 'mine.py:score'], reward_weights=[1, 2], max_steps=1, eval_steps=0))
+    rollout = read_completions('out/rollouts.jsonl')
+    scored = {i: c for i, c in enumerate(rollout) if c.reward is not None}
+    groups = [[i for i, c in scored.items() if c.group == number] for number in {c.group for c in rollout}]
+    columns = [{i: c.rewards[name] for i, c in scored.items()} for name in ('task', 'mine.py:score')]
+    expected = decoupled_by_hand(columns, (1, 2), groups)
+    assert [c.advantage for c in rollout] == pytest.approx([expected.get(i, 0) for i in range(len(rollout))], abs=1e-4)
+    assert 2 < len(scored) < len(rollout) and lines()[0]['unscored'] == len(rollout) - len(scored)
+
+
+@pytest.mark.parametrize('how', [PPO, dict(algorithm='dr_grpo'), dict(algorithm='rloo'), dict(scale='none'), dict(beta=0.1, kl='reward')])
+def test_rewards_that_cannot_be_compared_one_by_one(how):
+    with pytest.raises(UserError, match='normalize_then_sum divides each reward'):
+        config(multi_objective_aggregation='normalize_then_sum', **how)
+
+
 def test_same_gradient_however_the_batch_is_cut():
     """8 completions a step as 1 x 8, 8 x 1, 2 x 4 and 2 ranks x 4;
     with groups of 4, on two ranks of one group each."""
@@ -144,15 +166,60 @@ def test_same_gradient_however_the_batch_is_cut():
         assert texts(f'{kind}-one') == texts(f'{kind}-ranks')
 
 
+def test_the_best_of_each_group_are_rows_of_fine_tuning(tmp_path):
+    """Of a run that went on, too; and the tokens that fine-tuning learns are those that were sampled."""
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n    return [len(c) % 4 if len(c) % 7 else None for c in completions]\n')
+    how = dict(rewards=['mine.py:score'], temperature=0.9, max_completion_length=48, eval_steps=0,
+               collect='rows/best.jsonl')
+    main(config(**how, save_steps=2, save_only_model=False, save_total_limit=9))
+    rows, rollout = [json.loads(line) for line in open('rows/best.jsonl')], read_completions('out/rollouts.jsonl')
+    expected = []
+    for step in (0, 2):
+        scored = [c for c in rollout if c.step == step and c.reward is not None]
+        for number in sorted({c.group for c in scored}):
+            best = max((c for c in scored if c.group == number and c.stopped), key=lambda c: c.reward)      # the first of several
+            if best.reward > min(c.reward for c in scored):
+                expected.append(best)
+    assert len(expected) == len(rows) > 4
+    assert [(row['step'], row['messages']) for row in rows] == [
+        (c.step, [{'role': 'user', 'content': c.problem['question']}, {'role': 'assistant', 'content': c.text}]) for c in expected]
+    learned, (_, tokenizer) = TokenizedRows(), load_model('tiny')
+    encode_records([(0, to_record(row, 'row', Source())) for row in rows], tokenizer, learned, DataIssues())
+    learned.close()
+    for i, c in enumerate(expected):
+        ids, targets = learned[i]
+        assert ids.tolist()[:len(c.prompt_ids + c.completion_ids)] == c.prompt_ids + c.completion_ids
+        assert targets.sum() == len(c.completion_ids)
+    before = read('rows/best.jsonl')
+    shutil.rmtree('out/checkpoint-4')
+    with open('rows/best.jsonl', 'a') as file:
+        file.write('{"messages": [')                # as a kill leaves it
+    main(parse(Config, ['--resume', '--output_dir=out']))
+    assert read('rows/best.jsonl') == before
+
+
+@pytest.mark.parametrize('name, there, words', [('best.json', False, 'ends in .jsonl'), ('best.jsonl', True, 'is there already'),
+                                                ('mine.py/best.jsonl', False, 'cannot write mine.py')])
+def test_files_that_nothing_can_be_collected_in(tmp_path, name, there, words):
+    (tmp_path / 'mine.py').write_text('def score(completions, records):\n    return list(map(len, completions))\n')
+    if there:
+        (tmp_path / name).write_text('a row\n')
+    with pytest.raises(UserError, match=words):
+        main(config(collect=name, eval_steps=0, rewards=['mine.py:score'], max_completion_length=4, length_buffer=4))
+    assert not there or (tmp_path / name).read_text() == 'a row\n'
+
+
 def test_uneven_work_per_rank():
     """Three groups on two ranks, with refills that leave one rank without any:
     it ends, and equals one process."""
     how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
            'steps_per_generation': 1, 'temperature': 0.7}
-    command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks'), '--num_gpus=2']
+    command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks', collect='ranks/best.jsonl'), '--num_gpus=2']
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    main(config('one', **{**how, 'per_device_train_batch_size': 12}))
+    main(config('one', **{**how, 'per_device_train_batch_size': 12}, collect='one/best.jsonl'))
+    collected = [sorted(open(f'{out}/best.jsonl')) for out in ('one', 'ranks')]
+    assert collected[0] == collected[1] and len(collected[0]) == 9          # of each group of the three steps
     for a, b in zip(lines('one'), lines('ranks')):
         for key in ('loss', 'grad_norm', 'reward', 'groups_drawn'):
             assert a.get(key) == pytest.approx(b.get(key), abs=2e-5)
@@ -637,6 +704,8 @@ MISTAKES = {                        # command line -> words of the one line that
     'ppo with groups': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--scale=group'], ['scale', 'critic']),
     'ppo with refills': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--dynamic_sampling'], ['dynamic_sampling', 'no groups']),
     'ppo with epsilon': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--epsilon=0.1'], ['cliprange', 'epsilon']),
+    'ppo with rewards one by one': (['training.algorithm=ppo', 'model.value_model_name=tiny', '--multi_objective_aggregation=normalize_then_sum'],
+                                    ['normalize_then_sum', 'ppo']),
     'critic settings without a critic': (['training.gamma=0.9'], ['gamma', 'ppo']),
     'sequence ratio over tokens': (['--ratio=sequence', '--mean=token'], ['mean=token', 'length']),
     'geometric mean over tokens': (['--surrogate=gmpo', '--mean=token'], ['gmpo', 'mean=sequence']),

@@ -1,13 +1,14 @@
 """The pure functions of train_rl.py against numbers worked by hand, independent loops,
 and gradients by finite differences; and every preset on a bandit whose best arm is known."""
 import math
+import statistics
 
 import pytest
 import torch
 
 import train_rl
 from configurator import UserError
-from train_rl import PRESETS, gae, group_advantages, kl_estimate, policy_loss, value_loss, whiten
+from train_rl import PRESETS, decoupled_advantages, gae, group_advantages, kl_estimate, policy_loss, value_loss, whiten
 
 t = lambda *rows: torch.tensor(rows, dtype=torch.float64)
 
@@ -45,6 +46,34 @@ def test_equal_rewards_give_exactly_zero(scale):
 def test_group_of_one_is_an_error():
     with pytest.raises(UserError, match='group of one'):
         group_advantages(torch.ones(3), torch.tensor([0, 0, 1]))
+
+
+def decoupled_by_hand(columns, weights, groups):
+    """GDPO in plain Python: columns of numbers, [[indices of a group]] -> {index: advantage}."""
+    mean_and_std = lambda x: (statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0)
+    groups = [group for group in groups if group]
+    total = dict.fromkeys((i for group in groups for i in group), 0.0)
+    for weight, column in zip(weights, columns):
+        for group in groups:
+            mean, std = mean_and_std([column[i] for i in group])
+            for i in group:
+                total[i] += weight * (column[i] - mean) / (std + 1e-4)
+    mean, std = mean_and_std(list(total.values()))
+    return {i: (value - mean) / (std + 1e-4) for i, value in total.items()}
+
+
+def test_decoupled_advantages_by_hand():
+    right, short = [1., 0., 0., 1., 5., 2., 2., 9.], [0.01, 0.03, 0.02, 0.0, 0.5, 0.5, 0.5, 0.9]
+    group, valid = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3]), torch.tensor([True] * 7 + [False])
+    expected = decoupled_by_hand((right, short), (2, 0.5), ([0, 1, 2, 3], [4, 5, 6]))
+    advantages = decoupled_advantages([torch.tensor(right), torch.tensor([*short[:7], math.nan])], (2, 0.5), group, valid)
+    assert advantages.tolist() == pytest.approx([*expected.values(), 0], abs=1e-6)
+    # summed first, a reward of small spread is nearly lost; with one reward of equal groups nothing is left
+    summed = group_advantages(2 * torch.tensor(right) + 0.5 * torch.tensor(short), group, valid=valid)
+    assert (summed[1] - summed[2]).abs() < 0.01 < 0.1 < (advantages[1] - advantages[2]).abs()
+    nothing = decoupled_advantages([torch.ones(8), torch.zeros(8)], (1, 1), group, valid)
+    assert nothing.tolist() == [0] * 8 and decoupled_advantages([torch.ones(8)], (1,), group, valid & False).tolist() == [0] * 8
+    assert decoupled_advantages([torch.tensor(right)], (1,), group).sum().abs() < 1e-5
 
 
 def test_gae_by_hand():
@@ -251,11 +280,11 @@ def test_value_loss_by_hand():
 
 # ---- a bandit ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', PRESETS)
+@pytest.mark.parametrize('name', [*PRESETS, 'gdpo'])
 def test_each_preset_solves_a_bandit(name):
     """Two tokens of five values each, only one of the 25 pairs pays in full and a worse one a third:
     from a uniform start the best pair becomes likely. Two updates a batch, so that ratios leave 1."""
-    preset = dict(PRESETS[name])
+    preset = dict(PRESETS['grpo' if name == 'gdpo' else name])
     scale, baseline = preset.pop('scale'), preset.pop('baseline')
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(2, 5, requires_grad=True)
@@ -273,6 +302,9 @@ def test_each_preset_solves_a_bandit(name):
             advantages, returns = gae(rewards, values.expand(256, 2), mask, 1.0, 0.95)
             values += 0.5 * (returns.mean(0) - values)
             advantages = whiten(advantages, mask)
+        elif name == 'gdpo':            # a reward for each token, one a thousandth of the other
+            each = [(tokens[:, 0] == 3) * 1.0, (tokens[:, 1] == 1) * 0.001]
+            advantages = decoupled_advantages(each, (1, 1), torch.arange(256) // 8, scale=scale, baseline=baseline)
         else:
             advantages = group_advantages(pay, torch.arange(256) // 8, scale, baseline)
         for _ in range(1 if preset['surrogate'] == 'reinforce' else 2):

@@ -21,7 +21,7 @@ import train_sft
 from configurator import UserError, as_dict, parse
 from conftest import ROOT
 from data.batches import pack_documents
-from data.formats import Source, text_record, to_record
+from data.formats import SIZES as EMBEDDED_SIZES, Source, read_rows, text_record, to_record
 from data.splits import is_held_out, legacy_sft
 from data.tokenized import TokenizedRows, encode_records, truncate
 from data.tasks import facts
@@ -640,6 +640,19 @@ def test_continued_pretraining_learns_every_token_of_its_texts_once():
     assert losses[-1] < losses[0] - 0.5 and metrics['eval_loss'] == losses[-1]
     with pytest.raises(UserError, match="no column 'text' of the text to learn, but body"):
         text_record({'body': 'a'}, 'row 1', 'text')
-    for wrong in ([], ['--dataset_path=texts.jsonl', '--system_prompt=Be brief.'], ['--dataset_path=texts.jsonl', '--augment']):
+    for wrong in (['--system_prompt=Be brief.'], ['--dataset_path=texts.jsonl', '--augment']):
         with pytest.raises(SystemExit):
             parse(Config, [*FAST, '--algorithm=cpt', *wrong])
+
+
+def test_continued_pretraining_without_data_reads_the_embedded_plays(capsys, monkeypatch):
+    texts = [row for _, row in read_rows('plays')]
+    assert [row['metadata'] for row in texts] == ['train'] * 200 + ['eval'] * 20 and len({row['text'] for row in texts}) == 220
+    assert re.match(r'SCENE 1\. .*\nEnter .* and .*\.\n\n', texts[0]['text']) and texts[0]['text'] != texts[200]['text']
+    monkeypatch.setitem(EMBEDDED_SIZES, 'plays', (12, 1))
+    metrics = sft('--algorithm=cpt', '--max_steps=8', '--learning_rate=1e-3', '--batch_size=4', '--gradient_accumulation_steps=1', '--eval_on_start',
+                  '--warmup_ratio=0', '--max_length=96', '--output_dir=out')
+    said = capsys.readouterr().out
+    assert 'the embedded plays' in said and re.search(r'plays: .* rows to train on, .* held out', said)
+    before, after = (line['eval_loss'] for line in log_lines('out') if 'eval_loss' in line)
+    assert after < before - 0.1 and metrics['eval_loss'] == after

@@ -264,5 +264,12 @@ def play(length=1_115_394, seed=1):
     return '\n\n'.join(parts)[:length - 1] + '\n'
 
 
+def rows(split, n, seed):
+    """n scenes {'text', 'metadata'} of a split ('train', 'eval'), each of plays of its own."""
+    writer = Playwright(f'{split}/{seed}')
+    scenes = ['\n\n'.join(writer.scene(number)) + '\n' for number in range(1, n + 1)]
+    return [{'text': scene, 'metadata': split} for scene in scenes]
+
+
 if __name__ == '__main__':
     print(play(), end='')

@@ -1256,7 +1256,7 @@ def resolve_by_model(cfg, policy, run):
 
 def open_scorer(cfg):
     task = None if cfg.sources() else load_task(cfg.task)
-    environment = Environment(cfg.env, cfg.env_timeout) if cfg.env else None
+    environment = Environment(cfg.env, cfg.env_timeout, cfg.reward_concurrency) if cfg.env else None
     return Scorer(cfg.rewards, cfg.reward_weights, task, cfg.max_completion_length, cfg.length_buffer,
                   cfg.reward_timeout, cfg.reward_concurrency, environment)
 

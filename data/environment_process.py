@@ -4,8 +4,9 @@ It answers each line, {'begin': whether episodes begin, 'moves': [[episode, its 
 JSON, with a line for each move as it is done: {'episode', 'answer': [messages, reward, done]}, {'episode',
 'raised': the class's own error} or {'error': what is wrong with the class}.
 
-Moves are made one after another, in their order; those of an `async def` side by side, each in `timeout`
-seconds. As in reward_process.py the file is a module like any other, and nothing of this project is imported.
+Moves are made one after another, in their order; those of an `async def` side by side, `concurrency` at once,
+each in `timeout` seconds. As in reward_process.py the file is a module like any other, and nothing of this
+project is imported.
 """
 import asyncio
 import inspect
@@ -17,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from reward_process import connect, explain, find
 
-SIDE_BY_SIDE = 32           # moves of an async environment that are made at once
 ROLES = {'reset': ('system', 'developer', 'user', 'assistant', 'tool'), 'step': ('user', 'tool')}
 FORMS = {'reset': 'a list of messages', 'step': '(messages, reward, done)'}
 
 
-def main(path, name, timeout):
+def main(path, name, timeout, concurrency):
     requests, answer = connect()
     path = os.path.abspath(path)
     cls = find(path, name, answer)
@@ -34,8 +34,9 @@ def main(path, name, timeout):
         answer(tools=getattr(cls, 'tools', None))
     except (TypeError, ValueError) as error:
         return answer(error=f'{name}.tools are no JSON: {error}')
+    timeout, concurrency = float(timeout), int(concurrency)
     loop, episodes = asyncio.new_event_loop(), {}
-    loop.set_default_executor(ThreadPoolExecutor(SIDE_BY_SIDE))     # of asyncio.to_thread
+    loop.set_default_executor(ThreadPoolExecutor(concurrency))     # of asyncio.to_thread
 
     async def move(episode, what, free):
         method = 'reset' if isinstance(what, dict) else 'step'
@@ -45,9 +46,9 @@ def main(path, name, timeout):
                     episodes[episode] = cls()
                 value = getattr(episodes[episode], method)(what)
                 if inspect.isawaitable(value):
-                    value = await asyncio.wait_for(value, float(timeout))
+                    value = await asyncio.wait_for(value, timeout)
             except asyncio.TimeoutError as error:       # of wait_for, which says nothing, or its own
-                reason = str(error) or f'no answer within {timeout} s (env_timeout)'
+                reason = str(error) or f'no answer within {timeout:g} s (env_timeout)'
                 return answer(episode=episode, raised=f'{name}.{method}: {reason}')
             except BaseException as error:
                 return answer(episode=episode, raised=explain(error, path))
@@ -60,7 +61,7 @@ def main(path, name, timeout):
             answer(error=f'{name}.{method} returned what is no JSON: {error}')
 
     async def all_of(moves):
-        free = asyncio.Semaphore(SIDE_BY_SIDE)
+        free = asyncio.Semaphore(concurrency)
         await asyncio.gather(*[move(*pair, free) for pair in moves])
 
     for line in requests:

@@ -30,15 +30,12 @@ class Environment(Server):
     """
     flag, script, kind = 'env', PROCESS, 'class'
 
-    def __init__(self, name, timeout):
+    def __init__(self, name, timeout, concurrency=32):
         self.played, self.begins = {}, False    # {episode that runs: [(move, answer), ...]}
-        super().__init__(name, timeout)
+        super().__init__(name, timeout, concurrency)
 
     def start(self):
         self.tools = super().start()['tools']
-
-    def arguments(self):
-        return [f'{self.timeout:g}']
 
     def begin(self, problems):
         """New episodes 0, 1, ... of these problems, in place of those before -> a list of answers."""

@@ -302,7 +302,8 @@ class EnvironmentFlags(Flags):
         # (messages, reward, done); its rewards, summed over the turns, are the reward `env`
     max_turns: int = setting(8, min=1)  # that a policy has in an episode; what is said in all of them, and to
         # it, counts towards max_completion_length
-    env_timeout: float = setting(10.0, above=0)  # seconds that a reset or step may take
+    env_timeout: float = setting(10.0, above=0)  # seconds that a reset or step may take; with async def
+        # reward_concurrency of them run side by side
 
     def check(self):
         super().check()

@@ -2,7 +2,8 @@
 
     python recipes/env/calculator.py 400 > calls.jsonl
     python train_sft.py --dataset_path=calls.jsonl --loss_on=assistant --output_dir=models/calls
-    python train_rl.py --env=recipes/env/calculator.py:Env --model=models/calls
+    python train_rl.py --env=recipes/env/calculator.py:Env --model=models/calls --max_steps=30 \
+        --gradient_accumulation_steps=1
 
 The embedded model works sums out in its head, carelessly, and has never called a calculator. The transcripts
 teach it the form, carelessly too: most of them do without a call, and some call with a number misread. What

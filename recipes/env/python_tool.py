@@ -1,6 +1,6 @@
 """Problems that may be worked out by programs: an environment for train_rl.py whose tool runs Python.
 
-    python train_rl.py --env=recipes/env/python_tool.py:Env --dataset_path=problems.jsonl --model=MODEL
+    python train_rl.py --env=recipes/env/python_tool.py:Env --dataset_path problems.jsonl --model=DIRECTORY
 
 A program runs in data/sandbox.py, without network and files, and what it prints is said back. What is said
 without a call is the answer: 1 where it is the row's, as the reward `exact` judges.

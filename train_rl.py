@@ -155,8 +155,10 @@ def main(cfg):
             last, best = state.step >= sizes.total_steps, False
             if last or is_due(cfg.eval_steps) or (state.step == 0 and cfg.eval_steps):
                 with log.pause(), run.unsharded():
-                    metrics = evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, run)
+                    metrics, text = evaluate(cfg, policy, tokenizer, reward_model, reference, problems,
+                                             scorer, run)
                     log.write(state.step, metrics)
+                    log.text(state.step, 'samples', text)
                     show(cfg, log, run)
                     best = state.note_eval(metrics)
             if last or best or is_due(cfg.save_steps):
@@ -995,15 +997,16 @@ def describe_rollout(cfg, rollout, scorer, beta, run):
 
 def evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, run):
     """{eval_accuracy (of exact or task), eval_reward} of the likeliest answers to held-out problems, and the
-    same `_sampled` at the training temperature, with a teacher also eval_kl, of the samples; what is drawn
-    depends on neither step nor ranks."""
-    metrics, right = {}, answer_reward(scorer)
+    same `_sampled` at the training temperature, with a teacher also eval_kl, of the samples; and two of the
+    likeliest as text. What is drawn depends on neither step nor ranks."""
+    metrics, shown, right = {}, '', answer_reward(scorer)
     numbered = list(enumerate(problems.held_out))[run.rank::run.world_size]
     # the likeliest answer is what users get; samples say how sure the policy is, and foresee the reward
     for name, temperature in (('', 0.0), ('_sampled', cfg.temperature)):
         completions = sample_completions(cfg, policy, tokenizer, scorer, numbered, 0,
                                          seed_for(cfg.seed, 'evaluation'), run, temperature, 1)
         reward_completions(cfg, scorer, reward_model, completions)
+        shown = shown or '\n'.join(c.prompt + c.transcript for c in completions[:2])
         # an answer that could not be scored is left out, not wrong
         scores = [(c.reward, c.rewards.get(right)) for c in completions if c.reward is not None]
         scores = run.gather(scores)
@@ -1014,7 +1017,7 @@ def evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, 
     if cfg.algorithm == 'distill':
         kl, tokens = zip(*run.gather([reverse_kl(cfg, reference, completions, run)]))
         metrics['eval_kl'] = sum(kl) / max(sum(tokens), 1)
-    return metrics
+    return metrics, shown
 
 
 def show(cfg, log, run):

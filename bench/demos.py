@@ -16,15 +16,18 @@ highest of the seeds. What the scores are:
     rl      right sums, greedy
     plan_path, sokoban, sudoku, math, code      sampled success of the team
 
---model: full and LoRA fine-tuning of that model on the same tool calls (100 steps of 4 rows), preferences
-(60 steps of 4 pairs) and sums (GRPO, 40 steps of 32 completions, the reward for the right number alone),
-scored on 100 held-out rows and sums and 56 prompts. The interval is Wilson's, 95%. A model whose template
+--model: full and LoRA fine-tuning of that model on the same tool calls (40 steps of 4 rows), preferences
+(60 steps of 4 pairs) and sums (GRPO, 30 steps of 32 completions, the reward for the right number alone),
+scored on 100 held-out rows and sums and 56 prompts. A small model knows neither the form nor how to carry,
+and its own answers earn nothing: before GRPO it is fine-tuned for 30 steps on the embedded demonstrator's
+careless ones, and `before` is what it then can. The interval is Wilson's, 95%. A model whose template
 writes no tool calls is given the embedded one's.
 """
 import argparse
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -42,15 +45,18 @@ DEMOS = {
               'validation/success_rate') for team in TEAMS},
 }
 SMALL_STEPS = ['--logging_steps=10', '--lr_scheduler_type=linear', '--warmup_steps=5']
-SFT = ['train_sft.py', '--dataset_path=devices', '--max_steps=100', '--per_device_train_batch_size=4',
+SFT = ['train_sft.py', '--dataset_path=devices', '--max_steps=40', '--per_device_train_batch_size=4',
        '--gradient_accumulation_steps=1', '--eval_strategy=no', '--output_dir=models', *SMALL_STEPS]
 DPO = ['train_dpo.py', '--max_steps=60', '--per_device_train_batch_size=4', '--eval_samples=100',
        '--eval_steps=60', '--output_dir=out', *SMALL_STEPS]
-GRPO = ['train_rl.py', '--max_steps=40', '--per_device_train_batch_size=32',
+GRPO = ['train_rl.py', '--max_steps=30', '--per_device_train_batch_size=32',
         '--gradient_accumulation_steps=1',
-        '--steps_per_generation=1', '--num_generations=8', '--eval_problems=100', '--eval_steps=20',
-        '--temperature=0.7', '--max_completion_length=40', '--dataset_path=sums.jsonl', '--reward=exact',
-        '--output_dir=out', *SMALL_STEPS]
+        '--steps_per_generation=1', '--num_generations=8', '--eval_problems=100', '--eval_steps=15',
+        '--temperature=1', '--max_completion_length=40', '--dataset_path=sums.jsonl', '--system_prompt=',
+        '--reward=exact', '--output_dir=out', *SMALL_STEPS]
+FORM = ['train_sft.py', '--dataset_path=shown.jsonl', '--max_steps=30', '--per_device_train_batch_size=4',
+        '--gradient_accumulation_steps=1', '--eval_strategy=no', '--output_dir=form', '--lr=5e-5',
+        *SMALL_STEPS]
 LORA = ['--use_lora=true', '--lora_r=16', '--lora_alpha=32']
 REAL = {
     'sft-full': ([*SFT, '--lr=5e-5'], None),
@@ -68,8 +74,12 @@ def run_demo(demo, seed, folder, model=None):
     os.makedirs(folder, exist_ok=True)
     (script, *words), key = (REAL if model else DEMOS)[demo]
     if model:
-        words.append(f'--base_model_name={with_template(model, folder)}')
-        write_sums(os.path.join(folder, 'sums.jsonl'))
+        linked = with_template(model, folder)
+        write_sums(folder)
+        if demo.startswith('grpo'):
+            in_folder(folder, *FORM, f'--base_model_name={linked}', f'--seed={seed}', '--tensorboard=false')
+            linked = 'form'
+        words.append(f'--base_model_name={linked}')
     begun = time.perf_counter()
     in_folder(folder, script, *words, f'--seed={seed}', '--tensorboard=false')
     seconds = time.perf_counter() - begun
@@ -106,14 +116,21 @@ def with_template(model, folder):
     return linked
 
 
-def write_sums(path):
-    """The embedded sums as questions and answers, without the way in which `tiny` works them out."""
+def write_sums(folder):
+    """The embedded sums as questions and answers, and others worked out by the careless demonstrator."""
     from data.tasks import arithmetic
-    with open(path, 'w', encoding='utf-8') as file:
-        for split, count in (('train', 2000), ('eval', HELD_OUT)):
-            for problem in arithmetic.problems(split, count, 0):
-                row = {'question': problem['question'], 'answer': str(problem['answer']), 'metadata': split}
-                file.write(json.dumps(row) + '\n')
+    draw = random.Random(0)
+    rows = {'sums.jsonl': [], 'shown.jsonl': []}
+    for split, count in (('train', 2000), ('eval', HELD_OUT)):
+        for problem in arithmetic.problems(split, count, 0):
+            rows['sums.jsonl'].append({'question': problem['question'], 'answer': problem['answer'],
+                                       'metadata': split})
+    for problem in arithmetic.problems('train', 400, 'shown'):
+        rows['shown.jsonl'].append({'question': problem['question'],
+                                    'answer': arithmetic.demonstration(problem, draw)})
+    for name, of_file in rows.items():
+        with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+            file.writelines(json.dumps(row) + '\n' for row in of_file)
 
 
 def exact_calls(folder, model, count=None):

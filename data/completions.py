@@ -43,6 +43,11 @@ class Completion:
         return own or [True] * len(self.completion_ids)
 
     @property
+    def transcript(self):
+        """All that follows the prompt, as text."""
+        return ''.join(text for text, *_ in self.parts) or self.text
+
+    @property
     def length(self):
         """How many tokens the policy wrote."""
         return sum(self.mask)

@@ -119,7 +119,7 @@ def main(cfg):
     policy, tokenizer = load_policy(cfg, run, cfg.base_model_name, run.resumed)
     resolve_by_model(cfg, policy, run)                              # learning rates, lengths
     scorer = open_scorer(cfg)
-    problems = open_problems(cfg, tokenizer, run.print0)
+    problems = open_problems(cfg, tokenizer, run.print0, scorer.environment)
     sizes = resolve_sizes(cfg, len(problems.train), run)            # of a step, a rollout, the run
     if cfg.plan:
         return plan.rl(cfg, policy, problems, sizes, run)
@@ -409,10 +409,12 @@ from torch.nn.utils.rnn import pad_sequence
 from data.batches import PackedBatch, cut, pack
 from data.completions import (Completion, by_prompt, collect_best, cut_rollouts, read_completions,
                               write_completions)
+from data.environments import Environment
 from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
 from nanoforge import pages, plan, plots
 from nanoforge.distill import given_answers, imitate, reverse_kl
+from nanoforge.episodes import play_episodes
 from nanoforge.log import REDUCED, Log
 from nanoforge.lora import adapters_off
 from nanoforge.optim import learning_rate, make_optimizer, warmup_within
@@ -700,10 +702,11 @@ def generate_rollout(cfg, policy, tokenizer, reward_model, problems, scorer, siz
         asked = draw_problems(problems.train, state.cursor + drawn, missing, cfg.seed)
         mine = list(enumerate(asked, drawn))[run.rank::run.world_size]
         drawn += missing
-        sampled = sample_completions(cfg, policy, tokenizer, mine, state.step, seed, run, cfg.temperature, G)
+        sampled = sample_completions(cfg, policy, tokenizer, scorer, mine, state.step, seed, run,
+                                     cfg.temperature, G)
         reward_completions(cfg, scorer, reward_model, sampled)
         # what every rank must know of each, sorted by group and sample: from here on its row is its name
-        known = [[c.group, c.sample, run.rank, as_number(c.reward), c.stopped, len(c.completion_ids),
+        known = [[c.group, c.sample, run.rank, as_number(c.reward), c.stopped, c.length,
                   sum(c.logp), *map(as_number, c.rewards.values())] for c in sampled]
         new = torch.tensor(sorted(run.gather(known)), dtype=torch.float64)
         reward, stopped = new[:, 3], new[:, 4]
@@ -742,13 +745,18 @@ def has_signal(reward, G):
     return lowest < highest
 
 
-def sample_completions(cfg, policy, tokenizer, numbered, step, seed, run, temperature, num_samples):
+def sample_completions(cfg, policy, tokenizer, scorer, numbered, step, seed, run, temperature, num_samples):
     """[(number, problem)] -> Completions without rewards, num_samples of each, in parts that memory
     allows."""
     # as many rows as this rank's part of a rollout: an evaluation needs no more memory than that
     groups_at_once = max(1, cfg.per_device_train_batch_size * cfg.steps_per_generation // num_samples)
     completions, draw = [], run.sampler.generate if cfg.sampler_url else generate
     for part in cut(numbered, groups_at_once):
+        if scorer.environment:                  # several turns, and what is said between them
+            with run.autocast():
+                completions += play_episodes(cfg, scorer.environment, policy, tokenizer, draw, part, step,
+                                             seed, temperature, num_samples)
+            continue
         numbers = [number for number, _ in part]
         prompts = [list(problem['prompt_ids']) for _, problem in part]
         with run.autocast():
@@ -776,9 +784,12 @@ def reward_completions(cfg, scorer, reward_model, completions):
         records = [{key: record[key] for key in used if key in record} for record in records]
     if 'model' in scorer.names:
         columns['model'] = score_completions(reward_model, completions, cfg.per_device_train_batch_size)
-    lengths = [len(c.completion_ids) for c in completions]
+    if 'env' in scorer.names:
+        columns['env'] = [c.rewards['env'] for c in completions]
+    lengths = [c.length for c in completions]
     for c, scores in zip(completions, scorer([c.text for c in completions], records, lengths, columns)):
-        c.rewards, c.reward = scores, scorer.total(scores)
+        failed = scorer.environment and c.rewards['env'] is None
+        c.rewards, c.reward = scores, None if failed else scorer.total(scores)
 
 
 # ---- micro-batches -----------------------------------------------------------------------------------------
@@ -788,7 +799,7 @@ class MicroBatch:
     """B completions of this rank, at most T tokens long. Tensors (B, T), unless said otherwise."""
     rows: torch.Tensor                      # (B,): their rows of the rollout
     packed: PackedBatch
-    mask: torch.Tensor                      # False: padding
+    mask: torch.Tensor                      # False: padding, and what an environment said
     sampling_logp: torch.Tensor             # of the distribution that each token was drawn from
     old_logp: torch.Tensor | None = None    # by a training forward before the updates; None for the first
     ref_logp: torch.Tensor | None = None
@@ -820,7 +831,8 @@ def make_micro_batches(cfg, rollout, sizes, run):
         for part in cut(list(of_step), cfg.per_device_train_batch_size):
             rows, completions = zip(*part)
             # a prompt is computed once for the completions that lie beside each other in a micro-batch
-            packed = pack(by_prompt(completions), run.device, keep_last=has_critic)
+            packed = pack(by_prompt(completions), run.device, keep_last=has_critic,
+                          masks=[c.mask for c in completions])
             logp = pad_sequence([torch.tensor(c.logp) for c in completions], batch_first=True).to(run.device)
             steps[number].append(MicroBatch(torch.tensor(rows), packed, packed.targets >= 0, logp))
     return steps
@@ -900,7 +912,7 @@ def advantages_by_critic(cfg, rollout, steps, beta, run):
         if beta and cfg.kl == 'reward':
             rewards = -beta * kl_estimate(mb.start_logp, mb.ref_logp, 'k1')
         # the reward is for the whole completion: it comes with the last token
-        last = mb.mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
+        last = (mb.mask * torch.arange(1, mb.mask.size(1) + 1, device=run.device)).argmax(1, keepdim=True)
         rewards = rewards.scatter_add(1, last, rollout.reward[mb.rows, None].to(run.device, rewards.dtype))
         # what was cut off would have gone on: its return ends with the critic's opinion, not with 0
         bootstrap = torch.where(rollout.stopped[mb.rows].to(run.device), 0.0, mb.bootstrap)
@@ -989,7 +1001,7 @@ def evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, 
     numbered = list(enumerate(problems.held_out))[run.rank::run.world_size]
     # the likeliest answer is what users get; samples say how sure the policy is, and foresee the reward
     for name, temperature in (('', 0.0), ('_sampled', cfg.temperature)):
-        completions = sample_completions(cfg, policy, tokenizer, numbered, 0,
+        completions = sample_completions(cfg, policy, tokenizer, scorer, numbered, 0,
                                          seed_for(cfg.seed, 'evaluation'), run, temperature, 1)
         reward_completions(cfg, scorer, reward_model, completions)
         # an answer that could not be scored is left out, not wrong
@@ -1171,7 +1183,9 @@ def resolve_defaults(cfg, run):
     """Fills in, in place, what was left to be chosen and needs no model; each choice is said."""
     ppo, embedded = cfg.algorithm == 'ppo', not cfg.sources()
     # the reward that the data can give: a model's opinion, the task's own verdict, or the form of the answer
-    if cfg.algorithm == 'distill' and not embedded:
+    if cfg.env:
+        rewards = ['env']
+    elif cfg.algorithm == 'distill' and not embedded:
         rewards = []                                    # the teacher alone teaches; what is named is measured
     elif uses_pairs(cfg) or cfg.reward_model_path:
         rewards = ['model']
@@ -1187,8 +1201,8 @@ def resolve_defaults(cfg, run):
     chosen = [fill_in(
         cfg, num_generations=8 if compares_groups(cfg) else 4,
         steps_per_generation=steps * cfg.gradient_accumulation_steps,
-        max_completion_length=48 if embedded else cfg.max_length - cfg.max_prompt_length, rewards=rewards,
-        beta=0.05 if ppo else 0.0, kl='reward' if in_reward else 'k3',
+        max_completion_length=48 if embedded and not cfg.env else cfg.max_length - cfg.max_prompt_length,
+        rewards=rewards, beta=0.05 if ppo else 0.0, kl='reward' if in_reward else 'k3',
         dynamic_sampling=cfg.algorithm == 'dapo')]
     if embedded and cfg.max_steps < 0 and not cfg.typed & {'max_steps', 'num_train_epochs'}:
         cfg.max_steps = 60
@@ -1242,8 +1256,9 @@ def resolve_by_model(cfg, policy, run):
 
 def open_scorer(cfg):
     task = None if cfg.sources() else load_task(cfg.task)
+    environment = Environment(cfg.env, cfg.env_timeout, cfg.reward_concurrency) if cfg.env else None
     return Scorer(cfg.rewards, cfg.reward_weights, task, cfg.max_completion_length, cfg.length_buffer,
-                  cfg.reward_timeout, cfg.reward_concurrency)
+                  cfg.reward_timeout, cfg.reward_concurrency, environment)
 
 
 def start_log(cfg, state, sizes, run):

@@ -79,7 +79,7 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
         # batch; twice the training's if not set
     eval_strategy: str = setting('steps', also=('evaluation_strategy',), choices=('steps', 'epoch', 'no'))
         # when to evaluate
-    eval_on_start: bool = False  # evaluate before the first step, too
+    eval_on_start: bool = True  # evaluate before the first step, too, where there are evaluations
     sample_rows: int = setting(2, min=0)  # held-out prompts that are answered at each evaluation; 0 = none
     patience: int = setting(0, min=0, also=('early_stopping_patience',))  # stop after so many evaluations
         # without a better one; 0 = never
@@ -142,6 +142,7 @@ def main(cfg):
     make_batch = functools.partial(get_batch, cfg, rows, epochs, run)
     prefetch = Prefetcher(make_batch, total, cfg.dataloader_num_workers)        # a thread makes them ahead
     alerts, began, metrics = TrainingAlerts(run), time.perf_counter() - state.seconds, {}
+    first_step = state.step
     # a best model is kept because the root shall hold it, or because only it is saved
     keeps_best = cfg.save_strategy == 'best' or (cfg.save_strategy != 'no' and cfg.load_best_model_at_end)
 
@@ -154,7 +155,7 @@ def main(cfg):
                 log.text(state.step, 'examples', answer_examples(cfg, model, tokenizer, rows))
             log.histograms(state.step, gradients(optimizer))
         alerts.evaluation(state, metrics['eval_loss'])
-        if not rows.held_out.any():                     # nothing to judge by: patience must not run out
+        if state.step == first_step or not rows.held_out.any():     # no result of training: no patience lost
             return False
         return state.note_eval(metrics['eval_loss']) and keeps_best
 
@@ -164,9 +165,9 @@ def main(cfg):
         with log.pause():
             run.save(state, model, tokenizer, optimizer, ema, best, name, metrics=only_finite(metrics))
 
-    if cfg.eval_on_start and not run.resumed:           # what there is to improve on
-        save(best=validate())
-    for step in range(state.step, total):
+    if cfg.eval_on_start and cfg.eval_strategy != 'no' and not run.resumed:
+        validate()                                      # what there is to improve on
+    for step in range(first_step, total):
         run.exit_if_asked(save)                         # SIGINT, SIGTERM: save, say how to resume, exit
 
         # ---- one optimizer step. Its batch is a function of (seed, step), so there is no data state to

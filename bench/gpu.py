@@ -48,7 +48,7 @@ def run_part(name, options, rates, left, report=None):
 
 def child(options):
     """A part in a process of its own: imports, waits for its turn on stdin, prints its result."""
-    import gpu_parts        # noqa: F401, which takes seconds
+    import gpu_parts        # noqa: F401 -- which takes seconds
     turn = json.loads(sys.stdin.readline())
 
     def report(row):

@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import shared     # noqa: F401, first: it puts the repository on the import path
+import shared     # noqa: F401 -- first: it puts the repository on the import path
 
 import torch
 import torch.nn.functional as F

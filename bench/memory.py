@@ -6,7 +6,7 @@
 
 The same random Llama, each measurement in a process of its own, the two in alternation; memory is the peak of
 the process above what it holds once the weights are loaded (gradients included), time the quickest of
-`--steps` steps after a warm-up.
+`--steps` steps after a warm-up. The last line is JSON.
 """
 import argparse
 import json
@@ -78,6 +78,7 @@ def main():
         print(f'{name:14}{memory / 1e6:>10,.0f}{seconds:>10.2f}   {times:24}{row[0]["loss"]:>10.5f}')
     ratio = [a / b for a, b in zip(middle['ours'], middle['transformers'])]
     print(f'{"ours / theirs":14}{ratio[0]:>10.2f}{ratio[1]:>10.2f}')
+    print(json.dumps({name: dict(zip(('bytes', 'seconds'), values)) for name, values in middle.items()}))
 
 
 if __name__ == '__main__':

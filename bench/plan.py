@@ -26,7 +26,7 @@ MIB = 2 ** 20
 
 def measure(script, flags):
     """The plan of a command line, and what the run then takes, in bytes."""
-    import torch                # noqa: F401: so that `start` is what a bare process holds
+    import torch                # noqa: F401 -- so that `start` is what a bare process holds
     start = resident()
     module = importlib.import_module(script)
     from configurator import parse

@@ -64,7 +64,7 @@ def reward(completions, **columns):
 class Scorer:
     """reward() as train_rl.py asks for it."""
     names = ['reward']
-    last_error = ''
+    last_error, environment = '', None
 
     def __call__(self, texts, records, lengths, columns):
         return [{'reward': value} for value in reward(texts)]
@@ -158,7 +158,7 @@ def ours(args, clock, task=STEP, prompt_ids=None):
     from data.problems import Problems
     train = [{'prompt_ids': ids} for ids in prompt_ids or prompts(PROMPTS * args.steps)]
 
-    def open_problems(cfg, tokenizer, print0):
+    def open_problems(cfg, tokenizer, print0, environment):
         tokenizer.stop_ids = frozenset()
         return Problems(None, train, [])
 

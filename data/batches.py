@@ -7,6 +7,7 @@
     Prefetcher(make, total, workers)        batches made by a thread while the model computes
 """
 import concurrent.futures
+import itertools
 import math
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class PackedBatch(NamedTuple):
         return model.hidden(self.idx, self.positions, logit_positions=wanted)
 
 
-def pack(groups, device, keep_last=False, share=None, one_row=None, pin=False):
+def pack(groups, device, keep_last=False, share=None, one_row=None, pin=False, masks=None):
     """B completions of at most T tokens, each behind its prompt -> PackedBatch with targets (B, T).
 
     groups     [(prompt ids, [completion ids, ...]), ...], no ids empty; the completions keep their order
@@ -66,6 +67,7 @@ def pack(groups, device, keep_last=False, share=None, one_row=None, pin=False):
                document, where prompts are shared or documents are long. Otherwise rows are as long as the
                longest document: filled by best fit where prompts are shared and a mask is needed anyway, else
                with one document each, for which plain causal attention serves, without a mask of (W, W)
+    masks      of each completion, in their order: whether each token is learned; None: all are
     """
     if share is None:
         share = sharing_pays(groups)
@@ -86,12 +88,14 @@ def pack(groups, device, keep_last=False, share=None, one_row=None, pin=False):
     idx, positions, begins = lay_into_rows(documents, rows)
 
     logit_positions, targets, last = [], [], []
+    masks = iter(masks or ())
     for (prompt, completions), begin in zip(groups, begins):
         at = begin + len(prompt)
         for completion in completions:
             end = at + len(completion) - 1              # the place of its last token, if that is fed
             logit_positions.append([begin + len(prompt) - 1, *range(at, end)])
-            targets.append(completion)
+            learned = next(masks, itertools.repeat(True))
+            targets.append([token if is_learned else -1 for token, is_learned in zip(completion, learned)])
             last.append(end)
             at = end + 1 if keep_last else end
     batch = PackedBatch(

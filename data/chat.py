@@ -117,6 +117,30 @@ def has_system_role(tokenizer):
         return False
 
 
+def ids_between_turns(tokenizer, messages, last_token):
+    """The ids that stand between a turn of the assistant, which was sampled, and its next one: the end of its
+    turn but for last_token, which it wrote itself where that ends turns; messages that answer it; and what
+    begins a turn. They are encoded by themselves, so that what was sampled stays as it was.
+
+    Of the chat so far they do not depend: the template writes another one. UserError: as in `render`.
+    """
+    template = template_of(tokenizer)
+    messages = normal_messages(messages, 'developer' in template)
+    refuse_what_is_left_out(tokenizer, template, messages, None)
+    if spelled := spelled_marks(tokenizer, template, messages, None):
+        messages = set_apart(spelled, messages)
+    user, reply = PROBE[0], PROBE[3]
+    chat = apply(tokenizer, template, [user, reply, *messages], None, True, {})
+    _, found, between = chat.partition(reply['content'])
+    if not found:
+        raise UserError('chat template: it leaves out what the assistant said before, so that a chat of '
+                        'several turns cannot go on; put another chat_template.jinja beside the model')
+    space, found, rest = between.partition(tokenizer.backend.id_to_token(last_token))
+    if found and not space.strip():
+        between = rest
+    return sum(tokenizer.encode_batch(between.split(APART), continued=True), [])
+
+
 def render_rows(tokenizer, messages, tools=None, loss_on='completion', **variables):
     """The training rows of one chat: one; but with loss_on='assistant' and a template that rewrites earlier
     turns (drops their <think>, say) a row for every turn, each as the model sees it when it speaks."""

@@ -32,10 +32,27 @@ class Completion:
     agent: str | None = None                        # of several, as the page of rollouts groups them
     turn: int = 0
     prompt: str = ''                                # prompt_ids as text
+    # with an environment completion_ids are a transcript of several turns, text is what the policy said last,
+    # and these are its stretches, [text, tokens, whether the policy wrote it]; logp is 0 where it did not
+    parts: list = field(default_factory=list)
+
+    @property
+    def mask(self):
+        """Whether the policy wrote each token of completion_ids, and so learns it."""
+        own = [is_own for _, tokens, is_own in self.parts for _ in range(tokens)]
+        return own or [True] * len(self.completion_ids)
+
+    @property
+    def length(self):
+        """How many tokens the policy wrote."""
+        return sum(self.mask)
 
     def line(self):
         """As JSON, log-probabilities to five digits."""
-        return json.dumps({**asdict(self), 'logp': [round(x, 5) for x in self.logp]}, ensure_ascii=False)
+        fields = {**asdict(self), 'logp': [round(x, 5) for x in self.logp]}
+        if not self.parts:
+            del fields['parts']
+        return json.dumps(fields, ensure_ascii=False)
 
 
 def read_completions(path, step=None):

@@ -28,6 +28,7 @@ QUESTION_COLUMNS = ('question', 'problem', 'prompt')
 ANSWER_COLUMNS = ('answer', 'expected_answer', 'solution')
 DIALOGUE = 'dialogue'           # field of a problem that asks by several messages
 CHUNK = 1000                    # prompts that are encoded together
+PROBED = 8                      # problems whose prompts an environment is asked for before the run
 FORM = ('Think about the problem step by step between <think> and </think>. Then write the final answer, and '
         'nothing else, between <answer> and </answer>.')
 # data set: its columns, if not those above, and the form of answer that it is asked for
@@ -159,8 +160,9 @@ def uses_pairs(cfg):
     return any(source.chosen_column or source.rejected_column for source in cfg.sources())
 
 
-def open_problems(cfg, tokenizer, print0):
-    """The Problems that a Config of train_rl.py describes, as token ids; print0 is told what is left out."""
+def open_problems(cfg, tokenizer, print0, environment=None):
+    """The Problems that a Config of train_rl.py describes, as token ids; print0 is told what is left out. An
+    environment makes the prompts itself, when its episodes begin: here only those of the first problems."""
     pairs, task = [[], []], sys.modules[__name__]
     if not cfg.sources():
         task = load_task(cfg.task)
@@ -170,8 +172,14 @@ def open_problems(cfg, tokenizer, print0):
         train, held_out, pairs = pair_problems(cfg, tokenizer, print0)
     else:
         train, held_out = split_problems(cfg, print0)
-    train = fitting(cfg, tokenizer, task, train, 'training', print0)
-    held_out = fitting(cfg, tokenizer, task, held_out[:cfg.eval_problems], 'held-out', print0)
+    held_out = held_out[:cfg.eval_problems]
+    if environment and train:
+        first = train[:PROBED]
+        for problem, ids in zip(first, environment.prompts(tokenizer, first)):
+            problem['prompt_ids'] = ids or []
+    elif not environment:
+        train = fitting(cfg, tokenizer, task, train, 'training', print0)
+        held_out = fitting(cfg, tokenizer, task, held_out, 'held-out', print0)
     problems = Problems(task, train, held_out, *pairs)
     if not problems.train:
         raise UserError(f'no problem is left to train on: every prompt exceeds max_prompt_length='

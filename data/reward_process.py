@@ -26,25 +26,11 @@ ONE_SAMPLE = ['completion', 'record']       # the arguments of a function that s
 
 
 def main(path, name, timeout, concurrency):
-    requests = os.fdopen(os.dup(0), encoding='utf-8')
-    answers = os.fdopen(os.dup(1), 'w', encoding='utf-8')
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)        # the function may neither read requests
-    os.dup2(2, 1)                           # nor print into the answers: that goes to the console
-
-    def answer(**fields):
-        answers.write(json.dumps(fields) + '\n')
-        answers.flush()
-
+    requests, answer = connect()
     path = os.path.abspath(path)
-    try:
-        module = load(path)
-    except BaseException as error:
-        return answer(error=f'its file does not load: {explain(error, path)}')
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
-        return answer(missing=name, public=public)
+    function = find(path, name, answer)
+    if function is None:
+        return None
     if wrong := wrong_parameters(function, name):
         return answer(error=wrong)
     timeout, concurrency = float(timeout), int(concurrency)
@@ -68,6 +54,34 @@ def main(path, name, timeout, concurrency):
         batch = json.loads(line)
         wrong = wrong_parameters(function, name, batch['records'][0])
         answer(**{'error': wrong} if wrong else answer_to(score, name, path, **batch))
+
+
+def connect():
+    """(lines that come in, answer(**fields), which sends a line)."""
+    requests = os.fdopen(os.dup(0), encoding='utf-8')
+    answers = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)        # the function may neither read requests
+    os.dup2(2, 1)                           # nor print into the answers: that goes to the console
+
+    def answer(**fields):
+        answers.write(json.dumps(fields) + '\n')
+        answers.flush()
+
+    return requests, answer
+
+
+def find(path, name, answer):
+    """What a file calls `name`; None, and an answer, where it does not load or has none."""
+    try:
+        module = load(path)
+    except BaseException as error:
+        return answer(error=f'its file does not load: {explain(error, path)}')
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
+        return answer(missing=name, public=public)
+    return function
 
 
 def load(path):
@@ -179,7 +193,7 @@ def answer_to(score, name, path, completions, records):
 
 def explain(error, path):
     """An exception in one line: the file and line where it came from, its name and message."""
-    file, line, message = path, None, str(error)
+    file, line, message = path, None, ' '.join(str(error).split())
     for frame in traceback.extract_tb(error.__traceback__):     # the last one in the file or beside it
         if os.path.dirname(frame.filename) == os.path.dirname(path):
             file, line = frame.filename, frame.lineno

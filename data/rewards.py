@@ -7,6 +7,7 @@
                         (DAPO, arXiv 2503.14476, eq. 13)
     task                the reward of the embedded task itself, 1 or 0
     model               the score of a reward model, which the caller brings
+    env                 the sum over an episode, by a user's environment, likewise
     path.py:function    yours: function(completions, records) -> a number each; None: this one has no score.
                         Or function(completion, record) -> the number of one sample
 
@@ -30,7 +31,8 @@ from configurator import UserError, closest
 from data.answers import as_number, extract_answer, same_answer
 
 # unless reward_weights says otherwise
-WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0}
+WEIGHTS = {'exact': 2.0, 'number': 0.5, 'tags': 0.5, 'length': 1.0, 'task': 1.0, 'model': 1.0,
+           'env': 1.0}
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 MAX_HANGS = 3                       # samples of one batch after whose time-outs the rest is left unscored
 PROCESS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reward_process.py')
@@ -87,13 +89,14 @@ class Scorer:
     longest, buffer   tokens, for `length`
     timeout   seconds that a user's function may take for a batch; an async one for each sample
     concurrency   samples that an async function judges side by side
+    environment   data.environments.Environment, whose reward is `env`
 
     UserError at once: an unknown name, a file or function that is not there or does not load, weights that do
     not fit.
     """
 
-    def __init__(self, names, weights=(), task=None, longest=0, buffer=0, timeout=10.0,
-                 concurrency=32):
+    def __init__(self, names, weights=(), task=None, longest=0, buffer=0, timeout=10.0, concurrency=32,
+                 environment=None):
         for name in names:
             if list(names).count(name) > 1:
                 raise UserError(f'rewards: {name} is there twice; give it another weight instead')
@@ -104,7 +107,7 @@ class Scorer:
             raise UserError('reward_weights are all 0: nothing would be rewarded')
         self.names = list(names)
         self.weights = list(weights) or [WEIGHTS.get(name, 1.0) for name in names]
-        self.task = task
+        self.task, self.environment = task, environment
         self.longest, self.buffer = longest, buffer
         self.servers = {}           # of users' functions, by name
         self.last_error, self.has_said_error = '', False
@@ -114,6 +117,8 @@ class Scorer:
             elif name == 'task' and task is None:
                 raise UserError('rewards: task is the reward of an embedded task; for data sets use exact, '
                                 'number, tags, length or path.py:function')
+            elif name == 'env' and environment is None:
+                raise UserError('rewards: env is the reward of an environment: --env=path.py:Env')
             elif name not in WEIGHTS:
                 raise UserError(f'rewards: {name!r} is none of {", ".join(WEIGHTS)}{closest(name, WEIGHTS)}, '
                                 'nor path.py:function')
@@ -122,6 +127,8 @@ class Scorer:
         """Lists of texts, problems (dicts) and numbers of tokens -> [{name: number or None}], None where a
         reward gave no score. columns: {name: numbers} of rewards that were computed elsewhere."""
         columns = dict(columns)
+        if self.environment and self.environment.last_error:
+            self.last_error = f'env: {self.environment.last_error}'
         with ThreadPoolExecutor(max(1, len(self.servers))) as pool:     # users' functions, all at once
             asked = {name: pool.submit(server, completions, records) for name, server in self.servers.items()}
             for name in self.names:
@@ -163,7 +170,7 @@ class Scorer:
         return self.explain_missing(columns)
 
     def close(self):
-        for server in self.servers.values():
+        for server in filter(None, (*self.servers.values(), self.environment)):
             server.stop()
 
 
@@ -171,6 +178,7 @@ class Scorer:
 
 class Server:
     """path.py:function in a process that is killed where it hangs. Lines of JSON go to it and come back."""
+    flag, script, kind = 'rewards', PROCESS, 'function'     # for a class: data/environments.py
 
     def __init__(self, name, timeout, concurrency=32):
         self.name, self.timeout, self.concurrency = name, timeout, concurrency
@@ -178,28 +186,32 @@ class Server:
         self.last_error = ''
         self.process = None
         if not self.path.endswith('.py') or not self.function.isidentifier():
-            raise UserError(f'rewards: {name!r}: write path.py:function')
+            raise UserError(f'{self.flag}: {name!r}: write path.py:{self.kind}')
         if not os.path.isfile(self.path):
-            raise UserError(f'rewards: {name}: no file {self.path}')
+            raise UserError(f'{self.flag}: {name}: no file {self.path}')
         atexit.register(self.stop)
         self.start()
 
     def start(self):
         # in a session of its own, so that Ctrl-C reaches only the run, which saves first
         self.process = subprocess.Popen(
-            [sys.executable, PROCESS, self.path, self.function, str(self.timeout), str(self.concurrency)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8',
-            start_new_session=True)
+            [sys.executable, self.script, self.path, self.function, *self.arguments()], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, encoding='utf-8', start_new_session=True)
         hello = self.read(60)
         if hello is None:
             hello = {'error': 'its file does not finish loading'}
         if 'missing' in hello:
             name = hello['missing']
-            hello['error'] = f'{self.path} has no function {name}{closest(name, hello["public"])}'
+            hello['error'] = f'{self.path} has no {self.kind} {name}{closest(name, hello["public"])}'
         if 'error' in hello:
             self.stop()
-            raise UserError(f'rewards: {self.name}: {hello["error"]}')
-        self.is_async, self.one_by_one = hello['is_async'], hello['one_by_one']
+            raise UserError(f'{self.flag}: {self.name}: {hello["error"]}')
+        self.is_async, self.one_by_one = hello.get('is_async'), hello.get('one_by_one')
+        return hello
+
+    def arguments(self):
+        """What its process is told besides."""
+        return [str(self.timeout), str(self.concurrency)]
 
     def patience(self, n):
         """Seconds within which its process answers for n samples: an async function's one keeps to the time

@@ -87,11 +87,12 @@ def imitate(cfg, policy, reference, batches, answers, run):
 def reverse_kl(cfg, reference, completions, run):
     """(sum of log p_student - log p_teacher, tokens) of Completions as they were sampled."""
     total, tokens = 0.0, 0
-    for part in cut(completions, cfg.per_device_train_batch_size):
-        packed = pack(by_prompt(part), run.device)
+    said = [c for c in completions if c.completion_ids]
+    for part in cut(said, cfg.per_device_train_batch_size):
+        packed = pack(by_prompt(part), run.device, masks=[c.mask for c in part])
         with run.autocast(), reference() as teacher:
             stats = teacher.token_stats(packed.hidden_states(teacher), packed.targets, cfg.temperature,
                                         extras=False)
         total += sum(sum(c.logp) for c in part) - float(stats['logp'].double().sum())
-        tokens += sum(len(c.logp) for c in part)
+        tokens += sum(c.length for c in part)
     return total, tokens

@@ -295,11 +295,37 @@ class DataFlags(Flags):
 
 
 @configclass
-class RewardFlags(Flags):
+class EnvironmentFlags(Flags):
+    """What answers the turns of a policy (data/environments.py); without, a completion is one turn."""
+    # environment
+    env: str | None = None  # path.py:Env, a class of yours with reset(problem) -> messages and step(text) ->
+        # (messages, reward, done); its rewards, summed over the turns, are the reward `env`
+    max_turns: int = setting(8, min=1)  # that a policy has in an episode; what is said in all of them, and to
+        # it, counts towards max_completion_length
+    env_timeout: float = setting(10.0, above=0)  # seconds that a reset or step may take; with async def
+        # reward_concurrency of them run side by side
+
+    def check(self):
+        super().check()
+        for name in ('max_turns', 'env_timeout'):
+            if name in self.flags and not self.env:
+                raise UserError(f'{name} is about an environment, which is not given: --env=path.py:Env')
+        if self.env and self.tensor_parallel > 1:
+            raise UserError('env does not go together with tensor_parallel yet: processes that hold a model '
+                            'together would hear different answers')
+        if self.env and self.forward_kl:
+            raise UserError('forward_kl learns answers that are given, and an environment has none: leave it '
+                            'at 0')
+        if self.env and self.system_prompt is None:
+            self.system_prompt = ''                 # reset writes the prompt
+
+
+@configclass
+class RewardFlags(EnvironmentFlags):
     """What scores the samples of reinforcement learning."""
     # rewards
     rewards: list[str] = setting([], also=('reward', 'training.reward'))  # exact, number, tags, length, task,
-        # model or path.py:function; by what the data has if not set
+        # model, env or path.py:function; by what the data has if not set
     reward_weights: list[float] = []  # one each; exact 2, number and tags 0.5, others 1 if not set
     multi_objective_aggregation: str = setting(  # normalize_then_sum: each reward is compared within its
         'sum_then_normalize', choices=('sum_then_normalize', 'normalize_then_sum'))  # group by itself (GDPO)
@@ -318,6 +344,8 @@ class RewardFlags(Flags):
     def check(self):
         super().check()
         going_on = self.resume or self.replay is not None           # the rows of this run, which are cut back
+        if self.env and self.collect:
+            raise UserError('collect writes single answers, and an env has several: leave one of them out')
         if self.collect and not self.collect.endswith('.jsonl'):
             raise UserError(f'collect={self.collect}: train_sft.py reads such rows from a name that ends in '
                             '.jsonl')

@@ -49,14 +49,18 @@ svg{max-width:100%}svg text{fill:var(--faint);font-size:11px}.grid{stroke:var(--
 .sample{display:grid;grid-template-columns:13rem 1fr;gap:.8rem;padding:.25rem .5rem;margin:2px 0;
 border-radius:4px}
 .sample code{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.4 ui-monospace,monospace}
+.sample i{color:var(--faint)}
 .episodes details{border:1px solid var(--line);border-radius:6px;margin:.5em 0;padding:.4em .8em}
 .turn{display:flex;gap:1.4em;align-items:flex-start;margin:.8em 0;flex-wrap:wrap}
 .turn table{flex:1;min-width:min(24em,100%);margin:0}.turn td:first-child{overflow-wrap:anywhere}
 .executed{background:var(--marked);font-weight:600}
 .story{display:flex;gap:.8em;align-items:center;flex-wrap:wrap;margin:.6em 0}
 .story div{max-width:12em;text-align:center;font-size:.8rem;color:var(--faint);overflow-wrap:anywhere}
-.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0;padding:.5em .7em;background:var(--panel);
-border-radius:4px;white-space:pre-wrap}
+pre{font:13px/1.4 ui-monospace,monospace;padding:.5em .7em;background:var(--panel);
+border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
+.episodes pre{font:15px/1.2 ui-monospace,monospace;margin:0}
+.answers td:first-child{white-space:nowrap}.answers td[colspan]{white-space:normal;padding-top:1rem}
+.answers code{overflow-wrap:anywhere;font:13px/1.4 ui-monospace,monospace}
 .good{color:var(--good)}.bad{color:var(--bad)}
 @media(max-width:40rem){.sample{grid-template-columns:1fr;gap:.2rem}td,th{padding:.2rem .4rem}}'''
 WORDS = ('', 'what it means', 'tool', 'most often instead', 'answer', 'outcome')     # columns without numbers
@@ -156,7 +160,7 @@ def html_step(step, completions, is_open, judge):
         groups.setdefault((completion.group, completion.agent, completion.turn), []).append(completion)
     rewards = rewards_of(completions)
     mean_reward = sum(rewards) / len(rewards) if rewards else float('nan')
-    mean_length = sum(len(completion.completion_ids) for completion in completions) / len(completions)
+    mean_length = sum(completion.length for completion in completions) / len(completions)
     facts = f'step {step}: reward {mean_reward:.3f}, {len(groups)} {"prompts" if judge else "groups"}'
     if not judge and (equal := sum(map(has_equal_rewards, groups.values()))):
         facts += f' ({equal} with equal rewards)'
@@ -201,18 +205,25 @@ def html_group(key, members, strongest, judge):
 
 def html_sample(completion, strongest):
     facts = f'reward {score(completion.reward, "unscored")}, advantage {completion.advantage:+.2f}'
-    more = f'{len(completion.completion_ids)} tokens'
+    more = f'{completion.length} tokens'
+    if turns := sum(is_own for *_, is_own in completion.parts):
+        more += f' in {turns} turn{"s" * (turns > 1)}'
     if not completion.stopped:
         more += ', cut off'
     if len(completion.rewards) > 1:
         called = short_names(completion.rewards)
         more += '; ' + ', '.join(f'{called[name]} {score(value, "none")}'
                                  for name, value in completion.rewards.items())
-    text = completion.text
+    parts = completion.parts or [[completion.text, 0, True]]
+    texts = ''.join(element('span' if is_own else 'i', shortened(text)) for text, _, is_own in parts)
+    return (f'<div class=sample style="background:{shade(completion.advantage, strongest)}">'
+            f'<span class=facts>{escape(facts)}<br>{escape(more)}</span><code>{texts}</code></div>')
+
+
+def shortened(text):
     if len(text) > TEXT_SHOWN:
         text = f'{text[:TEXT_SHOWN]} ... ({len(text) - TEXT_SHOWN} more characters)'
-    return (f'<div class=sample style="background:{shade(completion.advantage, strongest)}">'
-            f'<span class=facts>{escape(facts)}<br>{escape(more)}</span>{element("code", text)}</div>')
+    return text
 
 
 def score(reward, missing):
@@ -228,7 +239,8 @@ def explain_group(members, judge=''):
     for member in members:
         reward = 'unscored' if member.reward is None else member.reward
         cut = '' if member.stopped else '(cut off) '
-        lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{member.text!r}')
+        said = ' '.join(repr(text) for text, *_ in member.parts) or repr(member.text)
+        lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{said}')
     likelier = sum(member.advantage > 0 for member in members)
     if judge:
         better = 'likelier to the teacher' if judge == 'teacher' else 'better than the critic expected'

@@ -564,7 +564,7 @@ def dpo(cfg, policy, pairs, epochs, total, kind, run):
 def rl(cfg, policy, problems, sizes, run):
     """Of train_rl.py: its Problems and the Sizes of a step, a rollout and the run. Completions are taken to
     be as long as they may be."""
-    prompts = np.array([len(problem['prompt_ids']) for problem in problems.train])
+    prompts = np.array([len(problem['prompt_ids']) for problem in problems.train if 'prompt_ids' in problem])
     G, T, ppo = cfg.num_generations, cfg.max_completion_length, cfg.algorithm == 'ppo'
 
     def build(cfg, hw, policy):

@@ -98,16 +98,17 @@ class HFRewardModel:
 
 @torch.no_grad()
 def score_completions(model, completions, batch_size):
-    """[data.completions.Completion] -> numbers. A ValueModel reads the tokens that were sampled, an
-    HFRewardModel, whose tokenizer is another, the text."""
+    """[data.completions.Completion] -> numbers, None where nothing was sampled. A ValueModel reads the tokens
+    that were sampled, an HFRewardModel, whose tokenizer is another, the text."""
     scores = []
-    for part in cut(completions, batch_size):
+    for part in cut([c for c in completions if c.completion_ids], batch_size):
         if isinstance(model, ValueModel):
             scores += model.rewards(by_prompt(part)).tolist()
         else:
             chats = [[*prompt(c.problem), {'role': 'assistant', 'content': c.text}] for c in part]
             scores += model.texts(chats).tolist()
-    return scores
+    scores = iter(scores)
+    return [next(scores) if c.completion_ids else None for c in completions]
 
 
 def load_reward_model(name_or_path, device, tokenizer):

@@ -1,6 +1,6 @@
 # GPT-2 of 124M parameters on one card of 24 GB: 2.6 billion tokens of web pages, 20 for each parameter.
 # python data/fineweb/prepare.py --num_tokens=2700000000 && python train_gpt.py recipes/gpt2_124m_1gpu.py
-# It needs 10 GiB, and 10.4 hours on a card that reaches 60 TFLOP/s (`--plan`). Eight cards: recipes/gpt2_124m.py.
+# It needs 10 GiB, and 10.4 hours on a card that reaches 60 TFLOP/s (`--plan`). For eight: gpt2_124m.py.
 out_dir = 'out-gpt2-124m'
 dataset = 'fineweb'
 arch = 'gpt2'

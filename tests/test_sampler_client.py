@@ -17,8 +17,7 @@ import train_rl
 from conftest import ROOT
 from configurator import UserError, parse
 from data.completions import read_completions
-from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig, find_model, load_model, save_model
+from model import load_model, save_model
 from nanoforge import sampler_client
 from sampler_server import SamplerServer
 
@@ -26,28 +25,10 @@ RL = ['--device=cpu', '--matmul=float32', '--report_to=none', '--per_device_trai
       '--steps_per_generation=2', '--num_generations=4', '--max_steps=4', '--logging_steps=1', '--eval_steps=4', '--eval_problems=3',
       '--num_problems=64', '--max_completion_length=12', '--learning_rate=1e-3', '--warmup_steps=0', '--temperature=0.9',
       '--importance_cap=0']
-# by what a completion says: any two differ, so that there is something to learn
-REWARD = 'def score(completions, records):\n    return [sum(map(ord, text)) % 17 / 17 for text in completions]\n'
 AGENTS = ['--device=cpu', '--matmul=float32', '--report_to=none', 'env.benchmark=plan_path', 'env.max_turns=2', '--train_sample_num=3',
           '--epoch_size=3', '--max_response_length=8', '--learning_rate=1e-3', '--total_training_steps=1', '--val_freq=1',
           '--val_before_train=false', '--validate_episodes=2', 'env.rules=false']
 VENDORS = 'sglang', 'vllm'
-
-
-@pytest.fixture(scope='module')
-def small(tmp_path_factory):
-    """A model of two layers with the embedded tokenizer, its weights random, which often stops; and a reward."""
-    folder = str(tmp_path_factory.mktemp('model'))
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(arch='qwen3', vocab_size=1024, block_size=256, n_layer=2, n_head=2, n_embd=32, tied=True))
-    model.init_weights(0.2)
-    tokenizer = load_tokenizer(find_model('tiny'))
-    with torch.no_grad():
-        model.embed_tokens.weight[sorted(tokenizer.stop_ids)] *= 4
-    save_model(model, tokenizer, folder)
-    with open(f'{folder}/reward.py', 'w') as file:
-        file.write(REWARD)
-    return folder
 
 
 @pytest.fixture(autouse=True)

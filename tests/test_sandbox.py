@@ -13,7 +13,6 @@ import time
 
 import pytest
 
-from configurator import UserError
 from conftest import ROOT
 from data import sandbox
 from data.jail import FILE_BYTES, USER

@@ -15,7 +15,6 @@ import pytest
 
 from configurator import UserError
 from conftest import ROOT
-from data import sandbox
 from data.chat import prompt_ids
 from data.sandbox import pass_rates
 from data.tasks import code, math, stored

@@ -32,7 +32,8 @@ summary{cursor:pointer;padding:.2rem 0}.facts{color:var(--faint);font-size:.85re
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
 td,th{padding:.2rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{border-bottom:2px solid var(--edge)}.n{text-align:right}td.n{white-space:nowrap}
-figure{display:inline-block;margin:.5rem 1.5rem .5rem 0;max-width:100%}figcaption{font-size:.85rem}
+figure{display:inline-block;vertical-align:top;margin:.5rem 1.5rem .5rem 0;max-width:100%}
+figcaption{font-size:.85rem}
 svg{max-width:100%}svg text{fill:var(--faint);font-size:11px}.grid{stroke:var(--line)}
 .board{flex:none}.floor{fill:var(--panel);stroke:var(--line)}.wall{fill:var(--wall);stroke:var(--wall)}
 .box{fill:var(--box)}.player{fill:var(--player)}.goal{fill:none;stroke:var(--goal);stroke-width:3}

@@ -12,10 +12,10 @@ from configurator import spellings
 from conftest import ROOT
 
 PAGES = {name: open(os.path.join(ROOT, name), encoding='utf-8').read()
-         for name in ('README.md', *(f'docs/{method}.md' for method in ('pretraining', 'sft', 'dpo', 'rl', 'teams')))}
+         for name in ('README.md', *(f'docs/{page}.md' for page in ('pretraining', 'sft', 'dpo', 'rl', 'teams', 'your_own', 'scaling')))}
 README = PAGES['README.md']
 TEXT = '\n'.join(PAGES.values())
-USERS_OWN = ('mine.py', 'convert_hf_to_gguf.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
+USERS_OWN = ('mine.py', 'guess.py', 'convert_hf_to_gguf.py', 'rows.jsonl', 'pairs.jsonl', 'problems.jsonl', 'book.txt', 'out/loss.png')
 COMMANDS = sorted({found.strip() for found in re.findall(r'python (train_\w+\.py[^`#&\n]*)', TEXT)} - {'train_agents.py env.name=mine'})
 
 
@@ -35,7 +35,8 @@ def defined(path):
 def test_commands_are_for_every_shell():
     """zsh takes [0] for a pattern, and finds no file of that name."""
     indented = re.findall(r'^    (python [^#\n]*|bash [^#\n]*)', TEXT, re.M)
-    for code in re.findall(r'```\n(.*?)```', TEXT, re.S) + re.findall(r'`([^`\n]+)`', TEXT) + indented:
+    blocks = [code for kind, code in re.findall(r'^```([^\n]*)\n(.*?)^```$', TEXT, re.S | re.M) if not kind]
+    for code in blocks + re.findall(r'`([^`\n]+)`', TEXT) + indented:
         if 'python' in code:
             assert not re.search(r'[\[\]*?]', code), code
 

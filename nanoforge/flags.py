@@ -330,7 +330,7 @@ class RewardFlags(EnvironmentFlags):
     multi_objective_aggregation: str = setting(  # normalize_then_sum: each reward is compared within its
         'sum_then_normalize', choices=('sum_then_normalize', 'normalize_then_sum'))  # group by itself (GDPO)
     reward_timeout: float = setting(10.0, above=0)  # seconds that a function of yours may take for a batch,
-        # or, with async def, for a sample
+        # or, where it scores one sample or is async def, for a sample
     reward_concurrency: int = setting(32, min=1)  # samples that such a one judges side by side, on each rank
     length_buffer: int | None = setting(None, min=1)  # tokens before max_completion_length over which
         # `length` falls to -1; a quarter of it

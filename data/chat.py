@@ -122,7 +122,8 @@ def ids_between_turns(tokenizer, messages, last_token):
     turn but for last_token, which it wrote itself where that ends turns; messages that answer it; and what
     begins a turn. They are encoded by themselves, so that what was sampled stays as it was.
 
-    Of the chat so far they do not depend: the template writes another one. UserError: as in `render`.
+    They do not depend on the chat so far: the template is given a short one of its own. UserError: as in
+    `render`.
     """
     template = template_of(tokenizer)
     messages = normal_messages(messages, 'developer' in template)

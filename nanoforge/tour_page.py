@@ -172,7 +172,7 @@ def html_rollout(folder):
         return ''
     members = groups[mixed[0]]
     strongest = max(abs(member.advantage) for member in members)
-    opened = html_group(mixed[0], members, strongest, False).replace('<details', '<details open', 1)
+    opened = html_group(mixed[0], members, strongest, '').replace('<details', '<details open', 1)
     return element('p', 'Answers to one sum at the first step: green ones are made likelier, red ones less '
                         'likely.') + opened
 

@@ -227,7 +227,7 @@ class Tour:
         """SIGINT and SIGTERM: the stage saves and ends, then the tour."""
         self.signum = signum
         if self.child:
-            self.child.send_signal(signum)      # from a terminal it had it already; within a second it is one
+            self.child.send_signal(signum)      # a second one from a terminal, which counts as one
         else:
             self.leave()
 

@@ -7,7 +7,7 @@
 
 The embedded model works sums out in its head, carelessly, and has never called a calculator. The transcripts
 teach it the form, carelessly too: most of them do without a call, and some call with a number misread. What
-pays is left to the reward: 1 for the right answer of a sum that the calculator has worked out.
+pays is left to the reward: 1 for the right answer, if a call was made before it.
 """
 import json
 import os

@@ -122,6 +122,7 @@ def main(cfg):
     problems = open_problems(cfg, tokenizer, run.print0, scorer.environment)
     sizes = resolve_sizes(cfg, len(problems.train), run)            # of a step, a rollout, the run
     if cfg.plan:
+        scorer.close()
         return plan.rl(cfg, policy, problems, sizes, run)
     reference = load_reference(cfg, policy, tokenizer, run)         # or teacher; None without a KL term
     critic = load_critic(cfg, policy, tokenizer, run)               # None but with ppo
@@ -129,6 +130,7 @@ def main(cfg):
     optimizers, parameters = make_optimizers(cfg, run.prepare(policy), critic)
     state = run.restore(State(cfg.optimizer, beta=cfg.beta), optimizers, parameters=parameters)
     if ended := run.ended(state, sizes.total_steps):
+        scorer.close()
         return ended
     print_summary(cfg, policy, critic, tokenizer, problems, sizes, run)
     log = start_log(cfg, state, sizes, run)
@@ -247,7 +249,7 @@ def main(cfg):
                     loss, stats = policy_loss(logp, old_logp, advantages, mb.mask, normaliser=normaliser,
                                               weights=weights, **loss_args)
                     loss = loss * (1 - cfg.forward_kl)      # the rest is learned from given answers, below
-                    if state.beta and cfg.kl != 'reward':
+                    if reference and state.beta and cfg.kl != 'reward':
                         kl = kl_estimate(logp, mb.ref_logp, cfg.kl)
                         loss = loss + state.beta * average(kl, mb.mask, loss_args['mean'], normaliser)
                     if cfg.entropy_coef:            # a bonus: what is likely must not become certain too soon
@@ -410,7 +412,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import PackedBatch, cut, pack
 from data.completions import (Completion, by_prompt, collect_best, cut_rollouts, read_completions,
-                              write_completions)
+                              refuse_rows_of_others, write_completions)
 from data.environments import Environment
 from data.problems import describe_prompt, draw_problems, load_task, open_problems, uses_pairs
 from data.rewards import Scorer, short_names
@@ -1015,8 +1017,9 @@ def evaluate(cfg, policy, tokenizer, reward_model, reference, problems, scorer, 
         if scores and right:
             metrics[f'eval_accuracy{name}'] = sum(correct for _, correct in scores) / len(scores)
     if cfg.algorithm == 'distill':
-        kl, tokens = zip(*run.gather([reverse_kl(cfg, reference, completions, run)]))
-        metrics['eval_kl'] = sum(kl) / max(sum(tokens), 1)
+        kl, tokens = map(sum, zip(*run.gather([reverse_kl(cfg, reference, completions, run)])))
+        if tokens:                              # of nothing there is no KL, and none that could be the best
+            metrics['eval_kl'] = kl / tokens
     return metrics, shown
 
 
@@ -1270,11 +1273,14 @@ def start_log(cfg, state, sizes, run):
         run.log = Log(run, tempfile.mkdtemp(), {}, sizes.total_steps, tensorboard=False,
                       interval=cfg.logging_steps)
         return run.log
+    if cfg.collect:
+        refuse_rows_of_others(cfg.collect, cfg.output_dir)
     header = {'algorithm': cfg.algorithm, 'model': cfg.base_model_name}
     log = run.start(sizes.total_steps, state.step, header, cfg.logging_steps, data=cfg.sources())
     if run.resumed:                             # what was sampled after the checkpoint is sampled again
-        for path in (rollouts_path(cfg), cfg.collect):
-            run.on_main(functools.partial(cut_rollouts, path, state.step))
+        run.on_main(functools.partial(cut_rollouts, rollouts_path(cfg), state.step))
+    if cfg.collect:                             # also of a start that was killed before its first checkpoint
+        run.on_main(functools.partial(cut_rollouts, cfg.collect, state.step))
     return log
 
 

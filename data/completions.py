@@ -11,7 +11,8 @@ import operator
 import os
 from dataclasses import asdict, dataclass, field
 
-from nanoforge.checkpoint import write_text, writing
+from configurator import UserError
+from nanoforge.checkpoint import read_manifest, write_text, writing
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Completion:
 def read_completions(path, step=None):
     """The Completions of a rollouts.jsonl, or those of one step; a line that a kill cut short is left out."""
     completions = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:    # a kill may cut a character, too
         for line in file:
             try:
                 fields = json.loads(line)
@@ -112,12 +113,21 @@ def collect_best(rollout, prompt, path, run):
     write_lines([json.dumps(row, ensure_ascii=False) for row in rows], path, run)
 
 
+def refuse_rows_of_others(path, out_dir):
+    """UserError where the file that a run in out_dir is to collect in is there, and not from an earlier start
+    of that run, whose rows may be cut."""
+    saved = read_manifest(os.path.join(out_dir, 'run_config.json')).get('config', {})
+    if os.path.exists(path) and saved.get('training', {}).get('collect') != path:
+        raise UserError(f'collect={path} is there already, and not of the run in {out_dir}: name another '
+                        'file, or move it away')
+
+
 def cut_rollouts(path, step):
     """Drops the lines of rollouts from `step` on, which come again, and one that a kill cut short."""
-    if not path or not os.path.exists(path):
+    if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 if json.loads(line)['step'] < step:

@@ -14,13 +14,14 @@ from configurator import UserError, check_settings
 from conftest import ROOT
 from data.batches import pack
 from data.chat import prompt_ids
+from data.rewards import Scorer
 from data.tasks import arithmetic
 from model import GPT, load_model, save_model
 from nanoforge import distill
 from nanoforge.hf import FAMILIES, GPTConfig
 from nanoforge.run import setup
 from test_rl import TINY, lines
-from train_rl import Config, MicroBatch, advantages_by_teacher, main, policy_loss
+from train_rl import Config, MicroBatch, State, advantages_by_teacher, main, policy_loss
 
 DISTILL = {**TINY, 'algorithm': 'distill', 'teacher_model_name': 'tiny', 'rewards': ['task'], 'max_steps': 2, 'eval_steps': 0}
 
@@ -153,6 +154,14 @@ def test_prompts_alone_are_enough(tmp_path):
     first, last = (line['eval_kl'] for line in log if 'eval_kl' in line)
     assert 0.02 < first and last < 0.6 * first
     assert not any(key.startswith(('reward', 'eval_reward', 'success')) for line in log for key in line)
+
+
+def test_of_no_held_out_problem_there_is_no_best():
+    model, tokenizer = load_model('tiny')
+    scorer, nothing = Scorer([]), types.SimpleNamespace(held_out=[])
+    cfg = config(rewards=[])
+    metrics, text = train_rl.evaluate(cfg, model, tokenizer, None, lambda: contextlib.nullcontext(model), nothing, scorer, setup('cpu'))
+    assert metrics == {} and text == '' and not State(cfg.optimizer, step=1).note_eval(metrics)
 
 
 MISTAKES = {

@@ -1,6 +1,7 @@
 """train_rl.py in short real runs of the embedded model:
 what they leave, that counts, ranks and kills change nothing, and forty mistakes."""
 import hashlib
+import glob
 import json
 import math
 import os
@@ -192,10 +193,29 @@ def test_the_best_of_each_group_are_rows_of_fine_tuning(tmp_path):
         assert targets.sum() == len(c.completion_ids)
     before = read('rows/best.jsonl')
     shutil.rmtree('out/checkpoint-4')
-    with open('rows/best.jsonl', 'a') as file:
-        file.write('{"messages": [')                # as a kill leaves it
+    with open('rows/best.jsonl', 'ab') as file:
+        file.write(b'{"messages": ["\xe2\x82')      # as a kill leaves it, within a character
     main(parse(Config, ['--resume', '--output_dir=out']))
     assert read('rows/best.jsonl') == before
+    # another file is nobody's to cut; and of a start that was killed before it saved no row is there twice
+    shutil.rmtree('out/checkpoint-4')
+    (tmp_path / 'theirs.jsonl').write_text('{"messages": [], "step": 9}\n')
+    with pytest.raises(UserError, match='theirs.jsonl is there already, and not of the run in out'):
+        main(parse(Config, ['--resume', '--output_dir=out', '--collect=theirs.jsonl']))
+    assert read('theirs.jsonl') == b'{"messages": [], "step": 9}\n'
+    for checkpoint in glob.glob('out/checkpoint-*'):
+        shutil.rmtree(checkpoint)
+    main(config(**how, resume='auto', max_steps=4))
+    assert read('rows/best.jsonl') == before
+    with pytest.raises(UserError, match='best.jsonl is there already, and not of the run in new'):
+        main(config('new', **how, resume='auto'))
+    assert read('rows/best.jsonl') == before
+
+
+def test_a_reference_may_be_left_out_when_a_run_goes_on():
+    main(config(beta=0.1, max_steps=2, eval_steps=0, save_steps=2, save_only_model=False))
+    main(parse(Config, ['--resume', '--output_dir=out', '--beta=0', '--max_steps=4']))
+    assert ['kl' in line for line in lines() if 'loss' in line] == [True, True, False, False]
 
 
 @pytest.mark.parametrize('name, there, words', [('best.json', False, 'ends in .jsonl'), ('best.jsonl', True, 'is there already'),

@@ -114,6 +114,9 @@ def checked(value, what, method):
         problem = problem or f'the reward must be a number (or None), not {str(reward)[:60]}'
     if problem:
         return {'error': f'{what} must return {FORMS[method]}: {problem}'}
+    # half a character, which a model can write as \ud800 within JSON, is nothing that a tokenizer takes
+    messages = [{**message, 'content': message['content'].encode(errors='replace').decode()}
+                for message in messages]
     finite = reward is None or math.isfinite(reward)
     fields = {'answer': [messages, reward if finite else None, bool(done)]}
     return fields if finite else {**fields, 'trouble': f'{what} returned the reward {reward}'}

@@ -82,6 +82,15 @@ def test_every_episode_has_its_own_state():
     env.stop()
 
 
+def test_half_a_character_that_a_model_wrote_ends_no_run():
+    env = environment(steps('return [{"role": "tool", "content": text + "\\ud800"}], 0.5, False'))
+    env.begin(QUESTIONS[:1])
+    (message,), _, _ = env.step({0: 'a'})[0]
+    env.stop()
+    assert message == {'role': 'tool', 'content': 'a?'}
+    ids_between_turns(load_tokenizer(find_model('tiny')), [message], 0)
+
+
 @pytest.mark.parametrize('fault, words', [('time.sleep(60)', 'no answer within 1 s (env_timeout)'), ('os._exit(1)', 'its process ended'),
                                           ('raise ValueError("no\\nway")', 'mine.py line 9: ValueError: no way'), ('raise SystemExit', 'SystemExit'),
                                           ('return [], float("nan"), True', 'Env.step returned the reward nan')])
@@ -517,6 +526,7 @@ def test_the_python_tool_runs_programs_in_the_sandbox(workers):
     answers = env.step({0: call('print(2 ** 100)'), 1: call('open("/etc/hostname").read()'), 2: call('while True: pass')})
     texts = [answers[i][0][0]['content'] for i in range(3)]
     assert texts[0] == '1267650600228229401496703205376\n' and 'Error' in texts[1] and 'timed out after 3 s' in texts[2]
+    assert env.step({0: 3 * call('1')})[0][0][0]['content'] == 'error: 2 programs at most'
     answers = env.step({0: '<answer>1267650600228229401496703205376</answer>', 1: '<answer>1</answer>', 2: '<tool_call>print</tool_call>'})
     assert answers[0] == [[], 1.0, True] and answers[1] == [[], 0.0, True] and answers[2][0][0]['content'].startswith('error')
     env.stop()

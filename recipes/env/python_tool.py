@@ -15,6 +15,7 @@ SYSTEM = 'Programs that you run may help. Write the answer, and nothing else, be
 TOOL = {'name': 'python', 'description': 'Run a Python program and get what it prints.', 'parameters': {
     'type': 'object', 'properties': {'code': {'type': 'string'}}, 'required': ['code']}}
 SECONDS, CHARACTERS = 3.0, 1000         # of a program; of what it prints
+PROGRAMS = 2        # of a turn: more that hang would outlast env_timeout, and leave the episode without a score
 
 start()         # where the sandbox cannot run, this is said before the first step
 
@@ -30,6 +31,8 @@ class Env:
     async def step(self, text):
         try:
             programs = [call['arguments']['code'] for call in parse_tool_calls(text)]
+            if len(programs) > PROGRAMS:
+                raise ValueError(f'{PROGRAMS} programs at most')
         except (ValueError, KeyError) as error:                     # a model wrote it
             return [{'role': 'tool', 'content': f'error: {error}'[:CHARACTERS]}], 0.0, False
         if not programs:

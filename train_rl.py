@@ -1191,7 +1191,7 @@ def resolve_defaults(cfg, run):
     # the reward that the data can give: a model's opinion, the task's own verdict, or the form of the answer
     if cfg.env:
         rewards = ['env']
-    elif cfg.algorithm == 'distill' and not embedded:
+    elif cfg.algorithm == 'distill' and not (embedded or cfg.reward_model_path):
         rewards = []                                    # the teacher alone teaches; what is named is measured
     elif uses_pairs(cfg) or cfg.reward_model_path:
         rewards = ['model']

@@ -164,6 +164,13 @@ def test_of_no_held_out_problem_there_is_no_best():
     assert metrics == {} and text == '' and not State(cfg.optimizer, step=1).note_eval(metrics)
 
 
+@pytest.mark.parametrize('named, rewards', [({}, []), (dict(reward_model_path='scores'), ['model'])])
+def test_a_reward_model_that_is_named_is_asked(named, rewards):
+    cfg = config(dataset_path='asked.jsonl', rewards=[], **named)
+    train_rl.resolve_defaults(cfg, setup('cpu'))
+    assert cfg.rewards == rewards
+
+
 MISTAKES = {
     'no teacher': (dict(teacher_model_name=None), 'teacher_model_name'),
     'a reference beside the teacher': (dict(beta=0.1), 'beta=0.1'),

@@ -145,8 +145,8 @@ def main(cfg):
     minutes, cpu = (sum(tour.notes[stage.name][key] for stage in tour.stages) / 60
                     for key in ('seconds', 'cpu_seconds'))
     print(f'the tour has ended after {minutes:.1f} minutes ({cpu:.1f} of processor time): open '
-          f'{cfg.out_dir}/report.html, or talk to the team: python sample.py {shlex.quote(str(tour.stages[-1].folder))} '
-          '--chat')
+          f'{cfg.out_dir}/report.html, or talk to the team: '
+          f'python sample.py {shlex.quote(str(tour.stages[-1].folder))} --chat')
 
 
 # ---- running the stages ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ SYSTEM = 'Programs that you run may help. Write the answer, and nothing else, be
 TOOL = {'name': 'python', 'description': 'Run a Python program and get what it prints.', 'parameters': {
     'type': 'object', 'properties': {'code': {'type': 'string'}}, 'required': ['code']}}
 SECONDS, CHARACTERS = 3.0, 1000         # of a program; of what it prints
-PROGRAMS = 2        # of a turn: more that hang would outlast env_timeout, and leave the episode without a score
+PROGRAMS = 2        # of a turn: more that hang would outlast env_timeout, and the episode have no score
 
 start()         # where the sandbox cannot run, this is said before the first step
 

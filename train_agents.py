@@ -146,7 +146,7 @@ def main(cfg):
     held_out = held_out_problems(cfg, task, run)                # the same ones at every validation
     print_summary(cfg, policies, task, directory, run)
     if cfg.eval_only:
-        metrics = validate(cfg, team, task, held_out, 0, directory, run)
+        metrics, _ = validate(cfg, team, task, held_out, 0, directory, run)
         return run.finish(metrics, '  '.join(f'{key} {value:.4f}' for key, value in metrics.items()))
     demo_seconds = 0.0 if run.resumed else warm_up(cfg, policies, task, run)
     for policy in policies:                                     # made now: the warm-up's moved the weights
@@ -171,8 +171,9 @@ def main(cfg):
         is_due = state.step % cfg.val_freq == 0 and state.step > log.first_step
         if last or is_due or (state.step == 0 and cfg.val_before_train):
             with log.pause():
-                metrics = validate(cfg, team, task, held_out, state.step, directory, run)
+                metrics, text = validate(cfg, team, task, held_out, state.step, directory, run)
                 log.write(state.step, metrics)
+                log.text(state.step, 'samples', text)
                 save(best=state.note_success(metrics['validation/success_rate']))
                 if run.is_main:
                     show(cfg, team, directory)
@@ -740,8 +741,8 @@ def supervised_step(cfg, policy, optimizer, chats, step, run):
 # ---- validation --------------------------------------------------------------------------------------------
 
 def validate(cfg, team, task, problems, step, directory, run):
-    """Plays held-out problems without branching, greedily and sampled -> metrics. All trajectories go to
-    validate/."""
+    """Plays held-out problems without branching, greedily and sampled -> metrics, and what the team said to
+    the first one. All trajectories go to validate/."""
     sampled = {name: agent.val_temperature for name, agent in agents_of(cfg).items()}
     metrics, records = {}, []
     for mode, prefix in (('sampled', 'validation/'), ('greedy', 'validation/greedy_')):
@@ -756,7 +757,11 @@ def validate(cfg, team, task, problems, step, directory, run):
     if run.is_main:
         Path(directory, 'validate', f'step-{step}.jsonl').write_text(lines, 'utf-8', 'replace')
     write_summary(step, metrics, directory, run)
-    return metrics
+    said = []
+    for trajectory in trajectories[:1]:
+        said = [f'{group.agent}: {group.candidates[group.chosen].text}' for group in trajectory.groups]
+        said.append('solved' if trajectory.env.success else 'not solved')
+    return metrics, '\n'.join(said)
 
 
 def summary(cfg, trajectories, run):

@@ -397,8 +397,9 @@ def test_validation_never_branches_and_is_repeatable(small, run):
     (team, _), task = players(cfg, run), train_agents.task_of(cfg)
     os.makedirs('validate')
     problems = train_agents.held_out_problems(cfg, task, run)
-    metrics = train_agents.validate(cfg, team, task, problems, 3, '.', run)
-    assert metrics == train_agents.validate(cfg, team, task, problems, 4, '.', run)
+    metrics, said = train_agents.validate(cfg, team, task, problems, 3, '.', run)
+    assert (metrics, said) == train_agents.validate(cfg, team, task, problems, 4, '.', run)
+    assert said.splitlines()[-1] in ('solved', 'not solved') and said.startswith(cfg.turn_order[0])
     rows = [json.loads(line) for line in open('validate/step-3.jsonl')]
     assert len(rows) == 12 and all(len(turn['candidates']) == 1 for row in rows for turn in row['turns'])
     assert {'validation/success_rate', 'validation/greedy_success_rate', 'validation/reward', 'validation/episode_length'} <= set(metrics)

@@ -5,17 +5,20 @@ import decimal
 import inspect
 import json
 import os
+import socket
 import random
 import subprocess
 import sys
 import traceback
 
 import numpy as np
+import huggingface_hub.constants
 import pytest
 
 from configurator import UserError
 from data import formats
 from data.batches import best_fit
+from data.offline import look_for_hub
 from data.formats import Source, broken_calls, read_rows, split_of_row, to_record
 from data.parallel_map import map_chunks
 from data.tasks import devices, toolcalls
@@ -323,3 +326,22 @@ def test_chunks_come_back_in_order_and_are_taken_as_they_are_needed(num_proc):
     assert list(results) == [([number] * 3, 3 * number) for number in range(1, 40)]
     with pytest.raises(TypeError):
         list(map_chunks(sum, [[1], ['a']], num_proc))
+
+
+def test_without_a_network_the_hub_is_given_up_at_once(monkeypatch):
+    def unknown(*arguments):
+        raise socket.gaierror(-2, 'Name or service not known')
+
+    for name in [name for name in os.environ if name.lower().endswith('_proxy')]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *arguments: [])
+    look_for_hub()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    monkeypatch.setenv('HTTPS_PROXY', 'http://proxy:3128')          # which looks names up itself
+    look_for_hub()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.delenv('HTTPS_PROXY')
+    look_for_hub()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE

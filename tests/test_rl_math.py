@@ -302,6 +302,10 @@ def test_each_preset_solves_a_bandit(name):
             advantages, returns = gae(rewards, values.expand(256, 2), mask, 1.0, 0.95)
             values += 0.5 * (returns.mean(0) - values)
             advantages = whiten(advantages, mask)
+        elif name == 'distill':         # a teacher that likes that pair, and pays nothing
+            teacher = torch.zeros(2, 5)
+            teacher[0, 3] = teacher[1, 1] = 6.0
+            advantages = teacher.log_softmax(1)[torch.arange(2), tokens] - old
         elif name == 'gdpo':            # a reward for each token, one a thousandth of the other
             each = [(tokens[:, 0] == 3) * 1.0, (tokens[:, 1] == 1) * 0.001]
             advantages = decoupled_advantages(each, (1, 1), torch.arange(256) // 8, scale=scale, baseline=baseline)

@@ -43,56 +43,56 @@ def kind(side):
     return side.removeprefix('ours').replace('_', ' ').strip() or 'float32'
 
 
-def of_gpt(found):
-    ours, theirs = (statistics.median(pair[side]['seconds'] / 200 for pair in found['pairs'])
+def of_gpt(data):
+    ours, theirs = (statistics.median(pair[side]['seconds'] / 200 for pair in data['pairs'])
                     for side in ('ours', 'nanogpt'))
-    yield Row('pretraining step, 12 x 64 tokens', 'nanoGPT', ours, theirs, found['ratios'])
+    yield Row('pretraining step, 12 x 64 tokens', 'nanoGPT', ours, theirs, data['ratios'])
 
 
-def of_fast(found):
-    theirs = found['nanogpt']['seconds']
-    own = [run['seconds'] for run in found['ours']]
+def of_fast(data):
+    theirs = data['nanogpt']['seconds']
+    own = [run['seconds'] for run in data['ours']]
     yield Row("to nanoGPT's loss of 2,000 steps, another optimizer", 'nanoGPT', statistics.median(own),
               theirs, [theirs / seconds for seconds in own])
 
 
-def of_sft(found):
+def of_sft(data):
     rate = 'supervised_tokens_per_second'
-    trl = [run[rate] for run in found['runs']['trl']]
-    [floor] = found['runs']['floor']
+    trl = [run[rate] for run in data['runs']['trl']]
+    [floor] = data['runs']['floor']
     for side in ('ours', 'ours_bf16'):
-        if side in found['runs']:
-            own = [run[rate] for run in found['runs'][side]]
+        if side in data['runs']:
+            own = [run[rate] for run in data['runs'][side]]
             middle = statistics.median(own)
             limit = floor['seconds'] * middle / floor['supervised'] if side == 'ours' else None
             yield Row(f'SFT, 3M parameters, {kind(side)}, 10,000 learned tokens', 'TRL', 1e4 / middle,
                       1e4 / statistics.median(trl), [a / b for a, b in zip(own, trl)], limit)
 
 
-def of_dpo(found):
-    theirs = found['median'].get('trl', {}).get('seconds_per_step')
-    for side, run in found['median'].items():
+def of_dpo(data):
+    theirs = data['median'].get('trl', {}).get('seconds_per_step')
+    for side, run in data['median'].items():
         if side.startswith('ours') and theirs:
-            own, floor = run['seconds_per_step'], found['floor'].get(side)
+            own, floor = run['seconds_per_step'], data['floor'].get(side)
             yield Row(f'DPO step, 3M parameters, {kind(side)}', 'TRL', own, theirs,
-                      found['times_trl'][f'{side} seconds_per_step'], floor and floor / own)
+                      data['times_trl'][f'{side} seconds_per_step'], floor and floor / own)
 
 
-def of_rl(found):
-    yield Row(f'GRPO step, 3M parameters, {found["matmul"]}', 'TRL', found['ours_seconds'],
-              found['trl_seconds'], found['ratios'], found['floor_seconds'] / found['ours_seconds'])
+def of_rl(data):
+    yield Row(f'GRPO step, 3M parameters, {data["matmul"]}', 'TRL', data['ours_seconds'],
+              data['trl_seconds'], data['ratios'], data['floor_seconds'] / data['ours_seconds'])
 
 
-def of_generate(found):
-    for name, row in found.items():
+def of_generate(data):
+    for name, row in data.items():
         if isinstance(row, dict):
             yield Row(f'sampling 64 tokens, 3M parameters, {name.replace("_", " ")}', 'transformers',
                       0.064 * row['ours_ms_per_step'], 0.064 * row['transformers_ms_per_step'],
                       [row['ratio']])
 
 
-def of_real(found):
-    for name, pairs in found.items():
+def of_real(data):
+    for name, pairs in data.items():
         task, matmul = name.split('/')
         peer = 'transformers' if task == 'generate' else 'TRL'
         ours, theirs = (statistics.median(run['seconds'] for run in pairs[side])
@@ -103,9 +103,9 @@ def of_real(found):
         yield Row(f'{task}, 135M parameters, {matmul}, peak GB', peer, ours, theirs, [theirs / ours])
 
 
-def of_memory(found):
+def of_memory(data):
     for what, unit in (('bytes', 1e9), ('seconds', 1)):
-        ours, theirs = (found[side][what] / unit for side in ('ours', 'transformers'))
+        ours, theirs = (data[side][what] / unit for side in ('ours', 'transformers'))
         yield Row(f'head of 131,072 words, {"GB" if what == "bytes" else "seconds"}', 'transformers', ours,
                   theirs, [theirs / ours])
 
@@ -145,7 +145,7 @@ def measure(part, options):
 
 def table(rows):
     """Rows as GitHub and a terminal show them."""
-    lines = ['| | ours | peer | | times | of it products |', '|---|---|---|---|---|---|']
+    lines = ['| | ours | peer | | times | share of products |', '|---|---|---|---|---|---|']
     for row in rows:
         times = f'{statistics.median(row.times):.2f}'
         if len(row.times) > 1:
@@ -155,9 +155,9 @@ def table(rows):
     return '\n'.join(lines)
 
 
-def show(found):
+def show(data):
     """The table of {part: JSON}."""
-    print(table([row for part, of_part in found['parts'].items() for row in PARTS[part][2](of_part)]))
+    print(table([row for part, of_part in data['parts'].items() for row in PARTS[part][2](of_part)]))
 
 
 def main():
@@ -166,23 +166,23 @@ def main():
     parser.add_argument('--nanogpt', help='a checkout of nanoGPT')
     parser.add_argument('--trl', help='a Python interpreter with TRL')
     parser.add_argument('--model', help='a Hugging Face directory')
-    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS))
-    parser.add_argument('--out', default='ratios.json')
-    parser.add_argument('--print', metavar='FILE')
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='these parts')
+    parser.add_argument('--out', default='ratios.json', help='where results go (default ratios.json)')
+    parser.add_argument('--print', metavar='FILE', help='an earlier --out: its table, and nothing is measured')
     options = parser.parse_args()
     if options.print:
         with open(options.print, encoding='utf-8') as file:
             return show(json.load(file))
-    found = {'machine': f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores', 'parts': {}}
+    data = {'machine': f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores', 'parts': {}}
     for part in options.only:
         needs = PARTS[part][1]
         if needs and not getattr(options, needs):
             print(f'--- {part} is left out: it needs --{needs}')
             continue
-        found['parts'][part] = measure(part, options)
+        data['parts'][part] = measure(part, options)
         with open(options.out, 'w', encoding='utf-8') as file:
-            json.dump(found, file, indent=1)
-    show(found)
+            json.dump(data, file, indent=1)
+    show(data)
 
 
 if __name__ == '__main__':

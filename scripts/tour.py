@@ -137,8 +137,8 @@ def main(cfg):
     for stage in tour.stages:
         if not tour.ended(stage):
             tour.run(stage)
-            found = examine(cfg, stage.folder) if stage.folder else {}
-            tour.note(stage, **found, ended=True)
+            results = examine(cfg, stage.folder) if stage.folder else {}
+            tour.note(stage, **results, ended=True)
         if stage.folder:
             write_page(cfg, tour)       # the page so far
     tour.bar.close()

@@ -166,9 +166,10 @@ def main():
     parser.add_argument('--nanogpt', help='a checkout of nanoGPT')
     parser.add_argument('--trl', help='a Python interpreter with TRL')
     parser.add_argument('--model', help='a Hugging Face directory')
-    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='these parts')
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS),
+                        help='these parts')
     parser.add_argument('--out', default='ratios.json', help='where results go (default ratios.json)')
-    parser.add_argument('--print', metavar='FILE', help='an earlier --out: its table, and nothing is measured')
+    parser.add_argument('--print', metavar='FILE', help='the table of an earlier --out')
     options = parser.parse_args()
     if options.print:
         with open(options.print, encoding='utf-8') as file:

@@ -489,6 +489,16 @@ def test_early_stopping_freeze_and_nothing_overwritten(capsys):
     assert Path('o/earlier-1/log.jsonl').read_bytes() == before
 
 
+def test_the_start_is_evaluated_and_is_no_result():
+    """Training that only spoils: the best is of what was trained, and patience counts from there."""
+    result = sft('--dataset_path', questions(), '--output_dir=o', '--batch-size=8', '--grad-accum=1', '--epochs=50', '--eval_steps=1',
+                 '--patience=2', '--learning_rate=0.5', '--warmup_steps=0', '--eval_on_start')
+    evaluated = [line for line in log_lines('o') if 'eval_loss' in line]
+    start, *after = (line['eval_loss'] for line in evaluated)
+    assert evaluated[0]['step'] == 0 and start < min(after) == result['best_eval_loss']
+    assert result['step'] == len(after) == 1 + after.index(min(after)) + 2
+
+
 def test_without_held_out_rows_nothing_is_judged(capsys):
     """Patience does not stop the run, and the plateau does not lower its rate,
     for evaluations that see no row."""

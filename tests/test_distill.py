@@ -130,16 +130,18 @@ def test_a_given_answer_stands_behind_the_prompt_that_is_asked():
         distill.given_answer(tokenizer, data.problems, {'question': 'why?'})
 
 
-def test_a_model_teaches_itself_nothing():
-    """Teacher and student are one model: its KL and its gradient are 0, of samples and of given answers."""
-    main(config(forward_kl=0.5, max_steps=1, eval_steps=1))
+@pytest.mark.parametrize('use_lora', [False, True])
+def test_a_model_teaches_itself_nothing(use_lora):
+    """Teacher and student are one model, which a new adapter leaves as it is: its KL and its gradient are 0, of
+    samples and of given answers."""
+    main(config(forward_kl=0.5, max_steps=1, eval_steps=1, use_lora=use_lora))
     [step] = [line for line in lines() if 'loss' in line]
     assert abs(step['kl']) < 1e-6 and abs(step['forward_kl']) < 1e-6 and step['grad_norm'] < 1e-3
     assert abs(next(line['eval_kl'] for line in lines() if 'eval_kl' in line)) < 1e-6          # before the step
 
 
 def test_prompts_alone_are_enough(tmp_path):
-    """tiny teaches a copy of itself that was shaken, on questions without answers, through an adapter."""
+    """tiny teaches a copy of itself that was shaken, on questions without answers."""
     model, tokenizer = load_model('tiny')
     torch.manual_seed(0)
     with torch.no_grad():

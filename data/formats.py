@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from configurator import UserError, closest
 from data.chat import ROLES, normal_messages, normal_tools
-from data.offline import look_for_hub
+from data.offline import offline_without_network
 from nanoforge.flags import Source
 
 # name: the module whose rows() are the set
@@ -296,7 +296,7 @@ def hub_rows(name, split, subset):
         import datasets
     except ImportError:
         raise UserError(f'{name}: reading a data set of the hub needs: pip install datasets') from None
-    look_for_hub()
+    offline_without_network()
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:      # of a dozen kinds: not found, gated, offline, no such split

@@ -5,7 +5,7 @@ import sys
 from urllib.parse import urlsplit
 
 
-def look_for_hub():
+def offline_without_network():
     """Where the hub's name cannot be looked up, its libraries answer from their cache alone from here on."""
     if any(name.lower() in ('https_proxy', 'all_proxy') for name in os.environ):
         return                                      # which looks names up itself

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError
-from data.offline import look_for_hub
+from data.offline import offline_without_network
 from data.tokenizer import read_json
 from nanoforge import kernels
 from nanoforge.quantize import base_state
@@ -415,7 +415,7 @@ def find_model(name_or_path, weights=True):
     wanted = ['*.json', '*.jinja', 'tokenizer.model', '*.txt']
     if weights:
         wanted += ['model*.safetensors', 'adapter*.safetensors']
-    look_for_hub()
+    offline_without_network()
     try:
         return snapshot_download(name_or_path, allow_patterns=wanted)
     except Exception as e:      # the hub's client raises a dozen kinds: not found, gated, offline, time-out

@@ -111,7 +111,7 @@ def stages(cfg):
             train_sft.py --model={out}/1-pretrain --dataset_path={out}/data/chats.jsonl
             --output_dir={out}/2-sft --packing --max_length={BLOCK} --per_device_train_batch_size=42
             --gradient_accumulation_steps=1 --max_steps=300 --optimizer=muon --learning_rate=3e-3
-            --lr_scheduler_type=linear --eval_on_start --eval_steps=50 --save_steps=50""", """
+            --lr_scheduler_type=linear --eval_steps=50 --save_steps=50""", """
             --per_device_train_batch_size=2 --max_steps=40 --eval_steps=40 --logging_steps=1
             --sample_rows=0 --no-tensorboard"""),
         stage('3-dpo', 'preferences', 60, f"""

@@ -18,7 +18,7 @@ import pytest
 from configurator import UserError
 from data import formats
 from data.batches import best_fit
-from data.offline import look_for_hub
+from data.offline import offline_without_network
 from data.formats import Source, broken_calls, read_rows, split_of_row, to_record
 from data.parallel_map import map_chunks
 from data.tasks import devices, toolcalls
@@ -336,12 +336,12 @@ def test_without_a_network_the_hub_is_given_up_at_once(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(socket, 'getaddrinfo', lambda *arguments: [])
-    look_for_hub()
+    offline_without_network()
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr(socket, 'getaddrinfo', unknown)
     monkeypatch.setenv('HTTPS_PROXY', 'http://proxy:3128')          # which looks names up itself
-    look_for_hub()
+    offline_without_network()
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.delenv('HTTPS_PROXY')
-    look_for_hub()
+    offline_without_network()
     assert huggingface_hub.constants.HF_HUB_OFFLINE

@@ -367,7 +367,9 @@ def attention(q, k, v, mask, scale, softcap=0.0):
     mask: bool, True where a query sees a key; None: causal. softcap: Gemma 2 caps the scores with tanh first.
     """
     grouped = q.size(1) != k.size(1)
-    causal = mask is None and q.size(2) > 1
+    causal = mask is None
+    if q.size(2) == 1:      # a branch: torch.compile would make a symbol of `and`, which sdpa does not take
+        causal = False
     if not softcap:
         return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     if grouped:

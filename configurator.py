@@ -283,7 +283,7 @@ def fill_in(cfg, **values):
     chosen = {name: value for name, value in values.items() if getattr(cfg, name) in (None, [])}
     for name, value in chosen.items():
         setattr(cfg, name, value)
-    return ', '.join(f'{name}={as_text(value)}' for name, value in chosen.items())
+    return ', '.join(f'{name}={as_text(value)}' for name, value in chosen.items() if value != [])
 
 
 def as_text(value):

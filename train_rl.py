@@ -1188,6 +1188,8 @@ def resolve_sizes(cfg, num_problems, run):
 def resolve_defaults(cfg, run):
     """Fills in, in place, what was left to be chosen and needs no model; each choice is said."""
     ppo, embedded = cfg.algorithm == 'ppo', not cfg.sources()
+    if cfg.algorithm != 'distill':                      # Run.open has said that they change nothing
+        cfg.teacher_model_name, cfg.forward_kl = None, 0.0
     # the reward that the data can give: a model's opinion, the task's own verdict, or the form of the answer
     if cfg.env:
         rewards = ['env']
@@ -1203,12 +1205,13 @@ def resolve_defaults(cfg, run):
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
     in_reward = cfg.algorithm in ('ppo', 'rloo', 'reinforce++') and (
         cfg.multi_objective_aggregation == 'sum_then_normalize')        # else there is no sum to take it off
+    kl = {} if cfg.algorithm == 'distill' else {'kl': 'reward' if in_reward else 'k3'}
     fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(
         cfg, num_generations=8 if compares_groups(cfg) else 4,
         steps_per_generation=steps * cfg.gradient_accumulation_steps,
         max_completion_length=48 if embedded and not cfg.env else cfg.max_length - cfg.max_prompt_length,
-        rewards=rewards, beta=0.05 if ppo else 0.0, kl='reward' if in_reward else 'k3',
+        rewards=rewards, beta=0.05 if ppo else 0.0, **kl,
         dynamic_sampling=cfg.algorithm == 'dapo')]
     if embedded and cfg.max_steps < 0 and not cfg.typed & {'max_steps', 'num_train_epochs'}:
         cfg.max_steps = 60

@@ -189,7 +189,7 @@ def open_problems(cfg, tokenizer, print0, environment=None):
 
 def split_problems(cfg, print0):
     """(problems for training, held-out ones) of the data sets: as their metadata says, else by hold_out."""
-    with_answers = 'exact' in cfg.rewards or 'number' in cfg.rewards
+    with_answers = 'exact' in cfg.rewards or 'number' in cfg.rewards or cfg.forward_kl > 0
     bad_rows = [] if cfg.skip_bad_rows else None
     rows, marked = read_problems(cfg.sources(), cfg.system_prompt, with_answers, bad_rows)
     systems = dict.fromkeys(problem['system'] for problem in rows)

@@ -173,6 +173,23 @@ def test_a_reward_model_that_is_named_is_asked(named, rewards):
     assert cfg.rewards == rewards
 
 
+def test_a_run_goes_on_and_is_replayed():
+    """What was chosen for it is no mistake when its settings are read again."""
+    main(config(max_steps=1, save_steps=1, steps_per_generation=1))
+    for changes in (dict(resume=True, max_steps=2), dict(replay=1)):
+        cfg = Config(output_dir='out', **changes)
+        cfg.typed = cfg.flags = frozenset(changes)
+        main(cfg)
+    assert [line['step'] for line in lines() if 'loss' in line] == [1, 2]
+
+
+def test_what_is_of_distill_alone_changes_nothing_elsewhere():
+    """A teacher is not taken for the reference of a KL term, and no share of the loss is left out."""
+    main(config(algorithm='grpo', teacher_model_name='./nowhere', forward_kl=0.3, max_steps=1, beta=0.1))
+    [step] = [line for line in lines() if 'loss' in line]
+    assert 'forward_kl' not in step and abs(step['kl']) < 1e-6
+
+
 MISTAKES = {
     'no teacher': (dict(teacher_model_name=None), 'teacher_model_name'),
     'a reference beside the teacher': (dict(beta=0.1), 'beta=0.1'),
@@ -183,7 +200,7 @@ MISTAKES = {
     'a share above 1': (dict(forward_kl=1.5), 'forward_kl'),
     'shards': (dict(forward_kl=0.5, shard='full'), 'forward_kl'),
     'a teacher that is not there': (dict(teacher_model_name='./nowhere'), 'nowhere'),
-    'answers that are not there': (dict(forward_kl=0.5, dataset_path='asked.jsonl', rewards=[]), 'no answer'),
+    'answers that are not there': (dict(forward_kl=0.5, dataset_path='asked.jsonl', rewards=[]), 'line 1: .*--answer_column'),
 }
 
 

@@ -238,7 +238,7 @@ def explain_group(members, judge=''):
     question, answer = problem.get('question', ''), problem.get('answer')
     lines = [f'--- {"prompt" if judge else "group"} {members[0].group}: {question!r}, answer {answer!r}']
     for member in members:
-        reward = 'unscored' if member.reward is None else member.reward
+        reward = 'unscored' if member.reward is None else f'{member.reward:g}'
         cut = '' if member.stopped else '(cut off) '
         said = ' '.join(repr(text) for text, *_ in member.parts) or repr(member.text)
         lines.append(f'  {reward:>8}  {member.advantage:+.3f}  {cut}{said}')

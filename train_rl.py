@@ -208,7 +208,8 @@ def main(cfg):
         if not is_replay and cfg.rollout_steps and state.rollouts % cfg.rollout_steps == 0:
             write_completions(rollout.records(), rollouts_path(cfg), run)
         if not is_replay and cfg.collect:
-            collect_best(rollout, problems.task.prompt, cfg.collect, run)
+            each = cfg.multi_objective_aggregation == 'normalize_then_sum'
+            collect_best(rollout, problems.task.prompt, cfg.collect, run, 'advantage' if each else 'reward')
         first_answer = first_answer or next(iter(rollout.completions), None)
         state.rewards_differed = state.rewards_differed or rewards_differ(cfg, rollout)
         state.rollouts += 1
@@ -288,6 +289,9 @@ def main(cfg):
     scorer.close()
     if state.rewards_differed is False:
         run.print0(pages.explain_no_signal(cfg.algorithm, cfg.rewards, first_answer))
+    if cfg.collect and run.is_main:
+        with open(cfg.collect, encoding='utf-8') as file:
+            print(f'{sum(1 for _ in file):,} rows are collected in {cfg.collect}')
     return run.finish({**metrics, 'step': state.step, 'best': state.best},
                       f'the model is in {cfg.output_dir}/: python sample.py {shlex.quote(cfg.output_dir)} '
                       f'--chat; samples: {cfg.output_dir}/rollouts.html')

@@ -94,17 +94,18 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
 
 
-def collect_best(rollout, prompt, path, run):
+def collect_best(rollout, prompt, path, run, by='reward'):
     """Appends the best completion of each group of a rollout, the first of several, as a row of messages that
-    fine-tuning reads; prompt(problem) are those that were asked.
+    fine-tuning reads; prompt(problem) are those that were asked. by: what the best has most of, its reward, or
+    its advantage where the sum of the rewards is not what is learned.
 
     Not of a group that has nothing above the lowest reward of the rollout, nor what was cut off or is empty:
     who learns it would learn to stop there.
     """
     lowest, rows = rollout.reward[rollout.valid].min(), []
-    for _, members in itertools.groupby(rollout.completions, operator.attrgetter('group')):
+    for _, members in itertools.groupby(rollout.records(), operator.attrgetter('group')):
         scored = [c for c in members if c.reward is not None and c.stopped and c.text.strip()]
-        best = max(scored, key=operator.attrgetter('reward'), default=None)
+        best = max(scored, key=operator.attrgetter(by), default=None)
         if best and best.reward > lowest:
             tools = {'tools': best.problem['tools']} if best.problem.get('tools') else {}
             messages = [*prompt(best.problem), {'role': 'assistant', 'content': best.text}]

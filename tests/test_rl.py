@@ -218,6 +218,22 @@ def test_a_reference_may_be_left_out_when_a_run_goes_on():
     assert ['kl' in line for line in lines() if 'loss' in line] == [True, True, False, False]
 
 
+def test_the_best_is_what_the_aggregation_calls_so(tmp_path, capsys):
+    """Right sums and a brevity that counts in characters: the sum of both prefers the shortest, right or wrong."""
+    (tmp_path / 'mine.py').write_text('def brief(completions, records):\n    return [-100 * len(c) for c in completions]\n')
+    main(config(rewards=['task', 'mine.py:brief'], reward_weights=[1.0, 0.1], multi_objective_aggregation='normalize_then_sum',
+                num_generations=8, temperature=1.5, max_completion_length=48, max_steps=4, eval_steps=0, collect='best.jsonl'))
+    kept = [row['messages'][-1]['content'] for row in map(json.loads, open('best.jsonl'))]
+    assert f'{len(kept)} rows are collected in best.jsonl' in capsys.readouterr().out
+    rollout, mixed = read_completions('out/rollouts.jsonl'), 0
+    for key in {(c.step, c.group) for c in rollout}:
+        scored = [c for c in rollout if (c.step, c.group) == key and c.stopped]
+        if 0 < sum(c.rewards['task'] for c in scored) < len(scored):
+            assert max(scored, key=lambda c: c.advantage).text in kept
+            mixed += max(scored, key=lambda c: c.reward).text not in kept
+    assert mixed
+
+
 @pytest.mark.parametrize('name, there, words', [('best.json', False, 'ends in .jsonl'), ('best.jsonl', True, 'is there already'),
                                                 ('mine.py/best.jsonl', False, 'cannot write mine.py')])
 def test_files_that_nothing_can_be_collected_in(tmp_path, name, there, words):

@@ -392,7 +392,8 @@ class JudgeHandler(BaseHTTPRequestHandler):
         if text == 'dropped':
             return self.connection.close()
         busy = text == 'busy' and sum(text in str(call) for call in self.server.calls) == 1
-        answer = json.dumps({'choices': [{'message': {'role': 'assistant', 'content': f'It is so.\nScore: {text[-1]}'}}]}).encode()
+        mark = '**Score:**' if text.startswith('bold') else 'Score:'
+        answer = json.dumps({'choices': [{'message': {'role': 'assistant', 'content': f'It is so.\n{mark} {text[-1]}'}}]}).encode()
         self.send_response(503 if busy or text == 'down' else 200)
         self.send_header('Content-Length', str(len(answer)))
         self.end_headers()
@@ -429,6 +430,7 @@ def test_a_judge_behind_an_address(judge, monkeypatch):
     assert all(word in body['messages'][0]['content'] for word in ('How much is {2 + 2}?', '#### 4'))
     assert scorer.total(scorer(['busy'], [{'question': 'q'}], [1])[0]) is None          # "y" is no number; but it was asked again
     assert len([call for call in judge.calls if 'busy' in str(call)]) == 2
+    assert scorer.total(scorer(['bold 6'], [{'question': 'q'}], [1])[0]) == 0.6             # as models mark it up
     scorer.close()
     monkeypatch.delenv('JUDGE_MODEL')
     with pytest.raises(UserError, match="judge.py line [0-9]+: KeyError: 'JUDGE_MODEL'"):

@@ -34,7 +34,7 @@ async def score(completion, record):
     for attempt in range(ATTEMPTS):
         try:
             verdict = await asyncio.to_thread(chat, asked)
-            return min(10, float(re.findall(r'Score: *(\d+(?:\.\d+)?)', verdict)[-1])) / 10
+            return min(10, float(re.findall(r'Score:[ *]*(\d+(?:\.\d+)?)', verdict)[-1])) / 10
         except (OSError, ValueError, LookupError):          # not reached, or no answer of this form
             if attempt == ATTEMPTS - 1:
                 raise

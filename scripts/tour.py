@@ -348,6 +348,8 @@ def write_page(cfg, tour):
     of_run = [time.strftime('%d %B %Y'), f'{platform.machine()}, {os.cpu_count()} cores',
               f'seed {cfg.seed}', f'{parameters:.2f}M parameters', f'{meta["train_tokens"]:,} tokens of text',
               f'{seconds / 60:.1f} minutes of training']
+    if cfg.quick:
+        of_run.append('--quick: a few steps of each stage, which teach nothing')
     tour_page(Path(cfg.out_dir, 'report.html'), of_run, ended, asked, 8 if cfg.quick else HELD_OUT,
               math.log(meta['vocab_size']))
 

@@ -78,6 +78,7 @@ def test_the_page_needs_no_other_file_and_has_what_changed(ended):
     page = (folder / 'report.html').read_text()
     for part in ('<img', 'http', '<link', 'src='):
         assert part not in page
+    assert '--quick: a few steps of each stage, which teach nothing' in page
     notes = json.loads((folder / 'tour.json').read_text())['stages']
     for name in STAGES[1:]:
         assert notes[name]['command'].replace("'", '&#x27;') in page

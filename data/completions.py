@@ -96,8 +96,8 @@ def make_folder(path):
 
 def collect_best(rollout, prompt, path, run, by='reward'):
     """Appends the best completion of each group of a rollout, the first of several, as a row of messages that
-    fine-tuning reads; prompt(problem) are those that were asked. by: what the best has most of, its reward, or
-    its advantage where the sum of the rewards is not what is learned.
+    fine-tuning reads; prompt(problem) are those that were asked. by: what the best has most of, its reward,
+    or its advantage where the sum of the rewards is not what is learned.
 
     Not of a group that has nothing above the lowest reward of the rollout, nor what was cut off or is empty:
     who learns it would learn to stop there.

@@ -747,9 +747,11 @@ def report(cfg, run, build, model, work, name):
         its_model = model
         if changed.__dict__.get('use_lora') and not cfg.use_lora:
             its_model = load_policy(changed, quiet(run), cfg.base_model_name)[0]
-        smaller[words] = estimated(changed, hardware(changed), its_model)[0].peak
-        run.print0(f'{"" if len(smaller) > 1 else "smaller":9} {words:56}{smaller[words] / GIB:8.2f}: '
-                   f'{verdict(smaller[words], hw)}')
+        peak = estimated(changed, hardware(changed), its_model)[0].peak
+        if peak < peaks[largest]:           # of a small model adapters hold more than they save
+            smaller[words] = peak
+            run.print0(f'{"" if len(smaller) > 1 else "smaller":9} {words:56}{peak / GIB:8.2f}: '
+                       f'{verdict(peak, hw)}')
     return {'parameters': count, 'trained': trained, 'memory': parts, 'phases': peaks, 'peak': peaks[largest],
             'fits': peaks[largest] <= hw.memory, 'flops_per_token': work.per_token, 'flops': total,
             'tokens': work.tokens, 'hours': hours, 'smaller': smaller}

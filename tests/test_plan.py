@@ -195,6 +195,13 @@ def test_what_would_make_it_fit(folder, tmp_path):
     assert '--gpu-memory' in error and len(error.splitlines()) == 1
 
 
+def test_what_takes_more_is_not_called_smaller(tmp_path):
+    """Adapters of a model as small as tiny hold more than its optimizer."""
+    text = plan_of(tmp_path, 'rl', f'--output_dir={tmp_path}/out', '--gpu_memory=1', '--gpu_tflops=1')
+    peaks = re.findall(r'--[\w=. -]*\S +([\d.]+): fits', text)
+    assert peaks and all(float(peak) <= float(re.search(r'peak +([\d.]+)', text)[1]) for peak in peaks)
+
+
 def test_shards_hold_their_part(folder, tmp_path):
     """Of 8, and an evaluation gathers the whole."""
     flags = [*of_script('sft', folder), '--num-gpus=8', '--gpu-memory=4', '--gpu-tflops=100', '--device=cuda',

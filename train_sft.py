@@ -165,7 +165,7 @@ def main(cfg):
         with log.pause():
             run.save(state, model, tokenizer, optimizer, ema, best, name, metrics=only_finite(metrics))
 
-    if cfg.eval_on_start and cfg.eval_strategy != 'no' and not run.resumed:
+    if cfg.eval_on_start and cfg.eval_strategy != 'no' and rows.held_out.any() and not run.resumed:
         validate()                                      # what there is to improve on
     for step in range(first_step, total):
         run.exit_if_asked(save)                         # SIGINT, SIGTERM: save, say how to resume, exit

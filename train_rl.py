@@ -179,7 +179,7 @@ def main(cfg):
 
         # ---- 2. score: what the policy that sampled them, the reference and the critic say; no gradient
         with log.timed('score'), run.unsharded():
-            if cfg.multi_objective_aggregation == 'normalize_then_sum':     # a reward at a time, then all
+            if compares_each_reward(cfg):           # a reward at a time, then all
                 rollout.advantage = decoupled_advantages(rollout.rewards.values(), scorer.weights,
                                                          rollout.group, rollout.valid, **group_args)
             elif compares_groups(cfg):              # a completion against the others of its prompt
@@ -208,8 +208,8 @@ def main(cfg):
         if not is_replay and cfg.rollout_steps and state.rollouts % cfg.rollout_steps == 0:
             write_completions(rollout.records(), rollouts_path(cfg), run)
         if not is_replay and cfg.collect:
-            each = cfg.multi_objective_aggregation == 'normalize_then_sum'
-            collect_best(rollout, problems.task.prompt, cfg.collect, run, 'advantage' if each else 'reward')
+            by = 'advantage' if compares_each_reward(cfg) else 'reward'
+            collect_best(rollout, problems.task.prompt, cfg.collect, run, by)
         first_answer = first_answer or next(iter(rollout.completions), None)
         state.rewards_differed = state.rewards_differed or rewards_differ(cfg, rollout)
         state.rollouts += 1
@@ -328,6 +328,11 @@ def compares_groups(cfg):
     return cfg.algorithm not in JUDGES
 
 
+def compares_each_reward(cfg):
+    """Whether each reward is compared by itself, before they are summed."""
+    return cfg.multi_objective_aggregation == 'normalize_then_sum'
+
+
 def check_algorithm(cfg):
     """Combinations of settings that make no sense, before anything is loaded."""
     c, ppo = composition(cfg), cfg.algorithm == 'ppo'
@@ -349,8 +354,8 @@ def check_algorithm(cfg):
     if compares_groups(cfg) and cfg.num_generations == 1:
         raise UserError(f'num_generations=1: {cfg.algorithm} compares the completions of a prompt with one '
                         'another and needs 2 or more')
-    each = cfg.multi_objective_aggregation == 'normalize_then_sum'
-    if each and (not compares_groups(cfg) or c['scale'] == 'none' or cfg.kl == 'reward'):
+    unfit = not compares_groups(cfg) or c['scale'] == 'none' or cfg.kl == 'reward'
+    if compares_each_reward(cfg) and unfit:
         raise UserError('multi_objective_aggregation=normalize_then_sum divides each reward by its deviation '
                         'in groups: not with ppo, distill, scale=none (dr_grpo, rloo) or kl=reward')
     for name in ('scale', 'baseline'):
@@ -1208,7 +1213,7 @@ def resolve_defaults(cfg, run):
     on_policy = composition(cfg)['surrogate'] == 'reinforce' or 'gradient_accumulation_steps' in cfg.typed
     steps = 2 if embedded and not on_policy else 1      # sampling is most of a step: two for one rollout
     in_reward = cfg.algorithm in ('ppo', 'rloo', 'reinforce++') and (
-        cfg.multi_objective_aggregation == 'sum_then_normalize')        # else there is no sum to take it off
+        not compares_each_reward(cfg))                  # else there is no sum to take it off
     kl = {} if cfg.algorithm == 'distill' else {'kl': 'reward' if in_reward else 'k3'}
     fill_in(cfg, max_length=512, max_prompt_length=256, importance_cap=2.0 if cfg.sampler_url else 0.0)
     chosen = [fill_in(

@@ -14,9 +14,8 @@ import json
 import math
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
-from reward_process import connect, explain, find
+from reward_process import connect, event_loop, explain, find
 
 ROLES = {'reset': ('system', 'developer', 'user', 'assistant', 'tool'), 'step': ('user', 'tool')}
 FORMS = {'reset': 'a list of messages', 'step': '(messages, reward, done)'}
@@ -25,18 +24,16 @@ FORMS = {'reset': 'a list of messages', 'step': '(messages, reward, done)'}
 def main(path, name, timeout, concurrency):
     requests, answer = connect()
     path = os.path.abspath(path)
-    cls = find(path, name, answer)
+    cls = find(path, name, wrong_class, answer)
     if cls is None:
-        return None
-    if wrong := wrong_class(cls, name):
-        return answer(error=wrong)
+        return
     try:
         answer(tools=getattr(cls, 'tools', None))
     except (TypeError, ValueError) as error:
-        return answer(error=f'{name}.tools are no JSON: {error}')
+        answer(error=f'{name}.tools are no JSON: {error}')
+        return
     timeout, concurrency = float(timeout), int(concurrency)
-    loop, episodes = asyncio.new_event_loop(), {}
-    loop.set_default_executor(ThreadPoolExecutor(concurrency))     # of asyncio.to_thread
+    loop, episodes = event_loop(concurrency), {}
 
     async def move(episode, what, free):
         method = 'reset' if isinstance(what, dict) else 'step'

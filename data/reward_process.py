@@ -28,14 +28,11 @@ ONE_SAMPLE = ['completion', 'record']       # the arguments of a function that s
 def main(path, name, timeout, concurrency):
     requests, answer = connect()
     path = os.path.abspath(path)
-    function = find(path, name, answer)
+    function = find(path, name, wrong_parameters, answer)
     if function is None:
-        return None
-    if wrong := wrong_parameters(function, name):
-        return answer(error=wrong)
+        return
     timeout, concurrency = float(timeout), int(concurrency)
-    loop = asyncio.new_event_loop()         # one for all batches: a client that is kept open belongs to it
-    loop.set_default_executor(ThreadPoolExecutor(concurrency))      # of to_thread: else 6 on two cores
+    loop = event_loop(concurrency)
     by_sample, is_async = takes_a_sample(function), is_coroutine(function)
     answer(is_async=is_async, one_by_one=by_sample and not is_async)
 
@@ -71,8 +68,16 @@ def connect():
     return requests, answer
 
 
-def find(path, name, answer):
-    """What a file calls `name`; None, and an answer, where it does not load or has none."""
+def event_loop(concurrency):
+    """One for all batches: a client that is kept open belongs to it."""
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(ThreadPoolExecutor(concurrency))      # of to_thread: else 6 on two cores
+    return loop
+
+
+def find(path, name, wrong, answer):
+    """What a file calls `name`; None, and an answer, where it does not load, has none, or wrong(it, name)
+    says why it will not do."""
     try:
         module = load(path)
     except BaseException as error:
@@ -81,6 +86,8 @@ def find(path, name, answer):
     if not callable(function):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
         return answer(missing=name, public=public)
+    if problem := wrong(function, name):
+        return answer(error=problem)
     return function
 
 

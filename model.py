@@ -147,13 +147,20 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        # drawing on the meta device, which holds no numbers, would import torch's compiler: 1.8 s
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens = Embedding(config.vocab_size, config.n_embd)
         if config.position == 'learned':
-            self.embed_positions = nn.Embedding(config.block_size, config.n_embd)
+            self.embed_positions = Embedding(config.block_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types)
         self.norm = Norm(config, config.n_embd)
         # its product is kernels.head, in float32

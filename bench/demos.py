@@ -19,7 +19,7 @@ highest of the seeds. What the scores are:
 --model: full and LoRA fine-tuning of that model on the same tool calls (40 steps of 4 rows), preferences
 (60 steps of 4 pairs) and sums (GRPO, 30 steps of 32 completions, the reward for the right number alone),
 scored on 100 held-out rows and sums and 56 prompts. A small model knows neither the form nor how to carry,
-and its own answers earn nothing: before GRPO it is fine-tuned for 30 steps on the embedded demonstrator's
+and its own answers earn nothing: before GRPO it is fine-tuned for 150 steps on the embedded demonstrator's
 careless ones, and `before` is what it then can. The interval is Wilson's, 95%. A model whose template
 writes no tool calls is given the embedded one's.
 """
@@ -54,7 +54,7 @@ GRPO = ['train_rl.py', '--max_steps=30', '--per_device_train_batch_size=32',
         '--steps_per_generation=1', '--num_generations=8', '--eval_problems=100', '--eval_steps=15',
         '--temperature=1', '--max_completion_length=40', '--dataset_path=sums.jsonl', '--system_prompt=',
         '--reward=exact', '--output_dir=out', *SMALL_STEPS]
-FORM = ['train_sft.py', '--dataset_path=shown.jsonl', '--max_steps=30', '--per_device_train_batch_size=4',
+FORM = ['train_sft.py', '--dataset_path=shown.jsonl', '--max_steps=150', '--per_device_train_batch_size=4',
         '--gradient_accumulation_steps=1', '--eval_strategy=no', '--output_dir=form', '--lr=5e-5',
         *SMALL_STEPS]
 LORA = ['--use_lora=true', '--lora_r=16', '--lora_alpha=32']
@@ -125,7 +125,7 @@ def write_sums(folder):
         for problem in arithmetic.problems(split, count, 0):
             rows['sums.jsonl'].append({'question': problem['question'], 'answer': problem['answer'],
                                        'metadata': split})
-    for problem in arithmetic.problems('train', 400, 'shown'):
+    for problem in arithmetic.problems('train', 600, 'shown'):
         rows['shown.jsonl'].append({'question': problem['question'],
                                     'answer': arithmetic.demonstration(problem, draw)})
     for name, of_file in rows.items():

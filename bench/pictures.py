@@ -1,6 +1,6 @@
 """The pictures of docs/: of each method a run that goes well and runs that go wrong, as the run draws it.
 
-    python bench/pictures.py                    # all, a quarter of an hour on two cores
+    python bench/pictures.py                    # all, half an hour on two cores
     python bench/pictures.py rl_good gpt_overfit
 
 Each is a command of RUNS, in a folder of its own, whose picture is copied to docs/pictures.
@@ -20,6 +20,7 @@ GPT = ['train_gpt.py', '--out_dir=out', '--sample_tokens=0', '--eval_iters=20', 
 SFT = ['train_sft.py', '--output_dir=out', '--logging_steps=5', '--eval_on_start', '--eval_steps=20']
 DPO = ['train_dpo.py', '--output_dir=out', '--logging_steps=1']
 RL = ['train_rl.py', '--output_dir=out', '--logging_steps=1', '--eval_steps=5', '--eval_problems=100']
+TEAM = ['train_agents.py', os.path.join(ROOT, 'recipes/training/agents/plan_path.yaml'), '--output_dir=out']
 # {picture: (the command's words, what it draws)}
 RUNS = {
     'gpt_good': ([*GPT, '--max_iters=500', '--eval_interval=50'], 'loss.png'),
@@ -34,6 +35,8 @@ RUNS = {
     'rl_good': (RL, 'reward.png'),
     'rl_collapse': ([*RL, '--learning_rate=1e-2'], 'reward.png'),
     'rl_cheated': ([*RL, '--reward=mine.py:score'], 'reward.png'),
+    'teams_good': (TEAM, 'reward.png'),
+    'teams_unprepared': ([*TEAM, 'demonstrations.steps=0', 'training.total_training_steps=30'], 'reward.png'),
 }
 
 

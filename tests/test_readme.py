@@ -71,6 +71,22 @@ def test_settings_and_code_that_pages_name_exist():
             assert start in source, f'docs/{method}.md: {code}'
 
 
+def test_what_the_table_of_troubles_quotes_is_printed():
+    printed = set()
+    for folder in ('', 'nanoforge', 'data'):
+        for name in os.listdir(os.path.join(ROOT, folder)):
+            if name.endswith('.py'):
+                with open(os.path.join(ROOT, folder, name), encoding='utf-8') as file:
+                    printed |= {node.value for node in ast.walk(ast.parse(file.read()))
+                                if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    table = README.partition('## When something goes wrong')[2].partition('\n## ')[0]
+    quotes = re.findall(r'"([^"]+)"', table)
+    assert len(quotes) >= 4
+    for quote in quotes:
+        words = quote.removesuffix('...').strip()
+        assert any(words in text for text in printed), f'no script prints {quote!r}'
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_commands_are_understood(command, tmp_path):
     words = [word for word in command.split() if word != '...']

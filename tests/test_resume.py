@@ -15,26 +15,39 @@ from data.prepare import prepare_files
 RUNS = {'train_gpt': ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--max_iters=1', '--eval_iters=1',
                       '--sample_tokens=0', '--dataset=letters', '--tensorboard=false'],
         'train_sft': ['--max_steps=1', '--batch-size=1', '--grad-accum=1', '--sample_rows=0', '--eval_strategy=no', '--dataset_path=rows.jsonl', '--report_to=none'],
-        'train_dpo': ['--max_steps=1', '--per_device_train_batch_size=1', '--eval_fraction=0', '--eval_samples=0', '--tensorboard=false'],
+        'train_dpo': ['--max_steps=1', '--per_device_train_batch_size=1', '--eval_fraction=0', '--eval_samples=0', '--tensorboard=false',
+                      '--dataset_path=pairs.jsonl'],
         'train_rl': ['--max_steps=1', '--per_device_train_batch_size=2', '--num_generations=2', '--eval_steps=0', '--eval_problems=1',
                      '--num_problems=8', '--max_completion_length=4', '--tensorboard=false']}
 
 
-def write_inputs(folder):
-    (folder / 'letters.txt').write_text('abcd\n' * 200)
+@pytest.fixture(autouse=True)
+def inputs(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(small, 'model')
+    write_data('abcd\n', 'is')
+
+
+def write_data(text, verb):
+    Path('letters.txt').write_text(text * 200)
     prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
-    (folder / 'rows.jsonl').write_text(''.join(f'{{"question": "Who is {i}?", "answer": "Tom."}}\n' for i in range(20)))
+    questions = [f'Who {verb} {i}?' for i in range(40)]
+    for name, rows in (('rows', [{'question': asked, 'answer': 'Tom.'} for asked in questions]),
+                       ('pairs', [{'prompt': asked, 'chosen': 'Tom.', 'rejected': 'No.'} for asked in questions])):
+        Path(f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def words(script):
+    return RUNS[script] + ([] if script == 'train_gpt' else ['--base_model_name=model'])
 
 
 @pytest.mark.parametrize('script', RUNS)
 def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_path, monkeypatch):
     """Both must be known before setup(): what the command line says, else what the run had,
     not what is the default."""
-    monkeypatch.chdir(tmp_path)
-    write_inputs(tmp_path)
     module = importlib.import_module(script)
     resume, out = ('--init_from=resume', '--out_dir=o') if script == 'train_gpt' else ('--resume', '--output_dir=o')
-    module.main(parse(module.Config, [*RUNS[script], out, '--device=cpu', '--matmul=float32']))
+    module.main(parse(module.Config, [*words(script), out, '--device=cpu', '--matmul=float32']))
     asked = []
 
     def setup(device, dtype, matmul):
@@ -55,11 +68,9 @@ def test_a_run_goes_on_with_the_device_and_precision_that_it_had(script, tmp_pat
 
 
 @pytest.mark.parametrize('script', ['train_sft', 'train_dpo', 'train_rl'])
-def test_another_number_of_processes_is_said(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_inputs(tmp_path)
+def test_another_number_of_processes_is_said(script, tmp_path, capsys):
     module = importlib.import_module(script)
-    module.main(parse(module.Config, [*RUNS[script], '--output_dir=o']))
+    module.main(parse(module.Config, [*words(script), '--output_dir=o']))
     for processes in (1, 4):
         folder = tmp_path / 'o' / 'last'
         write_manifest(folder, {**read_manifest(folder / 'manifest.json'), 'processes': processes})
@@ -99,9 +110,7 @@ def test_only_a_run_with_a_checkpoint_is_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize('harm', ['cut', 'empty'])
-def test_settings_that_are_damaged_come_from_the_newest_checkpoint(harm, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_inputs(tmp_path)
+def test_settings_that_are_damaged_come_from_the_newest_checkpoint(harm, tmp_path, capsys):
     from train_gpt import Config, main
     main(parse(Config, [*RUNS['train_gpt'], '--out_dir=o', '--learning_rate=0.003']))
     path = tmp_path / 'o' / 'run_config.json'
@@ -115,15 +124,13 @@ def test_settings_that_are_damaged_come_from_the_newest_checkpoint(harm, tmp_pat
 
 
 @pytest.mark.parametrize('script', RUNS)
-def test_a_run_that_has_ended_says_how_it_goes_on(script, tmp_path, monkeypatch, capsys):
+def test_a_run_that_has_ended_says_how_it_goes_on(script, capsys):
     """Resumed once more, as by a scheduler that does not know: one line, and nothing is written;
     with what the line says it goes on, and data that changed meanwhile are named."""
-    monkeypatch.chdir(tmp_path)
-    write_inputs(tmp_path)
     module = importlib.import_module(script)
     evaluated = {'train_sft': '--eval_strategy=steps', 'train_dpo': '--eval_fraction=0.1', 'train_rl': '--eval_steps=1'}
     resume, out = ('--init_from=resume', '--out_dir=o') if script == 'train_gpt' else ('--resume', '--output_dir=o')
-    module.main(parse(module.Config, [*RUNS[script], out, *([evaluated[script]] if script in evaluated else [])]))
+    module.main(parse(module.Config, [*words(script), out, *([evaluated[script]] if script in evaluated else [])]))
 
     def left():
         with open('o/log.jsonl') as file, open('o/last/trainer_state.json') as state:
@@ -141,24 +148,17 @@ def test_a_run_that_has_ended_says_how_it_goes_on(script, tmp_path, monkeypatch,
         assert capsys.readouterr().out.endswith(f'step 2; {resume} --{longer}=N goes on, with N above 2\n')
     for steps, changes in ((2, False), (3, True), (4, False)):      # said once
         if changes:
-            change_data()
+            write_data('abdc\n', 'was')
         assert module.main(parse(module.Config, [resume, out, f'--{longer}={steps}']))['step'] == steps
         said = capsys.readouterr().out
-        has_files = script in ('train_gpt', 'train_sft')            # the others have embedded data here
+        has_files = script != 'train_rl'                            # which has embedded data here
         assert ('has changed since this run was saved' in said) == (changes and has_files)
-
-
-def change_data():
-    Path('letters.txt').write_text('abdc\n' * 200)
-    prepare_files('letters', ['letters.txt'], 'char', 'written by the test')
-    Path('rows.jsonl').write_text(''.join(f'{{"question": "Who was {i}?", "answer": "Tim."}}\n' for i in range(20)))
 
 
 @pytest.mark.parametrize('script, flags', [
     ('train_dpo', ['--dataset_path=pairs.jsonl']),
     ('train_rl', ['data.datasets[0].name=sums', '--reward=exact', '--steps_per_generation=1'])])
-def test_preferences_and_problems_that_changed_are_named(script, flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_preferences_and_problems_that_changed_are_named(script, flags, capsys):
     module = importlib.import_module(script)
     os.mkdir('sums')
     for answer in ('1', '2'):
@@ -167,14 +167,12 @@ def test_preferences_and_problems_that_changed_are_named(script, flags, tmp_path
         for path, rows in (('pairs.jsonl', pairs), ('sums/train.jsonl', sums)):
             Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows))
         resumed = answer == '2'
-        argv = ['--resume', '--max_steps=2'] if resumed else [*RUNS[script], *flags]
+        argv = ['--resume', '--max_steps=2'] if resumed else [*words(script), *flags]
         module.main(parse(module.Config, [*argv, '--output_dir=o']))
         assert ('has changed since this run was saved' in capsys.readouterr().out) == resumed
 
 
-def test_pretraining_goes_on_with_the_tokenizer_that_it_had(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_inputs(tmp_path)
+def test_pretraining_goes_on_with_the_tokenizer_that_it_had(capsys):
     from train_gpt import Config, main
     main(parse(Config, [*RUNS['train_gpt'], '--out_dir=o']))
     before = Path('o/tokenizer.json').read_bytes()

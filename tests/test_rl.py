@@ -265,16 +265,16 @@ def test_uneven_work_per_rank():
 
 @pytest.mark.parametrize('how', [dict(use_lora=True, lora_dropout=0.1, beta=0.05, kl_target=0.01, num_iterations=2, max_steps=8),
                                  dict(PPO, max_steps=6, eval_steps=0)], ids=['lora', 'ppo'])
-def test_kills_change_nothing(how, tmp_path):
+def test_kills_change_nothing(how, tmp_path, small):
     """SIGKILL at random moments, resumed each time:
     weights, critic, optimizers, counters, curve and rollouts of a run left alone."""
     if how.get('algorithm') == 'ppo':
         pairs = pairs_file(tmp_path)
-        how = {**how, 'rewards': ['model']}
+        how = {**how, 'rewards': ['model'], 'value_model_name': small}
         extra = [f'data.datasets[0].name={pairs}', 'data.datasets[0].chosen_column=chosen', 'data.datasets[0].rejected_column=rejected']
     else:
         extra = []
-    report = survive('train_rl', [*flags(**how, save_steps=1), *extra], kills=2)
+    report = survive('train_rl', [*flags(**how, save_steps=1, base_model_name=small), *extra], kills=2)
     assert report['kills'] == 2 and report['differences'] == []
     assert len(lines('whole')) > 5 and read('whole/rollouts.jsonl') == read('killed/rollouts.jsonl')
 

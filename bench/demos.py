@@ -87,7 +87,8 @@ def run_demo(demo, seed, folder, model=None):
         before = os.path.join(folder, 'model') if model else 'tiny'
         scores = [exact_calls(folder, path, model and HELD_OUT) for path in (before, 'models')]
     else:
-        [path] = [path for path, _, files in os.walk(folder) if 'log.jsonl' in files]
+        [path] = [path for path, _, files in os.walk(folder)
+                  if 'log.jsonl' in files and os.path.basename(path) != 'form']
         scores = [line[key] for line in read(os.path.join(path, 'log.jsonl')) if key in line]
     return {'seconds': round(seconds), 'scores': scores}
 

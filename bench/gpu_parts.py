@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import shared     # noqa: F401 -- first: it puts the repository on the import path
+import shared     # first: it puts the repository on the import path
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +93,7 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         yield peak
-        most = (torch.cuda.max_memory_allocated() if self.is_cuda
-                else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        most = torch.cuda.max_memory_allocated() if self.is_cuda else shared.peak()
         peak.gib = most / GIB
 
     def limit_of(self, flops, dtype='bfloat16'):

@@ -14,13 +14,7 @@ import statistics
 import tempfile
 import time
 
-from shared import child
-
-
-def peak():
-    """The most memory (bytes) this process has held, as Linux counts it."""
-    with open('/proc/self/status') as f:
-        return 1024 * int(next(line for line in f if line.startswith('VmHWM')).split()[1])
+from shared import child, peak
 
 
 def measure(args):

@@ -1,7 +1,10 @@
 """Puts the repository root on the import path, so that tests import the scripts as users do;
 and what several files of tests need."""
 import os
+import signal
+import socket
 import sys
+import traceback
 
 import pytest
 
@@ -9,6 +12,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 # before torch is imported, and for every run that a test starts: more threads than free cores crawl
 os.environ['OMP_NUM_THREADS'] = '1'
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """A picture takes longer than most of these runs: tests that are marked `pictures` draw theirs."""
+    if not request.node.get_closest_marker('pictures'):
+        monkeypatch.setattr('nanoforge.plots.has_matplotlib', lambda: False)
 
 
 @pytest.fixture(scope='module')
@@ -56,3 +66,31 @@ def losses_of(model, idx, steps):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def ranks(n, work, of_node=None):
+    """work(rank) in n forks of this process that know of each other, as torchrun would start them; fails
+    where one of them does."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(n):
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                if n > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1',
+                                      LOCAL_WORLD_SIZE=str(of_node or n), MASTER_PORT=str(port))
+                signal.alarm(100)       # a hang ends, too
+                work(rank)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [0] * n

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_agents
-from conftest import ROOT
+from conftest import ROOT, ranks
 from configurator import UserError, as_dict, check_settings, from_dict, parse
 from data.chat import fold_system
 from data.tasks import env as environments
@@ -419,8 +419,8 @@ def go(small, *words):
     return open(f'logs/{cfg.experiment_name}/latest/train.log').read()
 
 
-def start(small, *words, launcher=()):
-    command = [sys.executable, *launcher, os.path.join(ROOT, 'train_agents.py'), *SHORT, f'base_models.policy_0.path={small}', *words]
+def start(small, *words):
+    command = [sys.executable, os.path.join(ROOT, 'train_agents.py'), *SHORT, f'base_models.policy_0.path={small}', *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -435,6 +435,7 @@ def saved(experiment='x', folder='last', policy=''):
         return file.read()
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_what_is_documented(small):
     text = go(small, 'demonstrations.steps=3', 'demonstrations.batch_size=8')
     assert all(word in text for word in ('reward', 'success_rate', 'episode_length', 'demonstrations 3/3', 'context of the model is 128'))
@@ -502,8 +503,7 @@ def test_two_ranks_train_what_one_does(small):
     """Uneven episodes: three on two ranks, of different lengths.
     The same candidates, steps and weights up to rounding."""
     go(small, 'training.total_training_steps=2', 'filter_method=dapo')
-    finish(start(small, 'training.total_training_steps=2', 'filter_method=dapo', 'training.experiment_name=two',
-                 launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']))
+    ranks(2, lambda rank: go(small, 'training.total_training_steps=2', 'filter_method=dapo', 'training.experiment_name=two'))
     logs = [[json.loads(line) for line in open(f'logs/{e}/latest/log.jsonl')] for e in ('x', 'two')]
     for one, two in zip(*([line for line in log if 'loss' in line] for log in logs)):
         for key in ('loss', 'reward', 'episode_length', 'grad_norm', 'optimizer_steps', 'groups', 'dead_groups', 'plan_agent/tokens'):

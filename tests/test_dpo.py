@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import train_dpo
-from conftest import ROOT
+from conftest import ROOT, ranks
 from configurator import UserError, as_dict, check_settings, parse
 from data.batches import pack
 from data.preferences import TokenPair
@@ -271,9 +271,7 @@ def test_two_ranks_give_the_losses_of_one(llama, preferences):
     settings = {'matmul': 'float32', 'max_steps': 4, 'reference': 'cache', 'base_model_name': llama[1]}
     main(config(datasets=[Source(name=preferences)], output_dir='out1', reference_cache='cache1', per_device_train_batch_size=4, **settings))
     flags = [f'--{k}={v}' for k, v in {**SMALL, **settings, 'output_dir': 'out2', 'reference_cache': 'cache2', 'batch_size': 2}.items()]
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'train_dpo.py'), *flags, f'data.datasets[0].name={preferences}', '--num_gpus=2'],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ranks(2, lambda rank: main(parse(Config, [*flags, f'data.datasets[0].name={preferences}'])))
     one, two = lines('out1'), lines('out2')
     for key in ('loss', 'eval_loss', 'grad_norm', 'rewards/margins', 'logps/chosen', 'num_tokens'):
         a, b = ([line[key] for line in log if key in line] for log in (one, two))
@@ -338,6 +336,7 @@ def test_references_under_lora(llama, pairs, preferences):
         assert not torch.equal(copy(batch), answer_logp(model, batch))
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize('mode', ('full', 'lora', 'qlora', '8bit'))
 def test_modes_learn_and_leave_the_base_alone(preferences, mode):
     settings = {'full': dict(gradient_checkpointing=True), 'lora': dict(use_lora=True, gradient_checkpointing=True, learning_rate=3e-3),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_rl
-from conftest import ROOT
+from conftest import ROOT, ranks
 from configurator import UserError, parse
 from data.batches import pack
 from data.chat import CHAT_TEMPLATE, encode, ids_between_turns, prompt_ids, segments
@@ -452,10 +452,8 @@ def test_ranks_play_the_same_episodes(small, alone):
     with open('echo.py', 'w') as file:
         file.write(ECHO)
     flags = [flag for flag in RL if not flag.startswith('--per_device')]
-    command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags, f'--model={small}', '--env=echo.py:Env', '--max_completion_length=48',
-               '--output_dir=ranks', '--per_device_train_batch_size=4', '--num_gpus=2']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    flags += [f'--model={small}', '--env=echo.py:Env', '--max_completion_length=48', '--output_dir=ranks', '--per_device_train_batch_size=4']
+    ranks(2, lambda rank: train_rl.main(parse(train_rl.Config, flags)))
     one, two = rollouts(alone), rollouts('ranks')
     assert len(one[0]) == 32 and one[0] == two[0]
     for a, b in zip(one[1], two[1]):                # weights but for the order in which gradients are summed

@@ -152,6 +152,7 @@ def test_bench_keeps_to_its_time(tmp_path):
     assert part.process.returncode is not None
 
 
+@pytest.mark.pictures
 def test_a_run_without_matplotlib_draws_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setattr(plots.importlib.util, 'find_spec', lambda name: None)

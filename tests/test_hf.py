@@ -450,9 +450,10 @@ def test_gradient_checkpointing_and_dropout_change_no_gradient(pairs):
 
 
 PEAK = """
-import resource, sys
+import sys
+sys.path.insert(0, 'bench')
 import torch, model
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from shared import peak
 before = peak()
 gpt = model.load_model(sys.argv[1])[0]
 print(peak() - before, gpt.num_params() * 4)

@@ -12,11 +12,12 @@ import train_gpt
 import train_rl
 import train_sft
 from configurator import UserError, parse
+from conftest import ranks
 from model import load_model
 from nanoforge.lora import add_lora
 from nanoforge.parallel import check
 from nanoforge.run import Run
-from test_shard import (FINE_TUNING, GPT_FLAGS, assert_close, assert_equal, assert_same_files, here, ranks, small_model,     # noqa: F401
+from test_shard import (FINE_TUNING, GPT_FLAGS, assert_close, assert_equal, assert_same_files, here, small_model,     # noqa: F401
                         train, write_rows)
 
 TWO = ['--tensor_parallel=2']

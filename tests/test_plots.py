@@ -10,6 +10,8 @@ from matplotlib.image import imread
 from nanoforge import svg
 from nanoforge.plots import curves, loss_picture, margins, read_log, reward_picture, smooth, sparkline
 
+pytestmark = pytest.mark.pictures
+
 
 def write_log(path, lines):
     path.write_text('\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines))

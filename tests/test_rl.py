@@ -18,7 +18,7 @@ import torch
 
 import data.problems
 import train_rl
-from conftest import ROOT
+from conftest import ROOT, ranks
 from configurator import UserError, check_settings, parse
 from data.chat import prompt_ids
 from data.preferences import encode_pairs, to_pair
@@ -88,6 +88,7 @@ def pairs_file(tmp_path, n=40):
 # ---- short runs --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('how', [dict(), dict(algorithm='gspo'), PPO], ids=['grpo', 'gspo', 'ppo'])
+@pytest.mark.pictures
 def test_a_run_leaves_what_is_promised(how, tmp_path, capsys):
     metrics = main(config(**how, eval_steps=4))
     for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl', 'rollouts.jsonl', 'rollouts.html',
@@ -154,10 +155,7 @@ def test_same_gradient_however_the_batch_is_cut():
         for cut, (size, accumulate, sampled) in cuts.items():
             main(config(f'{kind}-{cut}', **{**how, 'per_device_train_batch_size': size, 'gradient_accumulation_steps': accumulate,
                                              'steps_per_generation': sampled}))
-        command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**{**how, 'per_device_train_batch_size': 4, 'output_dir': f'{kind}-ranks'}),
-                   '--num_gpus=2']
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        ranks(2, lambda rank: main(config(f'{kind}-ranks', **{**how, 'per_device_train_batch_size': 4})))
         reference = lines(f'{kind}-one')
         for cut in [*cuts, 'ranks'][1:]:
             for a, b in zip(reference, lines(f'{kind}-{cut}')):
@@ -250,9 +248,7 @@ def test_uneven_work_per_rank():
     it ends, and equals one process."""
     how = {**TINY, 'algorithm': 'dapo', 'rewards': ['task'], 'per_device_train_batch_size': 6, 'gradient_accumulation_steps': 1, 'max_steps': 3, 'eval_steps': 0,
            'steps_per_generation': 1, 'temperature': 0.7}
-    command = [sys.executable, os.path.join(ROOT, 'train_rl.py'), *flags(**how, output_dir='ranks', collect='ranks/best.jsonl'), '--num_gpus=2']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    ranks(2, lambda rank: main(config('ranks', **how, collect='ranks/best.jsonl')))
     main(config('one', **{**how, 'per_device_train_batch_size': 12}, collect='one/best.jsonl'))
     collected = [sorted(open(f'{out}/best.jsonl')) for out in ('one', 'ranks')]
     assert collected[0] == collected[1] and len(collected[0]) == 9          # of each group of the three steps
@@ -279,10 +275,10 @@ def test_kills_change_nothing(how, tmp_path, small):
     assert len(lines('whole')) > 5 and read('whole/rollouts.jsonl') == read('killed/rollouts.jsonl')
 
 
-def test_a_critic_of_an_earlier_version_goes_on():
+def test_a_critic_of_an_earlier_version_goes_on(small):
     """It called the critic's backbone `trunk`, and its trainer_state.json had these keys alone."""
     from safetensors.torch import load_file, save_file
-    how = {**PPO, 'eval_steps': 0, 'num_iterations': 2}
+    how = {**PPO, 'base_model_name': small, 'value_model_name': small, 'eval_steps': 0, 'num_iterations': 2}
     main(config('whole', **how, max_steps=8))
     main(config('old', **how, max_steps=8, save_steps=4, save_only_model=False, save_total_limit=9))
     shutil.rmtree('old/checkpoint-8')

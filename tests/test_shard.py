@@ -4,17 +4,13 @@ Ranks are forked from this process, which is fast, and talk through gloo."""
 import argparse
 import copy
 import json
-import os
 import random
-import signal
-import socket
 import string
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401      which sharding needs: seconds, once instead of in every fork
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -26,6 +22,7 @@ import train_gpt
 import train_rl
 import train_sft
 from configurator import UserError, parse
+from conftest import ranks
 from data.prepare import prepare_files
 from model import FAMILIES, GPT, GPTConfig, load_model, save_model
 from nanoforge.optim import OPTIMIZERS, FlatOptimizer, make_optimizer
@@ -81,33 +78,6 @@ def float64_run(rank, script, flags):
 
 def run_folder(cfg):
     return getattr(cfg, 'output_dir', None) or cfg.out_dir
-
-
-def ranks(n, work, of_node=None):
-    """work(rank) in n processes that know of each other; fails where one of them does."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(n):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                if n > 1:
-                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1',
-                                      LOCAL_WORLD_SIZE=str(of_node or n), MASTER_PORT=str(port))
-                signal.alarm(100)       # a hang ends, too
-                work(rank)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * n
 
 
 def train(script, out, flags, n=1, shard='none', of_node=None):

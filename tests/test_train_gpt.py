@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import ROOT
+from conftest import ROOT, ranks
 from configurator import UserError, check_settings, parse
 from data.corpus import Corpus, windows
 from data.prepare import prepare_files
@@ -74,6 +74,7 @@ def weights(out_dir, which='last'):
         return f.read()
 
 
+@pytest.mark.pictures
 def test_run_leaves_what_is_promised(data, tmp_path):
     metrics = main(config(data, tensorboard=True))
     for name in ('config.json', 'model.safetensors', 'tokenizer.json', 'run_config.json', 'log.jsonl',
@@ -148,11 +149,7 @@ def test_two_ranks_give_the_losses_of_one(data, accumulation):
     settings = {'matmul': 'float32', 'max_iters': 12, 'eval_interval': 6,
                 'gradient_accumulation_steps': accumulation}
     main(config(data, 'one', **settings))
-    flags = [f'--{k}={v}' for k, v in {**TINY, 'dataset': data / 'plays', 'out_dir': 'two', **settings}.items()]
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    done = subprocess.run([sys.executable, *launcher, os.path.join(ROOT, 'train_gpt.py'), *flags],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ranks(2, lambda rank: main(config(data, 'two', **settings)))
     one, two = lines('one'), lines('two')
     for key in ('loss', 'eval_loss', 'train_loss', 'grad_norm'):
         a, b = ([line[key] for line in log if key in line] for log in (one, two))

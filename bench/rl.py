@@ -111,13 +111,13 @@ class Stopwatch:
     def untimed_evaluation(self, *arguments):
         self.lap()
         self.began = None
-        metrics = self.evaluate(*arguments)
+        metrics, text = self.evaluate(*arguments)
         if self.seconds:            # not that of the start
             accuracy = metrics.get('eval_accuracy', 0.0)
             self.curve.append((len(self.seconds), round(sum(self.seconds), 2), accuracy))
             if accuracy >= self.accuracy:
                 raise Reached
-        return metrics
+        return metrics, text
 
 
 def our_config(task, steps, **more):

@@ -14,6 +14,9 @@ sys.path.insert(0, ROOT)
 TRL_SETTINGS = dict(use_cpu=True, fp16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
                     report_to='none', save_strategy='no', disable_tqdm=True, lr_scheduler_type='constant',
                     warmup_steps=0)
+# of a child: neither bars nor warnings of libraries between the lines that count
+QUIET = {'TQDM_DISABLE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+         'PYTHONWARNINGS': 'ignore', 'TRANSFORMERS_VERBOSITY': 'error'}
 FEW_ROWS = 64           # of a sampler's batch, whose weights may lie in oneDNN's layout
 
 
@@ -53,7 +56,7 @@ def read(path):
 def child(script, *flags, python=sys.executable, **environment):
     """What `script`, started with these flags, prints in its last line, as JSON."""
     done = subprocess.run([python, os.path.abspath(script), *flags], stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, **environment})
+                          env={**os.environ, **QUIET, **environment})
     if done.returncode:
         sys.exit(f'{" ".join(flags)}: exit {done.returncode}')
     return json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,6 @@ import pytest
 from configurator import parse
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group('tour')      # its fixture takes half a minute: once, in one worker
 ENV = {**os.environ, 'PYTHON': sys.executable}
 STAGES = ['data', '1-pretrain', '2-sft', '3-dpo', '4-grpo', '5-team']
 

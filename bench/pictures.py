@@ -20,7 +20,7 @@ GPT = ['train_gpt.py', '--out_dir=out', '--sample_tokens=0', '--eval_iters=20', 
 SFT = ['train_sft.py', '--output_dir=out', '--logging_steps=5', '--eval_on_start', '--eval_steps=20']
 DPO = ['train_dpo.py', '--output_dir=out', '--logging_steps=1']
 RL = ['train_rl.py', '--output_dir=out', '--logging_steps=1', '--eval_steps=5', '--eval_problems=100']
-TEAM = ['train_agents.py', os.path.join(ROOT, 'recipes/training/agents/plan_path.yaml'), '--output_dir=out']
+TEAMS = os.path.join(ROOT, 'recipes', 'training', 'agents')
 # {picture: (the command's words, what it draws)}
 RUNS = {
     'gpt_good': ([*GPT, '--max_iters=500', '--eval_interval=50'], 'loss.png'),
@@ -35,8 +35,10 @@ RUNS = {
     'rl_good': (RL, 'reward.png'),
     'rl_collapse': ([*RL, '--learning_rate=1e-2'], 'reward.png'),
     'rl_cheated': ([*RL, '--reward=mine.py:score'], 'reward.png'),
-    'teams_good': (TEAM, 'reward.png'),
-    'teams_unprepared': ([*TEAM, 'demonstrations.steps=0', 'training.total_training_steps=30'], 'reward.png'),
+    'teams_good': (['train_agents.py', f'{TEAMS}/plan_path.yaml', '--output_dir=out'], 'reward.png'),
+    'teams_unprepared': (['train_agents.py', f'{TEAMS}/sokoban.yaml', '--output_dir=out',
+                          'demonstrations.steps=0', 'training.total_training_steps=16',
+                          'training.val_freq=4'], 'reward.png'),
 }
 
 

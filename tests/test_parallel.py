@@ -12,7 +12,7 @@ import train_gpt
 import train_rl
 import train_sft
 from configurator import UserError, parse
-from conftest import ranks
+from conftest import REWARD, ranks
 from model import load_model
 from nanoforge.lora import add_lora
 from nanoforge.parallel import check
@@ -64,16 +64,18 @@ def test_preferences(n, shard, more):
     assert_equal(train(train_dpo, 'ranks', [*flags, f'--batch_size={8 // n}', *TWO], n, shard), expected)
 
 
-RL = ['--model=tiny', '--num_generations=4', '--steps_per_generation=2', '--gradient_accumulation_steps=1', '--max_steps=3',
+RL = ['--model=model', '--num_generations=4', '--steps_per_generation=2', '--gradient_accumulation_steps=1', '--max_steps=3',
       '--num_problems=64', '--eval_problems=6', '--eval_steps=2', '--max_completion_length=16', '--learning_rate=1e-3',
-      '--warmup_steps=0', '--logging_steps=1', '--rewards', 'task', 'length', '--length_buffer=10', '--temperature=1.5']
+      '--warmup_steps=0', '--logging_steps=1', '--rewards=reward.py:score', '--temperature=1.5']
 
 
 @pytest.mark.parametrize('n, shard, more', [
     (2, 'none', ['--algorithm=grpo', '--beta=0.05', '--num_iterations=2']),
-    (4, 'full', ['--algorithm=ppo', '--value_model_name=tiny', '--max_steps=2']),
+    (4, 'full', ['--algorithm=ppo', '--value_model_name=model', '--max_steps=2']),
 ], ids=['reference', '2 x 2, critic'])
 def test_rl(n, shard, more):
+    small_model('model', 1031, **EVEN)
+    Path('reward.py').write_text(REWARD)
     expected = train(train_rl, 'one', [*RL, *more, '--batch_size=12'])
     assert any(gradient.abs().max() > 1e-4 for gradient in expected[0][0].values())
     assert_equal(train(train_rl, 'ranks', [*RL, *more, f'--batch_size={24 // n}', *TWO], n, shard), expected)

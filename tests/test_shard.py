@@ -22,7 +22,7 @@ import train_gpt
 import train_rl
 import train_sft
 from configurator import UserError, parse
-from conftest import ranks
+from conftest import REWARD, ranks
 from data.prepare import prepare_files
 from model import FAMILIES, GPT, GPTConfig, load_model, save_model
 from nanoforge.optim import OPTIMIZERS, FlatOptimizer, make_optimizer
@@ -237,9 +237,11 @@ def test_preferences(n, arch, more):
 ], ids=['reference', 'lora, uneven'])
 def test_rl(more):
     """Groups of four, of which some ranks have none."""
-    flags = ['--model=tiny', '--num_generations=4', '--steps_per_generation=2', '--gradient_accumulation_steps=1', '--max_steps=3',
+    small_model('model', 1031)
+    Path('reward.py').write_text(REWARD.replace('% 17 / 17', '% 2'))         # so that some groups are equal, and drawn anew
+    flags = ['--model=model', '--num_generations=4', '--steps_per_generation=2', '--gradient_accumulation_steps=1', '--max_steps=3',
              '--num_problems=64', '--eval_problems=6', '--eval_steps=2', '--max_completion_length=16', '--learning_rate=1e-3',
-             '--warmup_steps=0', '--logging_steps=1', '--rewards', 'task', 'length', '--length_buffer=10', '--temperature=1.5', *more]
+             '--warmup_steps=0', '--logging_steps=1', '--rewards=reward.py:score', '--temperature=1.5', *more]
     expected = train(train_rl, 'one', [*flags, '--batch_size=12'])
     assert any(gradient.abs().max() > 1e-4 for gradient in expected[0][0].values())
     assert_equal(train(train_rl, 'ranks', [*flags, '--batch_size=6'], 2, 'full'), expected)

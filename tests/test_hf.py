@@ -471,6 +471,12 @@ def test_weights_are_mapped_not_copied(tmp_path):
     assert size > 120e6 and loaded < 0.25 * size and read < 1.25 * size
 
 
+def test_a_model_is_loaded_without_torchs_compiler():
+    """Which takes 1.8 s to import: at every start."""
+    command = "import sys, model; model.load_model('tiny'); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, '-c', command], cwd=ROOT, check=True)
+
+
 @torch.no_grad()
 def test_mapped_weights_are_private(pairs, tmp_path):
     """Training changes the memory, not the file;

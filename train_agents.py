@@ -295,7 +295,8 @@ def task_of(cfg):
     if not tasks or cfg.task and not named[cfg.task]:
         known = [name for task, datasets in known_tasks().items() for name in (task, *datasets)]
         raise UserError(f"env: no environment or data set '{next(iter(named))}' is known; there are "
-                        f'{", ".join(known)}; for a file of yours say env.name=math or env.name=code')
+                        f'{", ".join(known)}; a game of yours is a file in data/tasks/, and data of yours '
+                        'want env.name=math or env.name=code')
     for name, task in named.items():
         if task not in (None, tasks[0]):
             raise UserError(f"env: '{name}' is about {name_of(task)}, not {name_of(tasks[0])}: train and "

@@ -212,7 +212,8 @@ def main(cfg):
                   learning_rate=lr, grad_norm=grad_norm, num_tokens=state.num_tokens)
     best = '' if state.best_eval_loss is None else f' (eval_loss {state.best_eval_loss:.4f})'
     return run.finish({**metrics, 'step': state.step},
-                      f'the model is in {cfg.output_dir}/{best}: python sample.py {cfg.output_dir} --chat')
+                      f'the model is in {cfg.output_dir}/{best}: python sample.py '
+                      f'{shlex.quote(cfg.output_dir)} --chat')
 
 
 if __name__ == '__main__':
@@ -221,6 +222,7 @@ if __name__ == '__main__':
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 

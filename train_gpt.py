@@ -17,6 +17,7 @@ answers at once.
 """
 import math
 import os
+import shlex
 from dataclasses import replace
 
 from configurator import UserError, configclass, fill_in, parse, run_script, setting
@@ -200,7 +201,7 @@ def main(cfg):
     best_loss = math.nan if state.best_eval_loss is None else state.best_eval_loss
     return run.finish({**metrics, 'best_eval_loss': best_loss, 'step': state.step},
                       f'best eval_loss {best_loss:.4f}; the model is in {cfg.out_dir}/: '
-                      f'python sample.py {cfg.out_dir}')
+                      f'python sample.py {shlex.quote(cfg.out_dir)}')
 
 
 if __name__ == '__main__':
@@ -326,12 +327,13 @@ def build_model(cfg, corpora, run):
     if cfg.init_from.startswith('gpt2'):
         model, tokenizer = load_pretrained(cfg, tokenizer, corpora, run)
     else:
-        if run.device.type == 'cpu':                        # minutes on two cores
+        device = plan.device_type(cfg) if cfg.plan else run.device.type
+        if device == 'cpu':                                 # minutes on two cores
             chosen = fill_in(cfg, n_layer=4, n_head=4, n_embd=128, block_size=64)
         else:
             chosen = fill_in(cfg, n_layer=6, n_head=6, n_embd=384, block_size=256)
         if chosen:
-            run.print0(f'sizes for {run.device.type}: {chosen} (type the flags for others)')
+            run.print0(f'sizes for {device}: {chosen} (type the flags for others)')
         model = new_model(cfg, corpora)
         torch.manual_seed(seed_for(cfg.seed, 'weights'))    # the same on every rank
         model.init_weights()

@@ -227,6 +227,8 @@ def main(cfg):
 if __name__ == '__main__':
     cfg = parse(Config)     # before torch is imported: --help and --print_config answer at once
 
+import shlex
+
 import numpy as np
 import torch
 
@@ -660,7 +662,8 @@ def finish(cfg, state, metrics, log, run):
             merged, tokenizer = load_model(cfg.output_dir, base=base)
             save_model(merge_lora(merged, keep=False), tokenizer, os.path.join(cfg.output_dir, 'merged'))
     run.barrier()                           # the other ranks wait till the files are there
-    text = f'the model is in {cfg.output_dir}/: python evaluate.py --model-path {cfg.output_dir}'
+    text = (f'the model is in {cfg.output_dir}/: python evaluate.py --model-path '
+            f'{shlex.quote(cfg.output_dir)}')
     if state.best_eval_loss is not None:
         text = f'best eval_loss {state.best_eval_loss:.4f}; {text}'
     result = {**metrics, **summary, 'best_eval_loss': state.best_eval_loss, 'step': state.step}

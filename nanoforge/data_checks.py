@@ -7,13 +7,14 @@
 import itertools
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 
 from configurator import UserError
 from data.chat import REMARKS
 
+SHOWN = 20      # of each kind of row that stops a run, as --check names them
 # kind of issue: what to do about it; those of FATAL stop a run
 REMEDIES = {
     'unreadable rows':
@@ -49,16 +50,17 @@ FATAL = ('unreadable rows', 'calls that break their schema', 'rows that cannot b
 
 
 class DataIssues:
-    """counts {kind: how often}, examples {kind: the first}, notes {kind: what to say in place of the remedy};
-    the kinds are those of REMEDIES."""
+    """counts {kind: how often}, examples {kind: the first SHOWN}, notes {kind: what to say in place of the
+    remedy}; the kinds are those of REMEDIES."""
 
     def __init__(self):
-        self.counts, self.examples, self.notes = Counter(), {}, {}
+        self.counts, self.examples, self.notes = Counter(), defaultdict(list), {}
 
     def add(self, kind, example):
         """example: where it is, and what is wrong there; '' where it is of no one row."""
         self.counts[kind] += 1
-        self.examples.setdefault(kind, example)
+        if len(self.examples[kind]) < SHOWN:
+            self.examples[kind].append(example)
 
     @property
     def fatal(self):
@@ -68,7 +70,7 @@ class DataIssues:
         """One line a kind: how many, what to do, the first; of what is of no one row only what to do."""
         for kind, remedy in REMEDIES.items():
             if kind in self.counts:
-                line, first = f'{kind}: {self.notes.get(kind, remedy)}', self.examples[kind]
+                line, first = f'{kind}: {self.notes.get(kind, remedy)}', self.examples[kind][0]
                 yield f'{self.counts[kind]:,} {line} (first: {first})' if first else line
 
     def stop(self):
@@ -76,7 +78,7 @@ class DataIssues:
         for kind in self.fatal:
             others = self.counts[kind] - 1
             more = f' ({others:,} more such rows: --check shows them)' if others else ''
-            raise UserError(f'{self.examples[kind]}{more}; --skip_bad_rows leaves such rows out')
+            raise UserError(f'{self.examples[kind][0]}{more}; --skip_bad_rows leaves such rows out')
 
 
 def print_mixture(sources, system_prompts, print0):
@@ -124,6 +126,9 @@ def show_check(cfg, tokenizer, rows, issues, run):
                f'{issues.counts["unreadable rows"]:,} unreadable, longest {cfg.max_length} tokens')
     for line in issues.lines():
         run.print0('- ' + line)
+    for kind in issues.fatal:
+        for example in issues.examples[kind][1:]:
+            run.print0(f'  {kind}: {example}')
     if not issues.counts:
         run.print0('- nothing is wrong')
     if issues.fatal and not cfg.skip_bad_rows:

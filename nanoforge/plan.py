@@ -61,12 +61,17 @@ class Hardware:
         return self.kind == 'cpu'
 
 
-def hardware(cfg):
-    """As the flags describe it; what they leave open is that of this machine."""
+def device_type(cfg):
+    """'cuda' or 'cpu': what the run that is planned would compute on."""
     described = bool(cfg.gpu_memory or cfg.gpu_tflops)
     wanted = cfg.device.partition(':')[0]
     has_gpu = described or torch.cuda.is_available()
-    kind = 'cuda' if wanted == 'cuda' or wanted == 'auto' and has_gpu else 'cpu'
+    return 'cuda' if wanted == 'cuda' or wanted == 'auto' and has_gpu else 'cpu'
+
+
+def hardware(cfg):
+    """As the flags describe it; what they leave open is that of this machine."""
+    kind = device_type(cfg)
     if kind == 'cuda':
         product = SIZES.get(cfg.autocast_dtype(), 2)            # auto: bfloat16, or float16
         process = CUDA_CONTEXT

@@ -189,6 +189,14 @@ def test_every_script_plans_and_leaves_nothing(script, folder, tmp_path, plan_of
     assert sorted(tmp_path.rglob('*')) == before
 
 
+def test_sizes_of_pretraining_are_those_of_the_device(tmp_path, plan_of):
+    (tmp_path / 'words.txt').write_text('a b c d ' * 4000)
+    prepare_files(str(tmp_path / 'text'), [str(tmp_path / 'words.txt')], 'char', 'written by the tests')
+    flags = [f'--dataset={tmp_path}/text', '--gpu-memory=80', '--gpu-tflops=400']
+    assert 'sizes for cpu: n_layer=4' in plan_of('gpt', *flags, '--device=cpu')
+    assert 'sizes for cuda: n_layer=6' in plan_of('gpt', *flags)
+
+
 def test_what_would_make_it_fit(folder, tmp_path, plan_of):
     flags = [*of_script('sft', folder), f'--output_dir={tmp_path}/out']
     text = plan_of('sft', *flags)

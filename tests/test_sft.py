@@ -352,13 +352,14 @@ def test_check_shows_the_mask_and_what_is_wrong(capsys):
     ask = {'role': 'user', 'content': 'Call Tom.'}
     tools = [{'function': {'name': 'ring', 'parameters': {'properties': {'who': {'type': 'string'}}, 'required': ['who']}}}]
     good = {'messages': [ask, {'role': 'assistant', 'content': 'No.'}]}
-    rows = [good, good, {'messages': [ask, call], 'tools': tools}, {**good, 'metadata': 'eval'}, {**good, 'metadata': 'Eval'}]
+    rows = [good, good, {'messages': [ask, call], 'tools': tools}, {**good, 'metadata': 'eval'}, {**good, 'metadata': 'Eval'}, {**good, 'metadata': 'EVAL'}]
     Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     with pytest.raises(UserError, match='unreadable rows, calls that break their schema: a run would stop here'):
         sft('--dataset_path=d.jsonl', '--check', '--eval_fraction=0')
     said = capsys.readouterr().out
     assert '<|im_start|>assistant\n⟦No.<|im_end|>⟧' in said
-    assert "1 unreadable rows" in said and "d.jsonl line 5: metadata: 'Eval' must be exactly 'eval'" in said
+    assert "2 unreadable rows" in said and "(first: d.jsonl line 5: metadata: 'Eval' must be exactly 'eval'" in said
+    assert "\n  unreadable rows: d.jsonl line 6: metadata: 'EVAL' must be" in said
     assert 'd.jsonl line 3: ring is called without who' in said and '1 rows repeated in training' in said
     assert 'd.jsonl line 4 is d.jsonl line 1' in said
     with pytest.raises(UserError, match="line 5: metadata: 'Eval' must be"):

@@ -24,6 +24,13 @@ def test_each_is_about_ten_lines():
     assert all(len(text.splitlines()) <= 16 for text in FILES.values())
 
 
+def test_the_reward_finds_the_number():
+    names = {}
+    exec(FILES['mine.py'], names)
+    right, plain, wrong = names['score'](['6+8=14;<answer>38</answer>', '38.', 'It is 3 + 9.'], [{'answer': '38'}] * 3)
+    assert plain > right > 0.5 and wrong < 0
+
+
 @pytest.mark.parametrize('title', SECTIONS)
 def test_what_is_pasted_runs(title, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -253,7 +253,8 @@ class DataFlags(Flags):
         # of rows without metadata held out, by a hash of the prompt
     split_rule: str = setting('prompt', choices=('prompt', 'legacy'))  # legacy: as runs of earlier versions
         # held rows out
-    skip_bad_rows: bool = False  # leave out rows that would stop the run, and say how many
+    skip_bad_rows: bool = False  # leave out rows that would stop the run, and say how many; a file that is
+        # no JSON stops it all the same
     dataset_num_proc: int = setting(1, min=1)  # processes that render and tokenise
 
     def check(self):

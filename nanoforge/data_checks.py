@@ -129,6 +129,8 @@ def show_check(cfg, tokenizer, rows, issues, run):
     for kind in issues.fatal:
         for example in issues.examples[kind][1:]:
             run.print0(f'  {kind}: {example}')
+        if issues.counts[kind] > SHOWN:
+            run.print0(f'  {kind}: {issues.counts[kind] - SHOWN:,} more')
     if not issues.counts:
         run.print0('- nothing is wrong')
     if issues.fatal and not cfg.skip_bad_rows:

@@ -367,6 +367,14 @@ def test_check_shows_the_mask_and_what_is_wrong(capsys):
     assert sft('--dataset_path=d.jsonl', '--skip_bad_rows', '--max_steps=1', '--output_dir=o')['step'] == 1
 
 
+def test_check_names_twenty_rows_and_counts_the_rest(capsys):
+    Path('d.jsonl').write_text('{"question": "Who?", "answer": "Tom."}\n' + '{"messages": []}\n' * 25)
+    with pytest.raises(UserError, match='a run would stop here'):
+        sft('--dataset_path=d.jsonl', '--check', '--eval_fraction=0')
+    said = capsys.readouterr().out
+    assert 'd.jsonl line 21:' in said and 'd.jsonl line 22:' not in said and '  unreadable rows: 5 more\n' in said
+
+
 def test_a_mistake_is_one_line_and_exit_status_2():
     Path('bad.jsonl').write_text('{"messages": []}\n')
     done = script('--dataset_path=bad.jsonl')

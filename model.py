@@ -84,12 +84,14 @@ class Attention(nn.Module):
             if x.device.type == 'cpu':
                 qkv = qkv.to(x.dtype)                   # float32 attention is no slower on a CPU than bf16's
             qkv = qkv.view(B, T, -1, cfg.head_size).transpose(1, 2)  # (B, n_head + 2 n_kv_head, T, head_size)
-            q, k, v = qkv.split([cfg.n_head, cfg.n_kv_head, cfg.n_kv_head], 1)
+            qk, v = qkv.split([cfg.n_head + cfg.n_kv_head, cfg.n_kv_head], 1)
+            if context.rope and not cfg.qk_norm:
+                qk = kernels.rotate(qk, *context.rope[self.layer_type])
+            q, k = qk.split([cfg.n_head, cfg.n_kv_head], 1)
             if cfg.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
-            if context.rope:
-                cos, sin = context.rope[self.layer_type]                # (1 or B, 1, T, head_size / 2)
-                q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+                if context.rope:
+                    q, k = (kernels.rotate(x, *context.rope[self.layer_type]) for x in (q, k))
             y = context.attention(q, k, v, self.layer_type)             # (B, n_head, T, head_size)
             y = y.transpose(1, 2).reshape(B, T, -1)                     # (B, T, n_head * head_size)
         if logit_positions is not None:
@@ -113,6 +115,7 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[cfg.activation]
 
     def forward(self, x):
+        x = kernels.layer_input(x, self.up_proj)
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
         return self.down_proj(kernels.gated(self.act, self.gate_proj(x), self.up_proj(x)))
@@ -163,7 +166,7 @@ class GPT(nn.Module):
             self.embed_positions = Embedding(config.block_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer_type) for layer_type in config.layer_types)
         self.norm = Norm(config, config.n_embd)
-        # its product is kernels.head, in float32
+        # its product is kernels.head, whose logits are float32
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
@@ -181,16 +184,18 @@ class GPT(nn.Module):
         return self
 
     def set_matmul(self, mode):
-        """'bf16' or 'float32': how the linear layers multiply on a CPU. On a GPU autocast decides."""
+        """'bf16' or 'float32': how the linear layers multiply, and on a GPU the head."""
         self.matmul = mode
         for module in self.modules():
             if hasattr(module, 'bf16'):
                 module.bf16 = mode == 'bf16'
-        matrices = [module.weight for module in self.layers.modules() if isinstance(module, Linear)]
+        layers = [module for module in self.layers.modules() if isinstance(module, Linear)]
+        layers += [self.lm_head] if self.device.type == 'cuda' else []
+        weights = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
         if mode == 'bf16':
-            kernels.keep_copies(matrices)
+            kernels.keep_copies(weights)
         else:
-            kernels.drop_copies(matrices)
+            kernels.drop_copies(weights)
         return self
 
     def compile_layers(self, **settings):
@@ -247,7 +252,8 @@ class GPT(nn.Module):
         if T > cfg.block_size and (positions is None or positions.max() >= cfg.block_size):
             raise UserError(f'a row of {T} tokens does not fit the model\'s context of {cfg.block_size}: '
                             'shorten it')
-        if self.matmul == 'bf16' and B == 1 and positions is not None and embeddings is None:
+        on_cpu = idx.device.type == 'cpu'
+        if on_cpu and self.matmul == 'bf16' and B == 1 and positions is not None and embeddings is None:
             padding = torch.arange(-T % kernels.ALIGN, device=idx.device)[None]        # a document of its own
             idx = F.pad(idx, (0, padding.size(1)))
             positions = torch.cat((positions, padding), 1)
@@ -271,9 +277,10 @@ class GPT(nn.Module):
         return x[:, :T] if logit_positions is None else F.embedding(inverse, x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., V) in float32 whatever the autocast: a rounded head biases every probability."""
+        """(..., C) -> (..., V), float32."""
+        dtype = kernels.autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            return kernels.head(hidden, self.lm_head.weight_matrix(), self.config.logit_softcap)
+            return kernels.head(hidden, self.lm_head.weight_matrix(), self.config.logit_softcap, dtype)
 
     def token_stats(self, hidden, targets, temperature=1.0, extras=True):
         """hidden (B, T, C), targets (B, T), -1 where unsupervised -> dict of (B, T): logp, entropy,
@@ -284,9 +291,10 @@ class GPT(nn.Module):
         bool. Logits are divided by the temperature. Only supervised rows reach the head. extras=False: logp
         alone, which is quicker.
         """
+        dtype = kernels.autocast_dtype(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             return kernels.token_stats(hidden, self.lm_head.weight_matrix(), targets, temperature,
-                                       self.config.logit_softcap, extras)
+                                       self.config.logit_softcap, extras, dtype)
 
     def forward(self, idx, targets=None, positions=None):
         hidden = self.hidden(idx, positions)

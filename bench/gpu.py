@@ -28,8 +28,8 @@ import traceback
 
 MARK = 'bench/gpu.py: '     # before a child's line of JSON
 # in the order of their importance: a card that is lent for a short time may not see the last ones
-PARTS = ('card', 'parity', 'packed', 'sampler', 'scaler', 'lora', 'resume', 'out_of_memory', 'gpt2', 'sft',
-         'generation', 'gpt2_compiled', 'dpo', 'grpo', 'memory', 'sft_compiled', 'scripts')
+PARTS = ('card', 'triton', 'parity', 'sampler', 'scaler', 'lora', 'resume', 'out_of_memory', 'packed', 'gpt2',
+         'sft', 'generation', 'gpt2_compiled', 'dpo', 'grpo', 'memory', 'sft_compiled', 'scripts')
 
 
 def run_part(name, options, rates, left, report=None):

@@ -30,7 +30,7 @@ from model import FAMILIES, GPT, GPTConfig, load_model, read_safetensors
 from nanoforge import kernels, plan
 from nanoforge.log import device_peak_flops
 from nanoforge.lora import add_lora, adapters_off, merge_lora
-from nanoforge.optim import make_optimizer
+from nanoforge.optim import AdamW, make_optimizer
 from nanoforge.run import LossScale, setup
 from sample import generate, logp_gap
 
@@ -38,6 +38,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 GIB = 2 ** 30
 RATE = 1e-4     # of learning, in steps that are only timed
+TOLERANCE = {'float32': 2e-5, 'bfloat16': 2e-2}     # of hidden states
 
 
 class Bench:
@@ -125,6 +126,48 @@ def card(b):
 
 # ---- what must be right ------------------------------------------------------------------------------------
 
+def triton(b):
+    """The kernels of nanoforge/triton_kernels.py against torch's operations, in float64 where there are
+    numbers."""
+    if not b.is_cuda and not os.environ.get('TRITON_INTERPRET'):
+        return b.row('Triton', None, note='needs a GPU')
+    from nanoforge import triton_kernels
+    N, V, C = b.pick((4000, 50257, 256), (7, 5000, 16))         # of a card two tiles
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, C, device=b.device), torch.randn(V, C, device=b.device) / C ** 0.5
+    targets = tokens(b, N, vocabulary=V)
+    for name, temperature, softcap, extras in (
+            ('logp', 1.0, 0.0, False), ('entropy and mean', 0.7, 0.0, True), ('soft-capped', 0.7, 5.0, True)):
+        outputs = {}
+        for function, dtype in ((kernels.RowStats, torch.float32), (kernels.TokenStats, torch.float64)):
+            x, w = (part.detach().to(dtype).requires_grad_() for part in (hidden, weight))
+            more = (dtype,) if function is kernels.RowStats else ()
+            keep = 0 if softcap else kernels.GPU_TILE        # the second tile is made again
+            stats = function.apply(x, w, targets, temperature, softcap, extras, keep, *more)
+            stats = [part for part in stats if part is not None and part.is_floating_point()]
+            torch.autograd.grad(stats[0].sum(), x, retain_graph=True)       # the first of two backward passes
+            push = torch.arange(N, device=b.device) % 3
+            total = sum((part * (push + i)).sum() for i, part in enumerate(stats))
+            outputs[function] = *stats, *torch.autograd.grad(total, (x, w))
+        found = max(error(*pair) for pair in zip(*outputs.values()))
+        b.row(f'{name}: error of values and gradients', found, ok=found < 1e-5)
+    weight, grad = torch.randn(2, 100_003, device=b.device)
+    updated = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.nn.Parameter(weight.to(dtype))
+        optimizer = AdamW([p], 1e-2)
+        for _ in range(3):
+            p.grad.copy_(grad)
+            optimizer.step()
+        updated.append(p)
+    found = error(updated[0] - weight, updated[1] - weight)
+    b.row('AdamW: error of three updates', found, ok=found < 1e-5)
+    by_triton = triton_kernels.dither(weight, torch.empty_like(weight, dtype=torch.bfloat16),
+                                      kernels.thresholds(b.device), kernels.PERIOD)
+    same = torch.equal(by_triton.cpu(), kernels.dither(weight.cpu()))
+    b.row('weights in bfloat16', float(same), ok=same, note='1: to the bit those of a CPU')
+
+
 def family_configs(b):
     """{family: transformers' config} of small random models."""
     C = b.pick(256, 32)
@@ -186,6 +229,7 @@ def parity(b):
             exact = max(error(ours(idx), want), error(grad, theirs_grad))
         b.row(f'{family}, float32: error of logits and gradient', exact, '', ok=exact < 2e-5)
         run = b.setup('bfloat16', 'float32')
+        ours.set_matmul(run.matmul)
         with torch.no_grad(), run.autocast():
             rounded = error(ours(idx), want)
         with torch.no_grad():
@@ -207,24 +251,24 @@ def packed(b):
     first = [(0, 13 * scale), (0, 7 * scale), (5 * scale, 11 * scale), (0, 9 * scale)]      # 2,100 on a card
     positions = spans_of(first, first[::-1]).to(b.device)
     idx = tokens(b, *positions.shape)
-    for family in ('qwen2', 'gemma2'):      # the second with windows and soft caps
-        ours = ours_of(b, theirs_of(b, family_configs(b)[family]))
-        weights = list(ours.parameters())
-        for dtype, tolerance in (('float32', 2e-5), ('bfloat16', 2e-2)):
-            run = b.setup(dtype, 'float32')
-            push = torch.randn(*idx.shape, ours.config.n_embd, generator=torch.Generator().manual_seed(2))
-            with run.autocast():
-                form = 'flex attention' if kernels.takes_flex(ours.config, idx, torch.float32) else 'mask'
-                got = ours.hidden(idx, positions)
-                grads = torch.autograd.grad((got * push.to(b.device)).sum(), weights, allow_unused=True)
-                want = torch.cat([one_by_one(ours, row, at) for row, at in zip(idx, positions)])
-                plain = torch.autograd.grad((want * push.to(b.device)).sum(), weights, allow_unused=True)
-            found = error(got, want)
-            of_grads = error(*(torch.cat([x.flatten() for x in parts if x is not None])
-                               for parts in (grads, plain)))
-            form = form if b.is_cuda else 'the forms of a CPU'
-            b.row(f'{family}, {dtype}: error of hidden states', found, ok=found < tolerance, note=form)
-            b.row(f'{family}, {dtype}: error of the gradient', of_grads, ok=of_grads < 5 * tolerance)
+    # the second has windows, the third soft caps, too: then, and in float32, flex attention is compiled first
+    for family, dtype in (('qwen2', 'bfloat16'), ('mistral', 'bfloat16'), ('gemma2', 'bfloat16'),
+                          ('qwen2', 'float32'), ('gemma2', 'float32')):
+        run, ours = b.setup(dtype, 'float32'), ours_of(b, theirs_of(b, family_configs(b)[family]))
+        weights, tolerance = list(ours.set_matmul(run.matmul).parameters()), TOLERANCE[dtype]
+        push = torch.randn(*idx.shape, ours.config.n_embd, generator=torch.Generator().manual_seed(2))
+        with run.autocast():
+            got = ours.hidden(idx, positions)
+            grads = torch.autograd.grad((got * push.to(b.device)).sum(), weights, allow_unused=True)
+            want = torch.cat([one_by_one(ours, row, at) for row, at in zip(idx, positions)])
+            plain = torch.autograd.grad((want * push.to(b.device)).sum(), weights, allow_unused=True)
+        found = error(got, want)
+        of_grads = error(*(torch.cat([x.flatten() for x in parts if x is not None])
+                           for parts in (grads, plain)))
+        is_flash = kernels.takes_flash(ours.config, b.device, getattr(torch, dtype))
+        form = ('flash attention' if is_flash else 'flex attention') if b.is_cuda else 'the forms of a CPU'
+        b.row(f'{family}, {dtype}: error of hidden states', found, ok=found < tolerance, note=form)
+        b.row(f'{family}, {dtype}: error of the gradient', of_grads, ok=of_grads < 5 * tolerance)
     attention_forms(b)
 
 
@@ -245,6 +289,9 @@ def attention_forms(b):
     if b.is_cuda:
         q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
     forms = {'mask': (kernels.attention, kernels.packed_mask(positions)[:, None])}
+    if b.is_cuda:
+        segments = kernels.flash_attention(), kernels.flash_segments(positions)
+        forms['flash attention'] = lambda q, k, v, _, scale: kernels.flash(q, k, v, *segments, 0, scale), None
     if b.is_cuda and kernels.flex_works(b.device, q.dtype, H, G, D, 0.0):
         forms['flex attention'] = kernels.flex, kernels.flex_mask(positions)
     times, peaks = {}, {}
@@ -268,6 +315,7 @@ def sampler(b):
         ours = ours_of(b, theirs_of(b, family_configs(b)[family]))
         for dtype, most in (('float32', 1e-3), ('bfloat16', 0.3)):
             run = b.setup(dtype, 'float32')
+            ours.set_matmul(run.matmul)
             with run.autocast():
                 samples = generate(ours, prompts, b.pick(64, 6), num_samples=2)
                 largest, mean = logp_gap(ours, prompts, samples)
@@ -316,7 +364,7 @@ def lora(b):
     logits."""
     run, model, idx = b.setup(), small_gpt(b), tokens(b, 8, 65)
     if b.is_cuda:
-        model.bfloat16()
+        model.bfloat16().set_matmul(run.matmul)
     with torch.no_grad(), run.autocast():
         base = model(idx)
     add_lora(model, 8, 16, 0.0, 'all-linear')
@@ -399,7 +447,7 @@ def gpt2(b, compiled=False):
     torch.manual_seed(0)
     fields = {**FAMILIES['gpt2'], 'activation': 'gelu', 'bias': False, **sizes}
     model = GPT(GPTConfig(arch='gpt2', vocab_size=V, block_size=T, **fields)).init_weights()
-    model = model.to(b.device).train()
+    model = model.to(b.device).set_matmul(run.matmul).train()
     optimizer, idx = make_optimizer('adamw', model, RATE), tokens(b, B, T + 1, vocabulary=V)
     flops = plan.train_flops(model, T)
     if compiled:
@@ -458,7 +506,7 @@ def our_policy(b, dtype=torch.float32):
     torch.manual_seed(0)
     with b.device:
         model = GPT(config_from_hf(half_billion(b).to_dict())).init_weights()
-    return model.to(dtype)
+    return model.to(dtype).set_matmul('bf16' if b.is_cuda else 'float32')
 
 
 def their_policy(b, dtype=torch.float32):

@@ -5,6 +5,7 @@
                                                     of factors and results, multiplied in float32
     python bench/precision.py MODEL --trl PYTHON    TRL's SFTTrainer beside it, in float32 and under its bf16
                                                     autocast (no processor need multiply bfloat16)
+where there is a GPU it is the GPU that multiplies.
     python bench/precision.py tiny --moved          SFT, DPO and GRPO at a learning rate of 1e-6 (--emulate)
 
 180 chats about the embedded facts, batches of 4, learning rate 1e-5, all weights train. A line for each way
@@ -51,6 +52,7 @@ def main():
                         '--lr=1e-5', '--lr_scheduler=constant', '--warmup_steps=0', '--batch_size=4',
                         '--gradient_accumulation_steps=1', '--sample_rows=0', '--logging_steps=12',
                         f'--matmul={"float32" if mode == "float32" else "bf16"}']
+            settings += ['--dtype=float32'] if mode == 'float32' else []
             command = [sys.executable, os.path.abspath(__file__), '--as', mode, str(int(options.emulate))]
             done = subprocess.run([*command, *settings], cwd=folder, capture_output=True, text=True,
                                   encoding='utf-8')

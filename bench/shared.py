@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-# of TRL's trainers: on the CPU, nothing written on the way, a constant rate
-TRL_SETTINGS = dict(use_cpu=True, fp16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
-                    report_to='none', save_strategy='no', disable_tqdm=True, lr_scheduler_type='constant',
-                    warmup_steps=0)
+# of TRL's trainers: nothing written on the way, a constant rate
+TRL_SETTINGS = dict(fp16=False, gradient_checkpointing=False, dataloader_pin_memory=False, report_to='none',
+                    save_strategy='no', disable_tqdm=True, lr_scheduler_type='constant', warmup_steps=0)
 # of a child: neither bars nor warnings of libraries between the lines that count
 QUIET = {'TQDM_DISABLE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
          'PYTHONWARNINGS': 'ignore', 'TRANSFORMERS_VERBOSITY': 'error'}
@@ -129,7 +128,8 @@ def trl_trainer(kind, model, rows, settings, bf16=False, **more):
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    config = getattr(trl, f'{kind}Config')(bf16=bf16, **TRL_SETTINGS, **settings)
+    use_cpu = not torch.cuda.is_available()
+    config = getattr(trl, f'{kind}Config')(bf16=bf16, use_cpu=use_cpu, **TRL_SETTINGS, **settings)
     return getattr(trl, f'{kind}Trainer')(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=config,

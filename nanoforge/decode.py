@@ -12,16 +12,17 @@ logp_gap in sample.py measures it.
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from nanoforge import rope
-from nanoforge.kernels import Linear, concat, dithered
-from nanoforge.tensors import cut_by_input, part, part_of_bias
+from nanoforge.kernels import Linear, autocast_dtype, concat, dithered
+from nanoforge.tensors import cut_by_input, is_sharded, part, part_of_bias
 
 # parameters up to which stacked copies of the weights are made: beyond, memory counts more
-FUSE_LIMIT = 2 ** 28
+FUSE_LIMIT = {'cpu': 2 ** 28, 'cuda': 2 ** 30}
 PACK_ROWS = 16              # rows from which a CPU multiplies faster by weights in oneDNN's layout
-GROW = 16             # slots that the cache grows by at least; by an eighth of what it has where that is more
+GROW = {'cpu': 16, 'cuda': 256}     # slots that the cache grows by at least; else by an eighth of what it has
 
 
 class Samples(NamedTuple):
@@ -35,7 +36,11 @@ class Samples(NamedTuple):
 def make_decoder(model, prompts, num_samples, max_new_tokens):
     """prompts: lists of ids; a model of transformers, which has no layers of ours, is run again for every
     token."""
-    cls = CachedDecoder if hasattr(model, 'layers') else NoCacheDecoder
+    cls = NoCacheDecoder
+    if hasattr(model, 'layers'):
+        layers = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
+        is_plain = all(isinstance(layer, Linear) and not is_sharded(layer.weight) for layer in layers)
+        cls = GraphDecoder if model.device.type == 'cuda' and is_plain else CachedDecoder
     return cls(model, prompts, num_samples, max_new_tokens)
 
 
@@ -57,7 +62,8 @@ class CachedDecoder:
         self.acc_dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
         self.cache_pos = max(map(len, prompts))
         self.max_slots = self.cache_pos + max_new_tokens
-        self.slots = min(self.max_slots, self.cache_pos + GROW)         # how many there are
+        self.grow_by = GROW.get(device.type, GROW['cpu'])
+        self.slots = min(self.max_slots, self.cache_pos + self.grow_by)         # how many there are
         self.view_rows = 0                                         # `views` are of so many rows of the caches
         self.rope_order, self.rope = torch.arange(cfg.head_size, device=device), {}
         if cfg.position == 'rope':
@@ -69,12 +75,13 @@ class CachedDecoder:
                 factor = torch.full_like(angle, rope.attention_factor(settings))
                 self.rope[layer_type] = torch.polar(factor, angle)                  # (max_slots, D/2) complex
 
-        rows, small = len(prompts) * num_samples, model.num_params() <= FUSE_LIMIT
+        rows = len(prompts) * num_samples
+        small = model.num_params() <= FUSE_LIMIT.get(device.type, FUSE_LIMIT['cpu'])
         self.layers = [DecoderLayer(model, layer, self.rope_order, rows, small) for layer in model.layers]
         self.windows = {layer.window for layer in self.layers}
         self.norm, self.logits = fuse_norm(model.norm), model.logits
         head = model.lm_head.weight_matrix()
-        if head.dtype == self.acc_dtype and not cfg.logit_softcap and autocast_dtype(model) is None:
+        if head.dtype == self.acc_dtype and not cfg.logit_softcap and autocast_dtype(device) is None:
             self.logits = linear_function(head, None, head.dtype, rows if small else 0)  # without conversions
 
     def start(self):
@@ -136,7 +143,7 @@ class CachedDecoder:
 
     def grow(self, n):
         """More slots for the first n rows, which are all that are left."""
-        more = min(max(GROW, self.slots // 8), self.max_slots - self.slots)
+        more = min(max(self.grow_by, self.slots // 8), self.max_slots - self.slots)
         self.views = None                                          # no layer's old cache outlives its new one
         for i, cache in enumerate(self.caches):
             self.caches[i] = F.pad(cache[:, :n], (0, 0, 0, more))
@@ -154,15 +161,22 @@ class CachedDecoder:
 
     def step(self, token):
         """token (n,): the last one of the first n rows -> logits (n, V) of the next."""
-        cfg, n = self.cfg, len(token)
+        n = len(token)
         if self.cache_pos == self.slots:
             self.grow(n)
         if n != self.view_rows:
             self.make_views(n)
-        position = self.position[:n]
+        logits = self.next_logits(token)
+        self.position[:n] += 1
+        self.cache_pos += 1
+        return logits
+
+    def next_logits(self, token):
+        """step() without its bookkeeping."""
+        cfg, position = self.cfg, self.position[:len(token)]
         x = self.model.embed(token, position)                                                   # (n, C)
         angles_of = {name: table.index_select(0, position).unsqueeze(1) for name, table in self.rope.items()}
-        self.mask[..., self.cache_pos] = 0
+        self.open_slot()
         visible = {window: self.visible_slots(window) for window in self.windows}
         for layer, views in zip(self.layers, self.views):
             angles = angles_of.get(layer.layer_type)
@@ -175,9 +189,15 @@ class CachedDecoder:
             else:
                 x = layer.o_proj(attended, x)
                 x = layer.down_proj(layer.inner(layer.norms[1](x)), x)
-        position += 1
-        self.cache_pos += 1
         return self.logits(self.norm(x))
+
+    def open_slot(self):
+        """From now on the slot of the new tokens is seen."""
+        self.mask[..., self.cache_pos] = 0
+
+    def write_slot(self, cache, kv):
+        """Puts keys and values (2, n, G, D) of the new tokens into their slot."""
+        cache.select(3, self.cache_pos).copy_(kv)
 
     def visible_slots(self, window):
         """(first slot, number of slots, their mask) that a layer of this window reads."""
@@ -202,7 +222,7 @@ class CachedDecoder:
             pairs[:, :H + G].mul_(rope)
         q, kv = qkv.split((H, 2 * G), 1)
         kv = kv.unflatten(1, (2, G)).transpose(0, 1)                    # (2, n, G, D)
-        cache.select(3, self.cache_pos).copy_(kv)
+        self.write_slot(cache, kv)
         q = q.to(values.dtype).reshape(n * G, H // G, D)   # the heads that share keys are rows of one product
         keys, values = keys.narrow(2, begin, count), values.narrow(1, begin, count)
         if cfg.attn_softcap:
@@ -212,6 +232,69 @@ class CachedDecoder:
             scores = torch.baddbmm(mask, q, keys, alpha=cfg.attn_scale)                # (n * G, H / G, count)
         p = scores.softmax(-1, dtype=self.acc_dtype).to(values.dtype)
         return torch.bmm(p, values).view(n, H * D)
+
+
+class GraphDecoder(CachedDecoder):
+    """The same on a GPU, where to start kernels one by one takes longer than they run: those of a step are
+    recorded once, as a CUDA graph, and started together.
+
+    A graph knows no numbers but those in tensors that stay where they are, so that the slot is one; and it is
+    for as many rows and slots as there were. Rows that have ended are computed on until half of them have.
+    """
+
+    def __init__(self, model, prompts, num_samples, max_new_tokens):
+        super().__init__(model, prompts, num_samples, max_new_tokens)
+        device = model.device
+        self.slot = torch.tensor([self.cache_pos], device=device)
+        self.token = torch.zeros(len(prompts) * num_samples, dtype=torch.long, device=device)
+        self.rows, self.graph, self.graph_of = len(self.token), None, None
+        self.autocast = autocast_dtype(device)
+
+    def step(self, token):
+        n = len(token)
+        if self.cache_pos == self.slots:
+            self.grow(self.rows)
+        if n <= self.rows // 2:
+            self.rows = n
+        self.token[:n] = token
+        if self.graph_of != (self.rows, self.slots):        # which loads what its kernels need, too
+            self.make_views(self.rows)
+            self.graph, self.graph_of = None, (self.rows, self.slots)
+            self.output = self.next_logits(self.token[:self.rows])
+        else:
+            if self.graph is None:
+                self.record()
+            self.graph.replay()
+        # rows that have ended go past the context's end
+        self.position[:self.rows].add_(1).clamp_(max=self.cfg.block_size - 1)
+        self.slot += 1
+        self.cache_pos += 1
+        return self.output[:n]
+
+    def record(self):
+        """Records a step of `rows` rows, which leaves its logits in `output`."""
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # what autocast keeps would be the graph's, and gone with it
+        uncached = torch.autocast('cuda', self.autocast, self.autocast is not None, cache_enabled=False)
+        with torch.cuda.stream(stream), uncached:
+            self.graph.capture_begin(capture_error_mode='thread_local')
+            self.output = self.next_logits(self.token[:self.rows])
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def open_slot(self):
+        self.mask.index_fill_(-1, self.slot, 0)
+
+    def write_slot(self, cache, kv):
+        cache.index_copy_(3, self.slot, kv.unsqueeze(3).to(cache.dtype))
+
+    def visible_slots(self, window):
+        mask = self.row_mask
+        if window:
+            place = torch.arange(self.slots, device=mask.device)
+            mask = mask.masked_fill(place <= self.slot - window, float('-inf'))
+        return 0, self.slots, mask
 
 
 class DecoderLayer:
@@ -231,7 +314,7 @@ class DecoderLayer:
         channels = torch.arange((H + 2 * G) * D, device=model.device).view(-1, D)
         channels[:H + G] = channels[:H + G, rope_order]
 
-        amp = autocast_dtype(model)
+        amp = autocast_dtype(model.device)
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
         up = (mlp.gate_proj, mlp.up_proj) if cfg.gated else (mlp.up_proj,)
         self.qkv_proj = fuse_linears(qkv, small, amp, rows, channels.flatten())
@@ -245,13 +328,6 @@ class DecoderLayer:
             return self.act(self.up_proj(x))
         gate, up = self.up_proj(x).chunk(2, -1)
         return self.act(gate) * up
-
-
-def autocast_dtype(model):
-    """Autocast's dtype on a GPU, None where it is off and on a CPU."""
-    device = model.device.type
-    if device != 'cpu' and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
 
 
 def fuse_norm(module):

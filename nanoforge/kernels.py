@@ -6,6 +6,7 @@ compute the same, in float32 unless bf16 is asked for; tests/test_kernels.py hol
 against the plain formula.
 """
 import functools
+import inspect
 import warnings
 from typing import NamedTuple
 
@@ -31,18 +32,79 @@ def on_cpu(x):
     return x.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
+def autocast_dtype(device):
+    """Autocast's dtype on a GPU, None where it is off and on a CPU."""
+    if device.type != 'cpu' and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+
+
+@functools.cache
+def triton_kernels():
+    from nanoforge import triton_kernels
+    return triton_kernels
+
+
+@functools.cache
+def has_triton(device):
+    """Whether the kernels of triton_kernels.py run here: it needs a card that Triton knows and a C compiler.
+    Else torch's own operations do the same in more passes, and a line says so."""
+    if device.type != 'cuda':
+        return False
+    try:
+        z, targets = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        triton_kernels().row_stats(z, targets, 1.0, 0.0, False)
+        torch.cuda.synchronize(device)
+    except Exception as error:          # of Triton, of its C compiler, of the card: each has its own classes
+        warnings.warn(f'the head takes longer than it could, as Triton does not compile here: '
+                      f'{type(error).__name__}: {str(error).partition(chr(10))[0]}')
+        return False
+    return True
+
+
 # ---- linear layers -----------------------------------------------------------------------------------------
 
 def linear(x, weights, biases=(), bf16=False):
     """x (..., K) times the stacked `weights`, each (N_i, K) -> (..., sum of N_i).
 
-    bf16: both factors are rounded to bfloat16, the weights dithered (below), and multiplied with float32 sums
-    (twice the speed where the processor has it); the result stays bfloat16, gradients reach the float32
-    weights as float32.
+    bf16: both factors are rounded to bfloat16, the weights dithered (below), and multiplied with float32
+    sums; the result stays bfloat16, gradients reach the float32 weights as float32.
     """
+    if bf16 and x.is_cuda:
+        return LinearOnGPU.apply(x, len(weights), *weights, *biases)
     if bf16:
         x, weights, biases = x.bfloat16(), list(map(dithered, weights)), list(map(dithered, biases))
     return F.linear(x, concat(weights), concat(biases))
+
+
+class LinearOnGPU(torch.autograd.Function):
+    """`linear` in bfloat16 as one node, which starts fewer kernels, and gives the weights gradients that were
+    not rounded to bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x, count, *parameters):
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.dtype, x = x.dtype, x.bfloat16()
+        ctx.save_for_backward(x, *weights)      # not the copies, which a sharded weight has for a moment only
+        return F.linear(x, concat(list(map(in_bf16, weights))), concat(list(map(in_bf16, biases))))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *weights = ctx.saved_tensors
+        rows, dx, dparameters = [len(weight) for weight in weights], None, []
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ concat(list(map(in_bf16, weights)))).to(ctx.dtype)
+        grad = grad.reshape(-1, grad.size(-1))
+        needs = ctx.needs_input_grad[2:]
+        if any(needs[:len(rows)]):
+            dparameters += product(grad.t(), x.reshape(-1, x.size(-1))).split(rows)
+        else:
+            dparameters += [None] * len(rows)
+        if any(needs[len(rows):]):
+            dparameters += grad.sum(0, dtype=torch.float32).split(rows)
+        else:
+            dparameters += [None] * (len(needs) - len(rows))
+        return dx, None, *dparameters
 
 
 def concat(tensors, dim=0):
@@ -53,7 +115,7 @@ def concat(tensors, dim=0):
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose products run in bfloat16 on a CPU where `bf16` is set (see GPT.set_matmul).
+    """nn.Linear whose products run in bfloat16 where `bf16` is set (see GPT.set_matmul).
 
     A layer with an adapter (lora.py) is a subclass of it.
     """
@@ -77,12 +139,18 @@ def stacked_linear(x, layers):
     """x (..., K) through layers that read the same input -> their outputs side by side (..., sum of N_i).
 
     One product on a CPU, if all are of class Linear; the subclass that carries adapters has a form of its
-    own.
+    own. On a GPU one where the weights are in bfloat16: the copies of a layer are laid together in no time.
     """
-    if x.device.type != 'cpu' or not all(isinstance(layer, Linear) for layer in layers):
-        return torch.cat([layer(x) for layer in layers], -1)
     special = [layer for layer in layers if type(layer) is not Linear]
+    stacks = layers[0].bf16 and not special if x.is_cuda else x.device.type == 'cpu'
+    if not stacks or not all(isinstance(layer, Linear) for layer in layers):
+        return torch.cat([layer(x) for layer in layers], -1)
     return (special or layers)[0].stacked(x, layers)
+
+
+def layer_input(x, layer):
+    """x as the layer, and others beside it, multiply it: rounded once for all of them."""
+    return x.bfloat16() if x.is_cuda and getattr(layer, 'bf16', False) else x
 
 
 def weight_matrix(layer):
@@ -97,29 +165,32 @@ def weight_matrix(layer):
 # up or down by a threshold of its own, as a picture is dithered: of many weights that moved by a tenth of a
 # step one in ten is a step further, and a sum over them is on average that of the float32 weights. A weight
 # on the grid stays as it is. The thresholds are fixed, so what is computed depends on the weights alone:
-# training, sampling, evaluation and a resumed run read the same numbers, on any rank.
+# training, sampling, evaluation and a resumed run read the same numbers, on any rank. On a GPU, too, where
+# autocast would round to nearest.
 
 PERIOD = 1048583        # a prime: no two rows of a matrix share their thresholds
 DITHER_CHUNK = 2 ** 18  # weights that are rounded at a time, which stay in cache
 
 
 @functools.cache
-def thresholds():
+def thresholds(device):
     """(PERIOD + DITHER_CHUNK,) int32 in 0 ... 65535: random bits, which begin again after PERIOD."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(2 ** 16, (PERIOD,), generator=generator, dtype=torch.int32)
-    return torch.cat((bits, bits[:DITHER_CHUNK]))
+    return torch.cat((bits, bits[:DITHER_CHUNK])).to(device)
 
 
 def dither(weight, out=None):
     """`weight` float32, contiguous, of any shape -> `out` bfloat16: each value rounded up or down, so that
     the mean over many is kept. The threshold of a value depends on its place in the weight alone."""
     out = torch.empty_like(weight, dtype=torch.bfloat16) if out is None else out
+    if has_triton(weight.device):
+        return triton_kernels().dither(weight, out, thresholds(weight.device), PERIOD)
     bits, high = weight.view(torch.int32).flatten(), out.view(torch.int16).flatten()
     for begin in range(0, len(bits), DITHER_CHUNK):
         part, place = bits[begin:begin + DITHER_CHUNK], begin % PERIOD
         # bfloat16 is the upper half of a float32: what is added to the lower half may carry into it
-        part = part + thresholds()[place:place + len(part)]
+        part = part + thresholds(weight.device)[place:place + len(part)]
         high[begin:begin + DITHER_CHUNK] = part.bitwise_right_shift_(16)
     return out
 
@@ -137,19 +208,25 @@ class Dithered(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-def dithered(weight):
-    """A weight or bias in bfloat16, differentiably: its copy where it has one, else made now."""
+def in_bf16(weight):
+    """A weight or bias in bfloat16: as it is, its copy where it has one, else made now."""
+    if weight.dtype == torch.bfloat16:
+        return weight.detach()
     copy = getattr(weight, 'bf16_copy', None)
-    if copy is None:
-        copy = dither(weight.detach().float().contiguous())
-    return Dithered.apply(weight, copy)
+    return dither(weight.detach().float().contiguous()) if copy is None else copy
+
+
+def dithered(weight):
+    """in_bf16, differentiably."""
+    return Dithered.apply(weight, in_bf16(weight))
 
 
 def keep_copies(weights):
-    """Gives these float32 parameters copies in bfloat16, so that no product has to make one. Whoever changes
-    a weight from then on calls update_copies, as an optimizer's step does."""
+    """Gives these parameters, if they are float32, copies in bfloat16, so that no product has to make one.
+    Whoever changes a weight from then on calls update_copies, as an optimizer's step does."""
     for weight in weights:
-        weight.bf16_copy = dither(weight.detach())
+        if weight.dtype == torch.float32:
+            weight.bf16_copy = dither(weight.detach())
 
 
 def drop_copies(weights):
@@ -250,7 +327,7 @@ def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021, eq. 34) on halves, as Llama has them: x (..., T, D), cos, sin (...,
     T, D/2)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if on_cpu(x):
+    if not torch.compiler.is_compiling():
         return Rotate.apply(x, cos, sin)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -434,6 +511,9 @@ def flex(q, k, v, mask, scale, softcap=0.0):
 
 @functools.cache
 def compiled_flex():        # torch.compile imports its compiler: not where nothing is compiled
+    # a kernel for each of float32 and bfloat16, windows, soft caps, training and evaluation; past the limit
+    # it would be computed without a kernel, in forty times the time
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention)
 
 
@@ -456,21 +536,80 @@ def flex_works(device, dtype, n_head, n_kv_head, head_size, softcap):
 
 
 def takes_flex(cfg, idx, dtype):
-    """Whether packed rows idx (B, T) take flex attention, for weights of this dtype."""
+    """Whether packed rows idx (B, T) take flex attention, computed in this dtype."""
     B, T = idx.shape
     if not idx.is_cuda or B * T * T < FLEX_FROM:
         return False
-    if torch.is_autocast_enabled('cuda'):
-        dtype = torch.get_autocast_dtype('cuda')
     return flex_works(idx.device, dtype, cfg.n_head, cfg.n_kv_head, cfg.head_size, cfg.attn_softcap)
+
+
+class FlashSegments(NamedTuple):
+    """Packed rows laid end to end as flash attention of a GPU takes them: S stretches of queries, each of a
+    document or of a branch, and the keys that each may see."""
+    query_begins: torch.Tensor      # (S + 1,) int32, as are the next
+    key_begins: torch.Tensor
+    longest_query: int
+    longest_key: int
+    keys: torch.Tensor | None       # the token of each key; None: every token once, in order
+
+
+def flash_segments(positions):
+    """positions (B, T) of packed rows (see packed_mask) -> FlashSegments. A branch's keys are those of its
+    prompt, once more, and its own; aligned at their ends, so that a causal mask is right."""
+    (_, T), flat, device = positions.shape, positions.flatten(), positions.device
+    jump = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0), value=True)
+    start = jump.flatten().nonzero().squeeze(1)                                                     # (S,)
+    length = start.diff(append=start.new_tensor([len(flat)]))
+    shared = flat[start].masked_fill(start % T == 0, 0)             # so many keys of the prompt
+    begin = torch.where(shared == 0, start, 0).cummax(0).values     # of the prompt
+    query_begins, key_begins = (F.pad(x.cumsum(0), (1, 0)) for x in (length, length + shared))
+    counts = torch.stack((length.max(), (length + shared).max(), key_begins[-1]))
+    longest_query, longest_key, count = counts.tolist()
+    keys = None
+    if count > len(flat):
+        segment = torch.arange(len(start), device=device)
+        segment = segment.repeat_interleave(length + shared, output_size=count)
+        place = torch.arange(count, device=device) - key_begins[segment]
+        in_branch = place - shared[segment]
+        keys = torch.where(in_branch < 0, begin[segment] + place, start[segment] + in_branch)
+    return FlashSegments(query_begins.int(), key_begins.int(), longest_query, longest_key, keys)
+
+
+def flash(q, k, v, attend, segments, window, scale):
+    """attention() of packed rows in half precision; attend: flash_attention(), segments: their
+    FlashSegments."""
+    B, H, T, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, D) for x in (q, k, v))
+    if segments.keys is not None:
+        k, v = (gather_rows(x.flatten(1), segments.keys).view(-1, *x.shape[1:]) for x in (k, v))
+    y = attend(q, k, v, *segments[:4], scale=scale, window_size=(window - 1 if window else -1, 0))
+    return y.view(B, T, H, D).transpose(1, 2)
+
+
+@functools.cache
+def flash_attention():
+    """torch's, of segments of any length: imported where it is needed, as it brings the compiler with it."""
+    from torch.nn.attention.varlen import varlen_attn
+    # torch 2.11 takes heads that share keys as they are; later it wants to be told
+    grouped = {'enable_gqa': True} if 'enable_gqa' in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, **grouped)
+
+
+def takes_flash(cfg, device, dtype):
+    """Whether packed rows take flash attention: on a GPU from Ampere on, in half precision, without soft
+    caps."""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return dtype.itemsize == 2 and not cfg.attn_softcap and cfg.head_size <= 256
 
 
 class AttentionContext:
     """What the layers of one forward pass share: positions, rotary angles, and the form in which attention is
     computed.
 
-    A GPU takes torch's scaled_dot_product_attention, and for packed rows flex attention, or where they are
-    short a mask. A CPU has four forms besides:
+    A GPU takes torch's scaled_dot_product_attention, and for packed rows flash attention of their documents;
+    in float32 and with soft caps flex attention, or where they are short a mask. A CPU has four forms
+    besides:
 
         short           an unpacked block of up to SHORT_BLOCK tokens: ShortAttention
         varlen          packed rows of short documents: VarlenAttention
@@ -489,7 +628,11 @@ class AttentionContext:
         self.cfg, self.keep_kv = cfg, keep_kv
         self.positions = positions if packed else torch.arange(T, device=device)[None]           # (1 or B, T)
         self.short, self.varlen, self.shared_prefix, self.documents = False, None, None, None
-        self.flex = packed and takes_flex(cfg, idx, dtype)
+        dtype = autocast_dtype(device) or dtype
+        self.flash = None
+        if packed and takes_flash(cfg, device, dtype):
+            self.flash = flash_attention(), flash_segments(positions.expand(B, T))
+        self.flex = packed and not self.flash and takes_flex(cfg, idx, dtype)
         takes_cpu_form = on_cpu(idx) and not compiled
         if packed and takes_cpu_form:
             self.choose_packed_form(positions.expand(B, T))
@@ -505,7 +648,8 @@ class AttentionContext:
                 lengths = self.context_lengths(packed) if rope.is_dynamic(settings) else None
                 angle = rope.angles(settings, inv_freq[layer_type], self.positions, lengths)[:, None]
                 factor = rope.attention_factor(settings)
-                self.rope[layer_type] = angle.cos() * factor, angle.sin() * factor  # (1 or B, 1, T, D/2) each
+                cos, sin = angle.cos() * factor, angle.sin() * factor           # (1 or B, 1, T, D/2) each
+                self.rope[layer_type] = cos.to(dtype), sin.to(dtype)
             self.masks[layer_type] = self.make_mask(self.windows[layer_type], packed, B)
 
     def context_lengths(self, packed):
@@ -533,6 +677,8 @@ class AttentionContext:
     def make_mask(self, window, packed, B):
         """(1 or B, 1, T, T) bool; a list of (n, n), one for each document; a BlockMask; None where no mask is
         needed: a causal block."""
+        if self.flash:
+            return None
         if self.flex:
             T = self.positions.size(1)
             padding = torch.arange(-T % FLEX_BLOCK, device=self.positions.device)   # a document of its own
@@ -574,6 +720,8 @@ class AttentionContext:
             self.keep_kv.append((k, v))
         if self.shared_prefix and not self.windows[layer_type]:
             return self.shared_prefix.attend(q, k, v, cfg.attn_scale)
+        if self.flash:
+            return flash(q, k, v, *self.flash, self.windows[layer_type], cfg.attn_scale)
         if self.flex:
             return flex(q, k, v, self.masks[layer_type], cfg.attn_scale, cfg.attn_softcap)
         if not self.documents:
@@ -925,21 +1073,56 @@ class SharedPrefixAttention:
 
 TILE = 2 ** 21      # logits of one tile of TokenStats: 8 MB of float32 stay in cache
 DIRECT = 2 ** 23    # up to so many logits all of them at once are quicker, if logp alone is asked for
-KEEP = 2 ** 28      # logits whose exponentials are kept for backward: at most 1 GB
+KEEP = 2 ** 28      # logits that are kept for backward at least: 1 GB
 
 
-def head(hidden, weight, softcap=0.0):
+def kept_logits(device, memory=0):
+    """So many logits are kept for the backward pass, which makes the others again: of a GPU those in a
+    sixteenth of its `memory` in bytes (0: that of `device`)."""
+    if device.type == 'cuda' and not memory:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return max(KEEP, int(memory) // 64)
+
+
+def head(hidden, weight, softcap=0.0, dtype=None):
     """Logits (..., V): hidden (..., C) times weight (V, C), transposed, soft-capped (Gemma 2) where a cap is
-    given; float32 from any precision, float64 from float64."""
-    # no float32 copy of the weight
-    if weight.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():
-        rows = hidden.reshape(-1, hidden.size(-1)).to(weight.dtype)
-        z = torch.mm(rows, weight.t(), out_dtype=torch.float32)
-        z = z.view(*hidden.shape[:-1], -1)
+    given; float32 from any precision, float64 from float64.
+
+    dtype: bfloat16 where a GPU rounds both factors to it, the weight dithered. The logits are float32 there,
+    too: rounded ones would bias every probability.
+    """
+    if weight.is_cuda and weight.dtype == torch.bfloat16:
+        dtype = weight.dtype            # no float32 copy of the weight
+    if dtype == torch.bfloat16:
+        rows = hidden.reshape(-1, hidden.size(-1))
+        z = Product.apply(rows, weight).view(*hidden.shape[:-1], -1)
     else:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         z = F.linear(hidden.to(dtype), weight.to(dtype))
     return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def product(x, y):
+    """x (N, C) times y (C, M), both of one dtype -> (N, M), float32 from bfloat16."""
+    return torch.mm(x, y, out_dtype=torch.float32) if x.dtype == torch.bfloat16 else torch.mm(x, y)
+
+
+class Product(torch.autograd.Function):
+    """x (N, C) times weight (V, C), transposed, on a GPU, both rounded to bfloat16 -> (N, V) float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.dtypes = x.dtype, weight.dtype
+        x, weight = x.bfloat16(), in_bf16(weight)
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x, weight), grad = ctx.saved_tensors, grad.bfloat16()
+        dweight = product(grad.t(), x).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return product(grad, weight).to(ctx.dtypes[0]), dweight
 
 
 class TargetLogp(torch.autograd.Function):
@@ -963,18 +1146,23 @@ class TargetLogp(torch.autograd.Function):
         return logp.exp().mul_(-grad).scatter_add_(1, index, grad), None
 
 
-def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True):
+def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True, dtype=None):
     """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy,
-    mean_logp, correct (see TokenStats), 0 where unsupervised; logp alone without `extras`."""
+    mean_logp, correct (see TokenStats), 0 where unsupervised; logp alone without `extras`. dtype: see
+    head."""
     if not extras and targets.numel() * len(weight) <= DIRECT:
-        logits = head(hidden, weight, softcap)
+        logits = head(hidden, weight, softcap, dtype)
         if temperature != 1.0:
             logits = logits / temperature
         logp = TargetLogp.apply(logits.view(-1, len(weight)), targets.flatten())
         return {'logp': logp.view(targets.shape)}
     mask = targets >= 0
-    keep = KEEP if torch.is_grad_enabled() and not softcap else 0
-    parts = TokenStats.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep)
+    keep = kept_logits(hidden.device) if torch.is_grad_enabled() and not softcap else 0
+    function = TokenStats
+    if has_triton(hidden.device) and hidden.dtype.itemsize < 8:
+        function, dtype = RowStats, dtype if dtype == torch.bfloat16 else torch.float32
+    more = (dtype,) if function is RowStats else ()
+    parts = function.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep, *more)
     stats = {}
     for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts):
         if part is not None:
@@ -1095,3 +1283,58 @@ class TokenStats(torch.autograd.Function):
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
         return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None, None
+
+
+GPU_TILE = 2 ** 27      # logits of whole rows that a GPU holds at a time: 512 MB
+
+
+class RowStats(torch.autograd.Function):
+    """TokenStats on a GPU: tiles of whole rows, each read once by one kernel, and once more by the one that
+    writes its gradient. dtype: of the products, bfloat16 or float32; logits are float32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep, dtype):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes, V = (hidden.dtype, weight.dtype), len(weight)
+        ctx.scale, ctx.cap = 1 / (softcap or temperature), softcap / temperature
+        x = hidden.to(dtype)
+        weight = in_bf16(weight) if dtype == torch.bfloat16 else weight.to(dtype)
+        rows = max(GPU_TILE // V, 1)
+        ctx.tiles = [slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows)] or [slice(0, 0)]
+        stats, kept = [], []
+        for tile in ctx.tiles:
+            z = product(x[tile], weight.t())
+            stats.append(triton_kernels().row_stats(z, targets[tile], ctx.scale, ctx.cap, extras))
+            if tile.stop * V <= keep:
+                kept.append(z)
+        lse, logp, entropy, mean, best = (concat(part) if part[0] is not None else None
+                                          for part in zip(*stats))
+        ctx.save_for_backward(x, weight, targets, lse, entropy, *kept)
+        if not extras:
+            return logp, None, None, None
+        correct = best == targets
+        ctx.mark_non_differentiable(correct)
+        return logp, entropy, mean, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogp, dentropy, dmean, _):
+        x, weight, targets, lse, entropy, *kept = ctx.saved_tensors
+        dlogp = torch.zeros_like(lse) if dlogp is None else dlogp.contiguous()
+        if dentropy is not None or dmean is not None:
+            dentropy, dmean = (torch.zeros_like(lse) if part is None else part.contiguous()
+                               for part in (dentropy, dmean))
+        dx, dweight = torch.empty_like(x, dtype=ctx.dtypes[0]), None
+        for i, tile in enumerate(ctx.tiles):
+            z = kept[i] if i < len(kept) else product(x[tile], weight.t())
+            of_rows = [part if part is None else part[tile]
+                       for part in (targets, lse, entropy, dlogp, dentropy, dmean)]
+            dz = torch.empty_like(z, dtype=x.dtype)
+            triton_kernels().row_grads(z, *of_rows, ctx.scale, ctx.cap, dz)
+            dx[tile] = product(dz, weight)
+            if ctx.needs_input_grad[1]:
+                part = product(dz.t(), x[tile])
+                dweight = part if dweight is None else dweight.add_(part)
+        if dweight is not None:
+            dweight = dweight.to(ctx.dtypes[1])
+        return dx, dweight, None, None, None, None, None, None

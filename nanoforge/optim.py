@@ -136,6 +136,12 @@ class Flat:
         """Plain tensors that hold this rank's weights."""
         return [self.data]
 
+    @property
+    def takes_triton(self):
+        """Whether an update may be a single Triton kernel."""
+        from nanoforge.kernels import has_triton
+        return has_triton(self.data.device) and self.data.itemsize == 4
+
     def named(self, parts):
         """(name, view) of each parameter in what has the form of `weights`."""
         return zip(self.names, self.views(parts[0]))
@@ -338,6 +344,11 @@ class AdamW(FlatOptimizer):
         # m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the corrections moved from tensors to scalars
         correction = math.sqrt(1 - beta2 ** self.steps)
         rate = lr * correction / (1 - beta1 ** self.steps)
+        if flat.takes_triton:
+            from nanoforge.triton_kernels import adamw
+            for part in flat.chunks:
+                adamw(*part, 1 - lr * decay, rate, beta1, beta2, eps * correction)
+            return
         for p, grad, exp_avg, exp_avg_sq in flat.chunks:
             exp_avg.lerp_(grad, 1 - beta1)
             exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

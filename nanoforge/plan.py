@@ -208,8 +208,9 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     if cfg.shard != 'none':                     # run.unsharded
         evaluation = estimate.phases.setdefault('evaluation', {'weights, gathered': 0})
         evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=cfg.tensor_parallel), model)
-    if hw.is_cpu and hw.product == 2 and not is_quantised(cfg):
-        estimate.add('bf16 copies of weights', 2 * numbers(matrices) / hw.shards)
+    if hw.product == 2 and not is_quantised(cfg):
+        copied = matrices if hw.is_cpu else [w for w in [*matrices, model.lm_head.weight] if w.requires_grad]
+        estimate.add('bf16 copies of weights', 2 * numbers(copied) / hw.shards)
     if not optimizer:
         return
     gradients, moments = optimizer_bytes(optimizer, model)
@@ -221,10 +222,6 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     # its buffers are there before the weights that they take over are given back
     start = estimate.phases.setdefault('start', {'weights as loaded': 0})
     start['weights as loaded'] = max(start['weights as loaded'], trained)
-    if hw.kind == 'cuda' and hw.product == 2:   # autocast's, of what trains, until backward has ended
-        cast = [w for w in matrices if w.requires_grad]
-        training = estimate.phases.setdefault('training', {})
-        training['bf16 copies of weights'] = training.get('bf16 copies of weights', 0) + 2 * numbers(cast)
 
 
 # ---- what a micro-batch keeps for its backward pass --------------------------------------------------------
@@ -358,9 +355,10 @@ def activation_bytes(c, hw, model, shape, checkpointing):
     return whole * (len(model.layers) - 1) + end + around, course
 
 
-def head_bytes(c, model, targets, extras=False):
+def head_bytes(c, hw, model, targets, extras=False):
     """(what the head keeps, what its backward adds, what of that stays until the embedding's gradient)."""
-    logits = 4 * min(targets * c.vocab_size, kernels.KEEP)
+    on_gpu = 0 if hw.is_cpu else hw.memory
+    logits = 4 * min(targets * c.vocab_size, kernels.kept_logits(torch.device(hw.kind), on_gpu))
     if targets * c.vocab_size <= kernels.DIRECT and not extras:
         logits *= 2                             # with their log-probabilities
     gradient = 4 * c.vocab_size * c.n_embd if head_of(model).weight.requires_grad else 0
@@ -374,7 +372,7 @@ def train_phase(estimate, cfg, hw, model, shape, extras=False, critic=None):
     kept, course = activation_bytes(c, hw, model, shape, checkpointing)
     if critic is not None:
         kept += activation_bytes(critic.config, hw, critic, shape, checkpointing)[0]
-    logits, at_head, held = head_bytes(c, model, shape.targets, extras)
+    logits, at_head, held = head_bytes(c, hw, model, shape.targets, extras)
     training = estimate.phases.setdefault('training', {})
     training['activations'] = kept
     training['logits'] = logits
@@ -394,7 +392,7 @@ def generate_phase(estimate, cfg, hw, model, prompts, samples, new):
     p = 4 if hw.is_cpu else hw.product
     slot = 2 * c.n_layer * c.n_kv_head * c.head_size * p                # a key and a value of every layer
     matrices, size, V = block_matrices(model), hw.product, c.vocab_size
-    small = model.num_params() <= FUSE_LIMIT
+    small = model.num_params() <= FUSE_LIMIT[hw.kind]
     is_packed = hw.is_cpu and small and rows >= PACK_ROWS
     copies = 0
     if small and not lora_layers(model):

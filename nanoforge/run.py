@@ -99,7 +99,7 @@ class Run:
     """
     device: torch.device
     dtype: torch.dtype      # of autocast; parameters and optimizer state are always float32
-    matmul: str             # 'float32' or 'bf16': how a CPU multiplies matrices
+    matmul: str             # 'float32' or 'bf16': how the layers multiply matrices
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -614,8 +614,9 @@ def setup(device='auto', dtype='auto', matmul='auto'):
         for cache in ('ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'LRU_CACHE_CAPACITY'):
             os.environ.setdefault(cache, '256')
 
-    products = matmul if kind == 'cpu' else 'float32'
-    run = Run(torch_device, amp, products, rank, local_rank, world_size)
+    if kind != 'cpu':           # where autocast is bfloat16, weights are rounded by us: see kernels.dither
+        matmul = 'bf16' if kind == 'cuda' and amp == torch.bfloat16 else 'float32'
+    run = Run(torch_device, amp, matmul, rank, local_rank, world_size)
     if world_size > 1:
         restarts = os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'
         if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':   # pytorch issue 135712

@@ -117,7 +117,7 @@ class Shards:
 
     Not views of one flat tensor: each backward makes gradients anew, and uneven shards are padded.
     """
-    is_sharded = True
+    is_sharded, takes_triton = True, False
 
     def __init__(self, group, names, params, slots):
         self.group, self.names, self.params = group, names, params

@@ -2,9 +2,11 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +93,25 @@ class Bare:
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 '''
+
+
+@pytest.mark.skipif(not shutil.which('nvidia-smi'), reason='there is no NVIDIA GPU')
+def test_what_must_be_right_on_a_gpu(tmp_path):
+    parts = 'triton', 'parity', 'sampler', 'scaler', 'lora', 'resume', 'out_of_memory', 'packed'
+    environment = {name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'}
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'bench', 'gpu.py'), '--only', *parts], cwd=tmp_path,
+                          capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not find_spec('triton'), reason='Triton comes with PyTorch for a GPU')
+def test_triton_kernels_interpreted(tmp_path):
+    """The part `triton` of bench/gpu.py, run by Triton's interpreter."""
+    program = ('import gpu_parts\nfrom nanoforge import kernels\nb = gpu_parts.Bench("cpu", True)\n'
+               'kernels.has_triton = lambda device: True\ngpu_parts.triton(b)\n'
+               'assert len(b.rows) == 5 and all(row["ok"] for row in b.rows), b.rows')
+    environment = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.path.join(ROOT, 'bench')}
+    subprocess.run([sys.executable, '-c', program], cwd=tmp_path, check=True, env=environment)
 
 
 def bench(tmp_path, *flags, files=BARE):

@@ -440,6 +440,58 @@ def test_flex_mask_says_what_packed_mask_says(window):
     assert in_vain <= computed // 5 and (window or mask.full_kv_num_blocks.sum() > 10), (in_vain, computed)
 
 
+@pytest.mark.parametrize('window', [0, 40])
+def test_segments_of_flash_attention_are_the_mask(window):
+    """Each stretch of queries under a causal mask that is aligned at the ends, as flash attention has it."""
+    for positions in (rows_of_spans(*LONG_ROWS), torch.tensor([[3, 4, 0, 1, 2, 1, 2, 3, 0], [0, 1, 1, 1, 2, 2, 0, 0, 1]])):
+        segments = kernels.flash_segments(positions)
+        tokens = torch.arange(positions.numel())
+        keys = tokens if segments.keys is None else segments.keys
+        got = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        spans = [list(itertools.pairwise(begins.tolist())) for begins in segments[:2]]
+        for (begin, end), (first, last) in zip(*spans):
+            place = torch.arange(last - first)
+            ahead = place[-(end - begin):, None] - place
+            got[begin:end, keys[first:last]] = (ahead >= 0) & (ahead < (window or last))
+        longest = [max(end - begin for begin, end in pairs) for pairs in spans]
+        assert torch.equal(got, torch.block_diag(*kernels.packed_mask(positions, window).int()).bool())
+        assert longest == [segments.longest_query, segments.longest_key]
+
+
+def test_linear_layers_of_a_gpu(monkeypatch):
+    """Those of a CPU in bfloat16, with gradients of the weights that are float32; torch has such products on a GPU."""
+    monkeypatch.setattr(kernels, 'product', lambda x, y: x.float() @ y.float())
+    x, weights, biases = leaf(2, 5, 24).float(), [leaf(n, 24, seed=n).float() for n in (8, 4)], [leaf(n, seed=n).float() for n in (8, 4)]
+    parameters = [p.detach().requires_grad_() for p in (x, *weights, *biases)]
+    x, *rest = parameters
+    got = kernels.LinearOnGPU.apply(x, 2, *rest)
+    want = kernels.linear(x, rest[:2], rest[2:], bf16=True)
+    push = torch.randn(want.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert torch.equal(got, want)
+    exact = push.float().flatten(0, 1)
+    wanted = torch.autograd.grad(want, parameters, push)
+    for grad, theirs in zip(torch.autograd.grad(got, parameters, push), wanted):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, theirs, rtol=2e-2, atol=2e-2)
+    grad, = torch.autograd.grad(kernels.LinearOnGPU.apply(x, 2, *rest), rest[:1], push)
+    torch.testing.assert_close(grad, exact[:, :8].t() @ x.detach().bfloat16().float().flatten(0, 1))
+    frozen = kernels.LinearOnGPU.apply(x, 2, *(p.detach() for p in rest))
+    torch.testing.assert_close(torch.autograd.grad(frozen, x, push)[0], wanted[0], rtol=2e-2, atol=2e-2)
+
+
+def test_a_head_in_bfloat16(monkeypatch):
+    """Logits are float32 from factors in bfloat16, the weight dithered; the gradient is that of the rounded factors."""
+    monkeypatch.setattr(kernels, 'product', lambda x, y: x.float() @ y.float())
+    x, weight, targets = leaf(6, 24).float(), leaf(50, 24, seed=1).float(), torch.tensor([3, -1, 0, 49, 7, 7])
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    got = kernels.token_stats(x, weight, targets, extras=False, dtype=torch.bfloat16)['logp']
+    rounded = [x.detach().bfloat16().float().requires_grad_(), kernels.dither(weight.detach()).float().requires_grad_()]
+    want = kernels.token_stats(*rounded, targets, extras=False)['logp']
+    torch.testing.assert_close(got, want)
+    for grad, theirs in zip(torch.autograd.grad(got.sum(), (x, weight)), torch.autograd.grad(want.sum(), rounded)):
+        torch.testing.assert_close(grad, theirs, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize('window, softcap', [(0, 0.0), (40, 0.0), (0, 3.0), (150, 3.0)])
 def test_flex_attention_is_attention_under_the_mask(window, softcap, monkeypatch):
     """Values and gradients, where flex runs uncompiled; torch refuses gradients on a CPU, which it has."""

@@ -112,7 +112,6 @@ def test_setup_names_the_choices(settings):
         setup(**settings)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_no_gpu():
     with pytest.raises(UserError, match='--device=cuda needs an NVIDIA GPU'):
         setup('cuda')

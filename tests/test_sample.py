@@ -3,6 +3,7 @@ and the training forward."""
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import sample
 from configurator import UserError
 from data.build_tokenizer import char_encoder
 from data.tokenizer import Tokenizer
+from nanoforge.decode import GraphDecoder
 from nanoforge.lora import adapters_off, add_lora
 from model import FAMILIES, GPT, GPTConfig, save_model
 from sample import draw, generate, generate_long, logp_gap, truncate, uniform_numbers
@@ -265,6 +267,32 @@ def test_bf16_products_stay_near_the_training_forward():
     samples = generate(model, PROMPTS, 20, num_samples=4)
     assert 1e-6 < logp_gap(model.set_matmul('float32'), PROMPTS, samples)[1]        # they did run in bf16
     assert logp_gap(model.set_matmul('bf16'), PROMPTS, samples)[1] < 0.01
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3', 'gemma2'])
+def test_a_graph_is_the_steps_that_it_records(arch, monkeypatch):
+    """GraphDecoder with a record that runs: what only a GPU does is to start its kernels together. Rows end at
+    different times, the cache grows, and rows that have ended reach the end of the context."""
+    recorded = []
+
+    class Recorded(GraphDecoder):
+        def record(self):
+            def replay():
+                self.output = self.next_logits(self.token[:self.rows])
+            recorded.append((self.rows, self.slots))
+            self.graph = SimpleNamespace(replay=replay)
+
+    model = small(arch)
+    prompts, settings = [*PROMPTS, [5] * 9], dict(num_samples=4, stop_ids=(3, 4, 5))
+    limit = model.config.block_size
+    want = generate(model, prompts, limit, **settings)
+    monkeypatch.setattr('nanoforge.decode.GROW', {'cpu': 8})
+    monkeypatch.setattr('sample.make_decoder', Recorded)
+    got = generate(model, prompts, limit, **settings)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.stopped, want.stopped)
+    torch.testing.assert_close(got.logp, want.logp, rtol=0, atol=1e-5)
+    assert len({rows for rows, _ in recorded}) > 2 and len({slots for _, slots in recorded}) > 2
+    assert not want.stopped.all() and want.stopped.any()
 
 
 def test_on_token_hears_every_token_in_order(models):

@@ -322,8 +322,6 @@ def test_bad_input_is_one_line_before_any_step(data, tmp_path):
         'cannot write|not writable|could not be written': dict(out_dir='/proc/none'),
         'no run of train_gpt': dict(init_from='resume', out_dir=str(tmp_path / 'empty')),
     }
-    if torch.cuda.is_available():
-        del cases['GPU']
     for message, changes in cases.items():
         with pytest.raises(UserError, match=message) as error:
             main(config(data, **changes))

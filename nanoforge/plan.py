@@ -208,7 +208,8 @@ def hold(estimate, cfg, hw, model, name='', optimizer=None, averaged=False):
     if cfg.shard != 'none':                     # run.unsharded
         evaluation = estimate.phases.setdefault('evaluation', {'weights, gathered': 0})
         evaluation['weights, gathered'] += weight_bytes(cfg, replace(hw, shards=cfg.tensor_parallel), model)
-    if hw.product == 2 and not is_quantised(cfg):
+    is_kept = hw.is_cpu or hw.shards == 1           # what a GPU gathers is rounded where it is used
+    if hw.product == 2 and not is_quantised(cfg) and is_kept:
         copied = matrices if hw.is_cpu else [w for w in [*matrices, model.lm_head.weight] if w.requires_grad]
         estimate.add('bf16 copies of weights', 2 * numbers(copied) / hw.shards)
     if not optimizer:

@@ -512,7 +512,7 @@ def flex(q, k, v, mask, scale, softcap=0.0):
 @functools.cache
 def compiled_flex():        # torch.compile imports its compiler: not where nothing is compiled
     # a kernel for each of float32 and bfloat16, windows, soft caps, training and evaluation; past the limit
-    # it would be computed without a kernel, in forty times the time
+    # torch compiles no more of them
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention)
 

@@ -184,7 +184,8 @@ class GPT(nn.Module):
         return self
 
     def set_matmul(self, mode):
-        """'bf16' or 'float32': how the linear layers multiply, and on a GPU the head."""
+        """'bf16' or 'float32': how the linear layers multiply, and on a GPU the head; on a CPU the head's
+        gradients alone, its logits being float32."""
         self.matmul = mode
         for module in self.modules():
             if hasattr(module, 'bf16'):
@@ -292,6 +293,8 @@ class GPT(nn.Module):
         alone, which is quicker.
         """
         dtype = kernels.autocast_dtype(hidden.device)
+        if hidden.device.type == 'cpu' and self.matmul == 'bf16':
+            dtype = torch.bfloat16
         with torch.autocast(hidden.device.type, enabled=False):
             return kernels.token_stats(hidden, self.lm_head.weight_matrix(), targets, temperature,
                                        self.config.logit_softcap, extras, dtype)

@@ -141,9 +141,8 @@ def triton(b):
         outputs = {}
         for function, dtype in ((kernels.RowStats, torch.float32), (kernels.TokenStats, torch.float64)):
             x, w = (part.detach().to(dtype).requires_grad_() for part in (hidden, weight))
-            more = (dtype,) if function is kernels.RowStats else ()
             keep = 0 if softcap else kernels.GPU_TILE        # the second tile is made again
-            stats = function.apply(x, w, targets, temperature, softcap, extras, keep, *more)
+            stats = function.apply(x, w, targets, temperature, softcap, extras, keep, False)
             stats = [part for part in stats if part is not None and part.is_floating_point()]
             torch.autograd.grad(stats[0].sum(), x, retain_graph=True)       # the first of two backward passes
             push = torch.arange(N, device=b.device) % 3

@@ -316,7 +316,8 @@ def main():
     if options.profile:
         import torch
         torch.set_num_threads(options.threads)
-        options.task, options.matmul, options.steps = options.profile, 'float32', 3
+        options.task, options.steps = options.profile, 3
+        options.matmul = options.matmul or 'float32'
         with tempfile.TemporaryDirectory() as options.directory:
             write_inputs(options.model, options.directory, options.steps)
             return profile(options)

@@ -1089,11 +1089,11 @@ def head(hidden, weight, softcap=0.0, dtype=None):
     given; float32 from any precision, float64 from float64.
 
     dtype: bfloat16 where a GPU rounds both factors to it, the weight dithered. The logits are float32 there,
-    too: rounded ones would bias every probability.
+    too: rounded ones would bias every probability. A CPU has no such product and takes float32 factors.
     """
     if weight.is_cuda and weight.dtype == torch.bfloat16:
         dtype = weight.dtype            # no float32 copy of the weight
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and weight.is_cuda:
         rows = hidden.reshape(-1, hidden.size(-1))
         z = Product.apply(rows, weight).view(*hidden.shape[:-1], -1)
     else:
@@ -1148,8 +1148,8 @@ class TargetLogp(torch.autograd.Function):
 
 def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=True, dtype=None):
     """hidden (..., C), weight (V, C), targets (...), -1 where unsupervised -> dict of (...): logp, entropy,
-    mean_logp, correct (see TokenStats), 0 where unsupervised; logp alone without `extras`. dtype: see
-    head."""
+    mean_logp, correct (see TokenStats), 0 where unsupervised; logp alone without `extras`. dtype: see head;
+    a CPU takes bfloat16 for the products of the backward pass alone."""
     if not extras and targets.numel() * len(weight) <= DIRECT:
         logits = head(hidden, weight, softcap, dtype)
         if temperature != 1.0:
@@ -1158,11 +1158,9 @@ def token_stats(hidden, weight, targets, temperature=1.0, softcap=0.0, extras=Tr
         return {'logp': logp.view(targets.shape)}
     mask = targets >= 0
     keep = kept_logits(hidden.device) if torch.is_grad_enabled() and not softcap else 0
-    function = TokenStats
-    if has_triton(hidden.device) and hidden.dtype.itemsize < 8:
-        function, dtype = RowStats, dtype if dtype == torch.bfloat16 else torch.float32
-    more = (dtype,) if function is RowStats else ()
-    parts = function.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep, *more)
+    function = RowStats if has_triton(hidden.device) and hidden.dtype.itemsize < 8 else TokenStats
+    bf16 = dtype == torch.bfloat16
+    parts = function.apply(hidden[mask], weight, targets[mask], temperature, softcap, extras, keep, bf16)
     stats = {}
     for name, part in zip(('logp', 'entropy', 'mean_logp', 'correct'), parts):
         if part is not None:
@@ -1181,7 +1179,8 @@ class TokenStats(torch.autograd.Function):
 
     The vocabulary is walked in tiles that fit the cache, with a running maximum (Milakov & Gimelshein 2018,
     algorithm 3). Backward makes the logits again, but for the first `keep` of them, whose exponentials are
-    kept: all of a small vocabulary.
+    kept: all of a small vocabulary. bf16: the gradients' products round their factors to bfloat16, as those
+    of every other layer do; the logits stay as they are.
     """
 
     @staticmethod
@@ -1200,11 +1199,12 @@ class TokenStats(torch.autograd.Function):
         return (targets >= tile.start) & (targets < tile.stop), column[:, None]
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep):
+    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep, bf16=False):
         ctx.set_materialize_grads(False)
         N, V = len(hidden), len(weight)
         ctx.softcap, ctx.cap, ctx.scale = softcap, softcap / temperature, 1 / (softcap or temperature)
-        width = min(max(TILE // max(N, 1), 256), V)
+        ctx.bf16 = bf16
+        width = min(max(TILE // max(N, 1) // ALIGN * ALIGN, 256), V)        # products like round sizes
         ctx.tiles = [slice(i, min(i + width, V)) for i in range(0, V, width)]
         ctx.keep = sum(tile.stop * N <= keep for tile in ctx.tiles)                   # so many tiles are kept
         x = hidden.to(torch.promote_types(weight.dtype, torch.float32)) * ctx.scale
@@ -1227,7 +1227,7 @@ class TokenStats(torch.autograd.Function):
                 best = torch.where(peak > previous, argmax + tile.start, best)
                 mean += z.sum(-1).div_(V)
                 e = (z - top[:, None]).exp_()
-                weighted = weighted * shrink + torch.linalg.vecdot(e, z)
+                weighted = weighted * shrink + z.mul_(e).sum(-1)
             else:
                 e = z.sub_(top[:, None]).exp_()
             total = total * shrink + e.sum(-1)
@@ -1254,6 +1254,10 @@ class TokenStats(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight = torch.empty_like(weight, dtype=x.dtype)
         buffer = x.new_empty(len(x) * ctx.tiles[0].stop)
+        if ctx.bf16:        # rows of zeros up to a multiple of ALIGN
+            padded = -len(x) % ALIGN + len(x)
+            rounded_dz = x.new_zeros(padded, ctx.tiles[0].stop, dtype=torch.bfloat16)
+            rounded_x = F.pad(x, (0, 0, 0, padded - len(x))).bfloat16()
         for i, tile in enumerate(ctx.tiles):
             if i < ctx.keep and dentropy is None:
                 e, top = kept[2 * i:2 * i + 2]
@@ -1277,12 +1281,19 @@ class TokenStats(torch.autograd.Function):
             dz.scatter_add_(1, column, torch.where(here, dlogp, 0)[:, None])
             if ctx.softcap:
                 dz.mul_(slope).mul_(ctx.cap)
+            if ctx.bf16:
+                dz_tile = rounded_dz[:, :dz.size(1)]
+                dz_tile[:len(x)] = dz
+                dx += torch.mm(dz_tile, weight[tile].bfloat16())[:len(x)]
+                if dweight is not None:
+                    dweight[tile] = torch.mm(dz_tile.t(), rounded_x)
+                continue
             dx.addmm_(dz, weight[tile].to(dz.dtype))
             if dweight is not None:
                 torch.mm(dz.t(), x, out=dweight[tile])
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
-        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, None, None, None, None, None
+        return dx.mul_(ctx.scale).to(hidden.dtype), dweight, *[None] * 6
 
 
 GPU_TILE = 2 ** 27      # logits of whole rows that a GPU holds at a time: 512 MB
@@ -1290,15 +1301,15 @@ GPU_TILE = 2 ** 27      # logits of whole rows that a GPU holds at a time: 512 M
 
 class RowStats(torch.autograd.Function):
     """TokenStats on a GPU: tiles of whole rows, each read once by one kernel, and once more by the one that
-    writes its gradient. dtype: of the products, bfloat16 or float32; logits are float32."""
+    writes its gradient. bf16: the products round their factors to it; logits are float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep, dtype):
+    def forward(ctx, hidden, weight, targets, temperature, softcap, extras, keep, bf16):
         ctx.set_materialize_grads(False)
         ctx.dtypes, V = (hidden.dtype, weight.dtype), len(weight)
         ctx.scale, ctx.cap = 1 / (softcap or temperature), softcap / temperature
-        x = hidden.to(dtype)
-        weight = in_bf16(weight) if dtype == torch.bfloat16 else weight.to(dtype)
+        x = hidden.bfloat16() if bf16 else hidden.float()
+        weight = in_bf16(weight) if bf16 else weight.float()
         rows = max(GPU_TILE // V, 1)
         ctx.tiles = [slice(i, min(i + rows, len(x))) for i in range(0, len(x), rows)] or [slice(0, 0)]
         stats, kept = [], []
@@ -1337,4 +1348,4 @@ class RowStats(torch.autograd.Function):
                 dweight = part if dweight is None else dweight.add_(part)
         if dweight is not None:
             dweight = dweight.to(ctx.dtypes[1])
-        return dx, dweight, None, None, None, None, None, None
+        return dx, dweight, *[None] * 6

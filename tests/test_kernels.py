@@ -291,6 +291,19 @@ def test_token_stats_of_huge_logits():
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_gradients_of_the_head_by_products_in_bf16(tiling):
+    """The values are those of float32; the gradients are off by no more than the rounding of factors and results."""
+    hidden, weight = leaf(11, 64, dtype=torch.float32), leaf(700, 64, dtype=torch.float32, seed=1)
+    targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
+    got, want = (kernels.TokenStats.apply(hidden, weight, targets, 0.8, 0.0, True, tiling, bf16) for bf16 in (True, False))
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
+    for a, b in zip(*(torch.autograd.grad((s[0] + 0.1 * s[1]).sum(), [hidden, weight]) for s in (got, want))):
+        assert a.dtype == torch.float32 and 0 < ((a - b).norm() / b.norm()).item() < 2 ** -7
+    frozen = kernels.TokenStats.apply(hidden, weight.detach(), targets, 0.8, 0.0, False, tiling, True)[0]
+    assert torch.autograd.grad(frozen.sum(), hidden)[0].isfinite().all()
+
+
 def test_token_stats_in_bf16_are_computed_in_float32():
     hidden, weight = leaf(11, 64, dtype=torch.bfloat16), leaf(700, 64, dtype=torch.bfloat16)
     targets = torch.randint(0, 700, (11,), generator=torch.Generator().manual_seed(2))
@@ -484,7 +497,7 @@ def test_a_head_in_bfloat16(monkeypatch):
     monkeypatch.setattr(kernels, 'product', lambda x, y: x.float() @ y.float())
     x, weight, targets = leaf(6, 24).float(), leaf(50, 24, seed=1).float(), torch.tensor([3, -1, 0, 49, 7, 7])
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    got = kernels.token_stats(x, weight, targets, extras=False, dtype=torch.bfloat16)['logp']
+    got = kernels.TargetLogp.apply(kernels.Product.apply(x, weight), targets)
     rounded = [x.detach().bfloat16().float().requires_grad_(), kernels.dither(weight.detach()).float().requires_grad_()]
     want = kernels.token_stats(*rounded, targets, extras=False)['logp']
     torch.testing.assert_close(got, want)

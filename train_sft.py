@@ -35,7 +35,6 @@ HUB_DATASET = 'google/mobile-actions'
 EMBEDDED_DATASET = 'devices'        # its stand-in: tool calls that are generated here
 EMBEDDED_TEXTS = 'plays'            # of algorithm=cpt
 SMALL_MODEL_RATE = 1.5e-3           # fine-tuning all weights of such a model is nearly pretraining
-EMBEDDED_DROPOUT = 0.1              # of it on the embedded set, whose few thousand rows are read three times
 
 
 @configclass
@@ -51,8 +50,7 @@ class Config(RunFlags, TrainFlags, DataFlags, LoaderFlags, ModelFlags):
     text_column: str = setting('text', path='data.text_column', needs=('algorithm=cpt',))  # its column
     # model
     load_checkpoint: str | None = None  # start from these weights, their epochs counted on; a fresh optimizer
-    dropout: float | None = setting(None, path='model.dropout', min=0, below=1)  # of embeddings and layer
-        # outputs; if not set 0, of the embedded set 0.1
+    dropout: float = setting(0.0, path='model.dropout', min=0, below=1)  # of embeddings and layer outputs
     freeze: list[str] = setting([], path='model.freeze')  # parts that do not train: layers.0, q_proj, ...
     # data
     packing: bool = setting(False, path='data.packing')  # fill rows of max_length with several examples,
@@ -126,7 +124,6 @@ def main(cfg):
         return show_check(cfg, tokenizer, rows, issues, run)
     refuse_or_warn(cfg, rows, issues, run)              # bad rows stop the run here, before the first step
     resolve_defaults(cfg, model, sources, run)
-    set_dropout(model, cfg.dropout)
     epochs = make_epochs(cfg, rows, sources, run)       # which rows each step takes
     total, warmup = plan_steps(cfg, epochs, run)        # optimizer steps
     if cfg.plan:
@@ -245,7 +242,7 @@ from nanoforge import plan, plots
 from nanoforge.checkpoint import loaded_config, resolve_link
 from nanoforge.data_checks import DataIssues, TrainingAlerts, compare_splits, print_mixture, show_check
 from nanoforge.kernels import document_lengths
-from nanoforge.policy import default_learning_rate, is_small, load_policy
+from nanoforge.policy import default_learning_rate, load_policy
 from nanoforge.quantize import check_trainable
 from nanoforge.run import Run, State as RunState, describe_device, seed_for
 from sample import generate
@@ -379,15 +376,14 @@ def build_model(cfg, run):
     if cfg.neftune_noise_alpha and not hasattr(model, 'embed_tokens'):
         raise UserError(f'neftune_noise_alpha: {model.config.arch} runs as transformers has it, which takes '
                         'no noise; leave it out')
+    if cfg.dropout:
+        set_dropout(model, cfg.dropout)
+    model.config.dropout = cfg.dropout
     return run.prepare(model), tokenizer
 
 
 def set_dropout(model, p):
-    """Of embeddings, attention and MLPs; an adapter keeps its own. 0 leaves them without, as they are
-    loaded."""
-    model.config.dropout = p
-    if not p:
-        return
+    """Of embeddings, attention and MLPs; an adapter keeps its own."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
@@ -511,10 +507,8 @@ def refuse_or_warn(cfg, rows, issues, run):
 
 def resolve_defaults(cfg, model, sources, run):
     """Sets what was left open, and says so."""
-    embedded = is_embedded(sources)
-    drops = embedded and cfg.mode == 'full' and is_small(model)
     chosen = fill_in(cfg, learning_rate=default_learning_rate(cfg, model, small=SMALL_MODEL_RATE),
-                     group_by_length=embedded, dropout=EMBEDDED_DROPOUT if drops else 0.0)
+                     group_by_length=is_embedded(sources))
     if chosen:
         run.print0(f'chosen    {chosen} (type the flags for others)')
     if cfg.min_lr > cfg.learning_rate:

@@ -606,12 +606,7 @@ def test_learning_rates_by_mode():
                               (['--learning_rate=3e-6'], large, 3e-6)):
         cfg = parse(Config, args)
         train_sft.resolve_defaults(cfg, model, [], Ear())
-        assert (cfg.learning_rate, cfg.num_train_epochs, cfg.group_by_length, cfg.dropout) == (rate, 3, False, 0)
-    embedded = [Source(name='devices')]
-    for args, model, dropout in (([], tiny, 0.1), ([], large, 0), (['--use_lora'], tiny, 0), (['--dropout=0'], tiny, 0)):
-        cfg = parse(Config, args)
-        train_sft.resolve_defaults(cfg, model, embedded, Ear())
-        assert (cfg.dropout, cfg.group_by_length) == (dropout, True)
+        assert (cfg.learning_rate, cfg.num_train_epochs, cfg.group_by_length) == (rate, 3, False)
 
 
 def test_both_spellings_are_one_setting():

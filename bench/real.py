@@ -2,7 +2,7 @@
 memory, with the limit of the machine beside each.
 
     python bench/real.py MODEL --trl PYTHON [--rounds 2] [--only sft dpo grpo generate]
-    python bench/real.py MODEL --profile sft        # where the time of our third step goes
+    python bench/real.py MODEL --profile sft [--matmul bf16]    # where the time of our third step goes
 
 MODEL is a Hugging Face directory, such as SmolLM2-135M-Instruct's; PYTHON an interpreter with TRL in it.
     sft       train_sft.py and SFTTrainer: 4 chats a step of about 310 tokens, loss on the answers, which are

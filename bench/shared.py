@@ -171,7 +171,7 @@ def product_seconds(passes, matmul='float32', shapes=LLAMA):
 
     passes: [(forward passes, backward passes, tokens through the layers, tokens through the head)], where
     tokens that do not reach the head pass no more of the last layer than its first product, that of
-    attention's inputs. The head is multiplied in float32.
+    attention's inputs. The head's logits are multiplied in float32, their gradients as the layers are.
     """
     total = 0.0
     for forwards, backwards, tokens, at_head in passes:
@@ -180,7 +180,8 @@ def product_seconds(passes, matmul='float32', shapes=LLAMA):
             for count, rows in ((shapes.layers - 1, tokens), (1, in_last)):
                 forward, backward = seconds_of_product(rows, *product, matmul)
                 total += count * (forwards * forward + backwards * backward)
-        forward, backward = seconds_of_product(at_head, *shapes.head, 'float32')
+        forward, _ = seconds_of_product(at_head, *shapes.head, 'float32')
+        _, backward = seconds_of_product(at_head, *shapes.head, matmul)
         total += forwards * forward + backwards * backward
     return total
 

@@ -17,9 +17,9 @@ to multiply: eval_loss on 20 other chats before training and after 12 and 24 ste
 that is found again, the slope of the answers' movements over float32's (their mean is near 0 in DPO, where
 some rise and some fall). `trained`: of the float32 weights that training left, read in float32; `read`: as
 the model computes in that mode. There rounding alone moves an answer by 0.02 nats, half of what DPO and GRPO
-do, so it is the mean of several readings before and after, the weights of each displaced by a ten-thousandth
-of themselves, which is far below bfloat16's grid. Three seeds. The completions of GRPO are float32's in all
-three modes, so that only what is computed differs.
+do, and all answers together, so bf16's is the mean of many readings before and after, the weights of each
+displaced at random by half a step of bfloat16's grid. Three seeds. The completions of GRPO are float32's in
+all three modes, so that only what is computed differs.
 """
 import argparse
 import importlib
@@ -144,7 +144,7 @@ METHODS = {
     'grpo': ('train_rl', 'arithmetic', 20, 'solution'),
 }
 SEEDS = 1, 2, 3
-READINGS, DISPLACED = 12, 1e-4
+READINGS, DISPLACED = 32, 2e-3
 
 
 def compare_moves(options):
@@ -198,8 +198,10 @@ def move(method, mode, seed, folder, emulate, name):
     before, after = (answer_logps(path, task, answer, 'float32') for path in paths)
     moved = {'trained': after - before}
     if matmul == 'bf16':
-        before, after = (torch.stack([answer_logps(path, task, answer, matmul, f'{path} {i}')
-                                      for i in range(READINGS)]).mean(0) for path in paths)
+        # displaced weights would be dithered where they are to be rounded to nearest
+        draws = range(1, READINGS + 1) if mode == 'bf16' else [None]
+        before, after = (torch.stack([answer_logps(path, task, answer, matmul, i and f'{begins} {i}')
+                                      for i in draws]).mean(0) for begins, path in enumerate(paths))
         moved['read'] = after - before
     return {kind: of_kind.tolist() for kind, of_kind in moved.items()}
 

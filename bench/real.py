@@ -24,9 +24,9 @@ other side's seconds over ours.
 The limit, measured in every round behind the pair, is what the matrix products of our step take alone: the
 same shapes in the same precision, each at the speed of the fastest of several calls, without attention and
 all that lies between. The head, its logits in float32, counts for the tokens that pass it. A step of the
-sampler takes at least the time of its products or that of reading weights, keys and values from memory; the longer one
-counts. `share` is the limit over our time. A machine that others use lowers shares, since the fastest call
-waits for nobody. The last line is JSON.
+sampler takes at least the time of its products or that of reading weights, keys and values from memory; the
+longer one counts. `share` is the limit over our time. A machine that others use lowers shares, since the
+fastest call waits for nobody. The last line is JSON.
 """
 import argparse
 import importlib

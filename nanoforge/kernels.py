@@ -1287,10 +1287,10 @@ class TokenStats(torch.autograd.Function):
                 dx += torch.mm(dz_tile, weight[tile].bfloat16())[:len(x)]
                 if dweight is not None:
                     dweight[tile] = torch.mm(dz_tile.t(), rounded_x)
-                continue
-            dx.addmm_(dz, weight[tile].to(dz.dtype))
-            if dweight is not None:
-                torch.mm(dz.t(), x, out=dweight[tile])
+            else:
+                dx.addmm_(dz, weight[tile].to(dz.dtype))
+                if dweight is not None:
+                    torch.mm(dz.t(), x, out=dweight[tile])
         if dweight is not None:
             dweight = dweight.to(weight.dtype)
         return dx.mul_(ctx.scale).to(hidden.dtype), dweight, *[None] * 6

@@ -269,6 +269,18 @@ def test_bf16_products_stay_near_the_training_forward():
     assert logp_gap(model.set_matmul('bf16'), PROMPTS, samples)[1] < 0.01
 
 
+def test_bf16_products_of_the_head_are_those_of_its_gradients(monkeypatch):
+    """Log-probabilities are float32's to the bit; a sampler's and a trainer's head are one."""
+    monkeypatch.setattr('nanoforge.kernels.DIRECT', 0)
+    model = small('llama')
+    hidden, found = torch.randn(2, 5, model.config.n_embd, generator=torch.Generator().manual_seed(1)), []
+    for mode in ('bf16', 'float32'):
+        logp = model.set_matmul(mode).token_stats(hidden, torch.arange(10).view(2, 5), extras=False)['logp']
+        found.append((logp, *torch.autograd.grad(logp.sum(), model.lm_head.weight)))
+    (logp, grad), (plain, exact) = found
+    assert torch.equal(logp, plain) and 0 < ((grad - exact).norm() / exact.norm()).item() < 2 ** -7
+
+
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3', 'gemma2'])
 def test_a_graph_is_the_steps_that_it_records(arch, monkeypatch):
     """GraphDecoder with a record that runs: what only a GPU does is to start its kernels together. Rows end at
